@@ -180,11 +180,6 @@ def billions(model: str) -> float:
     return float(size[1]) * (1.0 if size[2] == "b" else 1e-3) if size else 0.0
 
 
-def prompt_hash(lang: Lang) -> str:
-    """Identifies the template, so that a run tells which one it was trained with."""
-    return hashlib.sha256(TEMPLATES[lang].encode()).hexdigest()[:16]
-
-
 def same_question(question: str) -> str:
     """Equal for questions that differ in case and spacing only."""
     return " ".join(question.casefold().split())
@@ -336,8 +331,12 @@ def write_text(path: Path, text: str) -> None:
         partial.write_text(text, encoding="utf-8")
 
 
+def as_json(value: Any) -> str:
+    return json.dumps(value, indent=2, ensure_ascii=False)
+
+
 def write_json(path: Path, value: Any) -> None:
-    write_text(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
+    write_text(path, as_json(value) + "\n")
 
 
 def read_json(path: Path) -> Any:
@@ -349,7 +348,7 @@ def write_jsonl(path: Path, values: Iterable[dict[str, Any]]) -> None:
 
 
 def read_jsonl(path: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n") if line.strip()]
 
 
 def update_run(folder: Path, **entries: Any) -> None:
@@ -365,8 +364,9 @@ def recorded_run(folder: Path, config: TrainConfig) -> Iterator[None]:
         raise UserError(f"--run-dir {folder}: the folder is not empty.", "name a new folder; nothing was changed")
     write_json(folder / "config.json", dataclasses.asdict(config))
     arguments = [Path(sys.argv[0]).name, *sys.argv[1:]]
+    template = hashlib.sha256(TEMPLATES[config.lang].encode()).hexdigest()
     update_run(folder, status="running", started=now(), command=arguments, versions=versions(),
-               git_revision=git_revision(), prompt_hash=prompt_hash(config.lang))  # fmt: skip
+               git_revision=git_revision(), prompt_hash=template)  # fmt: skip
     status = "finished"
     try:
         yield
@@ -431,13 +431,18 @@ def read_dataset(config: DataConfig) -> Any:
     import datasets
 
     path = Path(config.dataset)
+    source = {"path": config.dataset, "name": config.subset or config.lang}
     if loader := LOADERS.get(path.suffix.lower()):
-        if not path.is_file() or path.stat().st_size == 0:
-            fault = f"--dataset {path}: {'the file is empty' if path.is_file() else 'no such file'}."
-            raise UserError(fault, "give a file with one record a line, such as data/medical_sample.jsonl")
-        records = datasets.load_dataset(loader, data_files=str(path), split=config.split)
-    else:
-        records = datasets.load_dataset(config.dataset, config.subset or config.lang, split=config.split)
+        source = {"path": loader, "data_files": str(path)}
+        if not path.is_file():
+            raise UserError(f"--dataset {path}: no such file.", "check the path; a Hub dataset is OWNER/NAME")
+        if path.stat().st_size == 0:
+            raise UserError(f"--dataset {path}: the file is empty.", "data/medical_sample.jsonl shows what it takes")
+    try:
+        records = datasets.load_dataset(**source, split=config.split)
+    except ValueError as error:
+        fault = f"--dataset {config.dataset} --split {config.split}: {error}"
+        raise UserError(fault, "check --split and --subset, or the file's content") from error
     wanted = {"--question-col": config.question_col, "--cot-col": config.cot_col, "--response-col": config.response_col}
     missing = [f"{flag} {column}" for flag, column in wanted.items() if column not in records.column_names]
     if missing:
@@ -582,22 +587,16 @@ def training_arguments(config: TrainConfig, folder: Path, tracked: bool) -> Any:
     """The recipe's SFT settings under their current names."""
     from trl.trainer.sft_config import SFTConfig
 
+    same_names = ("max_steps", "warmup_steps", "learning_rate", "lr_scheduler_type", "optim", "weight_decay", "seed")
     return SFTConfig(
+        **{name: getattr(config, name) for name in (*same_names, "logging_steps")},
         output_dir=str(folder / "checkpoints"),
         max_length=config.max_seq_length,
         completion_only_loss=config.loss_on == "response",
         per_device_train_batch_size=config.micro_batch,
         gradient_accumulation_steps=config.effective_batch // config.micro_batch,
-        max_steps=config.max_steps,
-        warmup_steps=config.warmup_steps,
-        learning_rate=config.learning_rate,
-        lr_scheduler_type=config.lr_scheduler_type,
-        optim=config.optim,
-        weight_decay=config.weight_decay,
         bf16=precision(config) == "bfloat16",
         fp16=precision(config) == "float16",
-        seed=config.seed,
-        logging_steps=config.logging_steps,
         logging_first_step=True,
         report_to=["wandb"] if tracked else "none",
         save_strategy="no",
@@ -637,11 +636,10 @@ def training_log(folder: Path, tokens_per_step: int) -> Any:
     return TrainingLog()
 
 
-def fit(model: Any, tokenizer: Any, rows: Sequence[Row], config: TrainConfig, folder: Path, tracked: bool) -> None:
-    """Trains the adapter in place.
-
-    Rows go in tokenized, so that what was accounted for is what is trained on: no second tokenizing, no silent cut.
-    """
+def make_trainer(
+    model: Any, tokenizer: Any, rows: Sequence[Row], config: TrainConfig, folder: Path, tracked: bool
+) -> Any:
+    """Rows go in tokenized, so that what was accounted for is what is trained on: nothing is cut behind our back."""
     from datasets import Dataset
     from transformers import PrinterCallback
     from trl.trainer.sft_trainer import SFTTrainer
@@ -652,7 +650,7 @@ def fit(model: Any, tokenizer: Any, rows: Sequence[Row], config: TrainConfig, fo
     trainer = SFTTrainer(model=model, processing_class=tokenizer, train_dataset=dataset, args=arguments)
     trainer.remove_callback(PrinterCallback)
     trainer.add_callback(training_log(folder, make_plan(rows, config)["tokens_per_step"]))
-    trainer.train()
+    return trainer
 
 
 def save_adapter(model: Any, tokenizer: Any, config: TrainConfig, folder: Path) -> None:
@@ -714,8 +712,8 @@ def speaker(tokenizer: Any) -> Any:
         def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
             text = text.replace(tokenizer.eos_token, "")
             thought, tag, answer = ("", "", text) if self.answering else text.partition(THINK_CLOSE)
-            print(dim(thought), end="\n" if tag or stream_end else "", file=sys.stderr, flush=True)
-            self.answering = self.answering or bool(tag)
+            print(dim(thought), end="\n" if tag or (stream_end and thought) else "", file=sys.stderr, flush=True)
+            self.answering |= bool(tag)
             result(answer.lstrip() if tag else answer, end="\n" if stream_end and self.answering else "")
 
     return Speaker(tokenizer, skip_prompt=True, skip_special_tokens=False)
@@ -864,35 +862,34 @@ def base_card(model: str) -> dict[str, Any]:
     return card
 
 
+def public_name(model: str) -> str:
+    """The Hub's name of a model; of a folder, what its card calls its base, or else the folder's last name."""
+    return str(base_card(model).get("base_model", Path(model).name)) if Path(model).is_dir() else model
+
+
 def write_card(run: Path) -> None:
-    """README.md of the run: Hub metadata, verdict, numbers, before and after, how to use it, limits."""
+    """README.md of the run: Hub metadata, verdict, before and after, how to use it, numbers."""
     from huggingface_hub import ModelCardData
 
-    config, record, base = run_config(run), read_json(run / "run.json"), base_card(run_config(run).model)
-    base_model = base.get("base_model", "") if Path(config.model).is_dir() else config.model
-    local_data = Path(config.dataset).suffix.lower() in LOADERS
-    data = ModelCardData(
-        base_model=base_model or None,
-        license=base.get("license"),
-        datasets=None if local_data else [config.dataset],
-        language=config.lang,
-        library_name="transformers",
-        pipeline_tag="text-generation",
+    config, record = run_config(run), read_json(run / "run.json")
+    base_model, is_local = public_name(config.model), Path(config.dataset).suffix.lower() in LOADERS
+    metadata = ModelCardData(
+        base_model=base_model, license=base_card(config.model).get("license"), language=config.lang,
+        datasets=None if is_local else [config.dataset], library_name="transformers", pipeline_tag="text-generation",
         tags=["medical", "reasoning", "chain-of-thought", "lora", "unsloth"],
-    )
+    )  # fmt: skip
     evaluation = read_json(run / "eval.json") if (run / "eval.json").exists() else {"verdict": "not evaluated yet"}
     settings = dataclasses.asdict(config) | {"model": base_model, "dataset": Path(config.dataset).name}
+    numbers = {
+        "evaluation": {name: value for name, value in evaluation.items() if name != "pairs"},
+        **{name: record[name] for name in ("rows", "losses", "device", "seconds")},
+        "settings": settings,
+    }
     text = CARD.format(
-        metadata=data.to_yaml(),
-        base=base_model or "a local model",
-        dataset=settings["dataset"] if local_data else config.dataset,
-        verdict=evaluation.pop("verdict"),
-        evaluation=json.dumps({name: value for name, value in evaluation.items() if name != "pairs"}, indent=2),
-        record=json.dumps({name: record[name] for name in ("rows", "losses", "device", "plan")}, indent=2),
+        metadata=metadata.to_yaml(), base=base_model, numbers=as_json(numbers),
+        verdict=evaluation["verdict"], prompt=TEMPLATES[config.lang],
         samples="\n".join(as_markdown(pair) for pair in read_jsonl(run / "samples.jsonl")),
-        prompt=TEMPLATES[config.lang],
-        settings=json.dumps(settings, indent=2),
-    )
+    )  # fmt: skip
     write_text(run / "README.md", text)
 
 
@@ -909,18 +906,9 @@ CARD = """---
 ---
 # {base}, fine-tuned on medical chains of thought
 
-**On held-out rows: {verdict}.** A model for study. It is not a medical device, what it says can be wrong, and nobody's
-health should be decided by it.
+On held-out rows: **{verdict}**.
 
-Base model: {base}. Data: {dataset}. Made with finetune_r1.
-
-## Evaluation
-
-```json
-{evaluation}
-```
-
-![training loss](loss.png)
+A model for study. It is not a medical device, what it says can be wrong, and nobody's health should be decided by it.
 
 ## Before and after
 
@@ -928,19 +916,17 @@ Base model: {base}. Data: {dataset}. Made with finetune_r1.
 ## Use
 
 Merged 16-bit weights are at the root, the LoRA adapter alone is in `adapter/`. The model was trained on the prompt
-below, goes on after `<think>`, and its answer follows `</think>`.
+below; it goes on after `<think>`, and its answer follows `</think>`.
 
 ```
 {prompt}```
 
-## Training
+## Training and evaluation
+
+![training loss](loss.png)
 
 ```json
-{record}
-```
-
-```json
-{settings}
+{numbers}
 ```
 """
 
@@ -953,19 +939,17 @@ RunDirOption = Annotated[Path | None, typer.Option(help="New run folder; default
 OutputOption = Annotated[Path | None, typer.Option("--output", "-o", help="Where to write; it must not be there yet.")]
 
 # By class name, so that nothing heavy need be imported; the first of an error's classes that is here decides.
+NOT_REACHED = "the Hub was not reached: see `doctor`, or give a local --model folder and --dataset file"
 ADVICE = {
     "GatedRepoError": "ask for access on the model's page, then `login`",
     "RepositoryNotFoundError": "check the name given to --model or --repo; a private one needs `login`",
-    "LocalEntryNotFoundError": "the Hub was not reached: see `doctor`, or give a local --model folder",
-    "HfHubHTTPError": "check the name, and the token with `login`",
-    "OfflineModeIsEnabled": "unset HF_HUB_OFFLINE, or give a local --model folder and --dataset file",
     "DatasetNotFoundError": "check --dataset, or give a local .jsonl, .json, .csv or .parquet file",
     "DatasetGenerationError": "the --dataset file could not be read to its end: look at it, or make it anew",
-    "HTTPError": "the Hub was not reached: see `doctor`, or give a local --model folder and --dataset file",
-    "ConnectionError": "the Hub was not reached: see `doctor`, or give a local --model folder and --dataset file",
+    "HfHubHTTPError": "check the name, and the token with `login`",
+    **dict.fromkeys(("LocalEntryNotFoundError", "OfflineModeIsEnabled", "HTTPError", "ConnectionError"), NOT_REACHED),
     "OutOfMemoryError": "try --micro-batch 1, --gradient-checkpointing unsloth, or a smaller --max-seq-length",
+    "JSONDecodeError": "the file is not one JSON object a line: mend it or make it anew",
     "PermissionError": "choose a folder that you may write to",
-    "JSONDecodeError": "the file is not valid JSON: mend it or make it anew",
     "OSError": "check the path, and free disk with `doctor`",
 }
 
@@ -1052,12 +1036,16 @@ def login() -> dict[str, Any]:
 
 
 def login_hugging_face() -> dict[str, str]:
+    import getpass
+
     import huggingface_hub
 
     source = "HF_TOKEN, in the environment or .env" if os.environ.get("HF_TOKEN") else "an earlier log-in"
     token = huggingface_hub.get_token()
+    if token is None and not sys.stdin.isatty():
+        raise UserError("no Hugging Face token was found, and there is no terminal to ask on.", "set HF_TOKEN")
     if token is None:
-        source, token = "the prompt", ask_secret("Hugging Face token, from huggingface.co/settings/tokens: ")
+        source, token = "the prompt", getpass.getpass("Hugging Face token (huggingface.co/settings/tokens): ").strip()
     try:
         account = huggingface_hub.whoami(token)
     except huggingface_hub.errors.HfHubHTTPError as error:
@@ -1082,14 +1070,6 @@ def login_wandb() -> dict[str, str]:
     except (wandb.errors.AuthenticationError, wandb.errors.CommError, wandb.errors.UsageError) as error:
         raise UserError(f"W&B did not take the key from {source}: {error}", "mend or unset it, then `login`") from error
     return {"name": wandb.Api().viewer.username, "token": source}
-
-
-def ask_secret(prompt: str) -> str:
-    import getpass
-
-    if not sys.stdin.isatty():
-        raise UserError("no Hugging Face token was found, and there is no terminal to ask on.", "set HF_TOKEN")
-    return getpass.getpass(prompt).strip()
 
 
 @command
@@ -1153,6 +1133,7 @@ def format_(config: DataConfig, output: OutputOption = None) -> dict[str, Any]:
         raise UserError(f"--output {output}: neither .jsonl nor .parquet.", "end the name in one of the two")
     records = read_dataset(config)
     check_model(config)
+    from datasets import Dataset
     from transformers import AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(config.model)
@@ -1160,17 +1141,12 @@ def format_(config: DataConfig, output: OutputOption = None) -> dict[str, Any]:
     texts = [build_example(r.question, r.thought, r.answer, tokenizer.eos_token, config.lang) for r in rows]
     say(texts[0], "")
     if output:
-        columns = (config.question_col, config.cot_col, config.response_col, "text")
-        write_table(output, [dict(zip(columns, (*row[:3], text), strict=True)) for row, text in zip(rows, texts)])  # noqa: B905
+        columns = (config.question_col, config.cot_col, config.response_col)
+        fields = {column: [row[i] for row in rows] for i, column in enumerate(columns)}
+        with whole(output) as partial:
+            table = Dataset.from_dict({**fields, "text": texts})
+            table.to_json(partial, force_ascii=False) if output.suffix == ".jsonl" else table.to_parquet(partial)
     return {"rows": account, "tokens": row_lengths(rows), "written": str(output) if output else None}
-
-
-def write_table(path: Path, rows: list[dict[str, Any]]) -> None:
-    from datasets import Dataset
-
-    with whole(path) as partial:
-        table = Dataset.from_list(rows)
-        table.to_json(partial, force_ascii=False) if path.suffix == ".jsonl" else table.to_parquet(partial)
 
 
 @command
@@ -1198,7 +1174,7 @@ def train_run(config: TrainConfig, folder: Path) -> tuple[Any, Any, list[Row]]:
                    dataset_fingerprint=records._fingerprint, rows=account, plan=make_plan(rows, config))  # fmt: skip
         model = add_adapter(model, config)
         tracked = start_tracking(config, folder)
-        fit(model, tokenizer, rows, config, folder, tracked)
+        make_trainer(model, tokenizer, rows, config, folder, tracked).train()
         save_adapter(model, tokenizer, config, folder)
         seconds = {"load": round(loaded - started, 1), "train": round(time.perf_counter() - loaded, 1)}
         record_training(folder, seconds)
@@ -1255,15 +1231,20 @@ def infer(
     check_gpu(settings)
     check_model(settings)
     loaded, tokenizer = load_model(settings, adapter)
-    ask = functools.partial(answer_both if compare else generate, loaded, tokenizer, config=config, lang=settings.lang)
+    answerer: Callable[..., list[dict[str, Any]]] = answer_both if compare else generate
+    ask = functools.partial(answerer, loaded, tokenizer, config=config, lang=settings.lang)
     if output:
         asked = list(questions)
         write_jsonl(output, [answer for i in range(0, len(asked), 8) for answer in ask(questions=asked[i : i + 8])])
         return {"answers": len(asked), "written": str(output)}
+    if as_json:
+        return ask(questions=list(questions)[:1])[0]
     for asked_now in questions:
-        if as_json:
-            return ask(questions=[asked_now])[0]
-        answer_aloud(ask, asked_now, tokenizer, compare)
+        if compare:
+            show_pair(ask(questions=[asked_now])[0], result)
+        else:
+            answer = ask(questions=[asked_now], streamer=speaker(tokenizer))[0]
+            say(dim(f"({how_it_ended(answer)}; {answer['tokens']} tokens in {answer['seconds']} s)"))
     return None
 
 
@@ -1282,9 +1263,10 @@ def read_questions(
     if (file is None) != (output is None) or (file and question is not None):
         raise UserError("--file and --output go together, without a question.", "infer --file Q.jsonl --output A.jsonl")
     if file:
-        return list(
-            read_dataset(dataclasses.replace(settings, dataset=str(file), split="train"))[settings.question_col]
-        )
+        rows = read_jsonl(file)
+        if not all(settings.question_col in row for row in rows):
+            raise UserError(f"--file {file}: a row has no {settings.question_col}.", "name the field so in every row")
+        return [row[settings.question_col] for row in rows]
     if question is None and sys.stdin.isatty():
         return iter(lambda: input("question: "), "")
     if question is None or not question.strip():
@@ -1292,13 +1274,6 @@ def read_questions(
     if marker := find_marker(question):
         raise UserError(f"the question holds {marker}, which marks the model's own thought.", "leave it out")
     return [question]
-
-
-def answer_aloud(ask: Callable[..., list[dict[str, Any]]], question: str, tokenizer: Any, compare: bool) -> None:
-    if compare:
-        return show_pair(ask(questions=[question])[0], result)
-    answer = ask(questions=[question], streamer=speaker(tokenizer))[0]
-    say(dim(f"({how_it_ended(answer)}; {answer['tokens']} tokens in {answer['seconds']} s)"))
 
 
 @command
@@ -1386,29 +1361,33 @@ def push(
         say("merging the adapter into 16-bit weights first")
         merge_weights(folder, folder / "merged")
     files = files_to_push(folder, adapter_only)
-    say(*(f"{path.stat().st_size:>16,}  {name}" for name, path in files.items()))
-    total = sum(path.stat().st_size for path in files.values())
-    report = {"repo": repo, "visibility": "private" if private else "public", "files": len(files), "bytes": total}
-    return report | ({"dry_run": True} if dry_run else upload(repo, private, files))
+    sizes = {name: len(it) if isinstance(it, bytes) else it.stat().st_size for name, it in files.items()}
+    say(*(f"{size:>16,}  {name}" for name, size in sizes.items()))
+    visibility = "private" if private else "public"
+    report = {"repo": repo, "visibility": visibility, "files": len(files), "bytes": sum(sizes.values())}
+    return report | ({"dry_run": True} if dry_run else upload(repo, private, files, sizes))
 
 
-def files_to_push(run: Path, adapter_only: bool) -> dict[str, Path]:
-    """Name in the repository → file: merged weights at the root, the adapter in adapter/, the card and its picture."""
-    files = {name: run / name for name in ("README.md", "loss.png")}
+def files_to_push(run: Path, adapter_only: bool) -> dict[str, Path | bytes]:
+    """Name in the repository → content: merged weights at the root, the adapter in adapter/, the card, its picture."""
+    files: dict[str, Path | bytes] = {name: run / name for name in ("README.md", "loss.png")}
     files |= {f"adapter/{path.name}": path for path in sorted((run / "adapter").iterdir())}
+    settings = read_json(run / "adapter" / "adapter_config.json")
+    settings["base_model_name_or_path"] = public_name(run_config(run).model)
+    files["adapter/adapter_config.json"] = as_json(settings).encode()
     return files if adapter_only else files | {path.name: path for path in sorted((run / "merged").iterdir())}
 
 
-def upload(repo: str, private: bool, files: dict[str, Path]) -> dict[str, Any]:
+def upload(repo: str, private: bool, files: dict[str, Path | bytes], sizes: dict[str, int]) -> dict[str, Any]:
     """One commit, so that the repository is never half of something; then what is there is compared."""
     from huggingface_hub import CommitOperationAdd, HfApi
 
     api = HfApi()
     api.create_repo(repo, private=private, exist_ok=True)
-    operations = [CommitOperationAdd(path_in_repo=name, path_or_fileobj=path) for name, path in files.items()]
+    operations = [CommitOperationAdd(path_in_repo=name, path_or_fileobj=content) for name, content in files.items()]
     commit = api.create_commit(repo, operations=operations, commit_message="Upload by finetune_r1")
     remote = {entry.path: getattr(entry, "size", None) for entry in api.list_repo_tree(repo, recursive=True)}
-    if wrong := [name for name, path in files.items() if remote.get(name) != path.stat().st_size]:
+    if wrong := [name for name, size in sizes.items() if remote.get(name) != size]:
         raise UserError(f"{repo} does not hold what was sent: {', '.join(wrong)}.", "`push` again")
     return {"url": str(commit.repo_url), "commit": commit.oid, "verified": "every file is there, of the same size"}
 

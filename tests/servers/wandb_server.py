@@ -42,7 +42,8 @@ class Run:
 
     @property
     def summary(self) -> dict[str, Any]:
-        return json.loads(self.lines.get("wandb-summary.json", {}).get(0, "{}"))
+        summary: dict[str, Any] = json.loads(self.lines.get("wandb-summary.json", {}).get(0, "{}"))
+        return summary
 
     def bucket(self) -> dict[str, Any]:
         """The run as GraphQL shows it; the line counts and tails let a resumed run go on where it stopped."""
@@ -80,8 +81,9 @@ class WandbServer(LoopbackServer):
         return Reply({"data": self.operations[name](self, user, asked.get("variables") or {})})
 
     def viewer(self, user: str, variables: dict[str, Any]) -> dict[str, Any]:
-        names = {"id": user, "entity": user, "username": user, "email": f"{user}@example.com"}
-        return {"viewer": {**names, "flags": "{}", "teams": {"edges": []}}}
+        names = {"id": user, "name": user, "entity": user, "username": user, "email": f"{user}@example.com"}
+        state = {"admin": False, "flags": "{}", "deletedAt": None}
+        return {"viewer": {**names, **state, "teams": {"edges": []}, "apiKeys": {"edges": []}}}
 
     def upsert_run(self, user: str, variables: dict[str, Any]) -> dict[str, Any]:
         entity, name = variables.get("entity") or user, variables["name"]
@@ -128,6 +130,7 @@ class WandbServer(LoopbackServer):
 
     operations: ClassVar[dict[str, Callable[[Any, str, dict[str, Any]], dict[str, Any]]]] = {
         "Viewer": viewer,
+        "GetViewer": viewer,
         "ServerFeaturesQuery": lambda server, user, variables: {"serverInfo": {"features": []}},
         "OrganizationCoreWeaveOrganizationID": lambda server, user, variables: {"entity": {"organization": None}},
         "UpsertBucket": upsert_run,

@@ -1,0 +1,129 @@
+"""What the tests share: a home of their own, the small models, the CLI as a user runs it, and one demo for all.
+
+Nothing here needs a network, a GPU or an account.
+"""
+
+import os
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import NamedTuple
+
+HOME = Path(tempfile.mkdtemp(prefix="finetune-r1-tests-"))
+for name in [name for name in os.environ if name.startswith(("HF_", "HUGGING", "WANDB_", "KAGGLE_"))]:
+    del os.environ[name]
+for name in ("HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY"):
+    os.environ.pop(name, None)
+    os.environ.pop(name.lower(), None)
+# Before any library reads them. The endpoint is a port that nothing listens on.
+os.environ |= {
+    "HOME": str(HOME),
+    "XDG_CACHE_HOME": str(HOME / "cache"),
+    "HF_HOME": str(HOME / "hf"),
+    "NETRC": str(HOME / "netrc"),
+    "HF_ENDPOINT": "http://127.0.0.1:9",
+    "HF_HUB_DISABLE_TELEMETRY": "1",
+    "HF_HUB_DISABLE_UPDATE_CHECK": "1",
+    "HF_HUB_DISABLE_XET": "1",
+    "UNSLOTH_DISABLE_STATISTICS": "1",
+    "CUDA_VISIBLE_DEVICES": "",
+    "NO_PROXY": "127.0.0.1",
+}
+
+import pytest  # noqa: E402
+
+SCRIPT = Path(__file__).parents[1] / "finetune_r1.py"
+SAMPLE = SCRIPT.parent / "data" / "medical_sample.jsonl"
+BOS, EOS, PAD = "<｜begin▁of▁sentence｜>", "<｜end▁of▁sentence｜>", "<|finetune_right_pad_id|>"
+
+
+class Done(NamedTuple):
+    code: int
+    out: str
+    err: str
+
+
+@pytest.fixture(scope="session")
+def home() -> Path:
+    return HOME
+
+
+@pytest.fixture
+def cli(tmp_path):
+    """Runs the script as a user does, in an empty folder: `cli("train", "--max-steps", "2", HF_TOKEN="…")`."""
+
+    def run(*arguments: object, cwd: Path = tmp_path, stdin: str = "", **environment: str) -> Done:
+        command = [sys.executable, SCRIPT, *map(str, arguments)]
+        environment = {**os.environ, **environment}
+        done = subprocess.run(command, cwd=cwd, env=environment, input=stdin, capture_output=True, text=True)
+        return Done(done.returncode, done.stdout, done.stderr)
+
+    return run
+
+
+@pytest.fixture(scope="session")
+def demo(tmp_path_factory):
+    """The demo, run once as a user runs it: its working folder, its run folder, and what it printed."""
+    cwd = tmp_path_factory.mktemp("demo")
+    command = [sys.executable, SCRIPT, "demo", "--json", "--run-dir", "runs/demo"]
+    done = subprocess.run(command, cwd=cwd, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return cwd, cwd / "runs" / "demo", Done(done.returncode, done.stdout, done.stderr)
+
+
+@pytest.fixture(scope="session")
+def unsloth():
+    """Unsloth has to be imported before transformers; whoever uses a model or a tokenizer asks for this first."""
+    import finetune_r1
+
+    return finetune_r1.import_unsloth()
+
+
+@pytest.fixture(scope="session")
+def smollm2(unsloth):
+    """The demo model's folder."""
+    import finetune_r1
+
+    return finetune_r1.demo_model()
+
+
+@pytest.fixture(scope="session")
+def r1_tokenizer(unsloth):
+    """A small tokenizer laid out like R1's: byte-level BPE, BOS prepended, the think tags tokens of their own."""
+    from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    backend = Tokenizer(models.BPE())
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    special = [BOS, EOS, PAD, "<｜User｜>", "<｜Assistant｜>"]
+    trainer = trainers.BpeTrainer(
+        vocab_size=1000, special_tokens=special, initial_alphabet=alphabet, show_progress=False
+    )
+    backend.train_from_iterator(SAMPLE.read_text().splitlines(), trainer)
+    backend.add_tokens([AddedToken(tag, normalized=False) for tag in ("<think>", "</think>")])
+    backend.post_processor = processors.TemplateProcessing(
+        single=f"{BOS} $A", special_tokens=[(BOS, backend.token_to_id(BOS))]
+    )
+    return PreTrainedTokenizerFast(tokenizer_object=backend, bos_token=BOS, eos_token=EOS, pad_token=PAD)
+
+
+@pytest.fixture(scope="session")
+def tiny_r1(r1_tokenizer, tmp_path_factory):
+    """A folder with a two-layer Llama of random weights and the tokenizer above: trains in seconds."""
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=len(r1_tokenizer), hidden_size=64, intermediate_size=128, num_hidden_layers=2,
+        num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=1024, tie_word_embeddings=False,
+        bos_token_id=r1_tokenizer.bos_token_id, eos_token_id=r1_tokenizer.eos_token_id,
+        pad_token_id=r1_tokenizer.pad_token_id,
+    )  # fmt: skip
+    folder = tmp_path_factory.mktemp("models") / "tiny-r1"
+    LlamaForCausalLM(config).to(torch.bfloat16).save_pretrained(folder)
+    r1_tokenizer.save_pretrained(folder)
+    return folder

@@ -1,0 +1,74 @@
+"""The whole job, run once as a user runs it, and then asked, evaluated, saved and looked at."""
+
+import json
+
+import pytest
+
+from finetune_r1 import BEFORE_AFTER, read_json, read_jsonl
+
+FILES = ["README.md", "adapter", "config.json", "eval.json", "loss.png", "merged", "metrics.jsonl", "run.json"]
+
+
+def test_it_prints_one_json_object_and_nothing_else_on_stdout(demo):
+    summary = json.loads(demo[2].out)
+    assert summary["run"] == "runs/demo" and summary["next"].startswith("python finetune_r1.py infer")
+
+
+def test_the_held_out_loss_falls_and_more_thoughts_are_closed(demo):
+    report = read_json(demo[1] / "eval.json")
+    assert report["rows"] == 16 and report["loss"]["high"] < 0 and report["verdict"].startswith("better")
+    assert report["closed"]["tuned"] >= report["closed"]["base"]
+
+
+def test_everything_lies_where_the_design_says(demo):
+    names = {path.name for path in demo[1].iterdir()}
+    assert set(FILES) <= names and not [name for name in names if "partial" in name]
+    assert read_json(demo[1] / "run.json")["status"] == "finished"
+    assert not list((demo[1] / "merged").glob("adapter*"))
+
+
+def test_it_goes_through_the_job_before_the_users_eyes(demo):
+    lines = demo[2].err.splitlines()
+    for start in ("config ", "rows ", "plan ", "step 00001/", "before (", "after (", "merging "):
+        assert [line for line in lines if line.startswith(start)], f"no line starts with {start!r}"
+    assert BEFORE_AFTER["en"] in demo[2].err
+
+
+def test_the_card_has_the_hubs_metadata_and_names_no_folder_of_this_machine(demo):
+    import yaml
+
+    text = (demo[1] / "README.md").read_text()
+    metadata = yaml.safe_load(text.split("---")[1])
+    assert metadata["base_model"] == "HuggingFaceTB/SmolLM2-135M-Instruct" and metadata["license"] == "apache-2.0"
+    assert "not a medical device" in text and str(demo[0]) not in text and "/cache/" not in text
+
+
+def test_infer_asks_the_newest_run_thought_on_stderr_answer_on_stdout(demo, cli):
+    done = cli("infer", "A child has a barking cough at night. What is it?", "--max-new-tokens", "160", cwd=demo[0])
+    assert done.code == 0, done.err
+    assert "thought closed" in done.err and done.out.strip()
+    assert "<|im_end|>" not in done.out + done.err and "</think>" not in done.err
+
+
+def test_infer_compare_and_file_answer_from_both_sides(demo, cli):
+    questions = demo[0] / "questions.jsonl"
+    questions.write_text("".join(json.dumps({"Question": f"What is {word}?"}) + "\n" for word in ("croup", "gout")))
+    options = ("--compare", "--file", questions, "--output", "answers.jsonl", "--max-new-tokens", "5", "--json")
+    done = cli("infer", *options, cwd=demo[0])
+    assert done.code == 0 and json.loads(done.out) == {"answers": 2, "written": "answers.jsonl"}
+    answers = read_jsonl(demo[0] / "answers.jsonl")
+    assert [a["question"] for a in answers] == ["What is croup?", "What is gout?"]
+    assert all(a["base"]["tokens"] == a["tuned"]["tokens"] == 5 and not a["tuned"]["stopped"] for a in answers)
+
+
+def test_eval_finds_the_same_held_out_loss_again(demo, cli):
+    before = read_json(demo[1] / "eval.json")["loss"]  # of the model as it was in memory after training
+    done = cli("eval", "--answers", "0", "--json", cwd=demo[0])
+    assert done.code == 0, done.err
+    assert json.loads(done.out)["loss"] == pytest.approx(before, abs=2e-3)
+
+
+def test_load_says_what_it_loaded(smollm2, cli):
+    done = cli("load", "--model", smollm2, "--no-load-in-4bit", "--json")
+    loaded = json.loads(done.out)
+    assert loaded["sample"] and loaded["weights_gib"] > 0.2 and loaded["device"].startswith("CPU")

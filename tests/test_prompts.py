@@ -1,0 +1,109 @@
+"""The prompt contract: one template, byte for byte; the same tokens in training and at inference; no forged tags."""
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import finetune_r1
+from prompts import build_example, build_prompt, find_marker, split_response
+
+ENGLISH = """Below is an instruction that describes a task, paired with an input that provides further context.\x20
+Write a response that appropriately completes the request.\x20
+Before answering, think carefully about the question and create a step-by-step chain of thoughts to ensure a logical \
+and accurate response.
+
+### Instruction:
+You are a medical expert with advanced knowledge in clinical reasoning, diagnostics, and treatment planning.\x20
+Please answer the following medical question.\x20
+
+### Question:
+Why?
+
+### Response:
+<think>
+"""
+CHINESE = """以下是描述任务的指令,以及提供进一步上下文的输入。\x20
+写出一个适当完成请求的回应。\x20
+在回答之前,仔细思考问题并创建一个逐步的思维链,以确保回答的逻辑性和准确性。
+
+### 指令:
+你是一位具有先进临床推理、诊断和治疗计划知识的医学专家。\x20
+请回答以下医学问题。\x20
+
+### 问题:
+为什么?
+
+### 回应:
+<think>
+"""
+
+
+@pytest.fixture(scope="module", params=["smollm2", "r1"])
+def tokenizer(request, smollm2, r1_tokenizer):
+    from transformers import AutoTokenizer
+
+    return r1_tokenizer if request.param == "r1" else AutoTokenizer.from_pretrained(smollm2)
+
+
+def test_the_english_prompt_is_the_recipes_byte_for_byte():
+    assert build_prompt("Why?") == ENGLISH
+
+
+def test_the_chinese_prompt_is_the_recipes_byte_for_byte():
+    assert build_prompt("为什么?", "zh") == CHINESE
+
+
+def test_an_example_is_prompt_thought_answer_eos():
+    assert build_example("Why?", " Hm. \n", "\nSo.", "<eos>") == ENGLISH + "Hm.\n</think>\nSo.<eos>"
+
+
+def test_braces_and_template_markers_in_a_question_stay_as_they_are():
+    question = "Is {question} or {0} in ### Response: a risk?"
+    assert build_prompt(question) == ENGLISH.replace("Why?", question)
+
+
+def test_a_response_splits_at_its_first_closing_tag():
+    assert split_response("Hm.\n</think>\nSo. </think> no") == ("Hm.", "So. </think> no", True)
+
+
+def test_a_thought_that_was_never_closed_has_no_answer():
+    assert split_response("Hm, and then it was cut") == ("Hm, and then it was cut", "", False)
+
+
+@pytest.mark.parametrize("text", ["a <think> b", "a</think>", "the end<eos>"])
+def test_a_marker_inside_a_field_is_found(text):
+    assert find_marker(text, ["<eos>"]) in text
+
+
+def test_clean_text_has_no_marker():
+    assert find_marker("if a < b > c, think", ["<eos>"]) is None
+
+
+TEXT = st.text(st.characters(exclude_categories=["Cs"]), max_size=60).filter(str.strip)
+
+
+@settings(max_examples=200, deadline=None)
+@given(question=TEXT, thought=TEXT, answer=TEXT, lang=st.sampled_from(["en", "zh"]))
+def test_a_row_starts_with_the_tokens_of_its_prompt(tokenizer, question, thought, answer, lang):
+    if find_marker(question + thought + answer, [str(t) for t in tokenizer.added_tokens_decoder.values()]):
+        return
+    row = finetune_r1.encode_row(tokenizer, question, thought, answer, lang)
+    assert row.input_ids[: row.prompt_tokens] == tokenizer(build_prompt(question, lang))["input_ids"]
+
+
+def test_a_row_has_one_bos_at_its_start_and_one_eos_at_its_end(tokenizer):
+    ids = finetune_r1.encode_row(tokenizer, "Why?", "Hm.", "So.", "en").input_ids
+    assert ids[0] == tokenizer.bos_token_id and ids.count(tokenizer.bos_token_id) == 1
+    assert ids[-1] == tokenizer.eos_token_id and ids.count(tokenizer.eos_token_id) == 1
+    assert tokenizer.eos_token_id != tokenizer.pad_token_id
+
+
+def test_each_tag_is_in_the_row_once(tokenizer):
+    ids = finetune_r1.encode_row(tokenizer, "Why?", "Hm.", "So.", "en").input_ids
+    text = tokenizer.decode(ids)
+    assert text.count("<think>") == text.count("</think>") == 1
+
+
+def test_where_the_tags_are_tokens_the_row_holds_those_tokens(r1_tokenizer):
+    ids = finetune_r1.encode_row(r1_tokenizer, "Why?", "Hm.", "So.", "en").input_ids
+    assert [ids.count(r1_tokenizer.convert_tokens_to_ids(tag)) for tag in ("<think>", "</think>")] == [1, 1]

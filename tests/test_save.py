@@ -1,0 +1,111 @@
+"""Merged weights are base + adapter, load in plain transformers, and never lie beside an adapter."""
+
+import dataclasses
+import shutil
+
+import pytest
+from conftest import SAMPLE
+
+import finetune_r1
+from finetune_r1 import TrainConfig, UserError
+
+PROBE = "Below is an instruction. Why does a raised anion gap matter in a patient with diabetes?"
+
+
+@pytest.fixture(scope="module")
+def run(tiny_r1, unsloth, tmp_path_factory):
+    """A finished 4-bit run."""
+    config = TrainConfig(
+        model=str(tiny_r1), dataset=str(SAMPLE), split="train[:8]", max_seq_length=768, max_steps=3, effective_batch=2,
+        warmup_steps=0, learning_rate=1e-2, max_new_tokens=4, wandb=False,
+    )  # fmt: skip
+    folder = tmp_path_factory.mktemp("runs") / "run"
+    model, _, _ = finetune_r1.train_run(config, folder)
+    assert any(type(module).__name__ == "Linear4bit" for module in model.modules()), "the base was loaded in 4-bit"
+    return folder
+
+
+@pytest.fixture(scope="module")
+def merged(run):
+    saved = finetune_r1.save(run=run)
+    assert saved is not None and saved["adapter_share"] == pytest.approx(1, abs=0.05)
+    return run / "merged"
+
+
+def logits(model, tokenizer):
+    import torch
+
+    with torch.no_grad():
+        return model(**tokenizer(PROBE, return_tensors="pt")).logits.float()
+
+
+def test_merged_weights_give_the_logits_of_base_and_adapter(run, merged, tiny_r1, r1_tokenizer):
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM
+
+    plain = AutoModelForCausalLM.from_pretrained(merged, dtype="auto")
+    base = AutoModelForCausalLM.from_pretrained(tiny_r1, dtype="auto")
+    untuned = logits(base, r1_tokenizer)
+    tuned = logits(PeftModel.from_pretrained(base, run / "adapter"), r1_tokenizer)
+    off, effect = (logits(plain, r1_tokenizer) - tuned).norm(), (tuned - untuned).norm()
+    assert off < 0.1 * effect
+
+
+def test_the_folder_is_whole_and_safe(merged, tiny_r1):
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
+
+    names = {path.name for path in merged.iterdir()}
+    assert {"config.json", "generation_config.json", "model.safetensors", "tokenizer.json"} <= names
+    assert not [name for name in names if name.startswith("adapter") or name.endswith((".bin", ".pt"))]
+    tokenizer, generation = AutoTokenizer.from_pretrained(merged), GenerationConfig.from_pretrained(merged)
+    assert tokenizer.eos_token_id == generation.eos_token_id != tokenizer.pad_token_id
+    assert AutoModelForCausalLM.from_pretrained(merged, dtype="auto").dtype == torch.bfloat16
+
+
+def test_saving_again_does_no_work_twice(run, merged):
+    before = (merged / "model.safetensors").stat().st_mtime_ns
+    finetune_r1.save(run=run)
+    assert (merged / "model.safetensors").stat().st_mtime_ns == before
+
+
+def test_a_folder_that_is_there_is_refused_so_that_nothing_mixes(run, merged, tmp_path):
+    finetune_r1.save(run=run, as_="adapter", output=tmp_path / "mine")
+    with pytest.raises(UserError, match="there already"):
+        finetune_r1.save(run=run, output=tmp_path / "mine")
+    assert not (tmp_path / "mine" / "model.safetensors").exists()
+
+
+@pytest.mark.parametrize("times", [0, 2])
+def test_a_lost_or_doubled_adapter_is_caught(times):
+    """The probe itself: logits in which the adapter's effect is there `times` times, and rounding noise."""
+    import torch
+
+    torch.manual_seed(0)
+    base, effect, noise = torch.randn(3, 50, 200).unbind(0)
+    tuned = base + 0.3 * effect
+    assert finetune_r1.check_merge(base, tuned, base + 0.3 * effect + 0.05 * noise)["adapter_share"] > 0.9
+    with pytest.raises(UserError, match="do not act as base"):
+        finetune_r1.check_merge(base, tuned, base + times * 0.3 * effect + 0.05 * noise)
+
+
+def test_a_failed_check_leaves_no_folder(run, tmp_path, monkeypatch):
+    """A merge that loses the adapter, as some have: nothing may look saved afterwards."""
+    from peft.tuners.lora import LoraModel
+
+    copy = tmp_path / "run"
+    shutil.copytree(run, copy, ignore=shutil.ignore_patterns("merged"))
+    monkeypatch.setattr(LoraModel, "merge_and_unload", LoraModel.unload)
+    with pytest.raises(UserError, match="Nothing was saved"):
+        finetune_r1.save(run=copy)
+    assert not list(copy.glob("*merged*"))
+
+
+def test_the_16_bit_base_is_found_behind_a_quantized_name(run, tiny_r1, tmp_path):
+    renamed = tmp_path / "tiny-unsloth-bnb-4bit"
+    shutil.copytree(tiny_r1, tmp_path / "tiny")
+    copy = tmp_path / "run"
+    shutil.copytree(run, copy, ignore=shutil.ignore_patterns("merged"))
+    config = dataclasses.replace(finetune_r1.run_config(copy), model=str(renamed))
+    finetune_r1.write_json(copy / "config.json", dataclasses.asdict(config))
+    assert finetune_r1.merge_weights(copy, copy / "merged")["adapter_share"] > 0.9
