@@ -513,7 +513,8 @@ def check_model(config: ModelConfig) -> None:
     if not folder.is_dir():
         import huggingface_hub
 
-        huggingface_hub.hf_hub_download(config.model, "config.json")
+        if not huggingface_hub.try_to_load_from_cache(config.model, "config.json"):
+            huggingface_hub.model_info(config.model, timeout=10)  # asks once; a download would try for half a minute
 
 
 def check_gpu(config: ModelConfig) -> None:
