@@ -140,7 +140,9 @@ class TrainConfig(DataConfig, GenerationConfig):
     lr_scheduler_type: Literal["linear", "cosine", "constant", "constant_with_warmup"] = option(
         "linear", "How the learning rate falls."
     )
-    optim: str = option("adamw_8bit", "Optimizer, by its name in transformers.")
+    optim: Literal["adamw_8bit", "adamw_torch", "adamw_torch_fused", "paged_adamw_8bit", "adafactor", "sgd"] = option(
+        "adamw_8bit", "Optimizer, by its name in transformers."
+    )
     weight_decay: float = option(0.01, "Weight decay.", min=0.0, max=1.0)
     logging_steps: int = option(10, "Log the mean loss of this many steps.", min=1)
     loss_on: Literal["all", "response"] = option("all", "Learn from the whole row, or from thought and answer only.")
@@ -207,13 +209,17 @@ def shorten(tokenizer: Any, row: Row, config: DataConfig) -> Row | str:
     return shorter._replace(shortened=True)
 
 
-def make_row(record: dict[str, Any], tokenizer: Any, special_tokens: Iterable[str], config: DataConfig) -> Row | str:
+def special_tokens(tokenizer: Any) -> list[str]:
+    return sorted({str(token) for token in tokenizer.added_tokens_decoder.values()})
+
+
+def make_row(record: dict[str, Any], tokenizer: Any, special: Iterable[str], config: DataConfig) -> Row | str:
     """A row that can be trained on, or the reason why there is none."""
     columns = (config.question_col, config.cot_col, config.response_col)
     for column in columns:
         if not isinstance(record[column], str) or not record[column].strip():
             return f"{column} is empty or not text"
-        if marker := find_marker(record[column], special_tokens):
+        if marker := find_marker(record[column], special):
             return f"{marker} inside {column}"
     question, thought, answer = (record[column].strip() for column in columns)
     row = encode_row(tokenizer, question, thought, answer, config.lang)
@@ -227,11 +233,11 @@ def make_row(record: dict[str, Any], tokenizer: Any, special_tokens: Iterable[st
 
 def prepare_rows(records: Any, tokenizer: Any, config: DataConfig) -> tuple[list[Row], list[Row], dict[str, Any]]:
     """Rows to train on, rows held out, and the account of every record read."""
-    special_tokens = sorted({str(token) for token in tokenizer.added_tokens_decoder.values()})
+    special = special_tokens(tokenizer)
     rows: dict[str, Row] = {}
     dropped: Counter[str] = Counter()
     for record in records:
-        row = make_row(record, tokenizer, special_tokens, config)
+        row = make_row(record, tokenizer, special, config)
         if isinstance(row, str):
             dropped[row] += 1
         elif rows.setdefault(same_question(row.question), row) is not row:
@@ -669,6 +675,9 @@ def generate(
     """Answers in one batch; each tells whether its thought was closed and whether the model stopped by itself."""
     import torch
 
+    for question in questions:
+        if marker := find_marker(question, special_tokens(tokenizer)):
+            raise UserError(f"a question holds {marker}, which has a meaning of its own to the model.", "leave it out")
     import_unsloth().for_inference(model)
     tokenizer.padding_side = "left"
     batch = tokenizer([build_prompt(q, lang) for q in questions], return_tensors="pt", padding=True).to(model.device)
@@ -948,6 +957,7 @@ ADVICE = {
     "DatasetGenerationError": "the --dataset file could not be read to its end: look at it, or make it anew",
     "HfHubHTTPError": "check the name, and the token with `login`",
     **dict.fromkeys(("LocalEntryNotFoundError", "OfflineModeIsEnabled", "HTTPError", "ConnectionError"), NOT_REACHED),
+    "ModuleNotFoundError": "install the pinned packages: `uv run finetune_r1.py` does, the README says how without uv",
     "OutOfMemoryError": "try --micro-batch 1, --gradient-checkpointing unsloth, or a smaller --max-seq-length",
     "JSONDecodeError": "the file is not one JSON object a line: mend it or make it anew",
     "PermissionError": "choose a folder that you may write to",
@@ -1269,12 +1279,17 @@ def read_questions(
             raise UserError(f"--file {file}: a row has no {settings.question_col}.", "name the field so in every row")
         return [row[settings.question_col] for row in rows]
     if question is None and sys.stdin.isatty():
-        return iter(lambda: input("question: "), "")
+        return typed_questions()
     if question is None or not question.strip():
         raise UserError("the question is empty.", 'infer "What widens the anion gap?"')
-    if marker := find_marker(question):
-        raise UserError(f"the question holds {marker}, which marks the model's own thought.", "leave it out")
     return [question]
+
+
+def typed_questions() -> Iterator[str]:
+    """Until an empty line or Ctrl-D."""
+    with contextlib.suppress(EOFError):
+        while question := input("question: ").strip():
+            yield question
 
 
 @command
@@ -1403,13 +1418,15 @@ def demo(run_dir: RunDirOption = None) -> dict[str, Any]:
     say("", f"evaluating base and tuned on the {len(held_out)} held-out rows")
     report = record_evaluation(folder, evaluate(model, tokenizer, held_out, 8, config, config.lang))
     say("merging the adapter into 16-bit weights, and checking them")
-    merged = merge_weights(folder, folder / "merged")
+    save = subprocess.run([sys.executable, __file__, "save", "--run", folder, "--json"], stdout=-1, text=True)
+    if save.returncode:  # a process of its own, as Unsloth has patched this one's model classes; it has said why
+        raise typer.Exit(save.returncode)
     return {
         "run": str(folder),
         "verdict": report["verdict"],
         **{f"held_out_{name}": f"{report[name]['base']} before, {report[name]['tuned']} after" for name in MEASURES},
         "adapter": str(folder / "adapter"),
-        "merged": {"folder": str(folder / "merged"), **merged},
+        "merged": json.loads(save.stdout),
         "card": str(folder / "README.md"),
         "seconds": round(time.perf_counter() - started),
         "next": f'python finetune_r1.py infer --run {folder} "What widens the anion gap?"',
