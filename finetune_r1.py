@@ -535,7 +535,6 @@ def check_gpu(config: ModelConfig) -> None:
 
 def import_unsloth() -> Any:
     """Unsloth's FastLanguageModel; it has to be imported before trl, transformers and peft."""
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # a CPU kernel that is not needed, at every import
     from unsloth import FastLanguageModel
     from transformers.utils import logging as transformers_logging  # isort: skip
     import datasets
@@ -988,9 +987,11 @@ def friendly_errors() -> Iterator[None]:
 
 
 def prepare_environment() -> None:
-    """`.env` (the environment wins), one GPU, no statistics: all before any library reads its variables."""
+    """`.env` (the environment wins), one GPU, no statistics, less noise: before any library reads its variables."""
     import dotenv
 
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it misses a CPU kernel that nothing here needs
+    os.environ.pop("HF_HUB_ENABLE_HF_TRANSFER", None)  # Unsloth sets it, huggingface_hub warns of it in a child
     dotenv.load_dotenv(dotenv.find_dotenv(usecwd=True))
     os.environ.setdefault("CUDA_VISIBLE_DEVICES", "0")
     os.environ.setdefault("UNSLOTH_DISABLE_STATISTICS", "1")
