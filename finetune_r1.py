@@ -47,9 +47,7 @@ PROJECT = Path(__file__).resolve().parent
 RUNS = Path("runs")
 DEMO_ROWS = PROJECT / "data" / "medical_sample.jsonl"
 DEMO_MODEL = "HuggingFaceTB/SmolLM2-135M-Instruct"
-PACKAGES = (
-    "unsloth unsloth_zoo torch transformers trl peft accelerate datasets bitsandbytes huggingface_hub wandb typer"
-)
+PACKAGES = "unsloth unsloth_zoo torch transformers trl peft accelerate datasets bitsandbytes huggingface_hub wandb"
 BEFORE_AFTER: dict[Lang, str] = {
     "en": "A 61-year-old woman with a long history of involuntary urine loss during activities like coughing or "
     "sneezing but no leakage at night undergoes a gynecological exam and Q-tip test. Based on these findings, what "
@@ -67,6 +65,14 @@ SENTENCE_END = re.compile(r"[.!?](?=\s)|[。!?！？]|\n")
 # ------------------------------------------------------------------------------------------------------------- config
 
 
+Dtype = Literal["auto", "bfloat16", "float16", "float32"]
+Overlong = Literal["shorten-thought", "drop", "error"]
+Optimizer = Literal["adamw_8bit", "adamw_torch", "adamw_torch_fused", "paged_adamw_8bit", "adafactor", "sgd"]
+Schedule = Literal["linear", "cosine", "constant", "constant_with_warmup"]
+LAYERS = "q_proj,k_proj,v_proj,o_proj,gate_proj,up_proj,down_proj"
+WANDB_PROJECT = "Fine-tune-DeepSeek-R1-Distill-Llama-8B on Medical COT Dataset"
+
+
 def option(default: Any, help: str, *flags: str, **limits: Any) -> Any:
     """A dataclass field that is also a command-line option: `flags` replace the name's own, `limits` are Typer's."""
     return field(default=default, metadata={"flags": flags, "help": help, **limits})
@@ -79,7 +85,7 @@ class ModelConfig:
     model: str = option("unsloth/DeepSeek-R1-Distill-Llama-8B", "Base model: a name on the Hub or a folder.")
     max_seq_length: int = option(2048, "Longest row, in tokens.", min=32, max=131072)
     load_in_4bit: bool = option(True, "Load the base model in 4-bit (nf4).")
-    dtype: Literal["auto", "bfloat16", "float16", "float32"] = option("auto", "Arithmetic; auto: bf16 where it can.")
+    dtype: Dtype = option("auto", "Arithmetic; auto: bf16 where it can.")
     gpu_memory_gib: float | None = option(None, "Use at most this much GPU memory, in GiB.", min=1)
 
 
@@ -94,18 +100,14 @@ class Seeded:
 class DataConfig(ModelConfig, Seeded):
     """Which rows are taught, and how they become text."""
 
-    dataset: str = option(
-        "FreedomIntelligence/medical-o1-reasoning-SFT", "A name on the Hub, or a .jsonl, .json, .csv, .parquet file."
-    )
+    dataset: str = option("FreedomIntelligence/medical-o1-reasoning-SFT", "Hub name, or .jsonl, .json, .csv, .parquet.")
     subset: str | None = option(None, "The dataset's configuration; default: the language.")
     split: str = option("train[0:500]", "Split, with a slice if wanted.")
     question_col: str = option("Question", "Column with the question.")
     cot_col: str = option("Complex_CoT", "Column with the chain of thought.")
     response_col: str = option("Response", "Column with the answer.")
-    lang: Literal["en", "zh"] = option("en", "Language of prompt and rows.")
-    overlong: Literal["shorten-thought", "drop", "error"] = option(
-        "shorten-thought", "What to do with a row longer than --max-seq-length; the answer is never cut."
-    )
+    lang: Lang = option("en", "Language of prompt and rows.")
+    overlong: Overlong = option("shorten-thought", "For a row beyond --max-seq-length; the answer is never cut.")
     eval_rows: int = option(0, "Rows held out of training, chosen by seed.", min=0)
 
 
@@ -125,31 +127,20 @@ class TrainConfig(DataConfig, GenerationConfig):
     lora_alpha: int = option(16, "Scale of the adapter: alpha / r.", min=1)
     lora_dropout: float = option(0.0, "Dropout in the adapter.", min=0.0, max=0.9)
     use_rslora: bool = option(False, "Scale by alpha / sqrt(r) instead.")
-    target_modules: str = option(
-        "q_proj,k_proj,v_proj,o_proj,gate_proj,up_proj,down_proj", "Layers that get an adapter, separated by commas."
-    )
+    target_modules: str = option(LAYERS, "Layers that get an adapter, separated by commas.")
     effective_batch: int = option(8, "Rows a step.", "--effective-batch", "--batch-size", min=1)
-    micro_batch: int = option(
-        2, "Rows at once on the device; divides the effective batch.",
-        "--micro-batch", "--per-device-train-batch-size", min=1,
-    )  # fmt: skip
+    micro_batch: int = option(2, "Rows at once.", "--micro-batch", "--per-device-train-batch-size", min=1)
     gradient_checkpointing: Literal["unsloth", "none"] = option("unsloth", "Recompute activations to save memory.")
     max_steps: int = option(60, "Optimizer steps.", min=1)
     warmup_steps: int = option(5, "Steps until the learning rate is reached.", min=0)
     learning_rate: float = option(2e-4, "Peak learning rate.", min=0.0, max=1.0)
-    lr_scheduler_type: Literal["linear", "cosine", "constant", "constant_with_warmup"] = option(
-        "linear", "How the learning rate falls."
-    )
-    optim: Literal["adamw_8bit", "adamw_torch", "adamw_torch_fused", "paged_adamw_8bit", "adafactor", "sgd"] = option(
-        "adamw_8bit", "Optimizer, by its name in transformers."
-    )
+    lr_scheduler_type: Schedule = option("linear", "How the learning rate falls.")
+    optim: Optimizer = option("adamw_8bit", "Optimizer, by its name in transformers.")
     weight_decay: float = option(0.01, "Weight decay.", min=0.0, max=1.0)
     logging_steps: int = option(10, "Log the mean loss of this many steps.", min=1)
     loss_on: Literal["all", "response"] = option("all", "Learn from the whole row, or from thought and answer only.")
     wandb: bool = option(True, "Log to Weights & Biases when logged in.")
-    wandb_project: str = option(
-        "Fine-tune-DeepSeek-R1-Distill-Llama-8B on Medical COT Dataset", "Project on Weights & Biases."
-    )
+    wandb_project: str = option(WANDB_PROJECT, "Project on Weights & Biases.")
 
 
 # ----------------------------------------------------------------------------------------------------- pure functions
@@ -395,11 +386,9 @@ def versions() -> dict[str, str]:
 
 
 def git_revision() -> str | None:
-    """The revision of this script, None outside a checkout."""
-    if not shutil.which("git"):
-        return None
-    answer = subprocess.run(["git", "rev-parse", "HEAD"], cwd=PROJECT, capture_output=True, text=True)
-    return None if answer.returncode else answer.stdout.strip()
+    """The revision of this script, None outside a checkout or without git."""
+    answer = subprocess.run("git rev-parse -q --verify HEAD", shell=True, cwd=PROJECT, capture_output=True, text=True)
+    return answer.stdout.strip() or None
 
 
 def find_run(run: Path | None) -> Path:
@@ -496,17 +485,14 @@ def demo_model() -> Path:
 
 def check_config(config: TrainConfig) -> None:
     """Everything that can be refused before anything is downloaded, all at once."""
-    problems = []
-    if config.effective_batch % config.micro_batch:
-        problems.append(
-            f"--micro-batch {config.micro_batch} does not divide --effective-batch {config.effective_batch}"
-        )
-    if config.warmup_steps > config.max_steps:
-        problems.append(f"--warmup-steps {config.warmup_steps} is more than --max-steps {config.max_steps}")
-    if not all(name.strip() for name in config.target_modules.split(",")):
-        problems.append(f"--target-modules {config.target_modules!r} has an empty name")
-    if problems:
-        raise UserError("; ".join(problems) + ".", "see `train --help` for what each option takes")
+    batch, micro, modules = config.effective_batch, config.micro_batch, config.target_modules.split(",")
+    problems = {
+        f"--micro-batch {micro} does not divide --effective-batch {batch}": batch % micro != 0,
+        f"--warmup-steps {config.warmup_steps} is more than --max-steps": config.warmup_steps > config.max_steps,
+        f"--target-modules {config.target_modules!r} has an empty name": not all(map(str.strip, modules)),
+    }
+    if any(problems.values()):
+        raise UserError("; ".join(p for p, is_so in problems.items() if is_so), "`train --help` tells what each takes")
 
 
 def check_model(config: ModelConfig) -> None:
@@ -521,6 +507,7 @@ def check_model(config: ModelConfig) -> None:
 
         if not huggingface_hub.try_to_load_from_cache(config.model, "config.json"):
             huggingface_hub.model_info(config.model, timeout=10)  # asks once; a download would try for half a minute
+            huggingface_hub.hf_hub_download(config.model, "config.json")  # so that it is there without a network
 
 
 def check_gpu(config: ModelConfig) -> None:
@@ -762,12 +749,13 @@ def evaluate(
 
 def peak_memory_gib() -> float:
     """GPU memory reserved at most, or on a CPU resident memory (Linux counts it in KiB)."""
-    import resource
-
     import torch
 
-    resident = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    return round((torch.cuda.max_memory_reserved() if torch.cuda.is_available() else resident) / GIB, 2)
+    if torch.cuda.is_available():
+        return round(torch.cuda.max_memory_reserved() / GIB, 2)
+    import resource
+
+    return round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / GIB, 2)
 
 
 def device_name() -> str:
@@ -1094,12 +1082,12 @@ def doctor(config: TrainConfig) -> dict[str, Any]:
     found, free = versions(), shutil.disk_usage(".").free / GIB
     problems = [f"{name} is not installed" for name, version in found.items() if version == "missing"]
     problems += [] if gpus else ["no CUDA GPU: `demo` runs here, the 8B does not"]
-    problems += [f"{free:.0f} GiB of free disk: the 8B and its merged weights take 40"] if free < 40 else []
+    problems += ["too little free disk: the 8B in 4-bit takes 6 GiB and a run about 1"] if free < 8 else []
     return {
         "versions": found,
         "gpus": [f"{g.name}, compute {g.major}.{g.minor}, {g.total_memory / GIB:.1f} GiB" for g in gpus],
         "precision": precision(config),
-        "free_disk_gib": round(free, 1),
+        "free_disk": f"{free:.0f} GiB; merging the 8B takes {'40, an adapter alone is possible' if free < 40 else 40}",
         "hugging_face_token": "found" if huggingface_hub.get_token() else "none; public models need none",
         "wandb_key": "found" if os.environ.get("WANDB_API_KEY") else "not in the environment",
         "hub": reach_hub(),
@@ -1209,9 +1197,8 @@ def announce(folder: Path, config: TrainConfig, account: dict[str, Any], rows: S
 
 def record_training(folder: Path, seconds: dict[str, float]) -> None:
     losses = [line["loss"] for line in read_jsonl(folder / "metrics.jsonl")]
-    update_run(
-        folder, losses={"first": losses[0], "last": losses[-1]}, seconds=seconds, peak_memory_gib=peak_memory_gib()
-    )
+    ends = {"first": losses[0], "last": losses[-1]}
+    update_run(folder, losses=ends, seconds=seconds, peak_memory_gib=peak_memory_gib())
     plot_losses(folder)
 
 
@@ -1319,9 +1306,8 @@ def evaluation_rows(settings: TrainConfig, tokenizer: Any, dataset: str | None, 
     trained, held_out, _ = prepare_rows(read_dataset(settings), tokenizer, settings)
     if not (dataset or split):
         return held_out
-    asked = dataclasses.replace(
-        settings, dataset=dataset or settings.dataset, split=split or settings.split, eval_rows=0
-    )
+    named: dict[str, Any] = {"dataset": dataset or settings.dataset, "split": split or settings.split}
+    asked = dataclasses.replace(settings, **named, eval_rows=0)
     known = {same_question(row.question) for row in trained}
     others = prepare_rows(read_dataset(asked), tokenizer, asked)[0]
     if not (rows := [row for row in others if same_question(row.question) not in known]):
@@ -1438,7 +1424,7 @@ def demo_config(model: str) -> TrainConfig:
     """Small enough for two CPU cores in minutes, large enough to see the format learned."""
     return TrainConfig(
         model=model, dataset=str(DEMO_ROWS), split="train", eval_rows=16, load_in_4bit=False, max_seq_length=512,
-        effective_batch=4, micro_batch=4, gradient_checkpointing="none", max_steps=16, warmup_steps=2,
+        effective_batch=2, micro_batch=2, gradient_checkpointing="none", max_steps=20, warmup_steps=2,
         learning_rate=2e-3, loss_on="response", logging_steps=2, max_new_tokens=160, wandb=False,
     )  # fmt: skip
 
