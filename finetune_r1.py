@@ -773,7 +773,11 @@ def start_tracking(config: TrainConfig, folder: Path) -> bool:
     if os.environ.get("WANDB_MODE") != "offline" and not wandb.login(prompt=False, verify=False):
         return False
     settings = dataclasses.asdict(config)
-    wandb.init(project=config.wandb_project, job_type="training", name=folder.name, dir=folder, config=settings)
+    names: dict[str, Any] = {"project": config.wandb_project, "job_type": "training", "name": folder.name}
+    try:
+        wandb.init(**names, dir=folder.resolve(), config=settings)
+    except wandb.Error as error:
+        raise UserError(f"W&B did not start the run: {error}", "check `login`, or train with --no-wandb") from error
     return True
 
 

@@ -1,10 +1,12 @@
 """Training on a tiny model laid out like R1, in 4-bit, through the same code that trains the 8B."""
 
 import dataclasses
+import json
 import math
 
 import pytest
 from conftest import EOS, SAMPLE
+from servers.wandb_server import WandbServer
 
 import finetune_r1
 from finetune_r1 import TrainConfig, UserError, read_json, read_jsonl
@@ -159,6 +161,20 @@ def test_w_and_b_gets_the_run_when_asked_to_keep_it_offline(config, unsloth, tmp
     assert wandb.run.project == config.wandb_project and wandb.run.config["lora_r"] == 16
     wandb.finish()
     assert list(tmp_path.glob("wandb/offline-run-*/*.wandb"))
+
+
+def test_w_and_b_gets_the_history_of_a_run_trained_by_the_command_line(tiny_r1, cli, tmp_path):
+    options = ["--split", "train[:12]", "--eval-rows", 2, "--max-steps", 3, "--logging-steps", 1, "--max-new-tokens", 4]
+    with WandbServer(keys={"k" * 40: "alice"}) as server:
+        done = cli("train", "--model", tiny_r1, "--dataset", SAMPLE, *options, "--warmup-steps", 1, "--json",
+                   WANDB_BASE_URL=server.url, WANDB_API_KEY="k" * 40)  # fmt: skip
+    assert done.code == 0, done.err
+    [sent] = server.runs.values()
+    assert sent.project == TrainConfig().wandb_project and sent.finished and sent.exitcode == 0
+    assert [line["train/loss"] for line in sent.history if "train/loss" in line] == [
+        line["loss"] for line in read_jsonl(tmp_path / json.loads(done.out)["run"] / "metrics.jsonl")
+    ]
+    assert sent.config["lora_r"] == 16 and "k" * 40 not in done.out + done.err
 
 
 def test_w_and_b_is_left_alone_without_a_key(config, unsloth, tmp_path):
