@@ -542,6 +542,8 @@ def precision(config: ModelConfig) -> str:
 
 def load_model(config: ModelConfig, adapter: Path | None = None) -> tuple[Any, Any]:
     """Model and tokenizer; with `adapter`, the base it was trained on with the adapter on top."""
+    check_gpu(config)
+    check_model(config)
     import torch
 
     if config.gpu_memory_gib and torch.cuda.is_available():
@@ -1113,8 +1115,6 @@ def reach_hub() -> str:
 @command
 def load(config: ModelConfig) -> dict[str, Any]:
     """Download and load the base model, and let it say one sentence."""
-    check_gpu(config)
-    check_model(config)
     started = time.perf_counter()
     model, tokenizer = load_model(config)
     seconds = round(time.perf_counter() - started, 1)
@@ -1180,8 +1180,7 @@ def train_run(config: TrainConfig, folder: Path) -> tuple[Any, Any, list[Row]]:
         tracked = start_tracking(config, folder)
         make_trainer(model, tokenizer, rows, config, folder, tracked).train()
         save_adapter(model, tokenizer, config, folder)
-        seconds = {"load": round(loaded - started, 1), "train": round(time.perf_counter() - loaded, 1)}
-        record_training(folder, seconds)
+        record_training(folder, {"load": loaded - started, "train": time.perf_counter() - loaded})
         samples = answer_both(model, tokenizer, [BEFORE_AFTER[config.lang]], config, config.lang)
         write_jsonl(folder / "samples.jsonl", samples)
         write_card(folder)
@@ -1200,9 +1199,10 @@ def announce(folder: Path, config: TrainConfig, account: dict[str, Any], rows: S
 
 
 def record_training(folder: Path, seconds: dict[str, float]) -> None:
+    """What run.json and loss.png tell of the training."""
     losses = [line["loss"] for line in read_jsonl(folder / "metrics.jsonl")]
-    ends = {"first": losses[0], "last": losses[-1]}
-    update_run(folder, losses=ends, seconds=seconds, peak_memory_gib=peak_memory_gib())
+    ends, rounded = {"first": losses[0], "last": losses[-1]}, {name: round(took, 1) for name, took in seconds.items()}
+    update_run(folder, losses=ends, seconds=rounded, peak_memory_gib=peak_memory_gib())
     plot_losses(folder)
 
 
@@ -1231,24 +1231,31 @@ def infer(
         raise UserError("--compare asks base and tuned; --base and --model ask one.", "leave one of them out")
     settings, adapter = what_to_ask(run, base, model)
     questions = read_questions(question, file, output, settings)
-    check_gpu(settings)
-    check_model(settings)
     loaded, tokenizer = load_model(settings, adapter)
     answerer: Callable[..., list[dict[str, Any]]] = answer_both if compare else generate
     ask = functools.partial(answerer, loaded, tokenizer, config=config, lang=settings.lang)
     if output:
-        asked = list(questions)
-        write_jsonl(output, [answer for i in range(0, len(asked), 8) for answer in ask(questions=asked[i : i + 8])])
-        return {"answers": len(asked), "written": str(output)}
+        return answer_file(ask, list(questions), output)
     if as_json:
         return ask(questions=list(questions)[:1])[0]
-    for asked_now in questions:
-        if compare:
-            show_pair(ask(questions=[asked_now])[0], result)
-        else:
-            answer = ask(questions=[asked_now], streamer=speaker(tokenizer))[0]
-            say(dim(f"({how_it_ended(answer)}; {answer['tokens']} tokens in {answer['seconds']} s)"))
+    for asked in questions:
+        answer_aloud(ask, asked, tokenizer, compare)
     return None
+
+
+def answer_file(ask: Callable[..., list[dict[str, Any]]], questions: list[str], output: Path) -> dict[str, Any]:
+    """In batches of 8."""
+    batches = [questions[i : i + 8] for i in range(0, len(questions), 8)]
+    write_jsonl(output, [answer for batch in batches for answer in ask(questions=batch)])
+    return {"answers": len(questions), "written": str(output)}
+
+
+def answer_aloud(ask: Callable[..., list[dict[str, Any]]], question: str, tokenizer: Any, compare: bool) -> None:
+    """As it is written, or with --compare both sides when they are whole."""
+    if compare:
+        return show_pair(ask(questions=[question])[0], result)
+    answer = ask(questions=[question], streamer=speaker(tokenizer))[0]
+    say(dim(f"({how_it_ended(answer)}; {answer['tokens']} tokens in {answer['seconds']} s)"))
 
 
 def what_to_ask(run: Path | None, base: bool, model: str | None) -> tuple[TrainConfig, Path | None]:
@@ -1297,8 +1304,6 @@ def eval_(
     settings, adapter = run_config(folder), find_adapter(folder)
     if not (dataset or split or settings.eval_rows):
         raise UserError(f"{folder} held no rows out.", 'name others, such as --split "train[500:520]"')
-    check_gpu(settings)
-    check_model(settings)
     model, tokenizer = load_model(settings, adapter)
     rows = evaluation_rows(settings, tokenizer, dataset, split)
     report = evaluate(model, tokenizer, rows, answers, config, settings.lang)
