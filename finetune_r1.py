@@ -1086,7 +1086,8 @@ def doctor(config: TrainConfig) -> dict[str, Any]:
 
     gpus = [torch.cuda.get_device_properties(i) for i in range(torch.cuda.device_count())]
     found, free = versions(), shutil.disk_usage(".").free / GIB
-    problems = [f"{name} is not installed" for name, version in found.items() if version == "missing"]
+    missing = [name for name, version in found.items() if version == "missing" and name != "wandb"]
+    problems = [f"not installed: {', '.join(missing)}"] if missing else []
     problems += [] if gpus else ["no CUDA GPU: `demo` runs here, the 8B does not"]
     problems += ["too little free disk: the 8B in 4-bit takes 6 GiB and a run about 1"] if free < 8 else []
     return {
