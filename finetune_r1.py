@@ -612,6 +612,7 @@ def training_log(folder: Path, tokens_per_step: int) -> Any:
                 self.first_step_done = time.perf_counter()
             elif sys.stderr.isatty():
                 print(self.progress(state), end="\r", file=sys.stderr, flush=True)
+            control.should_log |= state.global_step == state.max_steps  # the last loss, whatever --logging-steps
 
         def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **_: Any) -> None:
             if "loss" in logs:

@@ -7,6 +7,7 @@ import re
 
 import pytest
 from conftest import EOS, SAMPLE
+from servers.hub import HubServer
 
 import finetune_r1
 from finetune_r1 import DataConfig, UserError, prepare_rows
@@ -145,3 +146,20 @@ def test_what_format_writes_is_taken_back_unchanged(tiny_r1, r1_tokenizer, tmp_p
     assert first == second
     texts = finetune_r1.read_dataset(taken_back)["text"][:]
     assert [r1_tokenizer(text)["input_ids"] for text in texts] == [row.input_ids for row in second]
+
+
+@pytest.mark.parametrize(("lang", "first"), [("en", "Why?"), ("zh", "为什么?")])
+def test_model_and_dataset_come_by_name_from_the_hub_and_the_language_is_the_subset(cli, tiny_r1, lang, first):
+    card = "---\nconfigs:\n- config_name: en\n  data_files: en.json\n- config_name: zh\n  data_files: zh.json\n---\n"
+    files = {"README.md": card.encode()}
+    for subset, question in (("en", "Why?"), ("zh", "为什么?")):
+        rows = [{**GOOD, "Question": question}, {**GOOD, "Question": question + "?"}]
+        files[f"{subset}.json"] = json.dumps(rows).encode()
+    with HubServer(tokens={}) as hub:
+        hub.add_repo("dataset", "org/medical", files)
+        hub.add_repo("model", "org/tiny", {path.name: path.read_bytes() for path in tiny_r1.iterdir()})
+        # datasets also asks datasets-server.127.0.0.1 for an export: the proxy keeps that on loopback.
+        options = ("--model", "org/tiny", "--dataset", "org/medical", "--split", "train[:1]", "--lang", lang, "--json")
+        done = cli("format", *options, HF_ENDPOINT=hub.url, HTTP_PROXY=hub.url)
+    assert done.code == 0, done.err
+    assert json.loads(done.out)["rows"]["read"] == 1 and build_prompt(first, lang) in done.err

@@ -15,7 +15,7 @@ from finetune_r1 import TrainConfig, UserError, read_json, read_jsonl
 @pytest.fixture(scope="module")
 def config(tiny_r1):
     return TrainConfig(
-        model=str(tiny_r1), dataset=str(SAMPLE), split="train[:24]", eval_rows=4, max_seq_length=768, max_steps=6,
+        model=str(tiny_r1), dataset=str(SAMPLE), split="train[:24]", eval_rows=4, max_seq_length=768, max_steps=7,
         effective_batch=4, micro_batch=2, warmup_steps=1, learning_rate=2e-2, logging_steps=2, max_new_tokens=8,
         wandb=False,
     )  # fmt: skip
@@ -60,8 +60,8 @@ def test_config_json_gives_the_config_back(run, config):
     assert finetune_r1.run_config(run) == config
 
 
-def test_metrics_has_a_line_for_each_logged_step(run):
-    assert [line["step"] for line in read_jsonl(run / "metrics.jsonl")] == [1, 2, 4, 6]
+def test_metrics_has_a_line_for_each_logged_step_and_the_first_and_the_last(run):
+    assert [line["step"] for line in read_jsonl(run / "metrics.jsonl")] == [1, 2, 4, 6, 7]
 
 
 def test_samples_hold_the_question_before_and_after(run):
