@@ -512,12 +512,14 @@ def check_model(config: ModelConfig) -> None:
 
 def check_gpu(config: ModelConfig) -> None:
     """Refuses what no CPU would finish."""
+    if (size := billions(config.model)) <= CPU_BILLIONS:
+        return
     import torch
 
-    if billions(config.model) > CPU_BILLIONS and not torch.cuda.is_available():
-        fault = f"--model {config.model} has about {billions(config.model):.1f} billion parameters, and this machine"
+    if not torch.cuda.is_available():
+        fault = f"--model {config.model} has about {size:.1f} billion parameters, and this machine has no CUDA GPU."
         way_out = f"see the whole job on this CPU with `demo`, or name a --model of at most {CPU_BILLIONS} billion"
-        raise UserError(f"{fault} has no CUDA GPU.", way_out)
+        raise UserError(fault, way_out)
 
 
 def import_unsloth() -> Any:
