@@ -323,6 +323,12 @@ def whole(path: Path) -> Iterator[Path]:
         shutil.rmtree(partial) if partial.is_dir() else partial.unlink(missing_ok=True)
 
 
+def check_new(output: Path | None) -> None:
+    """Nothing that is there is written over, and adapter and weights never mix."""
+    if output and output.exists():
+        raise UserError(f"--output {output}: it is there already.", "name another; nothing was changed")
+
+
 def write_text(path: Path, text: str) -> None:
     with whole(path) as partial:
         partial.write_text(text, encoding="utf-8")
@@ -957,6 +963,7 @@ ADVICE = {
     "OutOfMemoryError": "try --micro-batch 1, --gradient-checkpointing unsloth, or a smaller --max-seq-length",
     "JSONDecodeError": "the file is not one JSON object a line: mend it or make it anew",
     "PermissionError": "choose a folder that you may write to",
+    "SafetensorError": "the disk is full (`doctor` tells), or a .safetensors file is damaged: save it anew",
     "OSError": "check the path, and free disk with `doctor`",
 }
 
@@ -1058,6 +1065,8 @@ def login_hugging_face() -> dict[str, str]:
     try:
         account = huggingface_hub.whoami(token)
     except huggingface_hub.errors.HfHubHTTPError as error:
+        if error.response.status_code != 401:
+            raise
         raise UserError(f"Hugging Face refused the token from {source}.", "make a new one, then `login`") from error
     if source == "the prompt":
         huggingface_hub.login(token=token)
@@ -1137,6 +1146,7 @@ def load(config: ModelConfig) -> dict[str, Any]:
 @command
 def format_(config: DataConfig, output: OutputOption = None) -> dict[str, Any]:
     """Show the dataset as think-tagged text: the first row, the lengths, what is dropped or shortened."""
+    check_new(output)
     if output and output.suffix not in (".jsonl", ".parquet"):
         raise UserError(f"--output {output}: neither .jsonl nor .parquet.", "end the name in one of the two")
     records = read_dataset(config)
@@ -1231,6 +1241,7 @@ def infer(
     output: OutputOption = None,
 ) -> dict[str, Any] | None:
     """Answer a question: the thought on stderr, the answer on stdout."""
+    check_new(output)
     if compare and (base or model):
         raise UserError("--compare asks base and tuned; --base and --model ask one.", "leave one of them out")
     settings, adapter = what_to_ask(run, base, model)
@@ -1240,9 +1251,9 @@ def infer(
     ask = functools.partial(answerer, loaded, tokenizer, config=config, lang=settings.lang)
     if output:
         return answer_file(ask, list(questions), output)
-    if as_json:
-        return ask(questions=list(questions)[:1])[0]
     for asked in questions:
+        if as_json:
+            return ask(questions=[asked])[0]
         answer_aloud(ask, asked, tokenizer, compare)
     return None
 
@@ -1344,8 +1355,7 @@ def save(
     """Merge the adapter into 16-bit weights that load anywhere, and verify them."""
     folder = find_run(run)
     adapter = find_adapter(folder)
-    if output and output.exists():
-        raise UserError(f"--output {output}: it is there already.", "name a new folder; adapter and weights never mix")
+    check_new(output)
     if as_ == "adapter" and output:
         with whole(output) as partial:
             shutil.copytree(adapter, partial)

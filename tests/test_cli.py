@@ -75,6 +75,10 @@ MISTAKES = {
     "questions without a question": (
         ["infer", "--file", "{tmp}/columns.jsonl", "-o", "a.jsonl", "--model", "{tiny}"], 1, ["--file", "Question"]
     ),
+    "answers over something": (
+        ["infer", "--file", "q.jsonl", "-o", "{tmp}/full/mine.txt"], 1, ["--output", "there already"]
+    ),
+    "rows over something": (["format", "-o", "{tmp}/columns.jsonl"], 1, ["--output", "there already"]),
     "wrong ending": (["format", "--output", "rows.xlsx"], 1, ["--output rows.xlsx"]),
     "no repository name": (["push", "--repo", "medical-cot"], 1, ["--repo medical-cot", "push --repo"]),
     "no repository": (["push"], 2, ["--repo"]),

@@ -2,9 +2,11 @@
 
 import dataclasses
 import shutil
+import subprocess
+import sys
 
 import pytest
-from conftest import SAMPLE
+from conftest import SAMPLE, SCRIPT
 
 import finetune_r1
 from finetune_r1 import TrainConfig, UserError
@@ -99,6 +101,14 @@ def test_a_failed_check_leaves_no_folder(run, tmp_path, monkeypatch):
     with pytest.raises(UserError, match="Nothing was saved"):
         finetune_r1.save(run=copy)
     assert not list(copy.glob("*merged*"))
+
+
+def test_a_disk_that_takes_no_more_ends_in_a_message_and_leaves_nothing(run, tmp_path):
+    """A limit of 100 KiB a file stands in for the full disk: the write fails in the same place."""
+    save = f"ulimit -f 100; exec {sys.executable} {SCRIPT} save --run {run} --output {tmp_path}/merged"
+    done = subprocess.run(["bash", "-c", save], capture_output=True, text=True)
+    assert done.returncode == 1 and "next:" in done.stderr and "disk" in done.stderr
+    assert "Traceback" not in done.stderr and not list(tmp_path.iterdir())
 
 
 def test_the_16_bit_base_is_found_behind_a_quantized_name(run, tiny_r1, tmp_path):
