@@ -18,13 +18,16 @@ repos, paged listings, redirects to a CDN, `expand`, or a check of README.md's Y
 import base64
 import hashlib
 import json
-from collections.abc import Iterable
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import replace
 from pathlib import Path, PurePosixPath
 from tempfile import NamedTemporaryFile, TemporaryDirectory
 from typing import Any
 
 from .base import HttpError, LoopbackServer, Reply, Request
 from .repos import Commit, File, Repo, listing
+from .xet import Scope, XetStorage
 
 LFS_SUFFIXES = {".bin", ".gguf", ".gz", ".model", ".onnx", ".parquet", ".pt", ".safetensors", ".zip"}
 GITATTRIBUTES = "".join(f"*{suffix} filter=lfs diff=lfs merge=lfs -text\n" for suffix in sorted(LFS_SUFFIXES)).encode()
@@ -32,6 +35,11 @@ GITATTRIBUTES = "".join(f"*{suffix} filter=lfs diff=lfs merge=lfs -text\n" for s
 API = r"/api/(?P<type>model|dataset)s/(?P<repo>[^/]+/[^/]+)"
 GIT = r"/(?P<datasets>datasets/)?(?P<repo>[^/]+/[^/]+)"
 REV = r"/(?P<rev>[^/]+)"
+XET = "/xet"
+
+
+def on_xet(handler: Callable[[XetStorage, Request], Reply]) -> Callable[["HubServer", Request], Reply]:
+    return lambda hub, request: handler(hub.xet, request)
 
 
 class HubServer(LoopbackServer):
@@ -44,6 +52,7 @@ class HubServer(LoopbackServer):
         self.tokens, self.orgs, self.lfs_above = tokens or {}, list(orgs), lfs_above
         self.repos: dict[tuple[str, str], Repo] = {}
         self._folder = TemporaryDirectory(prefix="hub-", ignore_cleanup_errors=True)
+        self.xet = XetStorage(self.url + XET, self.save)
 
     def __exit__(self, *exc: object) -> None:
         super().__exit__(*exc)
@@ -51,11 +60,15 @@ class HubServer(LoopbackServer):
 
     def add_repo(self, type: str, id: str, files: dict[str, bytes] | None = None, private: bool = False) -> Repo:
         """Creates a repo with one commit, for a test to start from."""
-        tree = {path: self.save([data], self.is_lfs(path, len(data), data)) for path, data in (files or {}).items()}
+        tree = {path: self.seed(path, data) for path, data in (files or {}).items()}
         repo = Repo(type, id, private, [Commit("initial commit", "", tree, None)])
         repo.lfs = {file.sha256 for file in tree.values() if file.lfs}
         self.repos[type, id] = repo
         return repo
+
+    def seed(self, path: str, data: bytes) -> File:
+        file = self.save([data], self.is_lfs(path, len(data), data))
+        return replace(file, xet_hash=self.xet.adopt(file)) if file.lfs and data else file
 
     def save(self, chunks: Iterable[bytes], lfs: bool) -> File:
         digest = hashlib.sha256()
@@ -182,7 +195,14 @@ class HubServer(LoopbackServer):
 
     def lfs_file(self, asked: dict[str, Any]) -> File:
         blob = Path(self._folder.name, asked["oid"])
-        return File(blob, blob.stat().st_size, lfs=True)
+        return File(blob, blob.stat().st_size, lfs=True, xet_hash=self.xet.hash_of(asked["oid"]))
+
+    def xet_token(self, request: Request) -> Reply:
+        scope: Scope = "write" if request.params["scope"] == "write" else "read"
+        token = self.xet.hand_out(self.repo(request, scope == "write"), scope)
+        expires = int(time.time()) + 3600
+        headers = {"X-Xet-Cas-Url": self.xet.url, "X-Xet-Access-Token": token, "X-Xet-Token-Expiration": str(expires)}
+        return Reply({"casUrl": self.xet.url, "accessToken": token, "exp": expires}, headers=headers)
 
     def commit(self, request: Request) -> Reply:
         repo = self.repo(request, write=True)
@@ -220,13 +240,17 @@ class HubServer(LoopbackServer):
             raise HttpError(501, f"the test server doesn't serve {key} in a commit")
 
     def resolve(self, request: Request) -> Reply:
-        commit, path = self.repo(request).at(request.params["rev"]), request.params["path"]
+        repo, path = self.repo(request), request.params["path"]
+        commit = repo.at(request.params["rev"])
         file = commit.tree.get(path)
         if file is None:
             raise HttpError(404, "Entry not found", X_Error_Code="EntryNotFound", X_Repo_Commit=commit.oid)
         headers = {"X-Repo-Commit": commit.oid, "ETag": f'"{file.etag}"'}
         if file.lfs:
             headers |= {"X-Linked-ETag": f'"{file.sha256}"', "X-Linked-Size": str(file.size)}
+        if file.xet_hash:
+            token = f"{self.url}/api/{repo.type}s/{repo.id}/xet-read-token/{commit.oid}"
+            headers |= {"X-Xet-Hash": file.xet_hash, "X-Xet-Refresh-Route": token}
         return request.file_reply(file.blob, headers)
 
     routes = (
@@ -239,8 +263,10 @@ class HubServer(LoopbackServer):
         ("POST", API + f"/paths-info{REV}", paths_info),
         ("POST", API + f"/preupload{REV}", preupload),
         ("POST", API + f"/commit{REV}", commit),
+        ("GET", API + f"/xet-(?P<scope>read|write)-token{REV}", xet_token),
         ("POST", GIT + r"\.git/info/lfs/objects/batch", lfs_batch),
         ("POST", GIT + r"\.git/info/lfs/objects/verify", lfs_verify),
         ("PUT", GIT + r"\.git/info/lfs/objects/(?P<oid>[0-9a-f]{64})", lfs_put),
         ("GET", GIT + f"/resolve{REV}/(?P<path>.+)", resolve),
+        *((method, XET + path, on_xet(handler)) for method, path, handler in XetStorage.routes),
     )

@@ -21,6 +21,7 @@ class File:
     blob: Path
     size: int
     lfs: bool
+    xet_hash: str | None = None
 
     @property
     def sha256(self) -> str:
@@ -40,7 +41,8 @@ class File:
 
     def entry(self, path: str) -> dict[str, Any]:
         lfs = {"lfs": {"oid": self.sha256, "size": self.size, "pointerSize": len(self.pointer)}} if self.lfs else {}
-        return {"type": "file", "path": path, "size": self.size, "oid": self.oid, **lfs}
+        xet = {"xetHash": self.xet_hash} if self.xet_hash else {}
+        return {"type": "file", "path": path, "size": self.size, "oid": self.oid, **lfs, **xet}
 
 
 class Contents(Mapping[str, bytes]):
