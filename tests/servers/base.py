@@ -10,7 +10,6 @@ import re
 import socket
 import sys
 import threading
-import time
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -158,6 +157,7 @@ class LoopbackServer:
         self.faults: list[Fault] = []
         self.requests: list[tuple[str, str]] = []
         self.lock = threading.RLock()
+        self.stopped = threading.Event()
         self._http = _HttpServer(self)
         self.url = f"http://127.0.0.1:{self._http.server_address[1]}"
 
@@ -166,6 +166,7 @@ class LoopbackServer:
         return self
 
     def __exit__(self, *_: object) -> None:
+        self.stopped.set()  # what a fault delays isn't served after this
         self._http.shutdown()
         self._http.server_close()
         for connection in list(self._http.connections):
@@ -219,8 +220,8 @@ class _Handler(BaseHTTPRequestHandler):
         request, app = Request(self), self.server.app
         app.requests.append((request.method, request.path))
         fault = app.take_fault(request) or Fault("*", "")
-        time.sleep(fault.delay)
-        if fault.status == "drop" and fault.after is None:
+        stopped = app.stopped.wait(fault.delay)
+        if stopped or (fault.status == "drop" and fault.after is None):
             self.close_connection = True
             return
         if isinstance(fault.status, int):

@@ -26,7 +26,7 @@ from tempfile import NamedTemporaryFile, TemporaryDirectory
 from typing import Any
 
 from .base import HttpError, LoopbackServer, Reply, Request
-from .repos import Commit, File, Repo, listing
+from .repos import Commit, File, Repo, card_errors, listing
 from .xet import Scope, XetStorage
 
 LFS_SUFFIXES = {".bin", ".gguf", ".gz", ".model", ".onnx", ".parquet", ".pt", ".safetensors", ".zip"}
@@ -35,6 +35,7 @@ GITATTRIBUTES = "".join(f"*{suffix} filter=lfs diff=lfs merge=lfs -text\n" for s
 API = r"/api/(?P<type>model|dataset)s/(?P<repo>[^/]+/[^/]+)"
 GIT = r"/(?P<datasets>datasets/)?(?P<repo>[^/]+/[^/]+)"
 REV = r"/(?P<rev>[^/]+)"
+LFS_OBJECT = r"\.git/info/lfs/objects/(?P<oid>[0-9a-f]{64})"
 XET = "/xet"
 
 
@@ -43,14 +44,22 @@ def on_xet(handler: Callable[[XetStorage, Request], Reply]) -> Callable[["HubSer
 
 
 class HubServer(LoopbackServer):
-    """`tokens` maps a token to (user, role); every user may write to its own namespace and to `orgs`."""
+    """`tokens` maps a token to (user, role); every user may write to its own namespace and to `orgs`.
+
+    With `part_size`, larger LFS uploads go in parts of so many bytes.
+    """
 
     def __init__(
-        self, tokens: dict[str, tuple[str, str]] | None = None, orgs: Iterable[str] = (), lfs_above: int = 10_000_000
+        self,
+        tokens: dict[str, tuple[str, str]] | None = None,
+        orgs: Iterable[str] = (),
+        lfs_above: int = 10_000_000,
+        part_size: int | None = None,
     ) -> None:
         super().__init__()
-        self.tokens, self.orgs, self.lfs_above = tokens or {}, list(orgs), lfs_above
+        self.tokens, self.orgs, self.lfs_above, self.part_size = tokens or {}, list(orgs), lfs_above, part_size
         self.repos: dict[tuple[str, str], Repo] = {}
+        self._parts: dict[tuple[str, int], Path] = {}
         self._folder = TemporaryDirectory(prefix="hub-", ignore_cleanup_errors=True)
         self.xet = XetStorage(self.url + XET, self.save)
 
@@ -89,6 +98,10 @@ class HubServer(LoopbackServer):
             raise HttpError(401, "Invalid credentials in Authorization header")
         return self.tokens.get(token)
 
+    def author(self, request: Request) -> str:
+        user = self.user(request)
+        return user[0] if user else ""
+
     def check_write(self, user: tuple[str, str] | None, namespace: str) -> None:
         if user is None:
             raise HttpError(401, "Invalid username or password.")
@@ -113,6 +126,10 @@ class HubServer(LoopbackServer):
         token = {"displayName": "test", "role": user[1]}
         orgs = [{"type": "org", "name": org} for org in self.orgs]
         return Reply({"type": "user", "name": user[0], "orgs": orgs, "auth": {"accessToken": token}})
+
+    def validate_yaml(self, request: Request) -> Reply:
+        errors = [{"message": error} for error in card_errors(request.json()["content"])]
+        return Reply({"errors": errors, "warnings": []}, 400 if errors else 200)
 
     def create_repo(self, request: Request) -> Reply:
         asked, user = request.json(), self.user(request)
@@ -143,8 +160,30 @@ class HubServer(LoopbackServer):
         return Reply({**info, **dates, "gated": False, "disabled": False, "tags": [], "siblings": siblings})
 
     def refs(self, request: Request) -> Reply:
-        head = {"name": "main", "ref": "refs/heads/main", "targetCommit": self.repo(request).at("main").oid}
-        return Reply({"branches": [head], "tags": [], "converts": []})
+        repo = self.repo(request)
+        head = {"name": "main", "ref": "refs/heads/main", "targetCommit": repo.at("main").oid}
+        pulls = [{"name": pr.ref, "ref": pr.ref, "targetCommit": pr.commits[-1].oid} for pr in repo.pull_requests]
+        shown = {"pullRequests": pulls} if "include_prs" in request.query else {}
+        return Reply({"branches": [head], "tags": [], "converts": [], **shown})
+
+    def open_discussion(self, request: Request) -> Reply:
+        """Opens a pull request without a commit of its own yet, as upload_folder(create_pr=True) does first."""
+        repo, asked = self.repo(request, write=True), request.json()
+        if not asked["pullRequest"]:
+            raise HttpError(501, "the test server serves no discussions but pull requests")
+        with self.lock:
+            opened = repo.open(self.author(request), asked["title"], asked.get("description") or "", [*repo.commits])
+        return Reply({"num": opened.num, "pullRequest": True})
+
+    def discussion(self, request: Request) -> Reply:
+        repo, num = self.repo(request), int(request.params["num"])
+        found = next((pr for pr in repo.pull_requests if pr.num == num), None)
+        if found is None:
+            raise HttpError(404, "Discussion not found")
+        about = {"num": num, "title": found.title, "status": "draft", "isPullRequest": True, "events": []}
+        where = {"repo": {"name": repo.id, "type": repo.type}, "changes": {"base": "refs/heads/main"}}
+        dates = {"author": {"name": found.author}, "createdAt": found.commits[-1].date, "filesWithConflicts": []}
+        return Reply({**about, **where, **dates})
 
     def tree(self, request: Request) -> Reply:
         rows = listing(self.repo(request).at(request.params["rev"]))
@@ -174,15 +213,36 @@ class HubServer(LoopbackServer):
         folder = self.url + request.path.removesuffix("/batch")
         for asked in objects:
             if asked["oid"] not in repo.lfs:
-                upload, verify = {"href": f"{folder}/{asked['oid']}"}, {"href": f"{folder}/verify"}
-                asked["actions"] = {"upload": upload, "verify": verify}
+                upload = self.lfs_upload(f"{folder}/{asked['oid']}", asked["size"])
+                asked["actions"] = {"upload": upload, "verify": {"href": f"{folder}/verify"}}
         return Reply({"transfer": "basic", "objects": objects})
 
+    def lfs_upload(self, url: str, size: int) -> dict[str, Any]:
+        if self.part_size is None or size <= self.part_size:
+            return {"href": url}
+        parts = {str(part): f"{url}/{part}" for part in range(1, -(-size // self.part_size) + 1)}
+        return {"href": f"{url}/complete", "header": {"chunk_size": str(self.part_size), **parts}}
+
+    def lfs_put_part(self, request: Request) -> Reply:
+        part = self.save(request.chunks(), lfs=True)
+        self._parts[request.params["oid"], int(request.params["part"])] = part.blob
+        return Reply(headers={"ETag": f'"{part.sha256}"'})
+
+    def lfs_complete(self, request: Request) -> Reply:
+        oid = request.params["oid"]
+        parts = [self._parts.get((oid, part["partNumber"])) for part in request.json()["parts"]]
+        if None in parts:
+            raise HttpError(400, "not all parts were uploaded")
+        return self.lfs_keep(request, (part.read_bytes() for part in parts if part))
+
     def lfs_put(self, request: Request) -> Reply:
+        return self.lfs_keep(request, request.chunks())
+
+    def lfs_keep(self, request: Request, chunks: Iterable[bytes]) -> Reply:
         # The client sends no token here, as the real upload goes to signed addresses of a storage service.
         params = request.params
         repo = self.repos["dataset" if params["datasets"] else "model", params["repo"]]
-        if self.save(request.chunks(), lfs=True).sha256 != params["oid"]:
+        if self.save(chunks, lfs=True).sha256 != params["oid"]:
             raise HttpError(400, "the content's sha256 isn't the oid")
         repo.lfs.add(params["oid"])
         return Reply(headers={"ETag": f'"{params["oid"]}"'})
@@ -206,25 +266,33 @@ class HubServer(LoopbackServer):
 
     def commit(self, request: Request) -> Reply:
         repo = self.repo(request, write=True)
-        if "create_pr" in request.query or request.params["rev"] != "main":
-            raise HttpError(501, "the test server has no branches and no pull requests")
         header, *lines = [json.loads(line) for line in request.read().splitlines()]
+        title, description = header["value"]["summary"], header["value"].get("description", "")
         with self.lock:
-            head = repo.at("main")
+            branch = repo.branch(request.params["rev"])
+            head, pull_request = branch[-1], None
             if header["value"].get("parentCommit", head.oid) != head.oid:
                 raise HttpError(412, "A commit has happened since. Please refresh and try again.")
             tree = dict(head.tree)
             for line in lines:
                 self.apply(repo, tree, line["key"], line["value"])
-            commit = Commit(header["value"]["summary"], header["value"].get("description", ""), tree, head.oid)
-            repo.commits.append(commit)
-        return Reply({"commitUrl": f"{self.url}/{repo.path}/commit/{commit.oid}", "commitOid": commit.oid})
+            if "create_pr" in request.query:
+                branch = [*branch]
+                pull_request = repo.open(self.author(request), title, description, branch)
+            commit = Commit(title, description, tree, head.oid)
+            branch.append(commit)
+        url = f"{self.url}/{repo.path}"
+        opened = {"pullRequestUrl": f"{url}/discussions/{pull_request.num}"} if pull_request else {}
+        return Reply({"commitUrl": f"{url}/commit/{commit.oid}", "commitOid": commit.oid, **opened})
 
     def apply(self, repo: Repo, tree: dict[str, File], key: str, value: dict[str, Any]) -> None:
         """One operation of a commit, on a copy of the tree: a refused one leaves the repo as it was."""
         path = value["path"]
         if key == "file":
-            tree[path] = self.save([base64.b64decode(value["content"])], lfs=False)
+            content = base64.b64decode(value["content"])
+            if path == "README.md" and (errors := card_errors(content.decode())):
+                raise HttpError(400, "Invalid metadata in README.md: " + ", ".join(errors))
+            tree[path] = self.save([content], lfs=False)
         elif key == "lfsFile" and value["oid"] in repo.lfs:
             tree[path] = self.lfs_file(value)
         elif key == "lfsFile":
@@ -255,10 +323,12 @@ class HubServer(LoopbackServer):
 
     routes = (
         ("GET", "/api/whoami-v2", whoami),
-        ("POST", "/api/validate-yaml", lambda hub, request: Reply({"errors": [], "warnings": []})),
+        ("POST", "/api/validate-yaml", validate_yaml),
         ("POST", "/api/repos/create", create_repo),
         ("GET", API + f"(/revision{REV})?", repo_info),
         ("GET", API + "/refs", refs),
+        ("POST", API + "/discussions", open_discussion),
+        ("GET", API + r"/discussions/(?P<num>\d+)", discussion),
         ("GET", API + f"/tree{REV}(/(?P<path>.+))?", tree),
         ("POST", API + f"/paths-info{REV}", paths_info),
         ("POST", API + f"/preupload{REV}", preupload),
@@ -266,7 +336,9 @@ class HubServer(LoopbackServer):
         ("GET", API + f"/xet-(?P<scope>read|write)-token{REV}", xet_token),
         ("POST", GIT + r"\.git/info/lfs/objects/batch", lfs_batch),
         ("POST", GIT + r"\.git/info/lfs/objects/verify", lfs_verify),
-        ("PUT", GIT + r"\.git/info/lfs/objects/(?P<oid>[0-9a-f]{64})", lfs_put),
+        ("PUT", GIT + LFS_OBJECT, lfs_put),
+        ("PUT", GIT + LFS_OBJECT + r"/(?P<part>\d+)", lfs_put_part),
+        ("POST", GIT + LFS_OBJECT + "/complete", lfs_complete),
         ("GET", GIT + f"/resolve{REV}/(?P<path>.+)", resolve),
         *((method, XET + path, on_xet(handler)) for method, path, handler in XetStorage.routes),
     )

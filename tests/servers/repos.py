@@ -1,11 +1,14 @@
 """What a Hub's repos are made of: files on disk named by their sha256, commits as path → file, listings."""
 
 import hashlib
+import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path, PurePosixPath
 from typing import Any
+
+import yaml
 
 from .base import HttpError
 
@@ -79,12 +82,30 @@ class Commit:
 
 
 @dataclass
+class PullRequest:
+    num: int
+    author: str
+    title: str
+    description: str
+    commits: list[Commit]  # those of main when it was opened, then its own
+
+    @property
+    def ref(self) -> str:
+        return f"refs/pr/{self.num}"
+
+    @property
+    def files(self) -> Contents:
+        return self.commits[-1].files
+
+
+@dataclass
 class Repo:
     type: str
     id: str
     private: bool
     commits: list[Commit]
     lfs: set[str] = field(default_factory=set)  # sha256 of what was uploaded, committed or not
+    pull_requests: list[PullRequest] = field(default_factory=list)
 
     @property
     def files(self) -> Contents:
@@ -94,11 +115,23 @@ class Repo:
     def path(self) -> str:
         return f"datasets/{self.id}" if self.type == "dataset" else self.id
 
+    @property
+    def branches(self) -> dict[str, list[Commit]]:
+        return {"main": self.commits} | {request.ref: request.commits for request in self.pull_requests}
+
+    def branch(self, name: str) -> list[Commit]:
+        if name not in self.branches:
+            raise HttpError(404, f"Invalid rev id: {name}", X_Error_Code="RevisionNotFound")
+        return self.branches[name]
+
     def at(self, revision: str) -> Commit:
-        for commit in reversed(self.commits):
-            if revision in ("main", commit.oid):
-                return commit
-        raise HttpError(404, f"Invalid rev id: {revision}", X_Error_Code="RevisionNotFound")
+        commits = {commit.oid: commit for branch in self.branches.values() for commit in branch}
+        return commits.get(revision) or self.branch(revision)[-1]
+
+    def open(self, author: str, title: str, description: str, commits: list[Commit]) -> PullRequest:
+        request = PullRequest(len(self.pull_requests) + 1, author, title, description, commits)
+        self.pull_requests.append(request)
+        return request
 
 
 def listing(commit: Commit) -> dict[str, dict[str, Any]]:
@@ -107,3 +140,21 @@ def listing(commit: Commit) -> dict[str, dict[str, Any]]:
     rows = {path: {"type": "directory", "path": path, "size": 0, "oid": git_oid(path.encode())} for path in folders}
     rows |= {path: file.entry(path) for path, file in commit.tree.items()}
     return dict(sorted(rows.items()))
+
+
+def card_errors(readme: str) -> list[str]:
+    """What is wrong with a README.md's YAML."""
+    front = re.match(r"---[ \t]*\r?\n(.*?)^---[ \t]*$", readme, re.DOTALL | re.MULTILINE)
+    try:
+        card = (yaml.safe_load(front[1]) if front else None) or {}
+    except yaml.YAMLError as error:
+        return [f"YAML metadata can't be parsed: {error}"]
+    if not isinstance(card, dict):
+        return ["YAML metadata must be a mapping"]
+    license, tags = card.get("license") or "", card.get("tags") or []
+    errors = [] if isinstance(license, str) or are_strings(license) else ['"license" must be a string']
+    return errors if are_strings(tags) else [*errors, '"tags" must be a list of strings']
+
+
+def are_strings(values: Any) -> bool:
+    return isinstance(values, list) and all(isinstance(value, str) for value in values)

@@ -12,7 +12,7 @@ import secrets
 import struct
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
-from itertools import islice
+from itertools import islice, takewhile
 from pathlib import Path
 from typing import Any, Literal
 
@@ -128,19 +128,42 @@ class XetFile:
         return offset, terms
 
 
-def shard_files(shard: bytes) -> Iterator[XetFile]:
-    """The files of a shard; what it says of its xorbs is read from the xorbs themselves."""
-    rows = iter([shard[start : start + ROW] for start in range(ROW, len(shard), ROW)])  # from after the header
-    for row in rows:
-        hash, flags, count = struct.unpack("<32s2I8x", row)
-        if hash == BOOKEND:
-            return
-        terms = [Term.parse(row) for row in islice(rows, count)]
-        if flags & HAS_VERIFICATION:
-            next(islice(rows, count, count), None)
-        if not flags & HAS_SHA256:
-            raise HttpError(400, "a file without sha256")
-        yield XetFile(hex_hash(hash), hex_hash(next(rows)[:32]), terms)
+@dataclass(frozen=True)
+class Shard:
+    """What a client uploaded: whole files, and the hashes of the new xorbs that they are made of."""
+
+    files: list[XetFile]
+    xorbs: list[str]
+
+    @classmethod
+    def parse(cls, data: bytes) -> "Shard":
+        rows = iter([data[start : start + ROW] for start in range(ROW, len(data), ROW)])  # from after the header
+        files = [parse_file(row, rows) for row in takewhile(is_entry, rows)]
+        return cls(files, [parse_xorb(row, rows) for row in takewhile(is_entry, rows)])
+
+
+def is_entry(row: bytes) -> bool:
+    return not row.startswith(BOOKEND)
+
+
+def parse_file(row: bytes, rows: Iterator[bytes]) -> XetFile:
+    hash, flags, count = struct.unpack("<32s2I8x", row)
+    terms = [Term.parse(row) for row in islice(rows, count)]
+    if flags & HAS_VERIFICATION:
+        skip(rows, count)
+    if not flags & HAS_SHA256:
+        raise HttpError(400, "a file without sha256")
+    return XetFile(hex_hash(hash), hex_hash(next(rows)[:32]), terms)
+
+
+def parse_xorb(row: bytes, rows: Iterator[bytes]) -> str:
+    hash, chunks = struct.unpack("<32s4xI8x", row)
+    skip(rows, chunks)  # their hashes and sizes
+    return hex_hash(hash)
+
+
+def skip(rows: Iterator[bytes], count: int) -> None:
+    next(islice(rows, count, count), None)
 
 
 def merged(terms: list[Term], xorb: str) -> list[list[int]]:
@@ -217,8 +240,10 @@ class XetStorage:
         return Reply({})
 
     def post_shard(self, request: Request) -> Reply:
-        repo = self.repo(request, "write")
-        for file in shard_files(request.read()):
+        repo, shard = self.repo(request, "write"), Shard.parse(request.read())
+        for hash in shard.xorbs:
+            self.xorb(hash)
+        for file in shard.files:
             chunks = (data for term in file.terms for data in self.xorb(term.xorb).data(term.start, term.stop))
             if self.save(chunks, True).sha256 != file.sha256:
                 raise HttpError(400, "the content's sha256 isn't the shard's")
