@@ -3,9 +3,13 @@
 No test leaves 127.0.0.1 or touches the real home: what would, is sent to the loopback server as its proxy.
 """
 
+import hashlib
 import io
 import json
+import math
 import os
+import random
+import struct
 import subprocess
 import sys
 import time
@@ -13,11 +17,13 @@ from pathlib import Path
 
 import httpx
 import huggingface_hub
+import numpy
 import pyarrow
 import pyarrow.parquet
 import pytest
 from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, hf_hub_download, snapshot_download
 from huggingface_hub.errors import (
+    BadRequestError,
     EntryNotFoundError,
     HfHubHTTPError,
     RepositoryNotFoundError,
@@ -244,6 +250,300 @@ def test_a_stopped_server_is_gone(hub):
         client.whoami()
     with pytest.raises(httpx.TransportError):
         client.whoami()
+
+
+def test_a_pull_request_leaves_main_as_it_was(hub, tmp_path):
+    repo = hub.add_repo("model", REPO, {"a": b"1"})
+    add = [CommitOperationAdd("b", b"2"), CommitOperationAdd("c.bin", b"3")]
+    opened = api(hub).create_commit(REPO, add, commit_message="Please", create_pr=True)
+    assert (opened.pr_num, opened.pr_revision, opened.pr_url) == (1, "refs/pr/1", f"{hub.url}/{REPO}/discussions/1")
+    api(hub).create_commit(REPO, [CommitOperationDelete("a")], commit_message="More", revision="refs/pr/1")
+    assert repo.files == {"a": b"1"} and repo.pull_requests[0].files == {"b": b"2", "c.bin": b"3"}
+    assert (repo.pull_requests[0].title, repo.pull_requests[0].author) == ("Please", "alice")
+
+    assert set(api(hub).list_repo_files(REPO, revision="refs/pr/1")) == {"b", "c.bin"}
+    assert api(hub).repo_info(REPO, revision="refs/pr/1").sha == repo.pull_requests[0].commits[-1].oid
+    assert [path.path for path in api(hub).get_paths_info(REPO, ["a", "b"], revision="refs/pr/1")] == ["b"]
+    refs = api(hub).list_repo_refs(REPO, include_pull_requests=True)
+    assert [ref.ref for ref in refs.branches + refs.pull_requests] == ["refs/heads/main", "refs/pr/1"]
+    copy = Path(snapshot_download(REPO, revision="refs/pr/1", endpoint=hub.url, cache_dir=tmp_path))
+    assert (copy / "c.bin").read_bytes() == b"3"
+
+
+def test_a_refused_pull_request_is_not_opened(hub):
+    repo = hub.add_repo("model", REPO, {"a": b"1"})
+    with pytest.raises(EntryNotFoundError):
+        api(hub).create_commit(REPO, [CommitOperationDelete("b")], commit_message="No", create_pr=True)
+    with pytest.raises(RevisionNotFoundError):
+        api(hub).create_commit(REPO, [CommitOperationAdd("b", b"2")], commit_message="No", revision="refs/pr/1")
+    assert not repo.pull_requests and len(repo.commits) == 1
+
+
+def test_a_large_lfs_upload_goes_in_parts(tmp_path):
+    with HubServer(tokens={WRITE: ("alice", "write")}, part_size=300_000) as hub:
+        hub.add_repo("model", REPO)
+        hub.faults.append(Fault("PUT", "/2$", status=500))
+        push(hub, tmp_path)
+        assert (seen(hub, "PUT", ""), seen(hub, "POST", "/complete")) == (5, 1)
+        assert dict(hub.repos["model", REPO].files) == FILES
+
+
+@pytest.mark.parametrize(
+    ("yaml", "error"),
+    [
+        ("license: [mit", "can't be parsed"),
+        ("license: 1", '"license" must be a string'),
+        ("tags: medical", '"tags" must be a list of strings'),
+        ("- mit", "must be a mapping"),
+    ],
+)
+def test_a_card_with_bad_yaml_is_refused(hub, yaml, error):
+    repo = hub.add_repo("model", REPO)
+    card = CommitOperationAdd("README.md", f"---\n{yaml}\n---\n# A model\n".encode())
+    with pytest.raises(ValueError, match=error):
+        api(hub).create_commit(REPO, [card], commit_message="Card")
+    hub.faults.append(Fault("POST", "/validate-yaml", 200, body={"errors": []}))
+    with pytest.raises(BadRequestError, match=error):
+        api(hub).create_commit(REPO, [card], commit_message="Card")
+    assert len(repo.commits) == 1
+
+
+@pytest.mark.parametrize("yaml", ["license: mit\ntags:\n- medical", "license: other\nlicense_name: x", "", "tags: []"])
+def test_a_card_with_good_yaml_is_taken(hub, yaml):
+    repo = hub.add_repo("model", REPO)
+    for card in (f"---\n{yaml}\n---\n# A model\n".encode(), b"# No YAML\n"):
+        api(hub).create_commit(REPO, [CommitOperationAdd("README.md", card)], commit_message="Card")
+        assert repo.files["README.md"] == card
+
+
+# Xet: hf_xet reads its environment once a process, so each of these clients is a process of its own.
+
+RANDOM = random.Random(0).randbytes(3_000_000)
+FLOATS = numpy.random.default_rng(0).normal(size=250_000).astype("float32").tobytes()
+XET_FILES = {
+    "config.json": b'{"layers": 2}',
+    "random.bin": RANDOM,
+    "half-shared.bin": RANDOM[:1_500_000] + RANDOM[::-2],
+    "text.bin": "".join(f"line {number} of a text\n" for number in range(120_000)).encode(),
+    "zeros.bin": bytes(3_000_000),
+    "floats.safetensors": FLOATS + b"odd",
+}
+PUSH = f"""
+from pathlib import Path
+from huggingface_hub import CommitOperationAdd, HfApi
+files = [path for path in Path("out").rglob("*") if path.is_file()]
+operations = [CommitOperationAdd(str(path.relative_to("out")), path) for path in files]
+HfApi().create_commit("{REPO}", operations, commit_message="Push")
+"""
+PUSH_FOLDER = f"from huggingface_hub import upload_folder; upload_folder(repo_id='{REPO}', folder_path='out')"
+PULL = f"from huggingface_hub import snapshot_download; print(snapshot_download('{REPO}', local_dir='copy'))"
+
+
+def over_xet(hub: HubServer, code: str, **env: str) -> str:
+    short = {"HF_XET_CLIENT_RETRY_BASE_DELAY": "10ms", "HF_HUB_DISABLE_PROGRESS_BARS": "1"}
+    return python(code, **{"HF_HUB_DISABLE_XET": "0", "HF_ENDPOINT": hub.url, "HF_TOKEN": WRITE, **short, **env})
+
+
+def write(folder: Path, files: dict[str, bytes]) -> None:
+    folder.mkdir(exist_ok=True)
+    for path, data in files.items():
+        (folder / path).write_bytes(data)
+
+
+def xorb_bytes(hub: HubServer) -> int:
+    return sum(xorb.path.stat().st_size for xorb in hub.xet.xorbs.values())
+
+
+@pytest.mark.parametrize("code", [PUSH, PUSH_FOLDER], ids=["create_commit", "upload_folder"])
+def test_xet_brings_files_there_and_back(hub, sandbox, code):
+    repo = hub.add_repo("model", REPO)
+    write(sandbox / "out", XET_FILES)
+    over_xet(hub, code)
+    assert repo.files == XET_FILES and len(repo.commits) == 2
+    assert (seen(hub, "PUT", "/xorb-uploads/"), seen(hub, "POST", "/info/lfs/")) == (1, 0)
+    assert {chunk.scheme for xorb in hub.xet.xorbs.values() for chunk in xorb.chunks} == {0, 1, 2}
+
+    over_xet(hub, PULL)
+    assert all((sandbox / "copy" / path).read_bytes() == data for path, data in XET_FILES.items())
+    assert seen(hub, "GET", "/xet/xorbs/") and seen(hub, "GET", "/resolve/") == 1  # config.json, which isn't large
+
+
+def test_xet_serves_the_older_protocol_and_parts_of_files(hub, sandbox):
+    repo = hub.add_repo("model", REPO)
+    write(sandbox / "out", XET_FILES)
+    versions = {f"HF_XET_CLIENT_{name}_API_VERSION": "1" for name in ("SHARD", "RECONSTRUCTION")}
+    parts = {f"HF_XET_RECONSTRUCTION_{name}_RECONSTRUCTION_FETCH_SIZE": "300kb" for name in ("MIN", "MAX")}
+    over_xet(hub, PUSH + PULL, HF_XET_CLIENT_LEGACY_DIRECT_XORB_UPLOAD="1", **versions, **parts)
+    assert repo.files == XET_FILES
+    assert all((sandbox / "copy" / path).read_bytes() == data for path, data in XET_FILES.items())
+    assert seen(hub, "POST", "/v1/xorbs/") == seen(hub, "POST", "/v1/shards") == 1
+    assert seen(hub, "GET", "/v1/reconstructions/") > 30
+
+
+def test_xet_sends_only_what_is_new(hub, sandbox):
+    repo = hub.add_repo("model", REPO)
+    write(sandbox / "out", {"a.bin": RANDOM})
+    over_xet(hub, PUSH)
+    before = xorb_bytes(hub)
+    over_xet(hub, PUSH)
+    assert (len(repo.commits), len(hub.xet.xorbs), xorb_bytes(hub)) == (2, 1, before)
+    changed = RANDOM[:1_000_000] + b"changed" + RANDOM[1_000_000:]
+    write(sandbox / "out", {"a.bin": changed})
+    over_xet(hub, PUSH)
+    assert repo.files == {"a.bin": changed} and xorb_bytes(hub) - before < 300_000
+    write(sandbox / "out", {"half-shared.bin": XET_FILES["half-shared.bin"]})
+    over_xet(hub, PUSH)
+    assert repo.files["half-shared.bin"] == XET_FILES["half-shared.bin"] and xorb_bytes(hub) - before < 2_000_000
+
+
+def test_another_machine_asks_before_it_sends_a_xorb(hub, sandbox):
+    hub.add_repo("model", REPO)
+    write(sandbox / "out", {"a.bin": RANDOM})
+    for home in ("here", "there"):
+        over_xet(hub, PUSH, HF_HOME=str(sandbox / home))
+    assert (seen(hub, "POST", "/xorb-grants/"), seen(hub, "PUT", "/xorb-uploads/")) == (2, 1)
+
+
+def test_files_move_between_xet_and_plain_clients(hub, sandbox):
+    hub.add_repo("model", REPO, {"seed.bin": RANDOM})
+    write(sandbox / "out", {"a.bin": FLOATS})
+    over_xet(hub, PUSH)
+    copy = Path(snapshot_download(REPO, endpoint=hub.url, cache_dir=sandbox / "plain"))
+    assert (copy / "a.bin").read_bytes() == FLOATS and (copy / "seed.bin").read_bytes() == RANDOM
+    push(hub, sandbox / "lfs", files={"lfs.bin": WEIGHTS})
+    over_xet(hub, PULL)
+    for path, data in {"a.bin": FLOATS, "seed.bin": RANDOM, "lfs.bin": WEIGHTS}.items():
+        assert (sandbox / "copy" / path).read_bytes() == data
+    assert seen(hub, "GET", "/xet/v2/reconstructions/") == 2  # what came by LFS goes as it came
+
+
+def test_a_pull_request_over_xet(hub, sandbox):
+    repo = hub.add_repo("model", REPO)
+    write(sandbox / "out", {"a.bin": FLOATS})
+    folder = PUSH_FOLDER.replace(")", ", create_pr=True, commit_message='Please')")
+    over_xet(hub, PUSH.replace('"Push"', '"Please", create_pr=True') + folder)
+    assert [request.files for request in repo.pull_requests] == [{"a.bin": FLOATS}] * 2
+    assert len(repo.commits) == 1 and len(hub.xet.xorbs) == 1
+
+
+def test_xet_wants_the_token_that_it_handed_out(hub):
+    hub.add_repo("model", REPO)
+    route = f"{hub.url}/api/models/{REPO}/xet-{{}}-token/main"
+    assert httpx.get(route.format("write"), headers={"Authorization": f"Bearer {READ}"}).status_code == 403
+    handed = httpx.get(route.format("read"), headers={"Authorization": f"Bearer {READ}"}).json()
+    for token, status in [("xet_unknown", 401), (WRITE, 401), (handed["accessToken"], 403)]:
+        for part in ("v1/shards", "v2/shards", f"v1/xorbs/default/{'0' * 64}", f"v1/xorb-grants/default/{'0' * 64}"):
+            sent = httpx.post(f"{handed['casUrl']}/{part}", headers={"Authorization": f"Bearer {token}"}, content=b"")
+            assert sent.status_code == status
+
+
+def test_a_shard_that_lies_is_refused(hub):
+    repo = hub.add_repo("model", REPO)
+    token = httpx.get(f"{hub.url}/api/models/{REPO}/xet-write-token/main", headers={"Authorization": f"Bearer {WRITE}"})
+    client = httpx.Client(base_url=hub.xet.url, headers={"Authorization": f"Bearer {token.json()['accessToken']}"})
+    client.post(f"/v1/xorbs/default/{'01' * 32}", content=struct.pack("<2I", 5 << 8, 5 << 8) + b"hello")
+
+    def shard(xorb: bytes, content: bytes) -> bytes:
+        file = struct.pack("<32s2I8x", b"\x02" * 32, 1 << 30, 1) + struct.pack("<32s4x3I", xorb, 5, 0, 1)
+        words = struct.unpack(">4Q", hashlib.sha256(content).digest())
+        return bytes(48) + file + struct.pack("<4Q16x", *words) + (b"\xff" * 32 + bytes(16)) * 2
+
+    good, missing = b"\x01" * 32, b"\x03" * 32
+    for xorb, content, status in [(good, b"other", 400), (missing, b"hello", 400), (good, b"hello", 200)]:
+        assert not repo.lfs
+        assert client.post("/v2/shards", content=shard(xorb, content)).status_code == status
+    assert repo.lfs == {hashlib.sha256(b"hello").hexdigest()}
+
+
+def test_xet_tries_again_after_passing_faults(hub, sandbox):
+    repo = hub.add_repo("model", REPO)
+    write(sandbox / "out", {"a.bin": FLOATS})
+    uploads = ["-write-token/", "/xorb-grants/", "/xorb-uploads/", "/xorb-commits/", "/shards"]
+    parts = [*uploads, "-read-token/", "/reconstructions/", "/xet/xorbs/"]
+    hub.faults += [Fault("*", part, status) for part in parts for status in (500, "drop")]
+    hub.faults += [Fault("*", part, delay=0.1) for part in parts]
+    over_xet(hub, PUSH + PULL)
+    assert repo.files == {"a.bin": FLOATS} and (sandbox / "copy" / "a.bin").read_bytes() == FLOATS
+    assert not any(fault.times for fault in hub.faults)
+
+
+TRY = """
+from huggingface_hub import CommitOperationAdd, HfApi, hf_hub_download
+for _ in range({attempts}):
+    try:
+        {call}
+        print("done")
+    except Exception as error:
+        print(type(error).__name__, str(error).replace("\\n", " "))
+"""
+COMMIT = f"HfApi().create_commit('{REPO}', [CommitOperationAdd('a.bin', 'out/a.bin')], commit_message='x')"
+DOWNLOAD = f"hf_hub_download('{REPO}', 'a.bin', force_download=True)"
+
+
+def attempts(hub: HubServer, call: str, faults: list[Fault]) -> list[str]:
+    """What happened at each of the faults, one of which each call meets, and then without."""
+    hub.faults += faults
+    return over_xet(hub, TRY.format(attempts=len(faults) + 1, call=call)).splitlines()
+
+
+def test_xet_gives_up_an_upload_that_is_refused(hub, sandbox):
+    repo = hub.add_repo("model", REPO)
+    write(sandbox / "out", {"a.bin": FLOATS})
+    routes = [("GET", "-write-token/"), ("POST", "/xorb-grants/"), ("POST", "/xorb-commits/"), ("POST", "/shards")]
+    faults = [Fault(*route, status) for route in routes for status in (401, 403, 409)]
+    *refused, last = attempts(hub, COMMIT, faults)
+    for fault, error in zip(faults, refused, strict=True):
+        assert error.startswith(
+            f"ConnectionError Network error: Request error: HTTP status client error ({fault.status}"
+        )
+    assert last == "done" and repo.files == {"a.bin": FLOATS} and len(repo.commits) == 2
+
+
+def test_xet_gives_up_an_upload_after_six_tries(hub, sandbox):
+    repo = hub.add_repo("model", REPO)
+    write(sandbox / "out", {"a.bin": FLOATS})
+    routes = ["-write-token/", "/xorb-grants/", "/xorb-commits/", "/shards"]
+    faults = [Fault("*", route, status, times=6) for route in routes for status in (429, 503, "drop")]
+    *refused, last = attempts(hub, COMMIT, faults)
+    texts = ["Rate limited: Request error", "Server error: Request error", "Network error: Request middleware error"]
+    for text, error in zip(texts * 4, refused, strict=True):
+        assert error.startswith(f"ConnectionError {text}")
+    assert last == "done" and repo.files == {"a.bin": FLOATS} and len(repo.commits) == 2
+
+
+def test_xet_gives_up_a_download(hub):
+    hub.add_repo("model", REPO, {"a.bin": FLOATS})
+    refused = [Fault("GET", route, status) for route in ("/reconstructions/", "/xet/xorbs/") for status in (401, 409)]
+    failed = [Fault("GET", route, 503, times=6) for route in ("/reconstructions/", "/xet/xorbs/")]
+    *errors, last = attempts(hub, DOWNLOAD, refused + failed)
+    assert last == "done" and len(errors) == 6
+    assert all(
+        error.startswith("RuntimeError Task error: File reconstruction error: CAS Client Err") for error in errors
+    )
+
+
+@pytest.mark.parametrize("status", [401, 404, 500, "drop"])
+def test_xet_sends_a_xorb_itself_where_its_grant_fails(hub, sandbox, status):
+    repo = hub.add_repo("model", REPO)
+    write(sandbox / "out", {"a.bin": FLOATS})
+    hub.faults.append(Fault("PUT", "/xorb-uploads/", status, times=math.inf))
+    over_xet(hub, PUSH)
+    assert repo.files == {"a.bin": FLOATS} and seen(hub, "POST", "/v1/xorbs/") == 1
+
+
+@pytest.mark.parametrize("code", [PUSH, PUSH_FOLDER], ids=["create_commit", "upload_folder"])
+def test_a_repeated_push_over_xet_sends_what_is_missing(hub, sandbox, code):
+    repo = hub.add_repo("model", REPO)
+    write(sandbox / "out", {"a.bin": numpy.random.default_rng(0).bytes(100_000_000)})  # two xorbs
+    hub.faults += [Fault("PUT", "/xorb-uploads/"), Fault("*", "/xorb-uploads/|/v1/xorbs/", "drop", times=math.inf)]
+    with pytest.raises(AssertionError, match="ConnectionError: Network error"):
+        over_xet(hub, code)
+    assert (len(hub.xet.xorbs), len(repo.commits)) == (1, 1)
+    hub.faults.clear()
+    hub.requests.clear()
+    over_xet(hub, code)
+    assert seen(hub, "PUT", "/xorb-uploads/") == 1 and len(hub.xet.xorbs) == 2
+    assert repo.files["a.bin"] == (sandbox / "out" / "a.bin").read_bytes() and len(repo.commits) == 2
 
 
 def test_load_dataset(hub):

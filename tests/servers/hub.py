@@ -1,9 +1,12 @@
-"""A small Hugging Face Hub on loopback, for the unmodified huggingface_hub client with HF_HUB_DISABLE_XET=1.
+"""A small Hugging Face Hub on loopback, for the unmodified huggingface_hub client, with Xet or HF_HUB_DISABLE_XET=1.
 
-Serves models and datasets: whoami, create_repo, repo_info, refs, list_repo_tree, paths-info, commits (regular and LFS
-files, deletions), downloads with Range, and with them snapshot_download and datasets.load_dataset.
-Doesn't serve Xet, multipart uploads, branches other than main, tags, pull requests, copies from another repo, gated
-repos, paged listings, redirects to a CDN, `expand`, or a check of README.md's YAML. Those answer 501 or are left out.
+Serves models and datasets: whoami, create_repo, repo_info, refs, list_repo_tree, paths-info, commits (regular, Xet and
+LFS files, deletions), pull requests by those who may write, README.md's YAML, downloads with Range, and with them
+snapshot_download and datasets.load_dataset. Large files go over Xet (xet.py) or LFS as the client asks for; what
+add_repo puts in a repo is there over both, what came by LFS goes by plain HTTP.
+Doesn't serve branches other than main, tags, discussions, merges, copies from another repo, gated repos, paged
+listings, redirects to a CDN or `expand`. Those answer 501 or are left out. Of a card's YAML, only license and tags are
+looked at.
 
     from servers.base import Fault
     from servers.hub import HubServer

@@ -148,7 +148,7 @@ def card_errors(readme: str) -> list[str]:
     try:
         card = (yaml.safe_load(front[1]) if front else None) or {}
     except yaml.YAMLError as error:
-        return [f"YAML metadata can't be parsed: {error}"]
+        return ["YAML metadata can't be parsed: " + " ".join(str(error).split())]
     if not isinstance(card, dict):
         return ["YAML metadata must be a mapping"]
     license, tags = card.get("license") or "", card.get("tags") or []
