@@ -537,7 +537,7 @@ def test_a_repeated_push_over_xet_sends_what_is_missing(hub, sandbox, code):
     write(sandbox / "out", {"a.bin": numpy.random.default_rng(0).bytes(100_000_000)})  # two xorbs
     hub.faults += [Fault("PUT", "/xorb-uploads/"), Fault("*", "/xorb-uploads/|/v1/xorbs/", "drop", times=math.inf)]
     with pytest.raises(AssertionError, match="ConnectionError: Network error"):
-        over_xet(hub, code)
+        over_xet(hub, code, HF_XET_FIXED_UPLOAD_CONCURRENCY="1")
     assert (len(hub.xet.xorbs), len(repo.commits)) == (1, 1)
     hub.faults.clear()
     hub.requests.clear()
