@@ -59,7 +59,7 @@ datasets, dotenv, httpx, huggingface_hub = map(Lazy, ("datasets", "dotenv", "htt
 hub_constants, hub_errors, hub_sha = (Lazy(f"huggingface_hub.{name}") for name in ("constants", "errors", "utils.sha"))
 np, peft, pyplot, tokenizers = map(Lazy, ("numpy", "peft", "matplotlib.pyplot", "tokenizers"))
 torch, transformers, trl, unsloth = map(Lazy, ("torch", "transformers", "trl", "unsloth"))
-wandb, yaml = map(Lazy, ("wandb", "yaml"))
+wandb, yaml, kaggle, colab = map(Lazy, ("wandb", "yaml", "kaggle_secrets", "google.colab.userdata"))
 
 # ---------------------------------------------------------------------------------------------------------- constants
 
@@ -78,6 +78,7 @@ WANDB_KEYS = ("WANDB_API_KEY", "wandb")
 MEASURES = ("loss", "closed", "stopped")
 SAVED = {"adapter": "adapter", "merged-16bit": "merged", "merged-4bit": "merged-4bit"}  # folder of a run, by --as
 WEIGHTS = (".safetensors", ".safetensors.index.json", ".bin", ".pt", ".gguf", "adapter_config.json")
+TIME = "%Y-%m-%dT%H:%M:%S%z"
 SENTENCE_END = re.compile(r"[.!?](?=\s)|[。!?！？]|\n")
 
 # ------------------------------------------------------------------------------------------------------------- config
@@ -192,11 +193,6 @@ def billions(model: str) -> float:
     return float(size[1]) * (1.0 if size[2] == "b" else 1e-3) if size else 0.0
 
 
-def same_question(question: str) -> str:
-    """Equal for questions that differ in case and spacing only."""
-    return " ".join(question.casefold().split())
-
-
 def encode_row(tokenizer: Any, question: str, thought: str, answer: str, lang: Lang) -> Row:
     """Tokenizes prompt and whole row, one call each: BOS is the tokenizer's own, EOS the end of the text."""
     prompt = tokenizer(prompts.build_prompt(question, lang))["input_ids"]
@@ -250,11 +246,11 @@ def prepare_rows(records: Any, tokenizer: Any, config: DataConfig) -> tuple[list
         row = make_row(record, tokenizer, special, config)
         if isinstance(row, str):
             dropped[row] += 1
-        elif rows.setdefault(same_question(row.question), row) is not row:
+        elif rows.setdefault(prompts.same_question(row.question), row) is not row:
             dropped["duplicate question"] += 1
     if len(rows) <= config.eval_rows:
         fault = (
-            f"--dataset {config.dataset}: {len(rows)} usable rows of {len(records)}, --eval-rows {config.eval_rows}."
+            f"--dataset {config.dataset}: {len(rows)} of {len(records)} rows usable, --eval-rows {config.eval_rows}."
         )
         raise UserError(fault, f"widen --split or mend the rows; dropped: {dict(dropped) or 'none'}")
     used, held_out = hold_out(list(rows.values()), config)
@@ -365,12 +361,8 @@ def write_text(path: Path, text: str) -> None:
         partial.write_text(text, encoding="utf-8")
 
 
-def as_json(value: Any) -> str:
-    return json.dumps(value, indent=2, ensure_ascii=False)
-
-
 def write_json(path: Path, value: Any) -> None:
-    write_text(path, as_json(value) + "\n")
+    write_text(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
 
 
 def read_json(path: Path) -> Any:
@@ -448,7 +440,7 @@ class Run:
         write_json(self / "config.json", dataclasses.asdict(config))
         arguments = [Path(sys.argv[0]).name, *sys.argv[1:]]
         template = hashlib.sha256(prompts.TEMPLATES[config.lang].encode()).hexdigest()
-        start = {"status": "running", "started": now(), "command": arguments, "versions": versions()}
+        start = {"status": "running", "started": time.strftime(TIME), "command": arguments, "versions": versions()}
         write_json(self / "run.json", {**start, "git_revision": git_revision(), "prompt_hash": template})
         status = "finished"
         try:
@@ -458,7 +450,7 @@ class Run:
             self.update(error=f"{type(error).__name__}: {error}")
             raise
         finally:
-            self.update(status=status, ended=now())
+            self.update(status=status, ended=time.strftime(TIME))
 
     def trained(self, seconds: dict[str, float]) -> None:
         """Notes what there is to tell of the training, and draws loss.png."""
@@ -500,10 +492,6 @@ class Run:
         name = SAVED[kind] if folder == self / SAVED[kind] else str(folder.resolve())
         entry = {"folder": name, "files": file_sizes(folder), "checked": checked}
         self.update(saved=self.record.get("saved", {}) | {kind: entry})
-
-
-def now() -> str:
-    return time.strftime("%Y-%m-%dT%H:%M:%S%z")
 
 
 def versions() -> dict[str, str]:
@@ -573,50 +561,6 @@ def demo_model() -> Path:
     return cache
 
 
-@dataclass(frozen=True)
-class Secret:
-    """A token or key; its value is never shown, its source is."""
-
-    value: str = field(repr=False)
-    source: str
-
-    @classmethod
-    def find(cls, names: Sequence[str]) -> Self | None:
-        """From the environment, `.env`, Kaggle or Colab; put where the libraries and child processes look for it."""
-        for value, source in cls.offers(names):
-            if not re.fullmatch(r"[!-~]+", value := value.strip()):  # the HTTP client's own error would show it
-                raise UserError(f"{source} holds a space or a letter that no token has.", "copy it once more")
-            os.environ[names[0]] = value
-            return cls(value, source)
-        return None
-
-    @staticmethod
-    def offers(names: Sequence[str]) -> Iterator[tuple[str, str]]:
-        """Values and sources, in the order in which they count."""
-        for name in filter(os.environ.get, names):
-            yield os.environ[name], f"{name} in {'.env' if name in load_dotenv() else 'the environment'}"
-        for place, (ask, remedy) in NOTEBOOKS.items():
-            reasons = set()
-            for name in names:
-                try:
-                    yield ask(name), f"{name} in the secrets of {place}"
-                except ModuleNotFoundError:
-                    break  # we are not there
-                except Exception as error:  # each service has its own kinds, and none of them may stop a training
-                    reasons.add(type(error).__name__)
-            if reasons:
-                say(f"note: {place} gave no {names[0]} ({', '.join(sorted(reasons))}): {remedy}")
-
-
-kaggle, colab = Lazy("kaggle_secrets"), Lazy("google.colab.userdata")
-ON_KAGGLE = "attach it under Add-ons > Secrets, and turn Internet on"
-ON_COLAB = "`!python` cannot read them: in a cell before, os.environ[NAME] = google.colab.userdata.get(NAME)"
-NOTEBOOKS: dict[str, tuple[Callable[[str], str], str]] = {
-    "Kaggle": (lambda name: str(kaggle.UserSecretsClient().get_secret(name)), ON_KAGGLE),
-    "Colab": (lambda name: str(colab.get(name)), ON_COLAB),
-}
-
-
 @functools.cache
 def load_dotenv() -> frozenset[str]:
     """Sets what `.env` names and the environment lacks; returns those names. An empty variable counts as absent."""
@@ -626,6 +570,46 @@ def load_dotenv() -> frozenset[str]:
     found = {name: value for name, value in entries.items() if value and name not in os.environ}
     os.environ.update(found)
     return frozenset(found)
+
+
+@dataclass(frozen=True)
+class Secret:
+    """A token or key; its value is never shown, its source is."""
+
+    value: str = field(repr=False)
+    source: str
+
+    @classmethod
+    def find(cls, names: Sequence[str]) -> Self | None:
+        """From the nearest place; put where the libraries and child processes look for it."""
+        for place, (ask, remedy) in PLACES.items():
+            reasons = set()
+            for name in names:
+                try:
+                    value = (ask(name) or "").strip()
+                except ModuleNotFoundError:
+                    break  # we are not there
+                except Exception as error:  # each service has its own kinds, and none of them may stop a training
+                    reasons.add(type(error).__name__)
+                    continue
+                if value and not re.fullmatch(r"[!-~]+", value):  # the HTTP client's own error would show it
+                    raise UserError(f"{name} in {place} has a space or a letter that no token has.", "copy it again")
+                if value:
+                    os.environ[names[0]] = value
+                    return cls(value, f"{name} in {place}")
+            if reasons:
+                say(f"note: {place} gave no {names[0]} ({', '.join(sorted(reasons))}): {remedy}")
+        return None
+
+
+ON_KAGGLE = "attach it under Add-ons > Secrets, and turn Internet on"
+ON_COLAB = "`!python` cannot read them: in a cell before, os.environ[NAME] = google.colab.userdata.get(NAME)"
+PLACES: dict[str, tuple[Callable[[str], str | None], str]] = {
+    "the environment": (lambda name: None if name in load_dotenv() else os.environ.get(name), ""),
+    ".env": (lambda name: os.environ.get(name) if name in load_dotenv() else None, ""),
+    "Kaggle's secrets": (lambda name: kaggle.UserSecretsClient().get_secret(name), ON_KAGGLE),
+    "Colab's secrets": (lambda name: colab.get(name), ON_COLAB),
+}
 
 
 @functools.cache
@@ -739,9 +723,7 @@ class Loaded:
         if any(report.values()):
             raise UserError(f"{folder} is not a whole model: {report}.", "remove it and `save` again")
         if tokenizer.eos_token_id in (None, tokenizer.pad_token_id):
-            raise UserError(
-                f"{folder}: no end-of-text token, or it is the padding too.", "`train` with another --model"
-            )
+            raise UserError(f"{folder}: end-of-text is missing, or is padding too.", "`train` with another --model")
         return cls(model, tokenizer)
 
     def generate(
@@ -906,9 +888,8 @@ def make_trainer(loaded: Loaded, rows: Sequence[Row], config: TrainConfig, run: 
     masks = [[int(i >= row.prompt_tokens) for i in range(len(row.input_ids))] for row in rows]
     dataset = datasets.Dataset.from_dict({"input_ids": [row.input_ids for row in rows], "completion_mask": masks})
     arguments = training_arguments(config, run, tracked)
-    trainer = trl.SFTTrainer(
-        model=loaded.model, processing_class=loaded.tokenizer, train_dataset=dataset, args=arguments
-    )
+    tuned, tokenizer = loaded.model, loaded.tokenizer
+    trainer = trl.SFTTrainer(model=tuned, processing_class=tokenizer, train_dataset=dataset, args=arguments)
     trainer.remove_callback(transformers.PrinterCallback)
     trainer.add_callback(training_log(run, make_plan(rows, config)["tokens_per_step"]))
     return trainer
@@ -970,7 +951,7 @@ def merge_weights(run: Run, out: Path) -> dict[str, Any]:
     """
     name, adapter = sixteen_bit(run.config.model), run.adapter
     size, missing = weights_size(name)
-    say(f"merging {name} ({size / 1e9:.1f} GB, {missing / 1e9:.1f} to download) and adapter into {out}, as large")
+    say(f"merging into {name} ({size / 1e9:.1f} GB, {missing / 1e9:.1f} of it to download); writes as much to {out}")
     way_out = "the adapter alone needs no room: `save --as adapter`, `push --adapter-only`; or set --output and HF_HOME"
     check_room({out: size, Path(hub_constants.HF_HUB_CACHE): missing}, way_out)
     tokenizer = transformers.AutoTokenizer.from_pretrained(adapter)
@@ -988,8 +969,9 @@ def merge_weights(run: Run, out: Path) -> dict[str, Any]:
 def check_merge(base: Any, tuned: Any, merged: Any) -> dict[str, Any]:
     """How much of the adapter's effect on the logits the merged weights have, and how far they are off beside it.
 
-    Rounding weights to 16 bits scatters the logits in directions of its own. A lost, a doubled or a foreign adapter
-    shows along the effect: its share is then 0, 2 or anything, where 1 is right. Raises if it is not.
+    Rounding to 16 bits scatters the logits in directions of its own, and swallows the smallest of the changes. A lost,
+    a doubled or a foreign adapter shows along the effect: its share is then 0, 2 or anything, where 1 is right. Raises
+    if it is not.
     """
     effect = tuned - base
     if not effect.any():
@@ -999,7 +981,10 @@ def check_merge(base: Any, tuned: Any, merged: Any) -> dict[str, Any]:
     numbers = {"adapter_share": round(share, 3), "training_moved_logits": round(strength, 4), "rounding": round(off, 4)}
     if not (abs(share - 1) < 0.15 and off <= max(0.5 * strength, 0.01)):
         fault = f"the merged weights do not act as base + adapter: {numbers}. Nothing was saved."
-        raise UserError(fault, "the adapter is whole: `save --as adapter`, or `push --adapter-only`")
+        way_out = (
+            "the adapter is whole: `push --adapter-only`; a very short training is lost in 16 bits: `train` longer"
+        )
+        raise UserError(fault, way_out)
     return numbers
 
 
@@ -1008,11 +993,12 @@ def quantize_weights(run: Run, out: Path) -> dict[str, Any]:
     the logits by more than half of what the 4 bits themselves did."""
     merged, _ = run.weights("merged-16bit")
     check_room({out: weights_size(str(merged))[0] // 2}, "name a folder on another disk with --output")
-    nf4 = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_compute_dtype": "bfloat16"}
+    nf4 = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True}
     how = {"device_map": {"": "cuda:0" if torch.cuda.is_available() else "cpu"}}
     with torch.no_grad(), whole(out) as partial:
         sixteen = Loaded.plainly(merged).probe()
-        loaded = Loaded.plainly(merged, quantization_config=transformers.BitsAndBytesConfig(**nf4), **how)
+        quantization = transformers.BitsAndBytesConfig(**nf4, bnb_4bit_compute_dtype="bfloat16")
+        loaded = Loaded.plainly(merged, quantization_config=quantization, **how)
         loaded.model.save_pretrained(partial)
         loaded.tokenizer.save_pretrained(partial)
         four, read_back = loaded.probe(), Loaded.plainly(partial, **how).probe()
@@ -1049,15 +1035,13 @@ def write_card(run: Run, repo: str = "OWNER/NAME") -> None:
         pipeline_tag="text-generation", tags=["medical", "reasoning", "chain-of-thought", "lora", "unsloth"],
     )  # fmt: skip
     evaluation = read_json(run / "eval.json") if (run / "eval.json").exists() else {"verdict": "not evaluated yet"}
-    numbers = {
-        "evaluation": {name: value for name, value in evaluation.items() if name != "pairs"},
-        **{name: record[name] for name in ("rows", "losses", "device", "seconds")},
-        "settings": dataclasses.asdict(config) | {"model": base, "dataset": Path(config.dataset).name},
-    }
+    settings = dataclasses.asdict(config) | {"model": base, "dataset": Path(config.dataset).name}
+    numbers = {"evaluation": {name: value for name, value in evaluation.items() if name != "pairs"}}
+    numbers |= {name: record[name] for name in ("rows", "losses", "device", "seconds")} | {"settings": settings}
     text = prompts.MODEL_CARD.format(
-        metadata=metadata.to_yaml(), base=base, repo=repo, numbers=as_json(numbers), verdict=evaluation["verdict"],
+        metadata=metadata.to_yaml(), base=base, repo=repo, verdict=evaluation["verdict"],
         samples="\n".join(prompts.as_markdown(pair) for pair in read_jsonl(run / "samples.jsonl")),
-        prompt=prompts.TEMPLATES[config.lang], tokens=config.max_new_tokens,
+        prompt=prompts.TEMPLATES[config.lang], tokens=config.max_new_tokens, numbers=json.dumps(numbers, indent=2),
     )  # fmt: skip
     write_text(run / "README.md", text)
 
@@ -1075,12 +1059,11 @@ class Repository:
 
     def visibility(self, private: bool | None) -> str:
         """Its own, or the new one's; raises where the user asked for another."""
-        if self.info is None:
-            return "public, new" if private is False else "private, new"
-        if private not in (None, self.info.private):
+        if self.info and private not in (None, self.info.private):
             fault = f"--{'private' if private else 'public'}: {self.name} is there already, and is not."
             raise UserError(fault, "change it in the repository's settings, or leave the option out")
-        return "private" if self.info.private else "public"
+        hidden = self.info.private if self.info else private is not False
+        return f"{'private' if hidden else 'public'}{'' if self.info else ', new'}"
 
     def has(self, add: Any) -> bool:
         """By the hash that the Hub keeps of a file: SHA-256 of a large one, git's own of a small one."""
@@ -1091,34 +1074,32 @@ class Repository:
         with add.as_file() as file:
             return bool(entry.blob_id == hub_sha.git_hash(file.read()))
 
-    def operations(self, files: dict[str, Path | bytes], replace: bool) -> list[Any]:
-        """Every file to add, and other weights to delete: a repository is never half of something. Raises unless
-        `replace` allows that."""
-        add, delete = huggingface_hub.CommitOperationAdd, huggingface_hub.CommitOperationDelete
-        adds = {name: add(path_in_repo=name, path_or_fileobj=content) for name, content in files.items()}
-        weights = [name for name in self.files if name.endswith(WEIGHTS)]
-        others = [name for name in weights if name not in adds or not self.has(adds[name])]
-        if others and not replace:
-            fault = f"--repo {self.name} holds other weights: {', '.join(others)}."
-            raise UserError(fault, "name another --repo, offer these with --create-pr, or replace those with --force")
-        return [*adds.values(), *(delete(name) for name in others if name not in adds)]
+    def others(self, adds: Sequence[Any]) -> list[str]:
+        """Weights that are there and are not those to be sent."""
+        same = {add.path_in_repo for add in adds if self.has(add)}
+        return [name for name in self.files if name.endswith(WEIGHTS) and name not in same]
 
-    def upload(self, operations: list[Any], private: bool | None, create_pr: bool) -> dict[str, Any]:
-        """One commit, which is read back and compared, even where its answer was lost on the way."""
-        api, message, failure, revision = huggingface_hub.HfApi(), "Upload by finetune_r1", None, None
+    def upload(self, adds: list[Any], private: bool | None, create_pr: bool) -> dict[str, Any]:
+        """What differs, in one commit that also removes other weights: a repository is never half of something.
+
+        It is read back and compared, even where the answer was lost on the way.
+        """
+        api, failure, revision = huggingface_hub.HfApi(), None, None
+        names = {add.path_in_repo for add in adds}
+        changes = [add for add in adds if not self.has(add)]
+        changes += [huggingface_hub.CommitOperationDelete(name) for name in self.others(adds) if name not in names]
+        commit = {"commit_message": "Upload by finetune_r1", "create_pr": create_pr}
         try:
             if self.info is None:
                 api.create_repo(self.name, private=private is not False)
-            parent = self.info.sha if self.info else None  # so that nobody's commit of this minute is undone
-            commit = api.create_commit(
-                self.name, operations, commit_message=message, create_pr=create_pr, parent_commit=parent
-            )
-            revision = commit.pr_revision
+            if changes:  # the parent is named so that nobody's commit of this minute is undone
+                parent = self.info.sha if self.info else None
+                revision = api.create_commit(self.name, changes, parent_commit=parent, **commit).pr_revision
         except (httpx.HTTPError, OSError, RuntimeError) as error:
             failure = error
         after = Repository(self.name, revision)
-        if missing := [o.path_in_repo for o in operations if hasattr(o, "upload_info") and not after.has(o)]:
-            fault = f"{self.name} was not changed: {failure}" if failure else f"{self.name} lacks {', '.join(missing)}"
+        if missing := [add.path_in_repo for add in adds if not after.has(add)]:
+            fault = f"{self.name} is as it was: {failure}" if failure else f"{self.name} lacks {', '.join(missing)}"
             way_out = advice(failure.__cause__ or failure) if failure else None
             raise UserError(fault, way_out or "`push` again: what has arrived is not sent again") from failure
         where = {"url": f"{hub_constants.ENDPOINT}/{self.name}", "revision": revision or "main"}
@@ -1160,8 +1141,9 @@ def advice(error: BaseException) -> str | None:
     """What to do next about an error that is not a bug of ours."""
     if isinstance(error, UserError):
         return error.next_step
-    status = getattr(getattr(error, "response", None), "status_code", None)
-    kinds = [type(error).__name__, str(status), *(kind.__name__ for kind in type(error).__mro__)]
+    in_text = re.search(r"HTTP status \w+ error \((\d+)", str(error))  # hf_xet raises a bare ConnectionError
+    status = in_text[1] if in_text else str(getattr(getattr(error, "response", None), "status_code", None))
+    kinds = [type(error).__name__, status, *(kind.__name__ for kind in type(error).__mro__)]
     return next((ADVICE[kind] for kind in kinds if kind in ADVICE), None)
 
 
@@ -1217,7 +1199,7 @@ def command(function: Callable[..., dict[str, Any] | None]) -> Callable[..., dic
         with friendly_errors(), contextlib.redirect_stdout(sys.stderr):
             prepare_environment()
             if (value := function(**values)) is not None:
-                as_yaml = functools.partial(yaml.safe_dump, sort_keys=False, allow_unicode=True, width=110)
+                as_yaml = functools.partial(yaml.safe_dump, sort_keys=False, allow_unicode=True, width=1e6)
                 result((json.dumps(value, ensure_ascii=False) if as_json else as_yaml(value)).rstrip())
 
     run.__doc__, run.__annotations__ = function.__doc__, {p.name: p.annotation for p in parameters}
@@ -1484,9 +1466,9 @@ def evaluation_rows(settings: TrainConfig, tokenizer: Any, dataset: str | None, 
         return held_out
     named: dict[str, Any] = {"dataset": dataset or settings.dataset, "split": split or settings.split}
     asked = dataclasses.replace(settings, **named, eval_rows=0)
-    known = {same_question(row.question) for row in trained}
+    known = {prompts.same_question(row.question) for row in trained}
     others = prepare_rows(read_dataset(asked), tokenizer, asked)[0]
-    if not (rows := [row for row in others if same_question(row.question) not in known]):
+    if not (rows := [row for row in others if prompts.same_question(row.question) not in known]):
         raise UserError(f"--split {asked.split}: all of its rows were trained on.", "name one beyond the run's own")
     return rows
 
@@ -1536,8 +1518,11 @@ def push(
     say(*(f"{size:>16,}  {name}" for name, size in sizes.items()))
     report = {"repo": repo, "visibility": visibility, "files": len(files), "bytes": sum(sizes.values())}
     say("  ".join(f"{name}: {value}" for name, value in report.items()))
-    operations = there.operations(files, force or create_pr)
-    return report | ({"dry_run": True} if dry_run else there.upload(operations, private, create_pr))
+    adds = [huggingface_hub.CommitOperationAdd(name, content) for name, content in files.items()]
+    if (others := there.others(adds)) and not (force or create_pr):
+        way_out = "name another --repo, offer yours with --create-pr, or replace them with --force"
+        raise UserError(f"--repo {repo} holds other weights: {', '.join(others)}.", way_out)
+    return report | ({"dry_run": True} if dry_run else there.upload(adds, private, create_pr))
 
 
 def check_push(repo: str, dry_run: bool) -> None:
@@ -1558,7 +1543,7 @@ def files_to_push(run: Run, adapter_only: bool, dry_run: bool, repo: str) -> dic
     write_card(run, repo)
     files: dict[str, Path | bytes] = {name: run / name for name in ("README.md", "loss.png")}
     files |= {f"adapter/{path.name}": path for path in sorted(run.adapter.iterdir())}
-    files["adapter/adapter_config.json"] = as_json(settings).encode()
+    files["adapter/adapter_config.json"] = json.dumps(settings, indent=2).encode()
     if adapter_only:
         return files
     if dry_run and "merged-16bit" not in run.record.get("saved", {}):
@@ -1576,7 +1561,6 @@ def demo(run_dir: RunDirOption = None) -> dict[str, Any]:
     loaded, held_out = train_run(config, run)
     say("", f"evaluating base and tuned on the {len(held_out)} held-out rows")
     report = run.evaluated(loaded.evaluate(held_out, 8, config))
-    say("merging the adapter into 16-bit weights, and checking them")
     save = subprocess.run([sys.executable, __file__, "save", "--run", run.folder, "--json"], stdout=-1, text=True)
     if save.returncode:  # a process of its own, as Unsloth has patched this one's model classes; it has said why
         raise typer.Exit(save.returncode)

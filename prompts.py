@@ -153,3 +153,8 @@ def as_markdown(pair: dict[str, Any]) -> str:
         answer = pair[side]["answer"] or pair[side]["thought"]
         text += f"\n**{title}** ({how_it_ended(pair[side])}).\n\n> " + answer.replace("\n", "\n> ") + "\n"
     return text
+
+
+def same_question(question: str) -> str:
+    """Equal for questions that differ in case and spacing only."""
+    return " ".join(question.casefold().split())

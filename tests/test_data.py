@@ -10,6 +10,7 @@ from conftest import EOS, SAMPLE
 from servers.hub import HubServer
 
 import finetune_r1
+import prompts
 from finetune_r1 import DataConfig, UserError, prepare_rows
 from prompts import build_prompt
 
@@ -28,7 +29,7 @@ def account(rows, tokenizer, **options):
 def test_the_bundled_rows_are_as_promised():
     rows = [json.loads(line) for line in SAMPLE.read_text().splitlines()]
     assert len(rows) >= 64 and all(list(row) == COLUMNS for row in rows)
-    assert len({finetune_r1.same_question(row["Question"]) for row in rows}) == len(rows)
+    assert len({prompts.same_question(row["Question"]) for row in rows}) == len(rows)
     assert all(60 <= len(row["Complex_CoT"].split()) <= 150 and "\n" not in row["Response"] for row in rows)
 
 
