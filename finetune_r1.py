@@ -1100,7 +1100,7 @@ class Repository:
         after = Repository(self.name, revision)
         if missing := [add.path_in_repo for add in adds if not after.has(add)]:
             fault = f"{self.name} is as it was: {failure}" if failure else f"{self.name} lacks {', '.join(missing)}"
-            way_out = advice(failure.__cause__ or failure) if failure else None
+            way_out = advice(failure) or advice(failure.__cause__) if failure else None
             raise UserError(fault, way_out or "`push` again: what has arrived is not sent again") from failure
         where = {"url": f"{hub_constants.ENDPOINT}/{self.name}", "revision": revision or "main"}
         return {**where, "commit": after.info.sha, "verified": "every file is there, with the same hash"}
@@ -1137,13 +1137,15 @@ ADVICE = {
 }
 
 
-def advice(error: BaseException) -> str | None:
+def advice(error: BaseException | None) -> str | None:
     """What to do next about an error that is not a bug of ours."""
     if isinstance(error, UserError):
         return error.next_step
     in_text = re.search(r"HTTP status \w+ error \((\d+)", str(error))  # hf_xet raises a bare ConnectionError
     status = in_text[1] if in_text else str(getattr(getattr(error, "response", None), "status_code", None))
-    kinds = [type(error).__name__, status, *(kind.__name__ for kind in type(error).__mro__)]
+    kinds = [kind.__name__ for kind in type(error).__mro__]
+    general = next((i for i, kind in enumerate(kinds) if kind in ("HfHubHTTPError", "ConnectionError")), 0)
+    kinds.insert(general, status)
     return next((ADVICE[kind] for kind in kinds if kind in ADVICE), None)
 
 

@@ -26,6 +26,7 @@ os.environ |= {
     "HF_HUB_DISABLE_TELEMETRY": "1",
     "HF_HUB_DISABLE_UPDATE_CHECK": "1",
     "HF_HUB_DISABLE_XET": "1",
+    "HF_XET_CLIENT_RETRY_BASE_DELAY": "10ms",
     "UNSLOTH_DISABLE_STATISTICS": "1",
     "CUDA_VISIBLE_DEVICES": "",
     "NO_PROXY": "127.0.0.1",
@@ -126,4 +127,19 @@ def tiny_r1(r1_tokenizer, tmp_path_factory):
     folder = tmp_path_factory.mktemp("models") / "tiny-r1"
     LlamaForCausalLM(config).to(torch.bfloat16).save_pretrained(folder)
     r1_tokenizer.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_run(tiny_r1, tmp_path_factory):
+    """The folder of a finished 4-bit run of the model above."""
+    import finetune_r1
+
+    config = finetune_r1.TrainConfig(
+        model=str(tiny_r1), dataset=str(SAMPLE), split="train[:8]", max_seq_length=768, max_steps=3, effective_batch=2,
+        warmup_steps=0, learning_rate=1e-2, max_new_tokens=4, wandb=False,
+    )  # fmt: skip
+    folder = tmp_path_factory.mktemp("runs") / "run"
+    loaded, _ = finetune_r1.train_run(config, finetune_r1.Run(folder))
+    assert any(type(module).__name__ == "Linear4bit" for module in loaded.model.modules()), "the base was 4-bit"
     return folder

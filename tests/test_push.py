@@ -1,127 +1,334 @@
-"""Log in and push, against real servers on loopback, with the unmodified clients."""
+"""Push, against a real Hub server on loopback with the unmodified client, by LFS and by Xet."""
 
 import json
+import math
 import os
-import stat
+import shutil
 import subprocess
 import sys
 
 import pytest
+from conftest import SCRIPT, Done
+from servers.base import Fault
 from servers.hub import HubServer
-from servers.wandb_server import WandbServer
 
-WRITE, READ, KEY = "hf_writetoken", "hf_readtoken", "a" * 40
+import finetune_r1
+
+WRITE, READ = "hf_writetoken", "hf_readtoken"
 REPO = "alice/DeepSeek-R1-Medical-COT"
+WAYS = {"lfs": "1", "xet": "0"}  # HF_HUB_DISABLE_XET
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture
 def hub():
     with HubServer(tokens={WRITE: ("alice", "write"), READ: ("alice", "read")}) as server:
         yield server
 
 
 @pytest.fixture(scope="module")
-def wandb_server():
-    with WandbServer(keys={KEY: "alice"}) as server:
-        yield server
+def run(tiny_run, tmp_path_factory):
+    """A finished run with its merged weights."""
+    folder = shutil.copytree(tiny_run, tmp_path_factory.mktemp("pushed") / "run")
+    finetune_r1.save(run=folder)
+    return folder
 
 
-@pytest.fixture(scope="module")
-def pushed(demo, hub):
-    """The demo's run, pushed once."""
-    import conftest
+@pytest.fixture
+def push(hub, run, monkeypatch, capfd):
+    """The command as a user gives it, but in this process, whose client has read its environment already."""
+    from huggingface_hub import constants, hf_api
 
-    command = [sys.executable, conftest.SCRIPT, "push", "--repo", REPO, "--json"]
-    environment = {**os.environ, "HF_ENDPOINT": hub.url, "HF_TOKEN": WRITE}
-    done = subprocess.run(command, cwd=demo[0], env=environment, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    return json.loads(done.stdout)
+    monkeypatch.setattr(constants, "ENDPOINT", hub.url)
+    monkeypatch.setattr(hf_api.api, "endpoint", hub.url)
 
+    def command(*arguments, way: str = "lfs", token: str | None = WRITE) -> Done:
+        monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", way == "lfs")
+        monkeypatch.setenv("HF_TOKEN", token) if token else monkeypatch.delenv("HF_TOKEN", raising=False)
+        finetune_r1.hub_token.cache_clear()
+        with pytest.raises(SystemExit) as end:
+            finetune_r1.app(["push", "--repo", REPO, "--run", str(run), "--json", *arguments])
+        done = Done(end.value.code, *capfd.readouterr())
+        assert "Traceback" not in done.err and ("next:" in done.err) == (done.code == 1)
+        return done
 
-def test_login_says_who_you_are_and_never_the_token(cli, hub, wandb_server):
-    done = cli(
-        "login", "--json", HF_ENDPOINT=hub.url, HF_TOKEN=WRITE, WANDB_BASE_URL=wandb_server.url, WANDB_API_KEY=KEY
-    )
-    assert done.code == 0, done.err
-    who = json.loads(done.out)
-    assert (who["hugging_face"]["name"], who["hugging_face"]["role"]) == ("alice", "write")
-    assert who["wandb"]["name"] == "alice"
-    assert WRITE not in done.out + done.err and KEY not in done.out + done.err
+    return command
 
 
-def test_login_finds_the_token_in_a_dotenv_file(cli, hub, tmp_path):
-    (tmp_path / ".env").write_text(f"HF_TOKEN={READ}\n")
-    done = cli("login", "--json", HF_ENDPOINT=hub.url)
-    assert json.loads(done.out)["hugging_face"]["role"] == "read"
+def files(hub):
+    """What the repository holds, None if there is none."""
+    repo = hub.repos.get(("model", REPO))
+    return dict(repo.files) if repo else None
 
 
-def test_login_refuses_a_bad_token_and_says_where_it_was(cli, hub):
-    done = cli("login", HF_ENDPOINT=hub.url, HF_TOKEN="hf_nonsense")
-    assert done.code == 1 and "HF_TOKEN" in done.err and "next:" in done.err
-    assert "hf_nonsense" not in done.out + done.err and "Traceback" not in done.err
+def expected(run):
+    """Every file that a push of the run must bring; the card and the adapter's settings are made for the repository."""
+    names = {path.name for path in (run / "merged").iterdir()} | {"README.md", "loss.png"}
+    return names | {f"adapter/{path.name}" for path in (run / "adapter").iterdir()} | {".gitattributes"}
 
 
-def test_login_without_token_or_terminal_says_what_to_set(cli, hub):
-    done = cli("login", HF_ENDPOINT=hub.url)
-    assert done.code == 1 and "set HF_TOKEN" in done.err
-
-
-def test_a_token_stored_earlier_is_found_and_is_private(cli, hub, home):
-    code = f"import huggingface_hub; huggingface_hub.login('{WRITE}')"
-    environment = {**os.environ, "HF_ENDPOINT": hub.url, "HF_HOME": str(home / "hf2")}
-    subprocess.run([sys.executable, "-c", code], env=environment, check=True, capture_output=True)
-    assert stat.S_IMODE((home / "hf2" / "token").stat().st_mode) == 0o600
-    done = cli("login", "--json", HF_ENDPOINT=hub.url, HF_HOME=str(home / "hf2"))
-    assert json.loads(done.out)["hugging_face"]["token"] == "an earlier log-in"
-
-
-def test_a_dry_run_shows_the_files_and_sends_nothing(demo, hub, cli):
-    done = cli("push", "--repo", "alice/dry", "--dry-run", "--json", cwd=demo[0], HF_ENDPOINT=hub.url)
-    report = json.loads(done.out)
-    assert report["dry_run"] and report["bytes"] > 250e6 and "model.safetensors" in done.err
-    assert ("model", "alice/dry") not in hub.repos
-
-
-def test_push_makes_one_commit_of_merged_at_the_root_and_adapter_in_its_folder(pushed, demo, hub):
+@pytest.mark.parametrize("way", WAYS)
+def test_one_commit_brings_merged_weights_to_the_root_and_the_adapter_to_its_folder(push, hub, run, way):
+    report = json.loads(push(way=way).out)
     repo = hub.repos["model", REPO]
-    assert repo.private and pushed["verified"] and len(repo.commits) == 2  # the second is ours, the first made the repo
-    local = {path.name for path in (demo[1] / "merged").iterdir()} | {"README.md", "loss.png"}
-    local |= {f"adapter/{path.name}" for path in (demo[1] / "adapter").iterdir()}
-    assert set(repo.files) == local | {".gitattributes"}
+    assert set(repo.files) == expected(run) and "same hash" in report["verified"]
+    assert repo.private and len(repo.commits) == 2, "the first commit made the repository"
+    assert repo.files["model.safetensors"] == (run / "merged" / "model.safetensors").read_bytes()
+    assert any("/xet/" in path for _, path in hub.requests) == (way == "xet")
 
 
-def test_what_was_pushed_loads_by_name_merged_and_adapter(pushed, hub, smollm2, home):
+@pytest.mark.parametrize("way", WAYS)
+def test_what_was_pushed_loads_by_name_with_equal_logits(push, hub, run, tiny_r1, home, tmp_path, way):
+    push(way=way)
     code = f"""
 import torch
 from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer
-tokenizer = AutoTokenizer.from_pretrained("{REPO}")
-batch = tokenizer("Why does a raised anion gap matter?", return_tensors="pt")
-with torch.no_grad():
-    merged = AutoModelForCausalLM.from_pretrained("{REPO}", dtype="auto")(**batch).logits.float()
-    base = AutoModelForCausalLM.from_pretrained("{smollm2}", dtype="auto")
-    untuned = base(**batch).logits.float()
-    tuned = PeftModel.from_pretrained(base, "{REPO}", subfolder="adapter")(**batch).logits.float()
-print(float((merged - tuned).norm() / (tuned - untuned).norm()))
+
+def logits(model):
+    with torch.no_grad():
+        return model(**batch).logits.float()
+
+def base():
+    return AutoModelForCausalLM.from_pretrained("{tiny_r1}", dtype="auto")
+
+batch = AutoTokenizer.from_pretrained("{REPO}")("Why does a raised anion gap matter?", return_tensors="pt")
+assert torch.equal(
+    logits(AutoModelForCausalLM.from_pretrained("{REPO}", dtype="auto")),
+    logits(AutoModelForCausalLM.from_pretrained("{run}/merged", dtype="auto")),
+)
+adapter = logits(PeftModel.from_pretrained(base(), "{REPO}", subfolder="adapter"))
+assert torch.equal(adapter, logits(PeftModel.from_pretrained(base(), "{run}/adapter")))
+assert not torch.equal(adapter, logits(base()))
 """
-    environment = {**os.environ, "HF_ENDPOINT": hub.url, "HF_TOKEN": WRITE, "HF_HOME": str(home / "fresh")}
-    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
+    environment = {"HF_ENDPOINT": hub.url, "HF_TOKEN": WRITE, "HF_HOME": str(tmp_path), "HF_HUB_DISABLE_XET": WAYS[way]}
+    done = subprocess.run(
+        [sys.executable, "-c", code], env={**os.environ, **environment}, capture_output=True, text=True
+    )
     assert done.returncode == 0, done.stderr
-    assert float(done.stdout) < 0.25
 
 
-def test_nothing_that_was_pushed_names_a_folder_of_this_machine(pushed, hub, home):
-    repo = hub.repos["model", REPO]
+def test_the_demo_is_pushed_by_the_command_line_and_names_no_folder_of_this_machine(demo, hub, home):
+    """The one push here of 270 MB, by the client's default way."""
+    command = [sys.executable, SCRIPT, "push", "--repo", REPO, "--json"]
+    environment = {**os.environ, "HF_ENDPOINT": hub.url, "HF_TOKEN": WRITE, "HF_HUB_DISABLE_XET": "0"}
+    done = subprocess.run(command, cwd=demo[0], env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert set(files(hub)) == expected(demo[1])
     for name in ("README.md", "adapter/adapter_config.json", "config.json"):
-        assert str(home) not in repo.files[name].decode(), name
+        assert str(home) not in files(hub)[name].decode(), name
 
 
-def test_a_read_token_cannot_push_and_the_message_says_so(demo, hub, cli):
-    done = cli("push", "--repo", "alice/other", cwd=demo[0], HF_ENDPOINT=hub.url, HF_TOKEN=READ)
-    assert done.code == 1 and "next:" in done.err and "login" in done.err and "Traceback" not in done.err
-    assert ("model", "alice/other") not in hub.repos
+def test_a_dry_run_shows_the_files_and_sends_nothing(push, hub):
+    done = push("--dry-run", token=None)
+    report = json.loads(done.out)
+    assert report["dry_run"] and report["visibility"] == "private, new" and report["repo"] == REPO
+    assert "model.safetensors" in done.err and "adapter/adapter_config.json" in done.err
+    assert f"bytes: {report['bytes']}" in done.err and {method for method, _ in hub.requests} == {"GET"}
 
 
-def test_without_a_token_nothing_is_merged_or_sent(demo, hub, cli):
-    done = cli("push", "--repo", "alice/other", cwd=demo[0], HF_ENDPOINT=hub.url)
-    assert done.code == 1 and "`login` first" in done.err
+def test_a_push_again_sends_nothing_and_after_an_evaluation_the_card_alone(push, hub, run):
+    def sent():
+        return [path for method, path in hub.requests if method in ("PUT", "POST")]
+
+    push()
+    first = sent()
+    push()
+    repo = hub.repos["model", REPO]
+    assert sent() == first and len(repo.commits) == 2
+    finetune_r1.write_json(run / "eval.json", {"verdict": "better by far"})
+    push()
+    (run / "eval.json").unlink()
+    before, after = (commit.tree for commit in repo.commits[1:])
+    assert [name for name in after if after[name] != before.get(name)] == ["README.md"]
+    assert b"better by far" in repo.files["README.md"]
+
+
+def test_the_adapter_alone_goes_to_the_same_folder(push, hub, run):
+    push("--adapter-only")
+    assert set(files(hub)) == {
+        name for name in expected(run) if "/" in name or name.startswith(("README", "loss", "."))
+    }
+    push()
+    assert set(files(hub)) == expected(run), "the merged weights of the same run join it"
+
+
+OTHERS = {
+    "other weights": {"model.safetensors": b"other weights"},
+    "more shards": {"model-00001-of-00002.safetensors": b"1", "model.safetensors.index.json": b"{}"},
+    "pickles": {"pytorch_model.bin": b"pickled"},
+    "the recipe's adapter at the root": {"adapter_config.json": b"{}", "adapter_model.safetensors": b"adapter"},
+}
+
+
+@pytest.mark.parametrize("others", OTHERS.values(), ids=OTHERS)
+def test_other_weights_are_replaced_only_by_force_and_then_all_of_them(push, hub, run, others):
+    hub.add_repo("model", REPO, {"notes.md": b"mine", **others})
+    before = files(hub)
+    done = push()
+    assert done.code == 1 and "--force" in done.err and "--create-pr" in done.err and next(iter(others)) in done.err
+    assert files(hub) == before
+    push("--force")
+    assert set(files(hub)) == expected(run) - {".gitattributes"} | {"notes.md"}
+    assert len(hub.repos["model", REPO].commits) == 2
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_a_pull_request_offers_the_weights_and_leaves_the_repository_as_it_was(push, hub, run, way):
+    hub.add_repo("model", REPO, {"model.safetensors": b"other weights"})
+    before = files(hub)
+    report = json.loads(push("--create-pr", way=way).out)
+    assert report["revision"] == "refs/pr/1" and files(hub) == before
+    assert set(hub.repos["model", REPO].pull_requests[0].files) == expected(run) - {".gitattributes"}
+
+
+def test_a_public_repository_is_not_taken_for_a_private_one(push, hub):
+    hub.add_repo("model", REPO, {"README.md": b"# Mine"})
+    assert json.loads(push("--dry-run").out)["visibility"] == "public"
+    done = push("--private")
+    assert done.code == 1 and "--private" in done.err and set(files(hub)) == {"README.md"}
+
+
+def test_a_new_repository_is_public_when_asked(push, hub):
+    assert json.loads(push("--public").out)["visibility"] == "public, new"
+    assert not hub.repos["model", REPO].private
+
+
+def test_a_read_token_cannot_push_and_the_message_comes_before_any_work(push, hub):
+    done = push(token=READ)
+    assert done.code == 1 and "can read, not write" in done.err and "login" in done.err
+    assert [path for _, path in hub.requests] == ["/api/whoami-v2"]
+
+
+def test_without_a_token_nothing_is_merged_or_sent(push, hub):
+    done = push(token=None)
+    assert done.code == 1 and "`login` first" in done.err and not hub.requests
+
+
+def test_a_folder_with_adapter_and_merged_weights_is_refused_with_the_reason(push, hub, run):
+    """What the recipe saves and pushes."""
+    names = [path.name for path in (run / "adapter").glob("adapter*")]
+    for name in names:
+        shutil.copy(run / "adapter" / name, run / "merged")
+    try:
+        done = push()
+    finally:
+        for name in names:
+            (run / "merged" / name).unlink()
+    assert done.code == 1 and "apply the adapter twice" in done.err and files(hub) is None
+
+
+@pytest.mark.parametrize("damage", ["a shard is cut", "a file is missing", "a file is added"])
+def test_only_what_save_verified_is_pushed(push, hub, run, tmp_path, damage):
+    weights, extra = run / "merged" / "model.safetensors", run / "merged" / "pytorch_model.bin"
+    shutil.copy(weights, tmp_path)
+    if damage == "a file is added":
+        extra.touch()
+    else:
+        weights.write_bytes(weights.read_bytes()[:1000]) if damage == "a shard is cut" else weights.unlink()
+    try:
+        done = push()
+    finally:
+        extra.unlink(missing_ok=True)
+        shutil.copy(tmp_path / weights.name, weights)
+    assert done.code == 1 and "not what `save` verified" in done.err and files(hub) is None
+
+
+def test_the_card_has_metadata_that_the_hub_takes_and_all_that_a_reader_asks(push, hub, run):
+    import yaml
+
+    push()
+    _, front, text = files(hub)["README.md"].decode().split("---\n", 2)
+    card = yaml.safe_load(front)
+    assert card["pipeline_tag"] == "text-generation" and card["library_name"] == "transformers"
+    assert {"medical", "reasoning"} <= set(card["tags"]) and card["language"] == "en"
+    for part in ("Before", "After", f'from_pretrained("{REPO}"', 'subfolder="adapter"', "not a medical device",
+                 "learning_rate", '"dropped"', "![training loss](loss.png)", "Limits", "{question}"):  # fmt: skip
+        assert part in text, part
+
+
+API, GIT = f"/api/models/{REPO}", f"/{REPO}.git"
+LANDED = {
+    "a commit's answer is lost": ("lfs", Fault("POST", "/commit/", "drop", after=3)),
+    "a commit is slow": ("lfs", Fault("POST", "/commit/", delay=2)),
+    "an upload fails once": ("lfs", Fault("PUT", GIT, 500)),
+    "an upload is cut once": ("lfs", Fault("PUT", GIT, "drop")),
+    "too many requests, once": ("lfs", Fault("POST", "/objects/batch", 429)),
+    "a xorb fails once": ("xet", Fault("PUT", "/xorb-uploads/", 503)),
+    "a shard fails once": ("xet", Fault("POST", "/shards", 500)),
+    "a shard's answer is lost": ("xet", Fault("POST", "/shards", "drop", after=3)),
+    "a commit's answer is lost, by xet": ("xet", Fault("POST", "/commit/", "drop", after=3)),
+}
+
+
+@pytest.mark.parametrize(("way", "fault"), LANDED.values(), ids=LANDED)
+def test_a_passing_fault_ends_in_a_whole_repository(push, hub, run, way, fault):
+    hub.faults.append(fault)
+    assert push(way=way).code == 0
+    assert set(files(hub)) == expected(run) and fault.times == 0
+
+
+REFUSED = {
+    "whoami 401": ("lfs", "GET", "whoami", 401, "refused the token"),
+    "whoami 429": ("lfs", "GET", "whoami", 429, "wait"),
+    "whoami 500": ("lfs", "GET", "whoami", 500, "later"),
+    "no look at the repository": ("lfs", "GET", API, 503, "later"),
+    "create 403": ("lfs", "POST", "/repos/create", 403, "write access"),
+    "create 409": ("lfs", "POST", "/repos/create", 409, "`push` again"),
+    "create 500": ("lfs", "POST", "/repos/create", 500, "later"),
+    "preupload 403": ("lfs", "POST", "/preupload/", 403, "write access"),
+    "batch 403": ("lfs", "POST", "/objects/batch", 403, "write access"),
+    "upload 403": ("lfs", "PUT", GIT, 403, "write access"),
+    "verify 404": ("lfs", "POST", "/verify", 404, ""),
+    "commit 401": ("lfs", "POST", "/commit/", 401, "login"),
+    "commit 403": ("lfs", "POST", "/commit/", 403, "write access"),
+    "commit 409": ("lfs", "POST", "/commit/", 409, "changed meanwhile"),
+    "commit 412": ("lfs", "POST", "/commit/", 412, "changed meanwhile"),
+    "commit 429": ("lfs", "POST", "/commit/", 429, "wait"),
+    "commit 503": ("lfs", "POST", "/commit/", 503, "later"),
+    "commit cut": ("lfs", "POST", "/commit/", "drop", "again"),
+    "xet token 401": ("xet", "GET", "/xet-write-token/", 401, "login"),
+    "xet token 403": ("xet", "GET", "/xet-write-token/", 403, "write access"),
+    "xet token 429": ("xet", "GET", "/xet-write-token/", 429, "wait"),
+    "xet grant 403": ("xet", "POST", "/xorb-grants/", 403, "write access"),
+    "xet shards 500": ("xet", "POST", "/shards", 500, "later"),
+    "xet shards cut": ("xet", "POST", "/shards", "drop", "again"),
+    "commit 412 by xet": ("xet", "POST", "/commit/", 412, "changed meanwhile"),
+}
+
+
+@pytest.mark.parametrize(("way", "method", "path", "status", "said"), REFUSED.values(), ids=REFUSED)
+def test_a_lasting_fault_leaves_the_repository_as_it_was_and_a_push_again_completes_it(
+    push, hub, run, way, method, path, status, said
+):
+    hub.faults.append(Fault(method, path, status, times=math.inf))
+    done = push(way=way)
+    assert done.code == 1 and said in done.err
+    assert files(hub) is None or set(files(hub)) == {".gitattributes"}, "a new repository may be left, but empty"
+    hub.faults.clear()
+    assert push(way=way).code == 0 and set(files(hub)) == expected(run)
+
+
+def test_somebody_elses_commit_of_this_minute_is_not_undone(push, hub, run, monkeypatch):
+    hub.add_repo("model", REPO, {"README.md": b"# Mine"})
+    whole_upload = finetune_r1.Repository.upload
+
+    def upload_late(self, *arguments):
+        hub.repos["model", REPO].commits.append(
+            hub.add_repo("model", "alice/other", {"README.md": b"# New"}).commits[0]
+        )
+        return whole_upload(self, *arguments)
+
+    repo = hub.repos["model", REPO]
+    monkeypatch.setattr(finetune_r1.Repository, "upload", upload_late)
+    done = push()
+    assert done.code == 1 and "changed meanwhile" in done.err and dict(repo.files) == {"README.md": b"# New"}
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_after_a_cut_only_what_is_missing_is_sent(push, hub, run, way):
+    hub.faults.append(Fault("POST", "/commit/", 503, times=math.inf))
+    push(way=way)
+    hub.faults.clear()
+    sent = [path for method, path in hub.requests if method == "PUT"]
+    assert sent and push(way=way).code == 0
+    assert [path for method, path in hub.requests if method == "PUT"] == sent

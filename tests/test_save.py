@@ -6,27 +6,18 @@ import subprocess
 import sys
 
 import pytest
-from conftest import SAMPLE, SCRIPT
+from conftest import SCRIPT
 
 import finetune_r1
-from finetune_r1 import Run, TrainConfig, UserError
+from finetune_r1 import Run, UserError
 
 PROBE = "Below is an instruction. Why does a raised anion gap matter in a patient with diabetes?"
 
 
 @pytest.fixture(scope="module")
-def run(tiny_r1, unsloth, tmp_path_factory):
-    """A finished 4-bit run."""
-    config = TrainConfig(
-        model=str(tiny_r1), dataset=str(SAMPLE), split="train[:8]", max_seq_length=768, max_steps=3, effective_batch=2,
-        warmup_steps=0, learning_rate=1e-2, max_new_tokens=4, wandb=False,
-    )  # fmt: skip
-    folder = tmp_path_factory.mktemp("runs") / "run"
-    loaded, _ = finetune_r1.train_run(config, Run(folder))
-    assert any(type(module).__name__ == "Linear4bit" for module in loaded.model.modules()), (
-        "the base was loaded in 4-bit"
-    )
-    return folder
+def run(tiny_run, tmp_path_factory):
+    """A copy of the finished run, for these tests to save from."""
+    return shutil.copytree(tiny_run, tmp_path_factory.mktemp("saved") / "run")
 
 
 @pytest.fixture(scope="module")
