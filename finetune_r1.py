@@ -937,10 +937,11 @@ def weights_size(model: str) -> tuple[int, int]:
     """Bytes of a model's weights, and how many of them are still to be downloaded."""
     if Path(model).is_dir():
         return sum(file.stat().st_size for file in Path(model).glob("*.safetensors")), 0
+    weights_of = functools.partial(huggingface_hub.snapshot_download, allow_patterns="*.safetensors")
     try:
-        files = huggingface_hub.snapshot_download(model, allow_patterns="*.safetensors", dry_run=True)
+        files = weights_of(model, dry_run=True)
     except hub_errors.DryRunError:  # no network: what was downloaded before has to do
-        return weights_size(huggingface_hub.snapshot_download(model, local_files_only=True))
+        return weights_size(weights_of(model, local_files_only=True))
     return sum(file.file_size for file in files), sum(file.file_size for file in files if file.will_download)
 
 

@@ -6,9 +6,11 @@ import subprocess
 import sys
 
 import pytest
-from conftest import SCRIPT
+from conftest import EOS, SCRIPT
+from servers.hub import HubServer
 
 import finetune_r1
+import prompts
 from finetune_r1 import Run, UserError
 
 PROBE = "Below is an instruction. Why does a raised anion gap matter in a patient with diabetes?"
@@ -71,6 +73,91 @@ def test_a_folder_that_is_there_is_refused_so_that_nothing_mixes(run, merged, tm
     assert not (tmp_path / "mine" / "model.safetensors").exists()
 
 
+def test_4_bit_weights_load_in_plain_transformers_and_act_as_the_16_bit_ones_do(run, merged, r1_tokenizer):
+    from transformers import AutoModelForCausalLM
+
+    report = finetune_r1.save(run=run, as_="merged-4bit")
+    plain = AutoModelForCausalLM.from_pretrained(run / "merged-4bit")
+    assert any(type(module).__name__ == "Linear4bit" for module in plain.modules())
+    sixteen = logits(AutoModelForCausalLM.from_pretrained(merged, dtype="auto"), r1_tokenizer)
+    assert (logits(plain, r1_tokenizer) - sixteen).norm() < 0.5 * sixteen.norm()
+    assert 0 < report["quantization_moved_logits"] < 0.5 and report["serve"].startswith("vllm serve")
+    assert not list((run / "merged-4bit").glob("*.bin"))
+
+
+def test_the_modelfile_has_the_training_prompt_and_stops_where_the_model_does(run, merged):
+    finetune_r1.save(run=run, modelfile=True)
+    text = (merged / "Modelfile").read_text()
+    template = text.split('TEMPLATE """')[1].split('"""')[0]
+    assert template.replace("{{ .Prompt }}", "Why?") == prompts.build_prompt("Why?")
+    assert f'PARAMETER stop "{EOS}"' in text and text.startswith("FROM .\n")
+    finetune_r1.save(run=run)  # is still what was verified
+
+
+def test_the_line_for_vllm_names_base_and_adapter_or_the_merged_folder(run, merged, tiny_r1):
+    assert finetune_r1.save(run=run)["serve"] == f"vllm serve {merged} --max-model-len 768"
+    adapter = finetune_r1.save(run=run, as_="adapter")["serve"]
+    assert adapter.startswith(f"vllm serve {tiny_r1} --enable-lora --lora-modules tuned={run / 'adapter'}")
+
+
+def test_what_would_fill_the_disk_is_refused_before_it_starts_with_the_way_out(tmp_path):
+    free = shutil.disk_usage(tmp_path).free
+    half = {tmp_path / "merged": free * 6 // 10, tmp_path / "cache" / "hub": free * 6 // 10}
+    for path, size in half.items():
+        finetune_r1.check_room({path: size}, "save elsewhere")
+    with pytest.raises(UserError, match=r"GB free, and .* GB are needed") as refused:
+        finetune_r1.check_room(half, "save elsewhere")
+    assert refused.value.next_step == "save elsewhere"
+
+
+def test_the_size_of_a_base_model_is_known_before_and_after_its_download(tiny_r1, tmp_path, monkeypatch):
+    import huggingface_hub
+    from huggingface_hub import constants, hf_api
+
+    size = (tiny_r1 / "model.safetensors").stat().st_size
+    assert finetune_r1.weights_size(str(tiny_r1)) == (size, 0)
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
+    with HubServer() as hub:
+        monkeypatch.setattr(constants, "ENDPOINT", hub.url)
+        monkeypatch.setattr(
+            constants, "HUGGINGFACE_CO_URL_TEMPLATE", hub.url + "/{repo_id}/resolve/{revision}/{filename}"
+        )
+        monkeypatch.setattr(hf_api.api, "endpoint", hub.url)
+        hub.add_repo("model", "org/base", {path.name: path.read_bytes() for path in tiny_r1.iterdir()})
+        assert finetune_r1.weights_size("org/base") == (size, size)
+        huggingface_hub.snapshot_download("org/base")
+        assert finetune_r1.weights_size("org/base") == (size, 0)
+    assert finetune_r1.weights_size("org/base") == (size, 0), "without a network what was downloaded counts"
+
+
+@pytest.mark.parametrize("damage", ["missing", "left over", "padding that ends the text", "with an adapter beside"])
+def test_a_folder_that_is_not_one_whole_model_is_refused(merged, run, tmp_path, damage):
+    from safetensors.torch import load_file, save_file
+
+    copy = shutil.copytree(merged, tmp_path / "merged")
+    weights = load_file(copy / "model.safetensors")
+    if damage == "missing":
+        del weights["model.norm.weight"]
+    elif damage == "left over":
+        weights["model.layers.9.mlp.up_proj.weight"] = weights["model.norm.weight"].clone()
+    elif damage == "padding that ends the text":
+        settings = finetune_r1.read_json(copy / "tokenizer_config.json") | {"pad_token": EOS}
+        finetune_r1.write_json(copy / "tokenizer_config.json", settings)
+    else:
+        shutil.copy(run / "adapter" / "adapter_config.json", copy)
+    save_file(weights, copy / "model.safetensors", {"format": "pt"})
+    with pytest.raises(UserError, match=r"not a whole model|end-of-text|twice"):
+        finetune_r1.Loaded.plainly(copy)
+
+
+def test_an_adapter_that_was_never_trained_is_not_merged():
+    import torch
+
+    same = torch.ones(3, 5)
+    with pytest.raises(UserError, match="never trained"):
+        finetune_r1.check_merge(same, same, same)
+
+
 @pytest.mark.parametrize("times", [0, 2])
 def test_a_lost_or_doubled_adapter_is_caught(times):
     """The probe itself: logits in which the adapter's effect is there `times` times, and rounding noise."""
@@ -89,7 +176,7 @@ def test_a_failed_check_leaves_no_folder(run, tmp_path, monkeypatch):
     from peft.tuners.lora import LoraModel
 
     copy = tmp_path / "run"
-    shutil.copytree(run, copy, ignore=shutil.ignore_patterns("merged"))
+    shutil.copytree(run, copy, ignore=shutil.ignore_patterns("merged*"))
     monkeypatch.setattr(LoraModel, "merge_and_unload", LoraModel.unload)
     with pytest.raises(UserError, match="Nothing was saved"):
         finetune_r1.save(run=copy)
@@ -108,7 +195,7 @@ def test_the_16_bit_base_is_found_behind_a_quantized_name(run, tiny_r1, tmp_path
     renamed = tmp_path / "tiny-unsloth-bnb-4bit"
     shutil.copytree(tiny_r1, tmp_path / "tiny")
     copy = tmp_path / "run"
-    shutil.copytree(run, copy, ignore=shutil.ignore_patterns("merged"))
+    shutil.copytree(run, copy, ignore=shutil.ignore_patterns("merged*"))
     config = dataclasses.replace(Run(copy).config, model=str(renamed))
     finetune_r1.write_json(copy / "config.json", dataclasses.asdict(config))
     assert finetune_r1.merge_weights(Run(copy), copy / "merged")["adapter_share"] > 0.9
