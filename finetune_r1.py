@@ -16,7 +16,6 @@ at their first use, so that `--help` answers at once. Results go to stdout, all 
 import contextlib
 import dataclasses
 import functools
-import getpass
 import hashlib
 import importlib
 import importlib.util
@@ -24,7 +23,6 @@ import inspect
 import json
 import logging
 import os
-import platform
 import random
 import re
 import shutil
@@ -98,6 +96,9 @@ def option(default: Any, help: str, *flags: str, **limits: Any) -> Any:
     return field(default=default, metadata={"flags": flags, "help": help, **limits})
 
 
+SEED = option(3407, "Seed of held-out rows, row order, adapter start and sampling.", min=0)
+
+
 @dataclass(frozen=True)
 class ModelConfig:
     """Which model, and how it is loaded."""
@@ -110,14 +111,7 @@ class ModelConfig:
 
 
 @dataclass(frozen=True)
-class Seeded:
-    """What makes a run repeatable."""
-
-    seed: int = option(3407, "Seed of held-out rows, row order, adapter start and sampling.", min=0)
-
-
-@dataclass(frozen=True)
-class DataConfig(ModelConfig, Seeded):
+class DataConfig(ModelConfig):
     """Which rows are taught, and how they become text."""
 
     dataset: str = option("FreedomIntelligence/medical-o1-reasoning-SFT", "Hub name, or .jsonl, .json, .csv, .parquet.")
@@ -129,14 +123,16 @@ class DataConfig(ModelConfig, Seeded):
     lang: Lang = option("en", "Language of prompt and rows.")
     overlong: Overlong = option("shorten-thought", "For a row beyond --max-seq-length; the answer is never cut.")
     eval_rows: int = option(0, "Rows held out of training, chosen by seed.", min=0)
+    seed: int = SEED
 
 
 @dataclass(frozen=True)
-class GenerationConfig(Seeded):
+class GenerationConfig:
     """How answers are written."""
 
     max_new_tokens: int = option(1200, "Longest answer, thought included, in tokens.", min=1)
     temperature: float = option(0.0, "0 takes the likeliest token each time.", min=0.0, max=5.0)
+    seed: int = SEED
 
 
 @dataclass(frozen=True)
@@ -497,7 +493,7 @@ class Run:
 def versions() -> dict[str, str]:
     """Of Python and of the packages the job rests on."""
     found = {name: next(iter(metadata.Distribution.discover(name=name)), None) for name in PACKAGES.split()}
-    return {"python": platform.python_version()} | {k: v.version if v else "missing" for k, v in found.items()}
+    return {"python": sys.version.split()[0]} | {k: v.version if v else "missing" for k, v in found.items()}
 
 
 def git_revision() -> str | None:
@@ -837,20 +833,6 @@ class Loaded:
             (partial / "README.md").unlink(missing_ok=True)  # PEFT's empty form; the run has a card of its own
 
 
-def training_arguments(config: TrainConfig, run: Run, tracked: bool) -> Any:
-    """The recipe's SFT settings under their current names."""
-    same_names = "max_steps warmup_steps learning_rate lr_scheduler_type optim weight_decay seed logging_steps"
-    return trl.SFTConfig(
-        **{name: getattr(config, name) for name in same_names.split()},
-        output_dir=str(run / "checkpoints"), max_length=config.max_seq_length,
-        per_device_train_batch_size=config.micro_batch,
-        gradient_accumulation_steps=config.effective_batch // config.micro_batch,
-        completion_only_loss=config.loss_on == "response",
-        bf16=precision(config) == "bfloat16", fp16=precision(config) == "float16",
-        report_to=["wandb"] if tracked else "none", logging_first_step=True, save_strategy="no", disable_tqdm=True,
-    )  # fmt: skip
-
-
 def training_log(run: Run, tokens_per_step: int) -> Any:
     """A Trainer callback: greppable step lines for the person, metrics.jsonl for the rest."""
 
@@ -887,7 +869,16 @@ def make_trainer(loaded: Loaded, rows: Sequence[Row], config: TrainConfig, run: 
     """Rows go in tokenized, so that what was accounted for is what is trained on: nothing is cut behind our back."""
     masks = [[int(i >= row.prompt_tokens) for i in range(len(row.input_ids))] for row in rows]
     dataset = datasets.Dataset.from_dict({"input_ids": [row.input_ids for row in rows], "completion_mask": masks})
-    arguments = training_arguments(config, run, tracked)
+    same_names = "max_steps warmup_steps learning_rate lr_scheduler_type optim weight_decay seed logging_steps"
+    arguments = trl.SFTConfig(
+        **{name: getattr(config, name) for name in same_names.split()},
+        output_dir=str(run / "checkpoints"), max_length=config.max_seq_length,
+        per_device_train_batch_size=config.micro_batch,
+        gradient_accumulation_steps=config.effective_batch // config.micro_batch,
+        completion_only_loss=config.loss_on == "response",
+        bf16=precision(config) == "bfloat16", fp16=precision(config) == "float16",
+        report_to=["wandb"] if tracked else "none", logging_first_step=True, save_strategy="no", disable_tqdm=True,
+    )  # fmt: skip
     tuned, tokenizer = loaded.model, loaded.tokenizer
     trainer = trl.SFTTrainer(model=tuned, processing_class=tokenizer, train_dataset=dataset, args=arguments)
     trainer.remove_callback(transformers.PrinterCallback)
@@ -946,10 +937,7 @@ def weights_size(model: str) -> tuple[int, int]:
 
 
 def merge_weights(run: Run, out: Path) -> dict[str, Any]:
-    """Base in 16 bit plus adapter, merged by PEFT, written whole and checked before it takes its name.
-
-    Plain transformers on the CPU serves a 4-bit run as well, whatever the GPU: the 16-bit base is read again.
-    """
+    """Base in 16 bit plus adapter, merged by PEFT on the CPU, whatever the run had; checked before it has a name."""
     name, adapter = sixteen_bit(run.config.model), run.adapter
     size, missing = weights_size(name)
     say(f"merging into {name} ({size / 1e9:.1f} GB, {missing / 1e9:.1f} of it to download); writes as much to {out}")
@@ -1081,10 +1069,7 @@ class Repository:
         return [name for name in self.files if name.endswith(WEIGHTS) and name not in same]
 
     def upload(self, adds: list[Any], private: bool | None, create_pr: bool) -> dict[str, Any]:
-        """What differs, in one commit that also removes other weights: a repository is never half of something.
-
-        It is read back and compared, even where the answer was lost on the way.
-        """
+        """What differs, in one commit that also removes other weights; read back even if its answer was lost."""
         api, failure, revision = huggingface_hub.HfApi(), None, None
         names = {add.path_in_repo for add in adds}
         changes = [add for add in adds if not self.has(add)]
@@ -1155,7 +1140,7 @@ def friendly_errors() -> Iterator[None]:
     """A message and the next step instead of a traceback, where we know one."""
     try:
         yield
-    except KeyboardInterrupt:
+    except (KeyboardInterrupt, typer.Abort):
         say("interrupted")
         raise typer.Exit(130) from None
     except Exception as error:
@@ -1182,10 +1167,7 @@ def as_parameter(entry: dataclasses.Field[Any]) -> inspect.Parameter:
 
 
 def command(function: Callable[..., dict[str, Any] | None]) -> Callable[..., dict[str, Any] | None]:
-    """Registers a command: of its parameter `config` each field becomes an option, and `--json` is added.
-
-    What it returns is printed on stdout, as JSON or as YAML, which reads well.
-    """
+    """Registers a command: each field of its `config` becomes an option; what it returns is printed as YAML or JSON."""
     signature = inspect.signature(function)
     parameters = [p for p in signature.parameters.values() if p.name not in ("config", "as_json")]
     config: Any = signature.parameters["config"].annotation if "config" in signature.parameters else None
@@ -1215,9 +1197,12 @@ def command(function: Callable[..., dict[str, Any] | None]) -> Callable[..., dic
 def login() -> dict[str, Any]:
     """Find the Hugging Face and W&B tokens, verify and store them, say who you are."""
     if (secret := hub_token()) is None and sys.stdin.isatty():
-        secret = Secret(getpass.getpass("Hugging Face token (huggingface.co/settings/tokens): ").strip(), "the prompt")
-    if not (secret and secret.value):
-        raise UserError("no Hugging Face token was found, and none was typed.", "set HF_TOKEN, here or in .env")
+        what = "Hugging Face token, from huggingface.co/settings/tokens; it stays unseen"
+        secret = Secret(typer.prompt(what, hide_input=True, err=True).strip(), "the prompt")
+    if secret is None:
+        raise UserError(
+            "no Hugging Face token was found, and there is no terminal to ask on.", "set HF_TOKEN, here or in .env"
+        )
     account = hub_account(secret)
     huggingface_hub.login(token=secret.value)
     say(f"Hugging Face: {account['name']}, {secret.source}")  # what follows may fail
@@ -1250,6 +1235,10 @@ def doctor(config: TrainConfig) -> dict[str, Any]:
     missing = [name for name, version in found.items() if version == "missing" and name != "wandb"]
     problems = [f"not installed: {', '.join(missing)}"] if missing else []
     problems += [] if gpus else ["no CUDA GPU: `demo` runs here, the 8B does not"]
+    try:
+        hub = f"answers {httpx.head(hub_constants.ENDPOINT, timeout=5).status_code}"
+    except httpx.HTTPError as error:
+        hub = f"not reached: {error}"
     problems += ["too little free disk: the 8B in 4-bit takes 6 GiB and a run about 1"] if free < 8 else []
     return {
         "versions": found,
@@ -1258,17 +1247,10 @@ def doctor(config: TrainConfig) -> dict[str, Any]:
         "free_disk": f"{free:.0f} GiB; merging the 8B takes {'40, an adapter alone is possible' if free < 40 else 40}",
         "hugging_face_token": token.source if (token := hub_token()) else "none; public models need none",
         "wandb_key": key.source if (key := Secret.find(WANDB_KEYS)) else "not in the environment",
-        "hub": reach_hub(),
+        "hub": hub,
         "plan": f"{config.effective_batch} rows a step, {config.micro_batch} at once",
         "verdict": "; ".join(problems) or "ready",
     }
-
-
-def reach_hub() -> str:
-    try:
-        return f"answers {httpx.head(hub_constants.ENDPOINT, timeout=5).status_code}"
-    except httpx.HTTPError as error:
-        return f"not reached: {error}"
 
 
 @command
@@ -1314,16 +1296,11 @@ def format_(config: DataConfig, output: OutputOption = None) -> dict[str, Any]:
 def train(config: TrainConfig, run_dir: RunDirOption = None) -> dict[str, Any]:
     """Fine-tune with LoRA, save the adapter, and answer the same question before and after."""
     run = Run(run_dir or RUNS / f"{time.strftime('%Y%m%d-%H%M%S')}-r{config.lora_r}-s{config.max_steps}")
-    warn_of_read_token()
-    train_run(config, run)
-    return {"run": str(run), **{name: run.record[name] for name in ("rows", "losses", "seconds", "peak_memory_gib")}}
-
-
-def warn_of_read_token() -> None:
-    """Before a long training rather than after it; silent where the Hub does not answer."""
-    with contextlib.suppress(httpx.HTTPError, UserError):
+    with contextlib.suppress(httpx.HTTPError, UserError):  # said now rather than after a long training
         if (secret := hub_token()) and not hub_account(secret)["can_push"]:
             say(f"note: the token from {secret.source} can read, not write: `push` will need another")
+    train_run(config, run)
+    return {"run": str(run), **{name: run.record[name] for name in ("rows", "losses", "seconds", "peak_memory_gib")}}
 
 
 def train_run(config: TrainConfig, run: Run) -> tuple[Loaded, list[Row]]:
