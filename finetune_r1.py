@@ -245,10 +245,8 @@ def prepare_rows(records: Any, tokenizer: Any, config: DataConfig) -> tuple[list
         elif rows.setdefault(prompts.same_question(row.question), row) is not row:
             dropped["duplicate question"] += 1
     if len(rows) <= config.eval_rows:
-        fault = (
-            f"--dataset {config.dataset}: {len(rows)} of {len(records)} rows usable, --eval-rows {config.eval_rows}."
-        )
-        raise UserError(fault, f"widen --split or mend the rows; dropped: {dict(dropped) or 'none'}")
+        text = f"--dataset {config.dataset}: {len(rows)} usable rows of {len(records)}, --eval-rows {config.eval_rows}."
+        raise UserError(text, f"widen --split or mend the rows; dropped: {dict(dropped) or 'none'}")
     used, held_out = hold_out(list(rows.values()), config)
     shortened = sum(row.shortened for row in used)
     account = {"read": len(records), "used": len(used), "held_out": len(held_out), "shortened": shortened}
