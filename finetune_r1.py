@@ -1044,8 +1044,10 @@ class Repository:
             info = None
         self.info, self.files = info, {entry.rfilename: entry for entry in info.siblings or ()} if info else {}
 
-    def visibility(self, private: bool | None) -> str:
-        """Its own, or the new one's; raises where the user asked for another."""
+    def visibility(self, private: bool | None, create_pr: bool) -> str:
+        """Its own, or the new one's; raises where the user asked for another, or for a pull request to none."""
+        if self.info is None and create_pr:
+            raise UserError(f"--create-pr: there is no {self.name}, or the token may not see it.", "check --repo")
         if self.info and private not in (None, self.info.private):
             fault = f"--{'private' if private else 'public'}: {self.name} is there already, and is not."
             raise UserError(fault, "change it in the repository's settings, or leave the option out")
@@ -1490,7 +1492,7 @@ def push(
     """Upload merged weights, adapter and model card in one commit."""
     check_push(repo, dry_run)
     found, there = Run.find(run), Repository(repo)
-    visibility = there.visibility(private)
+    visibility = there.visibility(private, create_pr)
     files = files_to_push(found, adapter_only, dry_run, repo)
     sizes = {name: len(it) if isinstance(it, bytes) else it.stat().st_size for name, it in files.items()}
     say(*(f"{size:>16,}  {name}" for name, size in sizes.items()))

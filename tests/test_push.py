@@ -181,6 +181,11 @@ def test_a_pull_request_offers_the_weights_and_leaves_the_repository_as_it_was(p
     assert set(hub.repos["model", REPO].pull_requests[0].files) == expected(run) - {".gitattributes"}
 
 
+def test_a_pull_request_needs_a_repository(push, hub):
+    done = push("--create-pr")
+    assert done.code == 1 and "--create-pr" in done.err and not hub.repos
+
+
 def test_a_public_repository_is_not_taken_for_a_private_one(push, hub):
     hub.add_repo("model", REPO, {"README.md": b"# Mine"})
     assert json.loads(push("--dry-run").out)["visibility"] == "public"
