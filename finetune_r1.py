@@ -943,6 +943,8 @@ def merge_weights(run: Run, out: Path) -> dict[str, Any]:
     check_room({out: size, Path(hub_constants.HF_HUB_CACHE): missing}, way_out)
     tokenizer = transformers.AutoTokenizer.from_pretrained(adapter)
     base = transformers.AutoModelForCausalLM.from_pretrained(name, dtype="auto")
+    if getattr(base.config, "quantization_config", None):
+        raise UserError(f"{name} is quantized: no 16-bit weights can be made of it.", "`save --as adapter`")
     with torch.no_grad(), whole(out) as partial:
         base_logits = Loaded(base, tokenizer).probe()
         model = peft.PeftModel.from_pretrained(base, adapter).eval()
@@ -1084,8 +1086,8 @@ class Repository:
         except (httpx.HTTPError, OSError, RuntimeError) as error:
             failure = error
         after = Repository(self.name, revision)
-        if missing := [add.path_in_repo for add in adds if not after.has(add)]:
-            fault = f"{self.name} is as it was: {failure}" if failure else f"{self.name} lacks {', '.join(missing)}"
+        if wrong := [add.path_in_repo for add in adds if not after.has(add)] + after.others(adds):
+            fault = f"{self.name} is as it was: {failure}" if failure else f"{self.name} differs in {', '.join(wrong)}"
             way_out = advice(failure) or advice(failure.__cause__) if failure else None
             raise UserError(fault, way_out or "`push` again: what has arrived is not sent again") from failure
         where = {"url": f"{hub_constants.ENDPOINT}/{self.name}", "revision": revision or "main"}

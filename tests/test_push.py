@@ -313,6 +313,18 @@ def test_a_lasting_fault_leaves_the_repository_as_it_was_and_a_push_again_comple
     assert push(way=way).code == 0 and set(files(hub)) == expected(run)
 
 
+def test_weights_that_were_not_replaced_are_told(push, hub, run):
+    """The files are there already, and the commit that would remove the others fails."""
+    push()
+    repo = hub.repos["model", REPO]
+    stray = hub.add_repo("model", "alice/stray", {"pytorch_model.bin": b"pickled"}).commits[0].tree
+    repo.commits[-1].tree.update(stray)
+    hub.faults.append(Fault("POST", "/commit/", 503, times=math.inf))
+    assert push("--force").code == 1
+    hub.faults.clear()
+    assert push("--force").code == 0 and "pytorch_model.bin" not in repo.files
+
+
 def test_somebody_elses_commit_of_this_minute_is_not_undone(push, hub, run, monkeypatch):
     hub.add_repo("model", REPO, {"README.md": b"# Mine"})
     whole_upload = finetune_r1.Repository.upload

@@ -150,6 +150,15 @@ def test_a_folder_that_is_not_one_whole_model_is_refused(merged, run, tmp_path, 
         finetune_r1.Loaded.plainly(copy)
 
 
+def test_a_quantized_base_is_not_merged_into(run, merged, tmp_path):
+    finetune_r1.save(run=run, as_="merged-4bit")
+    copy = shutil.copytree(run, tmp_path / "run", ignore=shutil.ignore_patterns("merged*"))
+    config = dataclasses.replace(Run(copy).config, model=str(run / "merged-4bit"))
+    finetune_r1.write_json(copy / "config.json", dataclasses.asdict(config))
+    with pytest.raises(UserError, match="is quantized"):
+        finetune_r1.save(run=copy)
+
+
 def test_an_adapter_that_was_never_trained_is_not_merged():
     import torch
 
