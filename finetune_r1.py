@@ -82,6 +82,7 @@ SENTENCE_END = re.compile(r"[.!?](?=\s)|[。!?！？]|\n")
 # ------------------------------------------------------------------------------------------------------------- config
 
 
+Answer = dict[str, Any]  # question, thought, answer, closed, stopped, tokens, seconds; or question, base, tuned
 Dtype = Literal["auto", "bfloat16", "float16", "float32"]
 Overlong = Literal["shorten-thought", "drop", "error"]
 Optimizer = Literal["adamw_8bit", "adamw_torch", "adamw_torch_fused", "paged_adamw_8bit", "adafactor", "sgd"]
@@ -158,6 +159,13 @@ class TrainConfig(DataConfig, GenerationConfig):
     wandb: bool = option(True, "Log to Weights & Biases when logged in.")
     wandb_project: str = option(WANDB_PROJECT, "Project on Weights & Biases.")
 
+
+# The demo's: small enough for two CPU cores in minutes, large enough to see the format learned.
+DEMO: dict[str, Any] = {
+    "dataset": str(DEMO_ROWS), "split": "train", "eval_rows": 16, "load_in_4bit": False, "max_seq_length": 512,
+    "effective_batch": 2, "micro_batch": 2, "gradient_checkpointing": "none", "max_steps": 20, "warmup_steps": 2,
+    "learning_rate": 2e-3, "loss_on": "response", "logging_steps": 2, "max_new_tokens": 160, "wandb": False,
+}  # fmt: skip
 
 # ----------------------------------------------------------------------------------------------------- pure functions
 
@@ -720,9 +728,7 @@ class Loaded:
             raise UserError(f"{folder}: end-of-text is missing, or is padding too.", "`train` with another --model")
         return cls(model, tokenizer)
 
-    def generate(
-        self, questions: Sequence[str], config: GenerationConfig, streamer: Any = None
-    ) -> list[dict[str, Any]]:
+    def generate(self, questions: Sequence[str], config: GenerationConfig, streamer: Any = None) -> list[Answer]:
         """Answers in one batch; each tells whether its thought was closed and whether the model stopped by itself."""
         model, tokenizer = self.model, self.tokenizer
         for question in questions:
@@ -744,7 +750,7 @@ class Loaded:
         written = output[:, batch["input_ids"].shape[1] :].tolist()
         return [self.as_answer(q, ids, seconds) for q, ids in zip(questions, written, strict=True)]
 
-    def as_answer(self, question: str, ids: list[int], seconds: float) -> dict[str, Any]:
+    def as_answer(self, question: str, ids: list[int], seconds: float) -> Answer:
         """`seconds` is the whole batch's."""
         eos = self.tokenizer.eos_token_id
         stopped = eos in ids
@@ -752,7 +758,7 @@ class Loaded:
         response = prompts.split_response(self.tokenizer.decode(ids, skip_special_tokens=False))
         return {"question": question, **response._asdict(), "stopped": stopped, "tokens": len(ids), "seconds": seconds}
 
-    def answer_both(self, questions: Sequence[str], config: GenerationConfig) -> list[dict[str, Any]]:
+    def answer_both(self, questions: Sequence[str], config: GenerationConfig) -> list[Answer]:
         """Base and tuned answers to the same questions, from the one model in memory, same seed."""
         with self.model.disable_adapter():
             base = self.generate(questions, config)
@@ -778,13 +784,11 @@ class Loaded:
             base = self.response_losses(rows)
         loss = compare(base, tuned, config.seed)
         pairs = self.answer_both([row.question for row in rows[:answers]], config) if answers else []
-        shares = {
-            name: compare([pair["base"][name] for pair in pairs], [pair["tuned"][name] for pair in pairs], config.seed)
-            for name in ("closed", "stopped")
-            if pairs
-        }
-        counts = {"rows": len(rows), "loss": loss, "answers": len(pairs)}
-        return {"verdict": verdict(loss), **counts, **shares, "pairs": pairs}
+        report = {"verdict": verdict(loss), "rows": len(rows), "loss": loss, "answers": len(pairs)}
+        for name in ("closed", "stopped") if pairs else ():
+            base, tuned = [pair["base"][name] for pair in pairs], [pair["tuned"][name] for pair in pairs]
+            report[name] = compare(base, tuned, config.seed)
+        return {**report, "pairs": pairs}
 
     def probe(self) -> Any:
         """Logits on fixed prompts, one row a token."""
@@ -970,10 +974,7 @@ def check_merge(base: Any, tuned: Any, merged: Any) -> dict[str, Any]:
     numbers = {"adapter_share": round(share, 3), "training_moved_logits": round(strength, 4), "rounding": round(off, 4)}
     if not (abs(share - 1) < 0.15 and off <= max(0.5 * strength, 0.01)):
         fault = f"the merged weights do not act as base + adapter: {numbers}. Nothing was saved."
-        way_out = (
-            "the adapter is whole: `push --adapter-only`; a very short training is lost in 16 bits: `train` longer"
-        )
-        raise UserError(fault, way_out)
+        raise UserError(fault, "`push --adapter-only`; or `train` longer, as 16 bits lose a very short training")
     return numbers
 
 
@@ -1202,9 +1203,7 @@ def login() -> dict[str, Any]:
         what = "Hugging Face token, from huggingface.co/settings/tokens; it stays unseen"
         secret = Secret(typer.prompt(what, hide_input=True, err=True).strip(), "the prompt")
     if secret is None:
-        raise UserError(
-            "no Hugging Face token was found, and there is no terminal to ask on.", "set HF_TOKEN, here or in .env"
-        )
+        raise UserError("no Hugging Face token was found, and no terminal to ask on.", "set HF_TOKEN, here or in .env")
     account = hub_account(secret)
     huggingface_hub.login(token=secret.value)
     say(f"Hugging Face: {account['name']}, {secret.source}")  # what follows may fail
@@ -1216,8 +1215,9 @@ def login_wandb() -> dict[str, Any]:
     # Its own settings for a server that is down: without them it asks for two minutes. Read at import.
     impatience = {"X_GRAPHQL_RETRY_MAX": "1", "X_GRAPHQL_RETRY_WAIT_MAX_SECONDS": "1", "HTTP_TIMEOUT": "3"}
     os.environ.update({f"WANDB_{name}": value for name, value in impatience.items()})
-    if (mode := os.environ.get("WANDB_MODE", "online")) != "online":
-        return {"name": f"nobody, as WANDB_MODE is {mode}"}
+    mode = os.environ.get("WANDB_MODE", "online") if importlib.util.find_spec("wandb") else "not installed"
+    if mode != "online":
+        return {"name": f"nobody: W&B is {mode}"}
     key = Secret.find(WANDB_KEYS)
     try:
         known = wandb.login(key=key and key.value, prompt=sys.stdin.isatty(), verify=True)
@@ -1248,7 +1248,7 @@ def doctor(config: TrainConfig) -> dict[str, Any]:
         "precision": precision(config),
         "free_disk": f"{free:.0f} GiB; merging the 8B takes {'40, an adapter alone is possible' if free < 40 else 40}",
         "hugging_face_token": token.source if (token := hub_token()) else "none; public models need none",
-        "wandb_key": key.source if (key := Secret.find(WANDB_KEYS)) else "not in the environment",
+        "wandb_key": key.source if (key := Secret.find(WANDB_KEYS)) else "none, unless of an earlier log-in",
         "hub": hub,
         "plan": f"{config.effective_batch} rows a step, {config.micro_batch} at once",
         "verdict": "; ".join(problems) or "ready",
@@ -1367,7 +1367,7 @@ def infer(
     if compare and (base or model):
         raise UserError("--compare asks base and tuned; --base and --model ask one.", "leave one of them out")
     settings, adapter = what_to_ask(run, base, model)
-    questions = read_questions(question, file, output, settings)
+    questions = read_questions(question, file, output, settings.question_col)
     loaded = Loaded.for_use(settings, adapter, settings.lang)
     ask: Callable[..., Any] = functools.partial(loaded.answer_both if compare else loaded.generate, config=config)
     if output:
@@ -1398,17 +1398,15 @@ def what_to_ask(run: Path | None, base: bool, model: str | None) -> tuple[TrainC
     return found.config, None if base else found.adapter
 
 
-def read_questions(
-    question: str | None, file: Path | None, output: Path | None, settings: TrainConfig
-) -> Iterable[str]:
+def read_questions(question: str | None, file: Path | None, output: Path | None, column: str) -> Iterable[str]:
     """The question given, those of a file, or what is typed until an empty line."""
     if (file is None) != (output is None) or (file and question is not None):
         raise UserError("--file and --output go together, without a question.", "infer --file Q.jsonl --output A.jsonl")
     if file:
         rows = read_jsonl(file)
-        if not all(settings.question_col in row for row in rows):
-            raise UserError(f"--file {file}: a row has no {settings.question_col}.", "name the field so in every row")
-        return [row[settings.question_col] for row in rows]
+        if not all(column in row for row in rows):
+            raise UserError(f"--file {file}: a row has no {column}.", "name the field so in every row")
+        return [row[column] for row in rows]
     if question is None and sys.stdin.isatty():
         return typed_questions()
     if question is None or not question.strip():
@@ -1538,7 +1536,7 @@ def files_to_push(run: Run, adapter_only: bool, dry_run: bool, repo: str) -> dic
 def demo(run_dir: RunDirOption = None) -> dict[str, Any]:
     """The whole job in a few minutes on a CPU: a small real model, the bundled rows, no account."""
     started = time.perf_counter()
-    config = demo_config(str(demo_model()))
+    config = TrainConfig(model=str(demo_model()), **DEMO)
     run = Run(run_dir or RUNS / f"{time.strftime('%Y%m%d-%H%M%S')}-demo")
     loaded, held_out = train_run(config, run)
     say("", f"evaluating base and tuned on the {len(held_out)} held-out rows")
@@ -1556,15 +1554,6 @@ def demo(run_dir: RunDirOption = None) -> dict[str, Any]:
         "seconds": round(time.perf_counter() - started),
         "next": f'python finetune_r1.py infer --run {run} "What widens the anion gap?"',
     }
-
-
-def demo_config(model: str) -> TrainConfig:
-    """Small enough for two CPU cores in minutes, large enough to see the format learned."""
-    return TrainConfig(
-        model=model, dataset=str(DEMO_ROWS), split="train", eval_rows=16, load_in_4bit=False, max_seq_length=512,
-        effective_batch=2, micro_batch=2, gradient_checkpointing="none", max_steps=20, warmup_steps=2,
-        learning_rate=2e-3, loss_on="response", logging_steps=2, max_new_tokens=160, wandb=False,
-    )  # fmt: skip
 
 
 # --------------------------------------------------------------------------------------------------------------- main
