@@ -632,6 +632,8 @@ def hub_account(secret: Secret) -> dict[str, Any]:
         if error.response.status_code != 401:
             raise
         raise UserError(f"Hugging Face refused the token from {secret.source}.", "make a new one, `login`") from error
+    except httpx.HTTPError as error:
+        raise UserError(f"{hub_constants.ENDPOINT} gave no answer: {error}", NOT_REACHED) from error
     finally:
         session.timeout = None
     token = account["auth"].get("accessToken", {})
@@ -1052,7 +1054,7 @@ class Repository:
         if self.info is None and create_pr:
             raise UserError(f"--create-pr: there is no {self.name}, or the token may not see it.", "check --repo")
         if self.info and private not in (None, self.info.private):
-            fault = f"--{'private' if private else 'public'}: {self.name} is there already, and is not."
+            fault = f"--{'private' if private else 'public'}: {self.name} is there already, and is the other."
             raise UserError(fault, "change it in the repository's settings, or leave the option out")
         hidden = self.info.private if self.info else private is not False
         return f"{'private' if hidden else 'public'}{'' if self.info else ', new'}"
@@ -1104,7 +1106,7 @@ RunDirOption = Annotated[Path | None, typer.Option(help="New run folder; default
 OutputOption = Annotated[Path | None, typer.Option("--output", "-o", help="Where to write; it must not be there yet.")]
 
 # By class name or HTTP status, so that nothing heavy need be imported; the most particular one that is here decides.
-NOT_REACHED = "not reached: the same command again, later (`doctor` tells); a local --model and --dataset need no Hub"
+NOT_REACHED = "the Hub was not reached: the same command again, later (`doctor` tells); a local --model needs no Hub"
 ADVICE = {
     "GatedRepoError": "ask for access on the model's page, then `login`",
     "RepositoryNotFoundError": "check the name given to --model or --repo; a private one needs `login`",
@@ -1205,6 +1207,7 @@ def login() -> dict[str, Any]:
     if secret is None:
         raise UserError("no Hugging Face token was found, and no terminal to ask on.", "set HF_TOKEN, here or in .env")
     account = hub_account(secret)
+    os.environ.pop("HF_TOKEN", None)  # it would warn of the variable that may be ours
     huggingface_hub.login(token=secret.value)
     say(f"Hugging Face: {account['name']}, {secret.source}")  # what follows may fail
     return {"hugging_face": account, "wandb": login_wandb()}
