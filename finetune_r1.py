@@ -568,9 +568,12 @@ def load_dotenv() -> frozenset[str]:
     """Sets what `.env` names and the environment lacks; returns those names. An empty variable counts as absent."""
     for name in [name for name, value in os.environ.items() if name.startswith(SETTINGS) and not value.strip()]:
         del os.environ[name]  # HF_TOKEN="" would hide the one in .env, and wandb fails on WANDB_MODE=""
-    entries = dotenv.dotenv_values(dotenv.find_dotenv(usecwd=True))
-    found = {name: value for name, value in entries.items() if value and name not in os.environ}
-    os.environ.update(found)
+    try:
+        entries = dotenv.dotenv_values(path := dotenv.find_dotenv(usecwd=True))
+        found = {name: value for name, value in entries.items() if value and name not in os.environ}
+        os.environ.update(found)
+    except ValueError as error:
+        raise UserError(f"{path} is not plain text.", "save it as UTF-8") from error
     return frozenset(found)
 
 
@@ -580,6 +583,10 @@ class Secret:
 
     value: str = field(repr=False)
     source: str
+
+    def __post_init__(self) -> None:
+        if not re.fullmatch(r"[!-~]+", self.value):  # the HTTP client's own error would show it
+            raise UserError(f"{self.source} holds a space or a letter that no token has.", "copy it once more")
 
     @classmethod
     def find(cls, names: Sequence[str]) -> Self | None:
@@ -594,11 +601,10 @@ class Secret:
                 except Exception as error:  # each service has its own kinds, and none of them may stop a training
                     reasons.add(type(error).__name__)
                     continue
-                if value and not re.fullmatch(r"[!-~]+", value):  # the HTTP client's own error would show it
-                    raise UserError(f"{name} in {place} has a space or a letter that no token has.", "copy it again")
                 if value:
+                    secret = cls(value, f"{name} in {place}")
                     os.environ[names[0]] = value
-                    return cls(value, f"{name} in {place}")
+                    return secret
             if reasons:
                 say(f"note: {place} gave no {names[0]} ({', '.join(sorted(reasons))}): {remedy}")
         return None
@@ -1122,6 +1128,7 @@ ADVICE = {
     "ModuleNotFoundError": "install the pinned packages: `uv run finetune_r1.py` does, the README says how without uv",
     "OutOfMemoryError": "try --micro-batch 1, --gradient-checkpointing unsloth, or a smaller --max-seq-length",
     "JSONDecodeError": "the file is not one JSON object a line: mend it or make it anew",
+    "UnicodeDecodeError": "save the file as UTF-8: .env, or what --dataset or --file names",
     "PermissionError": "choose a folder that you may write to",
     "SafetensorError": "the disk is full (`doctor` tells), or a .safetensors file is damaged: save it anew",
     "OSError": "check the path, and free disk with `doctor`",
@@ -1202,8 +1209,8 @@ def command(function: Callable[..., dict[str, Any] | None]) -> Callable[..., dic
 def login() -> dict[str, Any]:
     """Find the Hugging Face and W&B tokens, verify and store them, say who you are."""
     if (secret := hub_token()) is None and sys.stdin.isatty():
-        what = "Hugging Face token, from huggingface.co/settings/tokens; it stays unseen"
-        secret = Secret(typer.prompt(what, hide_input=True, err=True).strip(), "the prompt")
+        typed = typer.prompt("Hugging Face token (huggingface.co/settings/tokens)", hide_input=True, err=True)
+        secret = Secret(typed.strip(), "the prompt")
     if secret is None:
         raise UserError("no Hugging Face token was found, and no terminal to ask on.", "set HF_TOKEN, here or in .env")
     account = hub_account(secret)
@@ -1222,14 +1229,16 @@ def login_wandb() -> dict[str, Any]:
     if mode != "online":
         return {"name": f"nobody: W&B is {mode}"}
     key = Secret.find(WANDB_KEYS)
+    place = key.source if key else "an earlier log-in"
     try:
-        known = wandb.login(key=key and key.value, prompt=sys.stdin.isatty(), verify=True)
+        known = wandb.login(key=key and key.value, prompt=False, verify=True)
+        if not known and sys.stdin.isatty():
+            known, place = wandb.login(verify=True), "the prompt"
     except (ValueError, wandb.Error) as error:
-        place = key.source if key else "an earlier log-in"
         raise UserError(f"W&B did not take the key from {place}: {error}", "mend or unset it, then `login`") from error
     if not known:
         return {"name": "nobody (optional: set WANDB_API_KEY)"}
-    return {"name": wandb.Api().viewer.username, "key": key.source if key else "an earlier log-in"}
+    return {"name": wandb.Api().viewer.username, "key": place}
 
 
 @command
