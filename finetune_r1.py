@@ -638,8 +638,8 @@ def hub_account(secret: Secret) -> dict[str, Any]:
         if error.response.status_code != 401:
             raise
         raise UserError(f"Hugging Face refused the token from {secret.source}.", "make a new one, `login`") from error
-    except httpx.HTTPError as error:
-        raise UserError(f"{hub_constants.ENDPOINT} gave no answer: {error}", NOT_REACHED) from error
+    except (httpx.HTTPError, ValueError) as error:
+        raise UserError(f"{hub_constants.ENDPOINT} gave no proper answer: {error}", NOT_REACHED) from error
     finally:
         session.timeout = None
     token = account["auth"].get("accessToken", {})
@@ -1214,7 +1214,8 @@ def login() -> dict[str, Any]:
     if secret is None:
         raise UserError("no Hugging Face token was found, and no terminal to ask on.", "set HF_TOKEN, here or in .env")
     account = hub_account(secret)
-    os.environ.pop("HF_TOKEN", None)  # it would warn of the variable that may be ours
+    os.environ.pop("HF_TOKEN", None)  # it would warn of the variable, which may be ours
+    huggingface_hub.get_session().timeout = 5  # it asks the Hub once more
     huggingface_hub.login(token=secret.value)
     say(f"Hugging Face: {account['name']}, {secret.source}")  # what follows may fail
     return {"hugging_face": account, "wandb": login_wandb()}
@@ -1234,11 +1235,16 @@ def login_wandb() -> dict[str, Any]:
         known = wandb.login(key=key and key.value, prompt=False, verify=True)
         if not known and sys.stdin.isatty():
             known, place = wandb.login(verify=True), "the prompt"
+        name = wandb.Api().viewer.username if known else "nobody (optional: set WANDB_API_KEY)"
     except (ValueError, wandb.Error) as error:
-        raise UserError(f"W&B did not take the key from {place}: {error}", "mend or unset it, then `login`") from error
-    if not known:
-        return {"name": "nobody (optional: set WANDB_API_KEY)"}
-    return {"name": wandb.Api().viewer.username, "key": place}
+        refused = re.search(r"error 40[13]|API key (must|may|is)", str(error))
+        fault = f"W&B did not take the key from {place}" if refused else "W&B gave no answer"
+        way_out = "mend or unset it, then `login`" if refused else "`login` again later; W&B is optional"
+        raise UserError(f"{fault}: {error}", way_out) from error
+    netrc = Path(os.environ.get("NETRC", "~/.netrc")).expanduser()
+    if netrc.exists():
+        netrc.chmod(0o600)  # wandb leaves one that was there before as it was
+    return {"name": name, "key": place if known else "none"}
 
 
 @command
