@@ -517,6 +517,7 @@ class Commands(Machine):
         self.done: dict[str, Done] = {}
         self.processes: set[bytes] = set()
         self.ended = threading.Event()
+        self.environment["OMP_NUM_THREADS"] = "1"  # two commands at a time, each on a core
         self.model = ["--model", model]
         self.rows = [*self.model, "--dataset", SAMPLE, "--split", "train[:12]", "--max-seq-length", 512]
         recipe = {"--eval-rows": 2, "--effective-batch": 2, "--warmup-steps": 0, "--learning-rate": 0.02}
