@@ -450,6 +450,8 @@ class Run:
         except BaseException as error:
             status = "interrupted" if isinstance(error, KeyboardInterrupt) else "failed"
             self.update(error=f"{type(error).__name__}: {error}")
+            if "wandb" in sys.modules:  # at exit it would print to stdout
+                wandb.finish(exit_code=1)
             raise
         finally:
             self.update(status=status, ended=time.strftime(TIME))
@@ -600,6 +602,8 @@ class Secret:
                     break  # we are not there
                 except Exception as error:  # each service has its own kinds, and none of them may stop a training
                     reasons.add(type(error).__name__)
+                    if isinstance(error, ConnectionError):  # Kaggle's takes 40 s each time
+                        break
                     continue
                 if value:
                     secret = cls(value, f"{name} in {place}")
@@ -642,7 +646,7 @@ def hub_account(secret: Secret) -> dict[str, Any]:
         raise UserError(f"{hub_constants.ENDPOINT} gave no proper answer: {error}", NOT_REACHED) from error
     finally:
         session.timeout = None
-    token = account["auth"].get("accessToken", {})
+    token = account.get("auth", {}).get("accessToken", {})
     scopes = [right for scope in token.get("fineGrained", {}).get("scoped", ()) for right in scope["permissions"]]
     role = token.get("role", "browser log-in")
     can_push = role != "read" and (role != "fineGrained" or "repo.write" in scopes)
@@ -907,17 +911,37 @@ def device_name() -> str:
     return torch.cuda.get_device_name() if torch.cuda.is_available() else f"CPU, {torch.get_num_threads()} threads"
 
 
+def wandb_account(place: str, key: str | None = None, ask: bool = False) -> str | None:
+    """Who is logged in at W&B, None without a key; raises within seconds if it does not answer. A `key` is stored."""
+    # Its default is to ask a server that is down for two minutes. Read at import.
+    impatience = {"RETRY_MAX": "1", "RETRY_WAIT_MAX_SECONDS": "1", "TIMEOUT_SECONDS": "2"}
+    os.environ.update({f"WANDB_X_GRAPHQL_{name}": value for name, value in impatience.items()})
+    try:
+        known = wandb.login(key=key, prompt=ask, verify=True)
+        return str(wandb.Api().viewer.username) if known else None
+    except (ValueError, wandb.Error, wandb.sdk.lib.service.service_connection.WandbApiFailedError) as error:
+        refused = re.search(r"error 40[13]|API key (must|may|is)", str(error))
+        fault = f"W&B did not take the key from {place}" if refused else "W&B gave no answer"
+        way_out = (
+            "mend or unset it, then `login`" if refused else "the same again later, or without: WANDB_MODE=offline"
+        )
+        raise UserError(f"{fault}: {error}", way_out) from error
+
+
 def start_tracking(config: TrainConfig, run: Run) -> bool:
     """Starts the W&B run when the user is logged in there; silent without."""
-    if not config.wandb or not importlib.util.find_spec("wandb"):
+    if not config.wandb or not importlib.util.find_spec("wandb") or os.environ.get("WANDB_MODE") == "disabled":
         return False
-    Secret.find(WANDB_KEYS)
+    key = Secret.find(WANDB_KEYS)
+    place = key.source if key else "an earlier log-in"
+    if os.environ.get("WANDB_MODE") != "offline" and not wandb_account(place):
+        return False
     names: dict[str, Any] = {"project": config.wandb_project, "job_type": "training", "name": run.folder.name}
+    patience = {"x_graphql_retry_max": 20, "x_graphql_retry_wait_max_seconds": 60, "x_graphql_timeout_seconds": 30}
     try:
-        if os.environ.get("WANDB_MODE") != "offline" and not wandb.login(prompt=False, verify=False):
-            return False
-        wandb.init(**names, dir=run.folder.resolve(), config=dataclasses.asdict(config))
-    except (ValueError, wandb.Error) as error:
+        settings = wandb.Settings(init_timeout=20, **patience)
+        wandb.init(**names, dir=run.folder.resolve(), config=dataclasses.asdict(config), settings=settings)
+    except wandb.Error as error:
         raise UserError(f"W&B did not start the run: {error}", "check `login`, or train with --no-wandb") from error
     return True
 
@@ -1223,28 +1247,18 @@ def login() -> dict[str, Any]:
 
 def login_wandb() -> dict[str, Any]:
     """W&B is optional: without a key it says so and goes on."""
-    # Its own settings for a server that is down: without them it asks for two minutes. Read at import.
-    impatience = {"X_GRAPHQL_RETRY_MAX": "1", "X_GRAPHQL_RETRY_WAIT_MAX_SECONDS": "1", "HTTP_TIMEOUT": "3"}
-    os.environ.update({f"WANDB_{name}": value for name, value in impatience.items()})
     mode = os.environ.get("WANDB_MODE", "online") if importlib.util.find_spec("wandb") else "not installed"
     if mode != "online":
         return {"name": f"nobody: W&B is {mode}"}
     key = Secret.find(WANDB_KEYS)
     place = key.source if key else "an earlier log-in"
-    try:
-        known = wandb.login(key=key and key.value, prompt=False, verify=True)
-        if not known and sys.stdin.isatty():
-            known, place = wandb.login(verify=True), "the prompt"
-        name = wandb.Api().viewer.username if known else "nobody (optional: set WANDB_API_KEY)"
-    except (ValueError, wandb.Error) as error:
-        refused = re.search(r"error 40[13]|API key (must|may|is)", str(error))
-        fault = f"W&B did not take the key from {place}" if refused else "W&B gave no answer"
-        way_out = "mend or unset it, then `login`" if refused else "`login` again later; W&B is optional"
-        raise UserError(f"{fault}: {error}", way_out) from error
+    name = wandb_account(place, key.value if key else None)
+    if name is None and sys.stdin.isatty():
+        name = wandb_account(place := "the prompt", ask=True)
     netrc = Path(os.environ.get("NETRC", "~/.netrc")).expanduser()
     if netrc.exists():
         netrc.chmod(0o600)  # wandb leaves one that was there before as it was
-    return {"name": name, "key": place if known else "none"}
+    return {"name": name, "key": place} if name else {"name": "nobody (optional: set WANDB_API_KEY)"}
 
 
 @command

@@ -3,6 +3,7 @@
 import json
 
 import pytest
+from servers.hub import HubServer
 
 from finetune_r1 import read_json, read_jsonl
 from prompts import BEFORE_AFTER
@@ -73,3 +74,16 @@ def test_load_says_what_it_loaded(smollm2, cli):
     done = cli("load", "--model", smollm2, "--no-load-in-4bit", "--json")
     loaded = json.loads(done.out)
     assert loaded["sample"] and loaded["weights_gib"] > 0.2 and loaded["device"].startswith("CPU")
+
+
+def test_it_is_pushed_by_the_clients_default_way_and_names_no_folder_of_this_machine(demo, cli, home):
+    """270 MB over Xet."""
+    with HubServer(tokens={"hf_writetoken": ("alice", "write")}) as hub:
+        here = {"HF_ENDPOINT": hub.url, "HF_TOKEN": "hf_writetoken", "HF_HUB_DISABLE_XET": "0"}
+        done = cli("push", "--repo", "alice/medical-cot", "--json", cwd=demo[0], **here)
+        assert done.code == 0, done.err
+        files = dict(hub.repos["model", "alice/medical-cot"].files)
+    assert any("/xet/" in path for _, path in hub.requests) and json.loads(done.out)["bytes"] > 250e6
+    assert files["model.safetensors"] == (demo[1] / "merged" / "model.safetensors").read_bytes()
+    for name in ("README.md", "adapter/adapter_config.json", "config.json"):
+        assert str(home) not in files[name].decode(), name

@@ -8,7 +8,7 @@ import subprocess
 import sys
 
 import pytest
-from conftest import SCRIPT, Done
+from conftest import Done
 from servers.base import Fault
 from servers.hub import HubServer
 
@@ -105,17 +105,6 @@ assert not torch.equal(adapter, logits(base()))
         [sys.executable, "-c", code], env={**os.environ, **environment}, capture_output=True, text=True
     )
     assert done.returncode == 0, done.stderr
-
-
-def test_the_demo_is_pushed_by_the_command_line_and_names_no_folder_of_this_machine(demo, hub, home):
-    """The one push here of 270 MB, by the client's default way."""
-    command = [sys.executable, SCRIPT, "push", "--repo", REPO, "--json"]
-    environment = {**os.environ, "HF_ENDPOINT": hub.url, "HF_TOKEN": WRITE, "HF_HUB_DISABLE_XET": "0"}
-    done = subprocess.run(command, cwd=demo[0], env=environment, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    assert set(files(hub)) == expected(demo[1])
-    for name in ("README.md", "adapter/adapter_config.json", "config.json"):
-        assert str(home) not in files(hub)[name].decode(), name
 
 
 def test_a_dry_run_shows_the_files_and_sends_nothing(push, hub):
