@@ -379,8 +379,13 @@ def read_jsonl(path: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n") if line.strip()]
 
 
+def visible(folder: Path) -> list[Path]:
+    """What is in a folder, less what editors and notebooks leave there."""
+    return sorted(folder.glob("[!.]*"))
+
+
 def file_sizes(folder: Path) -> dict[str, int]:
-    return {file.name: file.stat().st_size for file in sorted(folder.iterdir())}
+    return {file.name: file.stat().st_size for file in visible(folder)}
 
 
 class Run:
@@ -1136,7 +1141,7 @@ RunDirOption = Annotated[Path | None, typer.Option(help="New run folder; default
 OutputOption = Annotated[Path | None, typer.Option("--output", "-o", help="Where to write; it must not be there yet.")]
 
 # By class name or HTTP status, so that nothing heavy need be imported; the most particular one that is here decides.
-NOT_REACHED = "the Hub was not reached: the same command again, later (`doctor` tells); a local --model needs no Hub"
+NOT_REACHED = "the Hub was not reached: again later (`doctor` tells); a local --model and a --dataset file need no Hub"
 ADVICE = {
     "GatedRepoError": "ask for access on the model's page, then `login`",
     "RepositoryNotFoundError": "check the name given to --model or --repo; a private one needs `login`",
@@ -1554,14 +1559,14 @@ def files_to_push(run: Run, adapter_only: bool, dry_run: bool, repo: str) -> dic
     settings["base_model_name_or_path"] = public_name(run.config.model)
     write_card(run, repo)
     files: dict[str, Path | bytes] = {name: run / name for name in ("README.md", "loss.png")}
-    files |= {f"adapter/{path.name}": path for path in sorted(run.adapter.iterdir())}
+    files |= {f"adapter/{path.name}": path for path in visible(run.adapter)}
     files["adapter/adapter_config.json"] = json.dumps(settings, indent=2).encode()
     if adapter_only:
         return files
     if dry_run and "merged-16bit" not in run.record.get("saved", {}):
         say("note: the merged weights are missing below, as `save` has not made them; `push` would")
         return files
-    return files | {path.name: path for path in sorted(run.weights("merged-16bit")[0].iterdir())}
+    return files | {path.name: path for path in visible(run.weights("merged-16bit")[0])}
 
 
 @command

@@ -62,8 +62,15 @@ def files(hub):
 
 def expected(run):
     """Every file that a push of the run must bring; the card and the adapter's settings are made for the repository."""
-    names = {path.name for path in (run / "merged").iterdir()} | {"README.md", "loss.png"}
-    return names | {f"adapter/{path.name}" for path in (run / "adapter").iterdir()} | {".gitattributes"}
+    names = {path.name for path in (run / "merged").glob("[!.]*")} | {"README.md", "loss.png"}
+    return names | {f"adapter/{path.name}" for path in (run / "adapter").glob("[!.]*")} | {".gitattributes"}
+
+
+@pytest.fixture(autouse=True)
+def notebook(run):
+    """What Jupyter leaves behind in a folder that was looked into stops nothing and stays here."""
+    for folder in ("adapter", "merged"):
+        (run / folder / ".ipynb_checkpoints").mkdir(exist_ok=True)
 
 
 @pytest.mark.parametrize("way", WAYS)
