@@ -39,11 +39,6 @@ SAMPLE = SCRIPT.parent / "data" / "medical_sample.jsonl"
 BOS, EOS, PAD = "<｜begin▁of▁sentence｜>", "<｜end▁of▁sentence｜>", "<|finetune_right_pad_id|>"
 
 
-def pytest_collection_modifyitems(items):
-    """The demo takes longest, so it goes first: two files run at a time."""
-    items.sort(key=lambda item: item.path.name != "test_demo.py")
-
-
 class Done(NamedTuple):
     code: int
     out: str
