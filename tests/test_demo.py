@@ -5,7 +5,7 @@ import json
 import pytest
 from servers.hub import HubServer
 
-from finetune_r1 import read_json, read_jsonl
+from finetune_r1 import read_json, read_rows
 from prompts import BEFORE_AFTER
 
 FILES = ["README.md", "adapter", "config.json", "eval.json", "loss.png", "merged", "metrics.jsonl", "run.json"]
@@ -58,7 +58,7 @@ def test_infer_compare_and_file_answer_from_both_sides(demo, cli):
     options = ("--compare", "--file", questions, "--output", "answers.jsonl", "--max-new-tokens", "5", "--json")
     done = cli("infer", *options, cwd=demo[0])
     assert done.code == 0 and json.loads(done.out) == {"answers": 2, "written": "answers.jsonl"}
-    answers = read_jsonl(demo[0] / "answers.jsonl")
+    answers = read_rows(demo[0] / "answers.jsonl")
     assert [a["question"] for a in answers] == ["What is croup?", "What is gout?"]
     assert all(a["base"]["tokens"] == a["tuned"]["tokens"] == 5 and not a["tuned"]["stopped"] for a in answers)
 

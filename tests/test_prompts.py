@@ -82,28 +82,33 @@ def test_clean_text_has_no_marker():
 TEXT = st.text(st.characters(exclude_categories=["Cs"]), max_size=60).filter(str.strip)
 
 
+def encoded(tokenizer, *fields, lang="en"):
+    return finetune_r1.encode([finetune_r1.Row(*(field.strip() for field in fields))], tokenizer, lang)[0]
+
+
 @settings(max_examples=200, deadline=None)
 @given(question=TEXT, thought=TEXT, answer=TEXT, lang=st.sampled_from(["en", "zh"]))
 def test_a_row_starts_with_the_tokens_of_its_prompt(tokenizer, question, thought, answer, lang):
-    if find_marker(question + thought + answer, [str(t) for t in tokenizer.added_tokens_decoder.values()]):
+    if find_marker(question + thought + answer, finetune_r1.special_tokens(tokenizer)):
         return
-    row = finetune_r1.encode_row(tokenizer, question, thought, answer, lang)
+    row = encoded(tokenizer, question, thought, answer, lang=lang)
+    if row.fate != "used":  # SmolLM2 has no token for some bytes, and takes a special one for them: found, and dropped
+        assert tokenizer.unk_token_id in row.input_ids
     assert row.input_ids[: row.prompt_tokens] == tokenizer(build_prompt(question, lang))["input_ids"]
 
 
 def test_a_row_has_one_bos_at_its_start_and_one_eos_at_its_end(tokenizer):
-    ids = finetune_r1.encode_row(tokenizer, "Why?", "Hm.", "So.", "en").input_ids
+    ids = encoded(tokenizer, "Why?", "Hm.", "So.").input_ids
     assert ids[0] == tokenizer.bos_token_id and ids.count(tokenizer.bos_token_id) == 1
     assert ids[-1] == tokenizer.eos_token_id and ids.count(tokenizer.eos_token_id) == 1
     assert tokenizer.eos_token_id != tokenizer.pad_token_id
 
 
 def test_each_tag_is_in_the_row_once(tokenizer):
-    ids = finetune_r1.encode_row(tokenizer, "Why?", "Hm.", "So.", "en").input_ids
-    text = tokenizer.decode(ids)
+    text = tokenizer.decode(encoded(tokenizer, "Why?", "Hm.", "So.").input_ids)
     assert text.count("<think>") == text.count("</think>") == 1
 
 
 def test_where_the_tags_are_tokens_the_row_holds_those_tokens(r1_tokenizer):
-    ids = finetune_r1.encode_row(r1_tokenizer, "Why?", "Hm.", "So.", "en").input_ids
+    ids = encoded(r1_tokenizer, "Why?", "Hm.", "So.").input_ids
     assert [ids.count(r1_tokenizer.convert_tokens_to_ids(tag)) for tag in ("<think>", "</think>")] == [1, 1]

@@ -10,15 +10,15 @@ from servers.wandb_server import WandbServer
 
 import finetune_r1
 import prompts
-from finetune_r1 import Loaded, Run, TrainConfig, UserError, read_json, read_jsonl
+from finetune_r1 import Loaded, Run, TrainConfig, UserError, read_json, read_rows
 
 
 @pytest.fixture(scope="module")
 def config(tiny_r1):
     return TrainConfig(
         model=str(tiny_r1), dataset=str(SAMPLE), split="train[:24]", eval_rows=4, max_seq_length=768, max_steps=7,
-        effective_batch=4, micro_batch=2, warmup_steps=1, learning_rate=2e-2, logging_steps=2, max_new_tokens=8,
-        wandb=False,
+        effective_batch=4, micro_batch=2, warmup_steps=1, learning_rate=2e-2, logging_steps=2, eval_steps=3,
+        max_new_tokens=8, wandb=False,
     )  # fmt: skip
 
 
@@ -62,11 +62,17 @@ def test_config_json_gives_the_config_back(run, config):
 
 
 def test_metrics_has_a_line_for_each_logged_step_and_the_first_and_the_last(run):
-    assert [line["step"] for line in read_jsonl(run / "metrics.jsonl")] == [1, 2, 4, 6, 7]
+    lines = list(read_rows(run / "metrics.jsonl"))
+    assert [line["step"] for line in lines if "loss" in line] == [1, 2, 4, 6, 7]
+
+
+def test_the_held_out_rows_loss_is_taken_before_during_and_after_training(run):
+    held_out = {line["step"]: line["eval_loss"] for line in read_rows(run / "metrics.jsonl") if "eval_loss" in line}
+    assert list(held_out) == [0, 3, 6, 7] and held_out[7] < held_out[0]
 
 
 def test_samples_hold_the_question_before_and_after(run):
-    [pair] = read_jsonl(run / "samples.jsonl")
+    [pair] = read_rows(run / "samples.jsonl")
     assert pair["question"] == prompts.BEFORE_AFTER["en"]
     assert pair["base"]["tokens"] == pair["tuned"]["tokens"] == 8
     assert pair["base"]["thought"] != pair["tuned"]["thought"]
@@ -80,16 +86,16 @@ def test_the_adapter_names_the_base_it_belongs_to(run, config):
 def test_the_loss_is_taken_where_it_is_asked_and_on_eos_but_never_on_padding(config, unsloth, tmp_path, loss_on):
     config = dataclasses.replace(config, loss_on=loss_on, micro_batch=4)
     loaded = Loaded.for_use(config)
-    rows, _, _ = finetune_r1.prepare_rows(finetune_r1.read_dataset(config), loaded.tokenizer, config)
+    rows = finetune_r1.prepare_rows(finetune_r1.read_dataset(config), loaded.tokenizer, config)
     loaded.add_adapter(config)
     trainer = finetune_r1.make_trainer(loaded, rows, config, Run(tmp_path), tracked=False)
     batch = next(iter(trainer.get_train_dataloader()))
-    by_ids = {tuple(row.input_ids): row for row in rows}
+    by_ids = {tuple(row["input_ids"]): row for row in rows.used}
     for ids, labels, mask in zip(batch["input_ids"], batch["labels"], batch["attention_mask"], strict=True):
         row = by_ids[tuple(ids[mask.bool()].tolist())]
         learned = (labels != -100).nonzero().flatten().tolist()
-        start = 0 if loss_on == "all" else row.prompt_tokens
-        assert learned == list(range(start, len(row.input_ids)))
+        start = 0 if loss_on == "all" else row["prompt_tokens"]
+        assert learned == list(range(start, row["tokens"]))
         assert labels.tolist().count(loaded.tokenizer.eos_token_id) == 1
 
 
@@ -138,7 +144,7 @@ def test_a_question_cannot_forge_the_structure(config, unsloth, forged):
 
 def test_evaluation_compares_on_the_same_rows_and_finds_nothing_where_there_is_nothing(config, unsloth):
     loaded = Loaded.for_use(config)
-    _, held_out, _ = finetune_r1.prepare_rows(finetune_r1.read_dataset(config), loaded.tokenizer, config)
+    held_out = finetune_r1.prepare_rows(finetune_r1.read_dataset(config), loaded.tokenizer, config).held_out
     loaded.add_adapter(config)  # untrained, so it changes nothing
     report = loaded.evaluate(held_out, 2, config)
     assert report["rows"] == 4 and report["answers"] == 2
@@ -173,7 +179,7 @@ def test_w_and_b_gets_the_history_of_a_run_trained_by_the_command_line(tiny_r1, 
     [sent] = server.runs.values()
     assert sent.project == TrainConfig().wandb_project and sent.finished and sent.exitcode == 0
     assert [line["train/loss"] for line in sent.history if "train/loss" in line] == [
-        line["loss"] for line in read_jsonl(tmp_path / json.loads(done.out)["run"] / "metrics.jsonl")
+        line["loss"] for line in read_rows(tmp_path / json.loads(done.out)["run"] / "metrics.jsonl") if "loss" in line
     ]
     assert sent.config["lora_r"] == 16 and "k" * 40 not in done.out + done.err
 
