@@ -43,7 +43,7 @@ from typing import Annotated, Any, Literal, NamedTuple, Self
 import typer
 
 import prompts
-from prompts import Lang
+from prompts import Lang, Row
 
 
 class Lazy:
@@ -80,12 +80,10 @@ SETTINGS = ("HF_", "HUGGING", "WANDB_")  # environment variables of the librarie
 HUB_TOKENS = ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "HUGGINGFACE_TOKEN")  # the last is the recipe's label on Kaggle
 WANDB_KEYS = ("WANDB_API_KEY", "wandb")
 MEASURES = ("loss", "closed", "stopped")
-KEPT = ("used", "shortened")  # fates of rows that are taught; all others are reasons for dropping one
 SAVED = {"adapter": "adapter", "merged-16bit": "merged", "merged-4bit": "merged-4bit"}  # folder of a run, by --as
 WEIGHTS = (".safetensors", ".safetensors.index.json", ".bin", ".pt", ".gguf", "adapter_config.json")
 TIME = "%Y-%m-%dT%H:%M:%S%z"
 ARRAY_LIMIT = 2 * GIB  # a .json array is read whole; .jsonl, .csv and .parquet row by row
-SENTENCE_END = re.compile(r"[.!?](?=\s)|[。!?！？]|\n")
 
 # ------------------------------------------------------------------------------------------------------------- config
 
@@ -194,18 +192,6 @@ class UserError(Exception):
         self.next_step = next_step
 
 
-class Row(NamedTuple):
-    """A record as it is taught. `input_ids` is the whole text, its first `prompt_tokens` are the prompt; `fate` is
-    "used", "shortened", or the reason why the record is dropped."""
-
-    question: str = ""
-    thought: str = ""
-    answer: str = ""
-    input_ids: Sequence[int] = ()
-    prompt_tokens: int = 0
-    fate: str = "used"
-
-
 class Rows(NamedTuple):
     """What became of a dataset's records. The first three are tables (`datasets.Dataset`): `usable` in the records'
     order, which `used` and `held_out` divide. `dropped` has positions by reason; each record is in one of them."""
@@ -240,20 +226,6 @@ def special_tokens(tokenizer: Any) -> tuple[str, ...]:
     return tuple(sorted({str(token) for token in tokenizer.added_tokens_decoder.values()}))
 
 
-def read_record(record: dict[str, Any], special: tuple[str, ...], columns: Sequence[str]) -> Row:
-    """The texts of a record, without tokens yet, or the reason why it is dropped."""
-    fields = prompts.read_fields(record, columns)
-    for column, text in zip(columns, fields, strict=True):
-        if not isinstance(text, str) or not text.strip():
-            one = (
-                "is not one question and one answer" if isinstance(record.get(column), list) else "is empty, or no text"
-            )
-            return Row(fate=f"{column} {one}")
-        if marker := prompts.find_marker(text, special):
-            return Row(fate=f"{marker} inside {column}")
-    return Row(*(text.strip() for text in fields))
-
-
 def encode(rows: Sequence[Row], tokenizer: Any, lang: Lang) -> list[Row]:
     """With tokens. Prompts and whole texts are tokenized in one call each: BOS is the tokenizer's own, EOS the last
     token. A row whose tokens have another structure than the template's is dropped."""
@@ -273,54 +245,34 @@ def encode(rows: Sequence[Row], tokenizer: Any, lang: Lang) -> list[Row]:
 
 
 def fit(row: Row, tokenizer: Any, config: DataConfig) -> Row:
-    """What `--overlong` makes of a row that is longer than `--max-seq-length`; others stay as they are."""
-    if row.fate != "used" or len(row.input_ids) <= config.max_seq_length:
+    """What `--overlong` makes of a row that is too long: cutting its thought leaves question, answer and EOS whole."""
+    if len(row.input_ids) <= (limit := config.max_seq_length):
         return row
-    if config.overlong == "error":
-        fault = f"--overlong error: a row has {len(row.input_ids)} tokens, --max-seq-length is {config.max_seq_length}."
-        raise UserError(fault, f"raise it, or choose --overlong shorten-thought; the row asks: {row.question[:80]}")
-    if config.overlong == "drop":
-        return row._replace(fate="longer than --max-seq-length")
-    return shorten(row, tokenizer, config)
-
-
-def shorten(row: Row, tokenizer: Any, config: DataConfig) -> Row:
-    """Cuts the thought after a sentence so that the row fits; question, answer and EOS stay whole."""
     offsets = tokenizer(row.thought, add_special_tokens=False, return_offsets_mapping=True)["offset_mapping"]
-    keep, shorter = len(offsets), row
-    while (excess := len(shorter.input_ids) - config.max_seq_length) > 0:
+    keep, fitting = len(offsets), row
+    while (excess := len(fitting.input_ids) - limit) > 0:
+        if config.overlong == "error":
+            fault = f"--overlong error: a row has {len(row.input_ids)} tokens, --max-seq-length is {limit}."
+            raise UserError(fault, f"raise it, or choose --overlong shorten-thought; the row asks: {row.question[:80]}")
         keep -= excess
-        room = row.thought[: offsets[keep][0]] if keep > 0 else ""
-        ends = [match.end() for match in SENTENCE_END.finditer(room)]
-        if keep <= 0 or not ends:
-            missing = "room for the answer" if keep <= 0 else "end of a sentence in the room for the thought"
-            return row._replace(fate=f"no {missing} in --max-seq-length")
-        [shorter] = encode([row._replace(thought=room[: ends[-1]].strip())], tokenizer, config.lang)
-    return shorter._replace(fate="shortened")
+        thought = prompts.whole_sentences(row.thought[: offsets[keep][0]]) if keep > 0 else ""
+        if config.overlong == "drop" or not thought:
+            missing = "no whole sentence of the thought fits in" if keep > 0 else "question and answer alone exceed"
+            return row._replace(fate=f"{'longer than' if config.overlong == 'drop' else missing} --max-seq-length")
+        fitting = encode([row._replace(thought=thought)], tokenizer, config.lang)[0]._replace(fate="shortened")
+    return fitting
 
 
 def tokenize(batch: dict[str, list[str]], tokenizer: Any, config: DataConfig) -> dict[str, list[Any]]:
     """For `datasets.map`: the columns of rows with their tokens; one that is dropped keeps its fate alone."""
-    rows = [Row(*texts)._replace(fate=fate) for *texts, fate in zip(*batch.values(), strict=True)]
+    rows = [Row(*values) for values in zip(*batch.values(), strict=True)]
     encoded = iter(encode([row for row in rows if row.fate == "used"], tokenizer, config.lang))
-    rows = [fit(next(encoded), tokenizer, config) if row.fate == "used" else row for row in rows]
-    rows = [row if row.fate in KEPT else Row(fate=row.fate) for row in rows]
+    rows = [next(encoded) if row.fate == "used" else row for row in rows]
+    rows = [fit(row, tokenizer, config) if row.fate == "used" else row for row in rows]
+    rows = [row if row.fate in prompts.KEPT else Row(fate=row.fate) for row in rows]
     masks = [[int(i >= row.prompt_tokens) for i in range(len(row.input_ids))] for row in rows]
     columns: dict[str, list[Any]] = {name: [getattr(row, name) for row in rows] for name in Row._fields}
     return {**columns, "completion_mask": masks, "tokens": [len(row.input_ids) for row in rows]}
-
-
-def drop(fates: Sequence[str], questions: Sequence[str]) -> dict[str, list[int]]:
-    """Positions of what is dropped, by reason, repeated questions among them; case and spacing make no difference."""
-    dropped: dict[str, list[int]] = {}
-    seen: set[str] = set()
-    for position, (fate, question) in enumerate(zip(fates, questions, strict=True)):
-        same = prompts.same_question(question)
-        if fate not in KEPT or same in seen:
-            dropped.setdefault("duplicate question" if fate in KEPT else fate, []).append(position)
-        else:
-            seen.add(same)
-    return dropped
 
 
 def row_lengths(rows: Any) -> dict[str, int]:
@@ -681,7 +633,7 @@ def prepare_rows(records: Sequence[dict[str, Any]], tokenizer: Any, config: Data
     code = (Path(__file__).read_bytes(), Path(prompts.__file__).read_bytes())
     options = (columns, config.lang, config.max_seq_length, config.overlong, tokenizer.eos_token)
     key = fingerprint(content, options, tokenizer.backend_tokenizer.to_str(), *code)
-    read = [read_record(record, special, columns) for record in records]
+    read = [prompts.read_record(record, columns, special) for record in records]
     names = ("question", "thought", "answer", "fate")
     texts = datasets.Dataset.from_dict({name: [getattr(row, name) for row in read] for name in names})
     text, number = datasets.Value("string"), datasets.Value("int32")
@@ -693,7 +645,7 @@ def prepare_rows(records: Sequence[dict[str, Any]], tokenizer: Any, config: Data
         tokenize, batched=True, fn_kwargs={"tokenizer": tokenizer, "config": config}, desc="tokenizing",
         features=datasets.Features(columns_after), cache_file_name=str(cached), new_fingerprint=key,
     )  # fmt: skip
-    dropped = drop(table["fate"][:], table["question"][:])
+    dropped = prompts.drop(table["fate"][:], table["question"][:])
     gone = set(itertools.chain.from_iterable(dropped.values()))
     usable = table.select([position for position in range(len(table)) if position not in gone])
     if len(usable) <= config.eval_rows:

@@ -5,7 +5,7 @@ A row of training text is
     prompt (ends in "<think>\\n") + thought + "\\n</think>\\n" + answer + EOS
 
 The templates are those of the published recipe byte for byte, trailing spaces included: models published from the
-recipe were trained on these bytes.
+recipe were trained on these bytes. What becomes of a record as text is decided here too; finetune_r1.py sees to tokens.
 """
 
 import functools
@@ -105,6 +105,21 @@ it. It was tuned on few rows and knows what its base model knows; a fluent thoug
 """
 
 
+class Row(NamedTuple):
+    """A record as it is taught. `fate` is "used", "shortened", or the reason why it is dropped; `input_ids` are the
+    tokens of its whole text, the first `prompt_tokens` those of the prompt."""
+
+    question: str = ""
+    thought: str = ""
+    answer: str = ""
+    fate: str = "used"
+    input_ids: Sequence[int] = ()
+    prompt_tokens: int = 0
+
+
+KEPT = ("used", "shortened")
+
+
 class Response(NamedTuple):
     """What a model wrote after the prompt. A thought that was never closed has no answer."""
 
@@ -174,6 +189,37 @@ def read_fields(record: dict[str, Any], columns: Sequence[str]) -> list[Any]:
     if columns[1] == columns[2] and thought == answer and isinstance(answer, str):
         thought, answer, _ = split_response(answer.strip().removeprefix(THINK_OPEN))
     return [question, thought, answer]
+
+
+def read_record(record: dict[str, Any], columns: Sequence[str], special_tokens: Sequence[str]) -> Row:
+    """The texts of a record, without tokens yet, or the reason why it is dropped."""
+    fields = read_fields(record, columns)
+    for column, text in zip(columns, fields, strict=True):
+        if not isinstance(text, str) or not text.strip():
+            several = isinstance(record.get(column), list)
+            return Row(fate=f"{column} is {'not one question and one answer' if several else 'empty, or no text'}")
+        if marker := find_marker(text, special_tokens):
+            return Row(fate=f"{marker} inside {column}")
+    return Row(*(text.strip() for text in fields))
+
+
+def drop(fates: Sequence[str], questions: Sequence[str]) -> dict[str, list[int]]:
+    """Positions of what is dropped, by reason; of rows with the same question all but the first are."""
+    dropped: dict[str, list[int]] = {}
+    seen: set[str] = set()
+    for position, (fate, question) in enumerate(zip(fates, questions, strict=True)):
+        same = same_question(question)
+        if fate not in KEPT or same in seen:
+            dropped.setdefault("duplicate question" if fate in KEPT else fate, []).append(position)
+        else:
+            seen.add(same)
+    return dropped
+
+
+def whole_sentences(text: str) -> str:
+    """`text` up to the end of its last whole sentence; empty if there is none."""
+    ends = [match.end() for match in re.finditer(r"[.!?](?=\s)|[。!?！？]|\n", text)]
+    return text[: ends[-1]].strip() if ends else ""
 
 
 def guess_columns(record: dict[str, Any]) -> list[str] | None:

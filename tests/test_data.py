@@ -95,14 +95,14 @@ def test_an_answer_that_is_too_long_alone_is_dropped_not_cut(r1_tokenizer):
     prompt = len(r1_tokenizer(build_prompt("Why 1?"))["input_ids"])
     rows = records({}, {"Response": "word " * 300})
     counted = account(rows, r1_tokenizer, max_seq_length=prompt + 100)
-    assert counted["dropped"] == {"no room for the answer in --max-seq-length": 1}
+    assert counted["dropped"] == {"question and answer alone exceed --max-seq-length": 1}
 
 
 def test_a_thought_without_the_end_of_a_sentence_is_dropped_not_cut_anywhere(r1_tokenizer):
     prompt = len(r1_tokenizer(build_prompt("Why 1?"))["input_ids"])
     rows = records({}, {"Complex_CoT": "word " * 300})
     counted = account(rows, r1_tokenizer, max_seq_length=prompt + 100)
-    assert counted["dropped"] == {"no end of a sentence in the room for the thought in --max-seq-length": 1}
+    assert counted["dropped"] == {"no whole sentence of the thought fits in --max-seq-length": 1}
 
 
 def test_held_out_rows_are_chosen_by_seed_and_never_trained_on(r1_tokenizer):
@@ -170,7 +170,7 @@ TEXT = st.lists(st.one_of(st.sampled_from(TRICKS), st.text(max_size=20)), min_si
 @given(question=TEXT, thought=TEXT, answer=TEXT, lang=st.sampled_from(["en", "zh"]))
 def test_no_text_forges_the_structure_of_a_row(r1_tokenizer, question, thought, answer, lang):
     special = finetune_r1.special_tokens(r1_tokenizer)
-    row = finetune_r1.read_record(dict(zip(COLUMNS, (question, thought, answer), strict=True)), special, COLUMNS)
+    row = prompts.read_record(dict(zip(COLUMNS, (question, thought, answer), strict=True)), COLUMNS, special)
     if row.fate != "used":
         return
     [row] = finetune_r1.encode([row], r1_tokenizer, lang)
@@ -186,7 +186,7 @@ def test_a_megabyte_in_a_field_is_cut_or_dropped_like_any_other(r1_tokenizer):
     )
     counted = account(rows, r1_tokenizer)
     assert (counted["used"], counted["shortened"]) == (1, 1)
-    assert counted["dropped"] == {"no room for the answer in --max-seq-length": 2}
+    assert counted["dropped"] == {"question and answer alone exceed --max-seq-length": 2}
 
 
 def test_of_ten_thousand_rows_of_any_kind_each_is_accounted_for(r1_tokenizer):
