@@ -17,6 +17,7 @@ import contextlib
 import csv
 import dataclasses
 import functools
+import gc
 import hashlib
 import importlib
 import importlib.util
@@ -24,6 +25,7 @@ import inspect
 import itertools
 import json
 import logging
+import math
 import os
 import random
 import re
@@ -73,6 +75,9 @@ DEMO_MODEL = "HuggingFaceTB/SmolLM2-135M-Instruct"
 PACKAGES = "unsloth unsloth_zoo torch transformers trl peft accelerate datasets bitsandbytes huggingface_hub wandb"
 CPU_BILLIONS = 2.0  # above this a step on a CPU takes minutes and the weights outgrow a laptop
 GIB = 1024**3
+MICRO_BATCH_TOKENS, RECOMPUTE = 2000, 0.4  # what a micro-batch costs beside its tokens, and recomputing all of them
+R1_ROW, R1_MEMORY = 777, (6.2 * GIB, 32, 113_000)  # for `doctor`: the recipe's rows in tokens, its model's `Memory`
+WORKSPACE = 0.35 * GIB  # of the loss and the libraries, on a GPU
 HUB_NAME = r"[\w.-]+/[\w.-]+"
 LOCAL = (".jsonl", ".json", ".csv", ".parquet")
 RECIPE_COLUMNS = ("Question", "Complex_CoT", "Response")
@@ -89,12 +94,14 @@ ARRAY_LIMIT = 2 * GIB  # a .json array is read whole; .jsonl, .csv and .parquet 
 
 
 Answer = dict[str, Any]  # question, thought, answer, closed, stopped, tokens, seconds; or question, base, tuned
+Checkpointing = Literal["auto", "unsloth", "none"]
 Dtype = Literal["auto", "bfloat16", "float16", "float32"]
 Overlong = Literal["shorten-thought", "drop", "error"]
 Optimizer = Literal["adamw_8bit", "adamw_torch", "adamw_torch_fused", "paged_adamw_8bit", "adafactor", "sgd"]
 SaveAs = Literal["merged-16bit", "merged-4bit", "adapter"]
 Schedule = Literal["linear", "cosine", "constant", "constant_with_warmup"]
 LAYERS = "q_proj,k_proj,v_proj,o_proj,gate_proj,up_proj,down_proj"
+MICRO_BATCH_FLAGS = ("--micro-batch", "--per-device-train-batch-size")
 WANDB_PROJECT = "Fine-tune-DeepSeek-R1-Distill-Llama-8B on Medical COT Dataset"
 
 
@@ -159,8 +166,8 @@ class TrainConfig(DataConfig, GenerationConfig):
     use_rslora: bool = option(False, "Scale by alpha / sqrt(r) instead.")
     target_modules: str = option(LAYERS, "Layers that get an adapter, separated by commas.")
     effective_batch: int = option(8, "Rows a step.", "--effective-batch", "--batch-size", min=1)
-    micro_batch: int = option(2, "Rows at once.", "--micro-batch", "--per-device-train-batch-size", min=1)
-    gradient_checkpointing: Literal["unsloth", "none"] = option("unsloth", "Recompute activations to save memory.")
+    micro_batch: int | None = option(None, "Rows at once; default: as memory allows.", *MICRO_BATCH_FLAGS, min=1)
+    gradient_checkpointing: Checkpointing = option("auto", "Recompute activations: as memory allows, all, or none.")
     max_steps: int = option(60, "Optimizer steps.", min=1)
     warmup_steps: int = option(5, "Steps until the learning rate is reached.", min=0)
     learning_rate: float = option(2e-4, "Peak learning rate.", min=0.0, max=1.0)
@@ -290,16 +297,49 @@ def histogram(lengths: Sequence[int], bars: int = 12) -> list[tuple[int, int, in
     return [(low + i * width, low + (i + 1) * width - 1, counts[i]) for i in range(max(counts) + 1)]
 
 
-def make_plan(rows: Any, config: TrainConfig) -> dict[str, Any]:
-    """How the effective batch is carried out, and how much work that is."""
+class Memory(NamedTuple):
+    """What a plan has to fit into, in bytes: what there is, what is held throughout, and what one token's activations
+    take in one of the model's layers; all layers may keep them, none, or (on a GPU) some."""
+
+    limit: float
+    resident: float
+    layers: int
+    token_in_layer: float
+    some: bool = True
+
+
+def most_tokens(lengths: Sequence[int], rows_at_once: int, config: TrainConfig) -> int:
+    """In one micro-batch of a run that draws its rows by chance, epoch after epoch; at most 20,000 draws are tried."""
+    chance, wanted = random.Random(config.seed), min(config.max_steps * config.effective_batch, 20_000)
+    drawn: list[int] = []
+    while len(drawn) < wanted:
+        drawn += chance.sample(lengths, len(lengths))
+    return max(sum(drawn[i : i + rows_at_once]) for i in range(0, wanted, rows_at_once))
+
+
+def make_plan(lengths: Sequence[int], config: TrainConfig, memory: Memory) -> dict[str, Any]:
+    """The fastest way to take the effective batch's rows in the memory there is: how many at once, and how many layers
+    keep their activations instead of computing them again. Its few constants are measured: tests/bench/NOTES.md."""
+    batch, layers, tokens = config.effective_batch, memory.layers, sum(lengths) / len(lengths) * config.effective_batch
+    sizes = [config.micro_batch] if config.micro_batch else [n for n in range(1, batch + 1) if batch % n == 0]
+    kept_choices = {"none": [layers], "unsloth": [0], "auto": range(0, layers + 1, 1 if memory.some else layers)}
+    options = []
+    for size, most in ((size, most_tokens(lengths, size, config)) for size in sizes):
+        for kept in kept_choices[config.gradient_checkpointing]:
+            peak = memory.resident + memory.token_in_layer * most * (kept + 1)
+            cost = batch / size * MICRO_BATCH_TOKENS + tokens * (1 + RECOMPUTE * (1 - kept / layers))
+            options.append((peak > memory.limit and peak, cost, size, kept, peak))
+    _, _, size, kept, peak = min(options)  # of those that do not fit, the smallest
     return {
-        "effective_batch": config.effective_batch,
-        "micro_batch": config.micro_batch,
-        "accumulation": config.effective_batch // config.micro_batch,
-        "gradient_checkpointing": config.gradient_checkpointing,
+        "effective_batch": batch,
+        "micro_batch": size,
+        "accumulation": batch // size,
+        "kept_layers": kept,
+        "layers": layers,
+        "expected_peak_gib": round(peak / GIB, 1),
         "steps": config.max_steps,
-        "epochs": round(config.max_steps * config.effective_batch / len(rows), 2),
-        "tokens_per_step": row_lengths(rows)["mean"] * config.effective_batch,
+        "epochs": round(config.max_steps * batch / len(lengths), 2),
+        "tokens_per_step": round(tokens),
     }
 
 
@@ -780,7 +820,7 @@ def hub_account(secret: Secret) -> dict[str, Any]:
 
 def check_config(config: TrainConfig) -> None:
     """Everything that can be refused before anything is downloaded, all at once."""
-    batch, micro, modules = config.effective_batch, config.micro_batch, config.target_modules.split(",")
+    batch, micro, modules = config.effective_batch, config.micro_batch or 1, config.target_modules.split(",")
     problems = {
         f"--micro-batch {micro} does not divide --effective-batch {batch}": batch % micro != 0,
         f"--warmup-steps {config.warmup_steps} is more than --max-steps": config.warmup_steps > config.max_steps,
@@ -863,12 +903,23 @@ class Loaded:
         return cls(model, tokenizer)
 
     def generate(self, questions: Sequence[str], config: GenerationConfig, streamer: Any = None) -> list[Answer]:
-        """Answers in one batch; each tells whether its thought was closed and whether the model stopped by itself."""
-        model, tokenizer = self.model, self.tokenizer
+        """Answers, in batches of questions of like length; each tells whether its thought was closed and whether the
+        model stopped by itself."""
         for question in questions:
-            if marker := prompts.find_marker(question, special_tokens(tokenizer)):
+            if marker := prompts.find_marker(question, special_tokens(self.tokenizer)):
                 raise UserError(f"a question holds {marker}, which means something else to the model.", "leave it out")
-        import_unsloth().for_inference(model)
+        import_unsloth().for_inference(self.model)
+        order = sorted(range(len(questions)), key=lambda i: len(questions[i]))
+        size = 32 if torch.cuda.is_available() else 8
+        answers: dict[int, Answer] = {}
+        for start in range(0, len(order), size):
+            batch = order[start : start + size]
+            answers |= dict(zip(batch, self.answer_batch([questions[i] for i in batch], config, streamer), strict=True))
+        return [answers[i] for i in range(len(questions))]
+
+    def answer_batch(self, questions: Sequence[str], config: GenerationConfig, streamer: Any) -> list[Answer]:
+        """All at once."""
+        model, tokenizer = self.model, self.tokenizer
         tokenizer.padding_side = "left"
         texts = [prompts.build_prompt(question, self.lang) for question in questions]
         batch = tokenizer(texts, return_tensors="pt", padding=True).to(model.device)
@@ -947,17 +998,33 @@ class Loaded:
 
         return Speaker(self.tokenizer, skip_prompt=True, skip_special_tokens=False)
 
-    def add_adapter(self, config: TrainConfig) -> None:
-        """Wraps the model with an untrained adapter, which changes nothing until it is trained."""
+    def memory(self, config: TrainConfig) -> Memory:
+        """For the plan; to be asked before the adapter is added."""
+        modules, shape = config.target_modules.split(","), self.model.config
+        linear = [module for name, module in self.model.named_modules() if name.rpartition(".")[2] in modules]
+        trained = sum(config.lora_r * (module.in_features + module.out_features) for module in linear)
+        held = trained * (4 + 4 + (2 if "8bit" in config.optim else 8))  # adapter, gradients, optimizer
+        held += (
+            torch.cuda.memory_allocated() + WORKSPACE
+            if torch.cuda.is_available()
+            else self.model.get_memory_footprint()
+        )
+        token = (3 * shape.intermediate_size + 3.3 * shape.hidden_size) * (2 if torch.cuda.is_available() else 4)
+        return Memory(memory_limit(config), held, shape.num_hidden_layers, token, torch.cuda.is_available())
+
+    def add_adapter(self, config: TrainConfig, kept_layers: int = 0) -> None:
+        """Wraps the model with an untrained adapter, which changes nothing until it is trained; all layers but
+        `kept_layers` compute their activations again."""
         modules = [name.strip() for name in config.target_modules.split(",")]
         known = {name.rpartition(".")[2] for name, _ in self.model.named_modules()}
         if unknown := [name for name in modules if name not in known]:
             raise UserError(f"--target-modules: the model has no {', '.join(unknown)}.", "leave the option out for all")
-        checkpointing = "unsloth" if config.gradient_checkpointing == "unsloth" else False
+        checkpointing = "unsloth" if kept_layers < self.model.config.num_hidden_layers else False
         self.model = import_unsloth().get_peft_model(
             self.model, target_modules=modules, r=config.lora_r, lora_alpha=config.lora_alpha, bias="none",
             lora_dropout=config.lora_dropout, use_rslora=config.use_rslora, random_state=config.seed,
             use_gradient_checkpointing=checkpointing, loftq_config=None,
+            **({"checkpoint_skip_layers": kept_layers} if checkpointing and kept_layers else {}),
         )  # fmt: skip
 
     def save_adapter(self, config: TrainConfig, run: Run) -> None:
@@ -1005,7 +1072,7 @@ def training_log(run: Run, tokens_per_step: int) -> Any:
     return TrainingLog()
 
 
-def make_trainer(loaded: Loaded, rows: Rows, config: TrainConfig, run: Run, tracked: bool) -> Any:
+def make_trainer(loaded: Loaded, rows: Rows, config: TrainConfig, plan: dict[str, Any], run: Run, tracked: bool) -> Any:
     """Rows go in tokenized, so that what was accounted for is what is trained on: nothing is cut behind our back."""
     used, held_out = (table.select_columns(["input_ids", "completion_mask"]) for table in (rows.used, rows.held_out))
     same_names = (
@@ -1014,8 +1081,7 @@ def make_trainer(loaded: Loaded, rows: Rows, config: TrainConfig, run: Run, trac
     arguments = trl.SFTConfig(
         **{name: getattr(config, name) for name in same_names.split()},
         output_dir=str(run / "checkpoints"), max_length=config.max_seq_length,
-        per_device_train_batch_size=config.micro_batch,
-        gradient_accumulation_steps=config.effective_batch // config.micro_batch,
+        per_device_train_batch_size=plan["micro_batch"], gradient_accumulation_steps=plan["accumulation"],
         completion_only_loss=config.loss_on == "response",
         bf16=precision(config) == "bfloat16", fp16=precision(config) == "float16",
         report_to=["wandb"] if tracked else "none", logging_first_step=True, save_strategy="no", disable_tqdm=True,
@@ -1027,8 +1093,33 @@ def make_trainer(loaded: Loaded, rows: Rows, config: TrainConfig, run: Run, trac
         train_dataset=used, eval_dataset=held_out if config.eval_rows else None,
     )  # fmt: skip
     trainer.remove_callback(transformers.PrinterCallback)
-    trainer.add_callback(training_log(run, make_plan(rows.used, config)["tokens_per_step"]))
+    trainer.add_callback(training_log(run, plan["tokens_per_step"]))
     return trainer
+
+
+def train_in_memory(
+    loaded: Loaded, rows: Rows, config: TrainConfig, plan: dict[str, Any], run: Run, tracked: bool
+) -> None:
+    """Trains; out of memory, goes on from the last good step with half the rows at once, which changes no loss."""
+    checkpoint = None
+    while True:
+        trainer = make_trainer(loaded, rows, config, plan, run, tracked)
+        try:
+            trainer.train(resume_from_checkpoint=checkpoint)
+            return
+        except torch.OutOfMemoryError:
+            if plan["micro_batch"] == 1:
+                raise
+        size = max(n for n in range(1, plan["micro_batch"] // 2 + 1) if config.effective_batch % n == 0)
+        plan = plan | {"micro_batch": size, "accumulation": config.effective_batch // size}
+        run.update(plan=plan, out_of_memory_at=(step := trainer.state.global_step))
+        say(f"out of memory after step {step}: goes on with {size} rows at once, {plan['accumulation']} times a step")
+        if step:
+            trainer._save_checkpoint(trainer.model, None)
+            checkpoint = str(run / "checkpoints" / f"checkpoint-{step}")
+        del trainer
+        gc.collect()
+        torch.cuda.empty_cache()
 
 
 def peak_memory_gib() -> float:
@@ -1036,6 +1127,14 @@ def peak_memory_gib() -> float:
     if torch.cuda.is_available():
         return float(round(torch.cuda.max_memory_reserved() / GIB, 2))
     return float(round(importlib.import_module("resource").getrusage(0).ru_maxrss * 1024 / GIB, 2))
+
+
+def memory_limit(config: ModelConfig) -> float:
+    """Bytes a run may use: most of what is free on the GPU or allowed; without one, half of the machine's memory."""
+    if not torch.cuda.is_available():
+        return 0.5 * os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    free = torch.cuda.mem_get_info()[0] + torch.cuda.memory_reserved()
+    return float(0.95 * min(free, (config.gpu_memory_gib or math.inf) * GIB))
 
 
 def device_name() -> str:
@@ -1322,7 +1421,8 @@ def prepare_environment() -> None:
     load_dotenv()
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it misses a CPU kernel that nothing here needs
     os.environ.pop("HF_HUB_ENABLE_HF_TRANSFER", None)  # Unsloth sets it, huggingface_hub warns of it in a child
-    for name, value in {"CUDA_VISIBLE_DEVICES": "0", "UNSLOTH_DISABLE_STATISTICS": "1", "MPLBACKEND": "Agg"}.items():
+    wanted = {"CUDA_VISIBLE_DEVICES": "0", "UNSLOTH_DISABLE_STATISTICS": "1", "MPLBACKEND": "Agg"}
+    for name, value in (wanted | {"UNSLOTH_DECODE_CUDA_GRAPHS": "1"}).items():
         os.environ.setdefault(name, value)
 
 
@@ -1413,7 +1513,7 @@ def doctor(config: TrainConfig) -> dict[str, Any]:
         "hugging_face_token": token.source if (token := hub_token()) else "none; public models need none",
         "wandb_key": key.source if (key := Secret.find(WANDB_KEYS)) else "none, unless of an earlier log-in",
         "hub": hub,
-        "plan": f"{config.effective_batch} rows a step, {config.micro_batch} at once",
+        "plan": make_plan([R1_ROW], config, Memory(memory_limit(config), *R1_MEMORY)) if gpus else "none without a GPU",
         "verdict": "; ".join(problems) or "ready",
     }
 
@@ -1515,16 +1615,19 @@ def train_run(config: TrainConfig, run: Run) -> tuple[Loaded, Any]:
     check_model(config)
     import_unsloth()
     rows = prepare_rows(records, transformers.AutoTokenizer.from_pretrained(config.model), config)
-    announce(run, config, rows)
+    announce(config=dataclasses.asdict(config), rows=rows.account(), run={"folder": str(run)})
     with run.recorded(config):
-        run.update(dataset_fingerprint=rows.fingerprint, rows=rows.account(), plan=make_plan(rows.used, config))
+        run.update(dataset_fingerprint=rows.fingerprint, rows=rows.account())
         tracked = start_tracking(config, run)
         started = time.perf_counter()
         loaded = Loaded.for_use(config, lang=config.lang)
         seconds = {"load": time.perf_counter() - started}
-        run.update(model_revision=getattr(loaded.model.config, "_commit_hash", None), device=device_name())
-        loaded.add_adapter(config)
-        make_trainer(loaded, rows, config, run, tracked).train()
+        plan = make_plan(rows.used["tokens"][:], config, loaded.memory(config))
+        announce(plan=plan)
+        revision = getattr(loaded.model.config, "_commit_hash", None)
+        run.update(model_revision=revision, device=device_name(), plan=plan)
+        loaded.add_adapter(config, plan["kept_layers"])
+        train_in_memory(loaded, rows, config, plan, run, tracked)
         loaded.save_adapter(config, run)
         run.trained({**seconds, "train": time.perf_counter() - started - seconds["load"]})
         samples = loaded.answer_both([prompts.BEFORE_AFTER[config.lang]], config)
@@ -1536,13 +1639,11 @@ def train_run(config: TrainConfig, run: Run) -> tuple[Loaded, Any]:
     return loaded, rows.held_out
 
 
-def announce(run: Run, config: TrainConfig, rows: Rows) -> None:
-    """The header: every setting, every row, the work ahead."""
-    plan = make_plan(rows.used, config)
-    for title, values in (("config", dataclasses.asdict(config)), ("rows", rows.account()), ("plan", plan)):
+def announce(**header: dict[str, Any]) -> None:
+    """Lines of the header: every setting, every row, the work ahead."""
+    for title, values in header.items():
         line = f"{title:8}" + "  ".join(f"{name}={value}" for name, value in values.items())
         say(textwrap.fill(line, 118, subsequent_indent=" " * 8, break_long_words=False, break_on_hyphens=False))
-    say(f"run     {run}")
 
 
 def show_pair(pair: dict[str, Any], out: Callable[[str], None]) -> None:
@@ -1574,7 +1675,8 @@ def infer(
     loaded = Loaded.for_use(settings, adapter, settings.lang)
     ask: Callable[..., Any] = functools.partial(loaded.answer_both if compare else loaded.generate, config=config)
     if output:
-        return answer_file(ask, list(questions), output)
+        write_jsonl(output, answers := ask(questions))
+        return {"answers": len(answers), "written": str(output)}
     for asked in questions:
         if as_json:
             return dict(ask([asked])[0])
@@ -1584,13 +1686,6 @@ def infer(
             answer = ask([asked], streamer=loaded.speaker())[0]
             say(dim(f"({prompts.how_it_ended(answer)}; {answer['tokens']} tokens in {answer['seconds']} s)"))
     return None
-
-
-def answer_file(ask: Callable[..., list[dict[str, Any]]], questions: list[str], output: Path) -> dict[str, Any]:
-    """In batches of 8."""
-    batches = [questions[i : i + 8] for i in range(0, len(questions), 8)]
-    write_jsonl(output, [answer for batch in batches for answer in ask(batch)])
-    return {"answers": len(questions), "written": str(output)}
 
 
 def what_to_ask(run: Path | None, base: bool, model: str | None) -> tuple[TrainConfig, Path | None]:

@@ -1,0 +1,184 @@
+"""Training and decoding, ours beside the recipe's own configuration and plain TRL + PEFT + bitsandbytes.
+
+    uv run tests/bench/speed.py --model FOLDER --dataset ROWS.jsonl [--steps 60] [--repeats 2] [--out speed.json]
+    uv run tests/bench/speed.py --small               a tiny model on a CPU, to see that all this works
+
+Same rows in the same order, one after the other by turns, each in a process of its own. Steps before the third are left
+out of the pace (compilation, warm-up); the wall time counts everything from the start of the process to its end.
+"""
+
+import argparse
+import itertools
+import json
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+PROJECT = Path(__file__).parents[2]
+sys.path.insert(0, str(PROJECT))
+
+import finetune_r1  # noqa: E402
+from finetune_r1 import TrainConfig  # noqa: E402
+
+RECIPE = ["--micro-batch", "2", "--gradient-checkpointing", "unsloth"]
+VARIANTS: dict[str, list[str]] = {
+    "ours": [],
+    "recipe": RECIPE,
+    "ours, 23.5 GiB": ["--gpu-memory-gib", "23.5"],
+    "ours, 14.5 GiB fp16": ["--gpu-memory-gib", "14.5", "--dtype", "float16"],
+    "recipe, 14.5 GiB fp16": [*RECIPE, "--gpu-memory-gib", "14.5", "--dtype", "float16"],
+    "plain TRL": [],
+}
+
+
+def train_plainly(config: TrainConfig, folder: Path) -> None:
+    """What one writes without Unsloth: nf4 by bitsandbytes, LoRA by PEFT, 2 rows at once, checkpointing."""
+    import peft
+    import torch
+    import transformers
+    import trl
+
+    gpu = torch.cuda.is_available()
+    tokenizer = transformers.AutoTokenizer.from_pretrained(config.model)
+    rows = finetune_r1.prepare_rows(finetune_r1.read_dataset(config), tokenizer, config).used
+    nf4 = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True}
+    four_bit = transformers.BitsAndBytesConfig(**nf4, bnb_4bit_compute_dtype=torch.bfloat16)
+    model = transformers.AutoModelForCausalLM.from_pretrained(
+        config.model,
+        quantization_config=four_bit if gpu else None,
+        dtype=torch.bfloat16,
+        device_map={"": 0 if gpu else "cpu"},
+    )
+    modules = config.target_modules.split(",")
+    lora = peft.LoraConfig(r=config.lora_r, lora_alpha=config.lora_alpha, target_modules=modules)
+    same_names = "max_steps warmup_steps learning_rate lr_scheduler_type weight_decay seed"
+    arguments = trl.SFTConfig(
+        **{name: getattr(config, name) for name in same_names.split()},
+        output_dir=str(folder), max_length=config.max_seq_length, bf16=gpu, use_cpu=not gpu,
+        per_device_train_batch_size=2, gradient_accumulation_steps=config.effective_batch // 2,
+        optim=config.optim if gpu else "adamw_torch", logging_steps=1, report_to="none", save_strategy="no",
+        disable_tqdm=True, completion_only_loss=False, gradient_checkpointing=True,
+    )  # fmt: skip
+    run = finetune_r1.Run(folder)
+    dataset = rows.select_columns(["input_ids", "completion_mask"])
+    trainer = trl.SFTTrainer(model, args=arguments, train_dataset=dataset, processing_class=tokenizer, peft_config=lora)
+    trainer.remove_callback(transformers.PrinterCallback)
+    trainer.add_callback(finetune_r1.training_log(run, finetune_r1.row_lengths(rows)["mean"] * config.effective_batch))
+    trainer.train()
+    trainer.save_model(str(folder / "adapter"))
+    finetune_r1.write_json(folder / "run.json", {"peak_memory_gib": finetune_r1.peak_memory_gib()})
+
+
+def measure(name: str, common: list[str], folder: Path) -> dict[str, Any]:
+    """One run in a process of its own: pace, peak, wall time, losses."""
+    command = [sys.executable, str(PROJECT / "finetune_r1.py"), "train", *common, *VARIANTS[name], "--no-wandb",
+               "--logging-steps", "1", "--max-new-tokens", "1", "--run-dir", str(folder)]  # fmt: skip
+    if name == "plain TRL":
+        command = [sys.executable, __file__, *common, "--plain", str(folder)]
+    started = time.perf_counter()
+    done = subprocess.run(command, capture_output=True, text=True)
+    wall = time.perf_counter() - started
+    if done.returncode:
+        return {"variant": name, "failed": done.stderr.strip().splitlines()[-1:]}
+    lines = [line for line in finetune_r1.read_rows(folder / "metrics.jsonl") if "loss" in line]
+    steps = [after["seconds"] - before["seconds"] for before, after in itertools.pairwise(lines[1:])]
+    peak = finetune_r1.read_json(folder / "run.json")["peak_memory_gib"]
+    losses = [line["loss"] for line in lines]
+    pace = round(statistics.median(steps), 3)
+    return {"variant": name, "s_per_step": pace, "peak_gib": peak, "wall_s": round(wall, 1), "losses": losses}
+
+
+def matmul_tflops() -> float:
+    """What this machine's GPU reaches in a bf16 product of 8192 x 8192, by events; 0 without a GPU."""
+    import torch
+
+    if not torch.cuda.is_available():
+        return 0.0
+    left, right = (torch.randn(8192, 8192, device="cuda", dtype=torch.bfloat16) for _ in range(2))
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    for repeat in range(40):
+        if repeat == 10:
+            start.record()
+        left @ right
+    end.record()
+    torch.cuda.synchronize()
+    return 30 * 2 * 8192**3 / (start.elapsed_time(end) / 1000) / 1e12
+
+
+def report(results: list[dict[str, Any]], tokens: float, rows: int, ceiling: float) -> None:
+    """A table; `ratio` and `cold` are the recipe's pace and wall time over a variant's, `loss` the largest difference of a
+    step's loss from the recipe's, `matmul` the share of `ceiling` in TFLOP/s at 30.9 GFLOP a token (the 8B's)."""
+    titles = ("s/step", "rows/s", "tok/s", "matmul", "GiB", "wall s", "ratio", "cold", "loss")
+    print(f"\n{'':22}", *(f"{title:>8}" for title in titles))
+    runs_of = {name: [r for r in results if r["variant"] == name and "failed" not in r] for name in VARIANTS}
+
+    def median(name: str, key: str) -> float:
+        return statistics.median(run[key] for run in runs_of[name])
+
+    for name in (name for name, runs in runs_of.items() if runs and runs_of["recipe"]):
+        pace, peak, wall = (median(name, key) for key in ("s_per_step", "peak_gib", "wall_s"))
+        pairs = zip(runs_of[name][0]["losses"], runs_of["recipe"][0]["losses"], strict=True)
+        cells = (
+            f"{pace:.3f}", f"{rows / pace:.1f}", f"{tokens / pace:.0f}",
+            f"{30.9e9 * tokens / pace / 1e12 / ceiling:.0%}" if ceiling else "", f"{peak:.2f}", f"{wall:.1f}",
+            f"{median('recipe', 's_per_step') / pace:.2f}x", f"{median('recipe', 'wall_s') / wall:.2f}x",
+            f"{max(abs(mine - recipes) for mine, recipes in pairs):.4f}",
+        )  # fmt: skip
+        print(f"{name:22}", *(f"{cell:>8}" for cell in cells))
+
+
+def tiny_model(folder: Path) -> Path:
+    """Two layers of random weights over the demo's tokenizer."""
+    import transformers
+
+    tokenizer = transformers.AutoTokenizer.from_pretrained(finetune_r1.demo_model())
+    config = transformers.LlamaConfig(
+        vocab_size=len(tokenizer), hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )  # fmt: skip
+    transformers.LlamaForCausalLM(config).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--small", action="store_true")
+    parser.add_argument("--model")
+    parser.add_argument("--dataset", default=str(finetune_r1.DEMO_ROWS))
+    parser.add_argument("--max-steps", "--steps", type=int, default=60)
+    parser.add_argument("--repeats", type=int, default=2)
+    parser.add_argument("--variants", default=",".join(VARIANTS))
+    parser.add_argument("--out", type=Path)
+    parser.add_argument("--plain", type=Path, help=argparse.SUPPRESS)
+    asked = parser.parse_args()
+    finetune_r1.prepare_environment()
+    scratch = Path(tempfile.mkdtemp())
+    if asked.small:
+        asked.model, asked.max_steps, asked.repeats = str(tiny_model(scratch / "tiny")), 6, 1
+        asked.variants = "ours,recipe,plain TRL"
+    config = TrainConfig(model=asked.model, dataset=asked.dataset, max_steps=asked.max_steps)
+    if asked.plain:
+        train_plainly(config, asked.plain)
+        sys.exit()
+    common = ["--model", asked.model, "--dataset", asked.dataset, "--max-steps", str(asked.max_steps)]
+    results = []
+    for repeat in range(asked.repeats):
+        for number, name in enumerate(asked.variants.split(",")):
+            results.append(measure(name, common, scratch / f"{repeat}-{number}"))
+            print(json.dumps({k: v for k, v in results[-1].items() if k != "losses"}), flush=True)
+    import transformers
+
+    lengths = finetune_r1.row_lengths(
+        finetune_r1.prepare_rows(
+            finetune_r1.read_dataset(config), transformers.AutoTokenizer.from_pretrained(asked.model), config
+        ).used
+    )
+    report(results, lengths["mean"] * config.effective_batch, config.effective_batch, matmul_tflops())
+    if asked.out:
+        finetune_r1.write_json(asked.out, results)
