@@ -184,7 +184,7 @@ class TrainConfig(DataConfig, GenerationConfig):
 DEMO: dict[str, Any] = {
     "dataset": str(DEMO_ROWS), "split": "train", "eval_rows": 16, "load_in_4bit": False, "max_seq_length": 512,
     "effective_batch": 2, "micro_batch": 2, "gradient_checkpointing": "none", "max_steps": 20, "warmup_steps": 2,
-    "learning_rate": 2e-3, "loss_on": "response", "logging_steps": 2, "eval_steps": 10, "max_new_tokens": 160,
+    "learning_rate": 2e-3, "loss_on": "response", "logging_steps": 2, "eval_steps": 20, "max_new_tokens": 160,
     "wandb": False,
 }  # fmt: skip
 
@@ -1134,7 +1134,7 @@ def memory_limit(config: ModelConfig) -> float:
     if not torch.cuda.is_available():
         return 0.5 * os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     free = torch.cuda.mem_get_info()[0] + torch.cuda.memory_reserved()
-    return float(0.95 * min(free, (config.gpu_memory_gib or math.inf) * GIB))
+    return float(0.92 * min(free, (config.gpu_memory_gib or math.inf) * GIB))
 
 
 def device_name() -> str:

@@ -28,10 +28,10 @@ RECIPE = ["--micro-batch", "2", "--gradient-checkpointing", "unsloth"]
 VARIANTS: dict[str, list[str]] = {
     "ours": [],
     "recipe": RECIPE,
-    "ours, 23.5 GiB": ["--gpu-memory-gib", "23.5"],
-    "ours, 14.5 GiB fp16": ["--gpu-memory-gib", "14.5", "--dtype", "float16"],
-    "recipe, 14.5 GiB fp16": [*RECIPE, "--gpu-memory-gib", "14.5", "--dtype", "float16"],
-    "plain TRL": [],
+    "ours-23.5": ["--gpu-memory-gib", "23.5"],
+    "ours-14.5-fp16": ["--gpu-memory-gib", "14.5", "--dtype", "float16"],
+    "recipe-14.5-fp16": [*RECIPE, "--gpu-memory-gib", "14.5", "--dtype", "float16"],
+    "plain": [],
 }
 
 
@@ -77,7 +77,7 @@ def measure(name: str, common: list[str], folder: Path) -> dict[str, Any]:
     """One run in a process of its own: pace, peak, wall time, losses."""
     command = [sys.executable, str(PROJECT / "finetune_r1.py"), "train", *common, *VARIANTS[name], "--no-wandb",
                "--logging-steps", "1", "--max-new-tokens", "1", "--run-dir", str(folder)]  # fmt: skip
-    if name == "plain TRL":
+    if name == "plain":
         command = [sys.executable, __file__, *common, "--plain", str(folder)]
     started = time.perf_counter()
     done = subprocess.run(command, capture_output=True, text=True)
@@ -110,8 +110,8 @@ def matmul_tflops() -> float:
 
 
 def report(results: list[dict[str, Any]], tokens: float, rows: int, ceiling: float) -> None:
-    """A table; `ratio` and `cold` are the recipe's pace and wall time over a variant's, `loss` the largest difference of a
-    step's loss from the recipe's, `matmul` the share of `ceiling` in TFLOP/s at 30.9 GFLOP a token (the 8B's)."""
+    """A table; `ratio` and `cold` are the recipe's pace and wall time over a variant's, `loss` the largest difference of
+    a loss from the recipe's, `matmul` the share of `ceiling` in TFLOP/s at 30.9 GFLOP a token (the 8B's)."""
     titles = ("s/step", "rows/s", "tok/s", "matmul", "GiB", "wall s", "ratio", "cold", "loss")
     print(f"\n{'':22}", *(f"{title:>8}" for title in titles))
     runs_of = {name: [r for r in results if r["variant"] == name and "failed" not in r] for name in VARIANTS}
@@ -161,7 +161,7 @@ if __name__ == "__main__":
     scratch = Path(tempfile.mkdtemp())
     if asked.small:
         asked.model, asked.max_steps, asked.repeats = str(tiny_model(scratch / "tiny")), 6, 1
-        asked.variants = "ours,recipe,plain TRL"
+        asked.variants = "ours,recipe,plain"
     config = TrainConfig(model=asked.model, dataset=asked.dataset, max_steps=asked.max_steps)
     if asked.plain:
         train_plainly(config, asked.plain)
