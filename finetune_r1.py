@@ -1087,6 +1087,7 @@ def make_trainer(loaded: Loaded, rows: Rows, config: TrainConfig, plan: dict[str
         report_to=["wandb"] if tracked else "none", logging_first_step=True, save_strategy="no", disable_tqdm=True,
         eval_strategy="steps" if config.eval_rows else "no", eval_on_start=config.eval_rows > 0,
         per_device_eval_batch_size=1, prediction_loss_only=True,  # what trains in the memory there is also evaluates
+        pad_to_multiple_of=64 if torch.cuda.is_available() else None,  # odd sizes take slower kernels: 4% of a step
     )  # fmt: skip
     trainer = trl.SFTTrainer(
         model=loaded.model, processing_class=loaded.tokenizer, args=arguments,
@@ -1513,7 +1514,9 @@ def doctor(config: TrainConfig) -> dict[str, Any]:
         "hugging_face_token": token.source if (token := hub_token()) else "none; public models need none",
         "wandb_key": key.source if (key := Secret.find(WANDB_KEYS)) else "none, unless of an earlier log-in",
         "hub": hub,
-        "plan": make_plan([R1_ROW], config, Memory(memory_limit(config), *R1_MEMORY)) if gpus else "none without a GPU",
+        "plan": make_plan([R1_ROW] * 500, config, Memory(memory_limit(config), *R1_MEMORY))
+        if gpus
+        else "none without a GPU",
         "verdict": "; ".join(problems) or "ready",
     }
 

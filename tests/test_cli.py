@@ -51,7 +51,7 @@ MISTAKES = {
     "no such model": (["load", "--model", "no/such/model"], 1, ["--model no/such/model"]),
     "folder without model": (["load", "--model", "{tmp}/no_model"], 1, ["--model", "config.json"]),
     "no such file": (["train", "--model", "{tiny}", "--dataset", "nope.jsonl"], 1, ["--dataset nope.jsonl"]),
-    "empty file": (["train", "--model", "{tiny}", "--dataset", "{tmp}/empty.jsonl"], 1, ["--dataset", "empty"]),
+    "empty file": (["train", "--model", "{tiny}", "--dataset", "{tmp}/empty.jsonl"], 1, ["--dataset", "no rows"]),
     "cut file": (["train", "--model", "{tiny}", "--dataset", "{tmp}/cut.jsonl"], 1, ["--dataset"]),
     "missing columns": (
         ["train", "--model", "{tiny}", "--dataset", "{tmp}/columns.jsonl"], 1, ["--question-col Question", "q, a"]

@@ -10,6 +10,7 @@ out of the pace (compilation, warm-up); the wall time counts everything from the
 import argparse
 import itertools
 import json
+import os
 import statistics
 import subprocess
 import sys
@@ -92,6 +93,26 @@ def measure(name: str, common: list[str], folder: Path) -> dict[str, Any]:
     return {"variant": name, "s_per_step": pace, "peak_gib": peak, "wall_s": round(wall, 1), "losses": losses}
 
 
+def measure_decoding(run: Path, config: TrainConfig, new_tokens: int) -> None:
+    """Tokens a second of `infer`, one question and 32 at once, with CUDA graphs and without; the texts must agree."""
+    questions = [row[config.question_col] for row in finetune_r1.read_dataset(config)][:32]
+    for count in (1, 32):
+        asked = run.parent / f"questions-{count}.jsonl"
+        finetune_r1.write_jsonl(asked, [{config.question_col: question} for question in questions[:count]])
+        texts = []
+        for graphs in ("0", "1"):
+            output = run.parent / f"answers-{count}-{graphs}.jsonl"
+            command = [sys.executable, PROJECT / "finetune_r1.py", "infer", "--run", run, "--file", asked, "-o", output]
+            environment = os.environ | {"UNSLOTH_DECODE_CUDA_GRAPHS": graphs}
+            options = ["--max-new-tokens", str(new_tokens)]
+            subprocess.run([*command, *options], env=environment, check=True, capture_output=True)
+            answers = list(finetune_r1.read_rows(output))
+            texts.append([(answer["thought"], answer["answer"]) for answer in answers])
+            pace = sum(answer["tokens"] for answer in answers) / answers[0]["seconds"]
+            print(f"decoding {count:2} at once, CUDA graphs {'on' if graphs == '1' else 'off':3} {pace:8.1f} tok/s")
+        print(f"same text: {sum(a == b for a, b in zip(*texts, strict=True))} of {count}")
+
+
 def matmul_tflops() -> float:
     """What this machine's GPU reaches in a bf16 product of 8192 x 8192, by events; 0 without a GPU."""
     import torch
@@ -110,8 +131,8 @@ def matmul_tflops() -> float:
 
 
 def report(results: list[dict[str, Any]], tokens: float, rows: int, ceiling: float) -> None:
-    """A table; `ratio` and `cold` are the recipe's pace and wall time over a variant's, `loss` the largest difference of
-    a loss from the recipe's, `matmul` the share of `ceiling` in TFLOP/s at 30.9 GFLOP a token (the 8B's)."""
+    """A table. `ratio` and `cold` are the recipe's pace and wall time over a variant's, `loss` is the most that a loss
+    differs from the recipe's, `matmul` the share of `ceiling` in TFLOP/s at the 8B's 30.9 GFLOP a token."""
     titles = ("s/step", "rows/s", "tok/s", "matmul", "GiB", "wall s", "ratio", "cold", "loss")
     print(f"\n{'':22}", *(f"{title:>8}" for title in titles))
     runs_of = {name: [r for r in results if r["variant"] == name and "failed" not in r] for name in VARIANTS}
@@ -154,6 +175,7 @@ if __name__ == "__main__":
     parser.add_argument("--max-steps", "--steps", type=int, default=60)
     parser.add_argument("--repeats", type=int, default=2)
     parser.add_argument("--variants", default=",".join(VARIANTS))
+    parser.add_argument("--new-tokens", type=int, default=256, help="for decoding; 0 leaves it out")
     parser.add_argument("--out", type=Path)
     parser.add_argument("--plain", type=Path, help=argparse.SUPPRESS)
     asked = parser.parse_args()
@@ -161,7 +183,7 @@ if __name__ == "__main__":
     scratch = Path(tempfile.mkdtemp())
     if asked.small:
         asked.model, asked.max_steps, asked.repeats = str(tiny_model(scratch / "tiny")), 6, 1
-        asked.variants = "ours,recipe,plain"
+        asked.variants, asked.new_tokens = "ours,recipe,plain", 8
     config = TrainConfig(model=asked.model, dataset=asked.dataset, max_steps=asked.max_steps)
     if asked.plain:
         train_plainly(config, asked.plain)
@@ -179,6 +201,8 @@ if __name__ == "__main__":
             finetune_r1.read_dataset(config), transformers.AutoTokenizer.from_pretrained(asked.model), config
         ).used
     )
+    if asked.new_tokens and "failed" not in results[0]:
+        measure_decoding(scratch / "0-0", config, asked.new_tokens)
     report(results, lengths["mean"] * config.effective_batch, config.effective_batch, matmul_tflops())
     if asked.out:
         finetune_r1.write_json(asked.out, results)
