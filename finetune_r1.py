@@ -1516,7 +1516,7 @@ def doctor(config: TrainConfig) -> dict[str, Any]:
         "hub": hub,
         "plan": make_plan([R1_ROW] * 500, config, Memory(memory_limit(config), *R1_MEMORY))
         if gpus
-        else "none without a GPU",
+        else "no GPU",
         "verdict": "; ".join(problems) or "ready",
     }
 
