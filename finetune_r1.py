@@ -59,7 +59,9 @@ class Lazy:
 
 
 datasets, dotenv, httpx, huggingface_hub = map(Lazy, ("datasets", "dotenv", "httpx", "huggingface_hub"))
-hub_constants, hub_errors, hub_sha = (Lazy(f"huggingface_hub.{name}") for name in ("constants", "errors", "utils.sha"))
+hub_constants, hub_errors, hub_utils, hub_sha = map(
+    Lazy, (f"huggingface_hub.{name}" for name in ("constants", "errors", "utils", "utils.sha"))
+)
 np, parquet, peft, pyplot, tokenizers = map(
     Lazy, ("numpy", "pyarrow.parquet", "peft", "matplotlib.pyplot", "tokenizers")
 )
@@ -707,7 +709,7 @@ def demo_model() -> Path:
     """The demo's model in the user's cache, unpacked there once; another process that is at it is waited for."""
     folder = cache(DEMO_MODEL)
     folder.parent.mkdir(parents=True, exist_ok=True)
-    with huggingface_hub.utils.WeakFileLock(folder.with_name(f".{folder.name}.lock")):
+    with hub_utils.WeakFileLock(folder.with_name(f".{folder.name}.lock")):
         if not folder.is_dir():
             unpack_demo_model(folder)
     return folder
