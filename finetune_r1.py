@@ -86,7 +86,7 @@ RECIPE_COLUMNS = ("Question", "Complex_CoT", "Response")
 SETTINGS = ("HF_", "HUGGING", "WANDB_")  # environment variables of the libraries
 HUB_TOKENS = ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "HUGGINGFACE_TOKEN")  # the last is the recipe's label on Kaggle
 WANDB_KEYS = ("WANDB_API_KEY", "wandb")
-MEASURES = ("loss", "closed", "stopped")
+MEASURES = ("loss", "relevance", "closed", "stopped")  # of an evaluation, those that the demo tells
 SAVED = {"adapter": "adapter", "merged-16bit": "merged", "merged-4bit": "merged-4bit"}  # folder of a run, by --as
 WEIGHTS = (".safetensors", ".safetensors.index.json", ".bin", ".pt", ".gguf", "adapter_config.json")
 TIME = "%Y-%m-%dT%H:%M:%S%z"
@@ -352,13 +352,6 @@ def compare(base: Sequence[float], tuned: Sequence[float], seed: int) -> dict[st
     low, high = np.quantile(resampled, [0.025, 0.975])
     numbers = {"base": before.mean(), "tuned": after.mean(), "difference": (after - before).mean()}
     return {name: round(float(value), 4) for name, value in {**numbers, "low": low, "high": high}.items()}
-
-
-def verdict(loss: dict[str, float]) -> str:
-    """In words, from the interval of the difference in loss."""
-    if loss["high"] < 0:
-        return "better: the held-out loss fell"
-    return "worse: the held-out loss rose" if loss["low"] > 0 else "can't tell: the interval holds 0"
 
 
 # --------------------------------------------------------------------------------------------------------------- disk
@@ -964,29 +957,40 @@ class Loaded:
         tuned = self.generate(questions, config)
         return [{"question": q, "base": b, "tuned": t} for q, b, t in zip(questions, base, tuned, strict=True)]
 
-    def response_losses(self, rows: Any) -> list[float]:
-        """Mean loss per token of thought and answer, one number a row, in nats."""
+    def token_losses(self, ids: Sequence[int], start: int) -> Any:
+        """Loss of each token from `start` on, in nats: one dimension."""
+        tokens = torch.tensor([ids], device=self.model.device)
+        with torch.no_grad():
+            logits = self.model(input_ids=tokens).logits[0, start - 1 : -1].float()
+        return torch.nn.functional.cross_entropy(logits, tokens[0, start:], reduction="none")
+
+    def losses(self, rows: Any) -> dict[str, list[float]]:
+        """Per row, means over tokens in nats: of thought and answer, of the answer alone, and how much more the answer
+        costs after the next row's question and thought than after its own."""
         self.model.eval()
-        losses = []
-        for row in rows:
-            ids = torch.tensor([row["input_ids"]], device=self.model.device)
-            labels = ids.clone()
-            labels[:, : row["prompt_tokens"]] = -100
-            with torch.no_grad():
-                losses.append(float(self.model(input_ids=ids, labels=labels).loss))
-        return losses
+        leads = [prompts.build_lead(row["question"], row["thought"], self.lang) for row in rows]
+        leads = self.tokenizer(leads)["input_ids"]
+        found: dict[str, list[float]] = {"loss": [], "answer_loss": [], "relevance": []}
+        for row, lead, other in zip(rows, leads, [*leads[1:], leads[0]], strict=True):
+            own = self.token_losses(row["input_ids"], row["prompt_tokens"])
+            answer = float(own[len(lead) - row["prompt_tokens"] :].mean())
+            elsewhere = float(self.token_losses(other + row["input_ids"][len(lead) :], len(other)).mean())
+            for name, value in zip(found, (float(own.mean()), answer, elsewhere - answer), strict=True):
+                found[name].append(value)
+        return found
 
     def evaluate(self, rows: Any, answers: int, config: GenerationConfig) -> dict[str, Any]:
-        """Base against tuned: loss on all `rows`; closed thoughts and stopping on answers to the first `answers`."""
-        tuned = self.response_losses(rows)
+        """Base against tuned: losses on all `rows`, and what can be counted in answers to the first `answers`."""
+        tuned = self.losses(rows)
         with self.model.disable_adapter():
-            base = self.response_losses(rows)
-        loss = compare(base, tuned, config.seed)
+            base = self.losses(rows)
         pairs = self.answer_both(rows["question"][:answers], config) if answers else []
-        report = {"verdict": verdict(loss), "rows": len(rows), "loss": loss, "answers": len(pairs)}
-        for name in ("closed", "stopped") if pairs else ():
-            base, tuned = [pair["base"][name] for pair in pairs], [pair["tuned"][name] for pair in pairs]
-            report[name] = compare(base, tuned, config.seed)
+        counted = [(prompts.measure(pair["base"]), prompts.measure(pair["tuned"])) for pair in pairs]
+        for name in counted[0][0] if counted else ():
+            base[name], tuned[name] = ([pair[side][name] for pair in counted] for side in (0, 1))
+        measures = {name: compare(base[name], tuned[name], config.seed) for name in base}
+        report = {"verdict": prompts.verdict(measures), "rows": len(rows), "answers": len(pairs), **measures}
+        say("", prompts.as_report(report))
         return {**report, "pairs": pairs}
 
     def probe(self) -> Any:
@@ -1301,12 +1305,12 @@ def write_card(run: Run, repo: str = "OWNER/NAME") -> None:
         datasets=None if Path(config.dataset).suffix.lower() in LOCAL else [config.dataset],
         pipeline_tag="text-generation", tags=["medical", "reasoning", "chain-of-thought", "lora", "unsloth"],
     )  # fmt: skip
-    evaluation = read_json(run / "eval.json") if (run / "eval.json").exists() else {"verdict": "not evaluated yet"}
+    is_evaluated = (run / "eval.json").exists()
+    evaluation = prompts.as_report(read_json(run / "eval.json")) if is_evaluated else "Not evaluated yet.\n"
     settings = dataclasses.asdict(config) | {"model": base, "dataset": Path(config.dataset).name}
-    numbers = {"evaluation": {name: value for name, value in evaluation.items() if name != "pairs"}}
-    numbers |= {name: record[name] for name in ("rows", "losses", "device", "seconds")} | {"settings": settings}
+    numbers = {name: record[name] for name in ("rows", "losses", "plan", "device", "seconds")} | {"settings": settings}
     text = prompts.MODEL_CARD.format(
-        metadata=metadata.to_yaml(), base=base, repo=repo, verdict=evaluation["verdict"],
+        metadata=metadata.to_yaml(), base=base, repo=repo, evaluation=evaluation,
         samples="\n".join(prompts.as_markdown(pair) for pair in read_rows(run / "samples.jsonl")),
         prompt=prompts.TEMPLATES[config.lang], tokens=config.max_new_tokens, numbers=json.dumps(numbers, indent=2),
     )  # fmt: skip

@@ -68,8 +68,7 @@ MODEL_CARD = """---
 ---
 # {base}, fine-tuned on medical chains of thought
 
-On held-out rows: **{verdict}**.
-
+{evaluation}
 ## Before and after
 
 {samples}
@@ -135,9 +134,14 @@ def build_prompt(question: str, lang: Lang = "en") -> str:
     return head + question.strip() + tail
 
 
+def build_lead(question: str, thought: str, lang: Lang = "en") -> str:
+    """All that stands before the answer."""
+    return f"{build_prompt(question, lang)}{thought.strip()}\n{THINK_CLOSE}\n"
+
+
 def build_example(question: str, thought: str, answer: str, eos: str, lang: Lang = "en") -> str:
     """One training row. Starts with `build_prompt(question)`, as text and, the thought being stripped, as tokens."""
-    return f"{build_prompt(question, lang)}{thought.strip()}\n{THINK_CLOSE}\n{answer.strip()}{eos}"
+    return f"{build_lead(question, thought, lang)}{answer.strip()}{eos}"
 
 
 def split_response(text: str) -> Response:
@@ -238,6 +242,52 @@ def build_modelfile(eos: str, context: int, lang: Lang = "en") -> str:
     """An Ollama Modelfile for the folder it lies in: the training prompt, and `eos` to stop at. `context` in tokens."""
     template = TEMPLATES[lang].replace("{question}", "{{ .Prompt }}")
     return f'FROM .\nTEMPLATE """{template}"""\nPARAMETER stop "{eos}"\nPARAMETER num_ctx {context}\n'
+
+
+def measure(answer: dict[str, Any]) -> dict[str, float]:
+    """What can be counted in an answer that `generate` made. `repetition` is the share of its runs of four words that
+    stood in it before, `bullets` the share of the answer's lines that are list items."""
+    words = f"{answer['thought']} {answer['answer']}".split()
+    runs = [tuple(words[i : i + 4]) for i in range(len(words) - 3)]
+    lines = [line.strip() for line in answer["answer"].splitlines() if line.strip()]
+    return {
+        "closed": float(answer["closed"]),
+        "stopped": float(answer["stopped"]),
+        "thought_words": len(answer["thought"].split()),
+        "answer_words": len(answer["answer"].split()),
+        "bullets": sum(bool(re.match(r"[-*•]|\d+[.)]", line)) for line in lines) / max(len(lines), 1),
+        "repetition": 1 - len(set(runs)) / len(runs) if runs else 0.0,
+    }
+
+
+def verdict(report: dict[str, Any]) -> str:
+    """In words, from the intervals of an evaluation.
+
+    A model that learned the style alone has a lower loss too; but then an answer is no likelier after its own question
+    and thought than after another row's. `relevance` is that difference.
+    """
+    loss, relevance = report["loss"], report["relevance"]
+    if loss["low"] > 0:
+        return "worse: the held-out loss rose"
+    if relevance["high"] < 0:
+        return "worse: its answers depend less on the question than the base model's"
+    if loss["high"] < 0:
+        return "better: the held-out loss fell, and answers depend on their questions as before or more"
+    return "can't tell: the interval of the loss holds 0"
+
+
+def as_report(evaluation: dict[str, Any]) -> str:
+    """An evaluation as Markdown: the verdict first, then its measures."""
+    text = f"On {evaluation['rows']} held-out rows: **{evaluation['verdict']}**.\n\n"
+    text += "| measure | before | after | difference (95% interval) |\n|---|---|---|---|\n"
+    for name, value in evaluation.items():
+        if isinstance(value, dict):
+            interval = f"{value['difference']:+.3f} ({value['low']:+.3f} to {value['high']:+.3f})"
+            text += f"| {name.replace('_', ' ')} | {value['base']:.3f} | {value['tuned']:.3f} | {interval} |\n"
+    return f"""{text}
+Losses are in nats a token: of thought and answer, and of the answer alone. Relevance is how much likelier an answer is
+after its own question and thought than after another row's. The others are counted in {evaluation["answers"]} answers.
+"""
 
 
 def how_it_ended(answer: dict[str, Any]) -> str:

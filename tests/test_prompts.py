@@ -5,6 +5,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import finetune_r1
+import prompts
 from prompts import build_example, build_prompt, find_marker, split_response
 
 ENGLISH = """Below is an instruction that describes a task, paired with an input that provides further context.\x20
@@ -112,3 +113,17 @@ def test_each_tag_is_in_the_row_once(tokenizer):
 def test_where_the_tags_are_tokens_the_row_holds_those_tokens(r1_tokenizer):
     ids = encoded(r1_tokenizer, "Why?", "Hm.", "So.").input_ids
     assert [ids.count(r1_tokenizer.convert_tokens_to_ids(tag)) for tag in ("<think>", "</think>")] == [1, 1]
+
+
+def test_what_is_counted_in_an_answer():
+    thought, answer = "so it is and so it is and so it is", "- rest\n- water\nThat is all."
+    counted = prompts.measure({"thought": thought, "answer": answer, "closed": True, "stopped": False})
+    assert counted["closed"] == 1.0 and counted["stopped"] == 0.0
+    assert counted["thought_words"] == 11 and counted["answer_words"] == 7
+    assert counted["bullets"] == pytest.approx(2 / 3)
+    assert counted["repetition"] == pytest.approx(4 / 15), "of 15 runs of four words 4 stood there before"
+
+
+def test_nothing_at_all_can_be_counted():
+    counted = prompts.measure({"thought": "", "answer": "", "closed": False, "stopped": True})
+    assert counted["repetition"] == counted["bullets"] == counted["answer_words"] == 0

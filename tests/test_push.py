@@ -131,7 +131,7 @@ def test_a_push_again_sends_nothing_and_after_an_evaluation_the_card_alone(push,
     push()
     repo = hub.repos["model", REPO]
     assert sent() == first and len(repo.commits) == 2
-    finetune_r1.write_json(run / "eval.json", {"verdict": "better by far"})
+    finetune_r1.write_json(run / "eval.json", {"verdict": "better by far", "rows": 9, "answers": 0})
     push()
     (run / "eval.json").unlink()
     before, after = (commit.tree for commit in repo.commits[1:])

@@ -208,16 +208,49 @@ def test_evaluation_compares_on_the_same_rows_and_finds_nothing_where_there_is_n
     loaded.add_adapter(config)  # untrained, so it changes nothing
     report = loaded.evaluate(held_out, 2, config)
     assert report["rows"] == 4 and report["answers"] == 2
-    assert report["loss"]["base"] == report["loss"]["tuned"] and math.isfinite(report["loss"]["base"])
-    assert report["loss"]["low"] == report["loss"]["high"] == 0
-    assert report["verdict"].startswith("can't tell")
+    measures = {name: value for name, value in report.items() if isinstance(value, dict)}
+    assert {"loss", "answer_loss", "relevance", "closed", "stopped", "repetition", "answer_words"} <= set(measures)
+    assert all(value["difference"] == value["low"] == value["high"] == 0 for value in measures.values())
+    assert math.isfinite(report["loss"]["base"]) and report["verdict"].startswith("can't tell")
 
 
-def test_the_verdict_follows_the_interval():
-    better = finetune_r1.compare([3.0, 3.1, 2.9], [2.0, 2.2, 1.8], seed=1)
-    assert finetune_r1.verdict(better).startswith("better")
-    assert finetune_r1.verdict(finetune_r1.compare([2.0, 2.2, 1.8], [3.0, 3.1, 2.9], seed=1)).startswith("worse")
-    assert finetune_r1.verdict(finetune_r1.compare([1.0, 3.0], [3.0, 1.0], seed=1)).startswith("can't tell")
+def test_losses_are_means_over_the_tokens_they_name(config, unsloth):
+    """By hand, from the model's own logits: of thought and answer, and of the answer alone."""
+    import torch
+
+    loaded = Loaded.for_use(config)
+    rows = finetune_r1.prepare_rows(finetune_r1.read_dataset(config), loaded.tokenizer, config).held_out
+    found, row = loaded.losses(rows), rows[0]
+    with torch.no_grad():
+        logits = loaded.model(input_ids=torch.tensor([row["input_ids"]])).logits[0].float()
+    each = [
+        -float(logits[i - 1].log_softmax(-1)[row["input_ids"][i]]) for i in range(row["prompt_tokens"], row["tokens"])
+    ]
+    answer = len(loaded.tokenizer(f"\n</think>\n{row['answer']}{EOS}", add_special_tokens=False)["input_ids"]) - 3
+    assert found["loss"][0] == pytest.approx(sum(each) / len(each), abs=1e-3)
+    assert found["answer_loss"][0] == pytest.approx(sum(each[-answer:]) / answer, abs=1e-3)
+
+
+def compared(base, tuned):
+    return finetune_r1.compare(base, tuned, seed=1)
+
+
+FELL, ROSE = compared([3.0, 3.1, 2.9], [2.0, 2.2, 1.8]), compared([2.0, 2.2, 1.8], [3.0, 3.1, 2.9])
+EITHER = compared([1.0, 3.0], [3.0, 1.0])
+
+
+@pytest.mark.parametrize(
+    ("loss", "relevance", "verdict"),
+    [
+        (FELL, ROSE, "better"),
+        (FELL, EITHER, "better"),
+        (FELL, FELL, "worse: its answers depend less"),  # it learned the style alone
+        (ROSE, ROSE, "worse: the held-out loss rose"),
+        (EITHER, EITHER, "can't tell"),
+    ],
+)
+def test_the_verdict_follows_the_intervals(loss, relevance, verdict):
+    assert prompts.verdict({"loss": loss, "relevance": relevance}).startswith(verdict)
 
 
 def test_w_and_b_gets_the_run_when_asked_to_keep_it_offline(config, unsloth, tmp_path, monkeypatch):
