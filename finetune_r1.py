@@ -184,7 +184,7 @@ class TrainConfig(DataConfig, GenerationConfig):
 
 # The demo's: small enough for two CPU cores in minutes, large enough to see the format learned.
 DEMO: dict[str, Any] = {
-    "dataset": str(DEMO_ROWS), "split": "train", "eval_rows": 16, "load_in_4bit": False, "max_seq_length": 512,
+    "dataset": str(DEMO_ROWS), "split": "train", "eval_rows": 12, "load_in_4bit": False, "max_seq_length": 512,
     "effective_batch": 2, "micro_batch": 2, "gradient_checkpointing": "none", "max_steps": 20, "warmup_steps": 2,
     "learning_rate": 2e-3, "loss_on": "response", "logging_steps": 2, "eval_steps": 20, "max_new_tokens": 160,
     "wandb": False,

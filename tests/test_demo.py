@@ -18,7 +18,7 @@ def test_it_prints_one_json_object_and_nothing_else_on_stdout(demo):
 
 def test_the_held_out_loss_falls_and_more_thoughts_are_closed(demo):
     report = read_json(demo[1] / "eval.json")
-    assert report["rows"] == 16 and report["loss"]["high"] < 0 and report["verdict"].startswith("better")
+    assert report["rows"] == 12 and report["loss"]["high"] < 0 and report["verdict"].startswith("better")
     assert report["closed"]["tuned"] >= report["closed"]["base"] and report["relevance"]["low"] > 0
 
 
