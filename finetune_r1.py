@@ -625,7 +625,14 @@ def read_local(path: Path, split: str) -> list[dict[str, Any]]:
 
 
 def read_dataset(config: DataConfig) -> Sequence[dict[str, Any]]:
-    """The records of `--dataset`, local or from the Hub, with the three columns checked."""
+    """The records of `--dataset`, with the three columns checked."""
+    records = read_records(config)
+    check_columns(records[0], config)
+    return records
+
+
+def read_records(config: DataConfig) -> Sequence[dict[str, Any]]:
+    """The records of `--dataset`, local or from the Hub; at least one."""
     path, flags = Path(config.dataset), f"--dataset {config.dataset} --split {config.split}"
     try:
         if path.exists() or path.suffix.lower() in LOCAL:
@@ -640,7 +647,6 @@ def read_dataset(config: DataConfig) -> Sequence[dict[str, Any]]:
         raise UserError(f"{flags}: {error}", way_out) from error
     if not len(records):
         raise UserError(f"{flags}: no rows there.", "widen --split; data/medical_sample.jsonl shows what is taken")
-    check_columns(records[0], config)
     return records
 
 
@@ -985,11 +991,26 @@ class Loaded:
         with self.model.disable_adapter():
             base = self.losses(rows)
         pairs = self.answer_both(rows["question"][:answers], config) if answers else []
+        return self.report(base, tuned, pairs, len(rows), config)
+
+    def grade(self, choices: Sequence[tuple[str, str]], config: GenerationConfig) -> dict[str, Any]:
+        """Base against tuned on questions with a right letter each; a thought that was not closed has no answer."""
+        pairs = self.answer_both([question for question, _ in choices], config)
+        right = [
+            [float(prompts.chosen(pair[side]["answer"]) == key) for pair, (_, key) in zip(pairs, choices, strict=True)]
+            for side in ("base", "tuned")
+        ]
+        return self.report({"accuracy": right[0]}, {"accuracy": right[1]}, pairs, len(choices), config)
+
+    def report(
+        self, base: dict[str, Any], tuned: dict[str, Any], pairs: list[Answer], rows: int, config: GenerationConfig
+    ) -> dict[str, Any]:
+        """Both sides' numbers by measure, and what can be counted in their answers, compared."""
         counted = [(prompts.measure(pair["base"]), prompts.measure(pair["tuned"])) for pair in pairs]
         for name in counted[0][0] if counted else ():
             base[name], tuned[name] = ([pair[side][name] for pair in counted] for side in (0, 1))
         measures = {name: compare(base[name], tuned[name], config.seed) for name in base}
-        report = {"verdict": prompts.verdict(measures), "rows": len(rows), "answers": len(pairs), **measures}
+        report = {"verdict": prompts.verdict(measures), "rows": rows, "answers": len(pairs), **measures}
         say("", prompts.as_report(report))
         return {**report, "pairs": pairs}
 
@@ -1748,26 +1769,30 @@ def eval_(
     run: RunOption = None,
     dataset: Annotated[str | None, typer.Option(help="Rows from here; default: the run's dataset.")] = None,
     split: Annotated[str | None, typer.Option(help="Rows of this split; default: those the run held out.")] = None,
-    answers: Annotated[int, typer.Option(help="Rows to answer; the loss is taken on all.", min=0)] = 16,
+    answers: Annotated[int, typer.Option(help="Rows to answer; losses are taken on all.", min=0)] = 16,
 ) -> dict[str, Any]:
-    """Base against tuned on rows that were not trained on."""
+    """Base against tuned on rows that were not trained on, or on multiple choice in MedQA's columns."""
     found = Run.find(run)
     settings, adapter = found.config, found.adapter
     if not (dataset or split or settings.eval_rows):
         raise UserError(f"{found} held no rows out.", 'name others, such as --split "train[500:520]"')
-    import_unsloth()
-    rows = evaluation_rows(settings, transformers.AutoTokenizer.from_pretrained(adapter), dataset, split)
-    loaded = Loaded.for_use(settings, adapter, settings.lang)
-    return {"run": str(found), **found.evaluated(loaded.evaluate(rows, answers, config))}
-
-
-def evaluation_rows(settings: TrainConfig, tokenizer: Any, dataset: str | None, split: str | None) -> Any:
-    """The run's held-out rows, or other rows less those it was trained on."""
-    own = prepare_rows(read_dataset(settings), tokenizer, settings)
-    if not (dataset or split):
-        return own.held_out
     named: dict[str, Any] = {"dataset": dataset or settings.dataset, "split": split or settings.split}
-    asked = dataclasses.replace(settings, **named, eval_rows=0)
+    asked = dataclasses.replace(settings, **named, eval_rows=0) if dataset or split else settings
+    import_unsloth()
+    if {"options", "answer_idx"} <= set((records := read_records(asked))[0]):
+        choices = [prompts.as_choice(record) for record in itertools.islice(records, answers)]
+        report = Loaded.for_use(settings, adapter, settings.lang).grade(choices, config)
+    else:
+        rows = evaluation_rows(settings, asked, transformers.AutoTokenizer.from_pretrained(adapter))
+        report = Loaded.for_use(settings, adapter, settings.lang).evaluate(rows, answers, config)
+    return {"run": str(found), **found.evaluated(report)}
+
+
+def evaluation_rows(settings: TrainConfig, asked: TrainConfig, tokenizer: Any) -> Any:
+    """The run's held-out rows, or those `asked` for less what it was trained on."""
+    own = prepare_rows(read_dataset(settings), tokenizer, settings)
+    if asked is settings:
+        return own.held_out
     others = prepare_rows(read_dataset(asked), tokenizer, asked).usable
     known = {prompts.same_question(question) for question in own.used["question"]}
     new = [i for i, question in enumerate(others["question"]) if prompts.same_question(question) not in known]

@@ -260,12 +260,39 @@ def measure(answer: dict[str, Any]) -> dict[str, float]:
     }
 
 
+def as_choice(record: dict[str, Any]) -> tuple[str, str]:
+    """A multiple-choice record in MedQA's columns: its question with the options below, and the right one's letter."""
+    options, key = record["options"], record["answer_idx"]
+    lettered = options if isinstance(options, dict) else dict(zip("ABCDEFGHIJ", options, strict=False))
+    question = record.get("question", record.get("Question"))
+    listed = "\n".join(f"{letter}. {text}" for letter, text in lettered.items())
+    return f"{question}\n{listed}\nSay which option is right.", key if isinstance(key, str) else list(lettered)[key]
+
+
+# "The answer is C"; "C." or "(C)" at the start; "option C". The last is taken, as one that is weighed comes before.
+CHOICES = (
+    re.compile(r"(?i:answer)(?i:\s+is|:)?[\s*(]*(?i:option\s+)?([A-J])\b"),
+    re.compile(r"^[\s*(]*([A-J])(?:[.):*]|\s*$)"),
+    re.compile(r"(?i:option)\s+([A-J])\b"),
+)
+
+
+def chosen(answer: str) -> str | None:
+    """The letter that an answer settles on; None if it does not say."""
+    found = (pattern.findall(answer) for pattern in CHOICES)
+    return next((str(letters[-1]) for letters in found if letters), None)
+
+
 def verdict(report: dict[str, Any]) -> str:
     """In words, from the intervals of an evaluation.
 
     A model that learned the style alone has a lower loss too; but then an answer is no likelier after its own question
     and thought than after another row's. `relevance` is that difference.
     """
+    if accuracy := report.get("accuracy"):
+        more, fewer = accuracy["low"] > 0, accuracy["high"] < 0
+        told = {True: "better: more answers are right", False: "can't tell: the interval of the accuracy holds 0"}
+        return "worse: fewer answers are right" if fewer else told[more]
     loss, relevance = report["loss"], report["relevance"]
     if loss["low"] > 0:
         return "worse: the held-out loss rose"

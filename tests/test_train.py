@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import math
+import shutil
 
 import pytest
 from conftest import EOS, SAMPLE
@@ -212,6 +213,32 @@ def test_evaluation_compares_on_the_same_rows_and_finds_nothing_where_there_is_n
     assert {"loss", "answer_loss", "relevance", "closed", "stopped", "repetition", "answer_words"} <= set(measures)
     assert all(value["difference"] == value["low"] == value["high"] == 0 for value in measures.values())
     assert math.isfinite(report["loss"]["base"]) and report["verdict"].startswith("can't tell")
+
+
+def test_multiple_choice_is_graded_and_an_open_thought_counts_as_no_answer(config, unsloth):
+    loaded = Loaded.for_use(config)
+    loaded.add_adapter(config)
+    report = loaded.grade([("What helps?\nA. rest\nB. water", "B")] * 3, config)
+    assert report["accuracy"] == {
+        "base": 0,
+        "tuned": 0,
+        "difference": 0,
+        "low": 0,
+        "high": 0,
+    }  # 8 tokens close no thought
+    assert report["rows"] == 3 and report["verdict"].startswith("can't tell")
+    more = finetune_r1.compare([0.0, 0.0, 1.0] * 9, [1.0, 0.0, 1.0] * 9, seed=1)
+    assert prompts.verdict({"accuracy": more}) == "better: more answers are right"
+
+
+def test_eval_grades_a_dataset_in_medqas_columns(tiny_run, tmp_path):
+    shutil.copytree(tiny_run, tmp_path / "run")
+    row = {"question": "What widens the anion gap?", "options": {"A": "lactate", "B": "water"}, "answer_idx": "A"}
+    (tmp_path / "choice.jsonl").write_text(f"{json.dumps(row)}\n" * 2)
+    asked = finetune_r1.GenerationConfig(max_new_tokens=4)
+    report = finetune_r1.eval_(asked, run=tmp_path / "run", dataset=str(tmp_path / "choice.jsonl"), answers=5)
+    assert report is not None and report["rows"] == report["answers"] == 2 and "accuracy" in report
+    assert "accuracy | 0.000 | 0.000" in (tmp_path / "run" / "README.md").read_text()
 
 
 def test_losses_are_means_over_the_tokens_they_name(config, unsloth):

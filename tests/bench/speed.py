@@ -1,4 +1,4 @@
-"""Training and decoding, ours beside the recipe's own configuration and plain TRL + PEFT + bitsandbytes.
+"""Training and decoding, ours beside the recipe's own configuration and plain TRL + PEFT + bitsandbytes (on a GPU).
 
     uv run tests/bench/speed.py --model FOLDER --dataset ROWS.jsonl [--steps 60] [--repeats 2] [--out speed.json]
     uv run tests/bench/speed.py --small               a tiny model on a CPU, to see that all this works
@@ -174,8 +174,8 @@ if __name__ == "__main__":
     parser.add_argument("--dataset", default=str(finetune_r1.DEMO_ROWS))
     parser.add_argument("--max-steps", "--steps", type=int, default=60)
     parser.add_argument("--repeats", type=int, default=2)
-    parser.add_argument("--variants", default=",".join(VARIANTS))
-    parser.add_argument("--new-tokens", type=int, default=256, help="for decoding; 0 leaves it out")
+    parser.add_argument("--variants", help=f"of {', '.join(VARIANTS)}; default: all, with --small the first two")
+    parser.add_argument("--new-tokens", type=int, default=0, help="an answer, to measure decoding too")
     parser.add_argument("--out", type=Path)
     parser.add_argument("--plain", type=Path, help=argparse.SUPPRESS)
     asked = parser.parse_args()
@@ -183,7 +183,8 @@ if __name__ == "__main__":
     scratch = Path(tempfile.mkdtemp())
     if asked.small:
         asked.model, asked.max_steps, asked.repeats = str(tiny_model(scratch / "tiny")), 6, 1
-        asked.variants, asked.new_tokens = "ours,recipe,plain", 8
+        asked.variants = asked.variants or "ours,recipe"
+    variants = asked.variants.split(",") if asked.variants else list(VARIANTS)
     config = TrainConfig(model=asked.model, dataset=asked.dataset, max_steps=asked.max_steps)
     if asked.plain:
         train_plainly(config, asked.plain)
@@ -191,7 +192,7 @@ if __name__ == "__main__":
     common = ["--model", asked.model, "--dataset", asked.dataset, "--max-steps", str(asked.max_steps)]
     results = []
     for repeat in range(asked.repeats):
-        for number, name in enumerate(asked.variants.split(",")):
+        for number, name in enumerate(variants):
             results.append(measure(name, common, scratch / f"{repeat}-{number}"))
             print(json.dumps({k: v for k, v in results[-1].items() if k != "losses"}), flush=True)
     import transformers
