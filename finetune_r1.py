@@ -487,10 +487,12 @@ class Run:
 
     def check_new(self) -> None:
         """Raises, before minutes go by, unless the folder can be made or is empty."""
+        is_new = not self.folder.exists()
         self.folder.mkdir(parents=True, exist_ok=True)
         if any(self.folder.iterdir()):
             raise UserError(f"--run-dir {self}: the folder is not empty.", "name a new folder; nothing was changed")
-        self.folder.rmdir()
+        if is_new:
+            self.folder.rmdir()
 
     @contextlib.contextmanager
     def recorded(self, config: TrainConfig) -> Iterator[None]:
