@@ -585,15 +585,16 @@ def read_rows(path: Path) -> Iterator[dict[str, Any]]:
             at += 1
             yield line.decode("utf-8-sig")
 
+    suffix = path.suffix.lower()
     try:
-        if path.suffix == ".parquet":
+        if suffix == ".parquet":
             for batch in parquet.ParquetFile(path).iter_batches(1000):
                 yield from batch.to_pylist()
-        elif path.suffix == ".json" and is_array(path):
+        elif suffix == ".json" and is_array(path):
             yield from map(dict, json.loads(path.read_bytes()))
         else:
             with path.open("rb") as file:
-                if path.suffix == ".csv":
+                if suffix == ".csv":
                     csv.field_size_limit(sys.maxsize)
                     yield from csv.DictReader(lines(file), strict=True)
                 yield from (dict(json.loads(line)) for line in lines(file) if line.strip())
@@ -643,9 +644,7 @@ def read_records(config: DataConfig) -> Sequence[dict[str, Any]]:
             hub_token()
             records = datasets.load_dataset(config.dataset, config.subset or config.lang, split=config.split)
     except (ValueError, FileNotFoundError) as error:
-        way_out = (
-            "check name or path, --split, --subset; a file has to be JSON, a line or an array, CSV or Parquet, UTF-8"
-        )
+        way_out = "check the name, --split and --subset; a file has to be whole, and its text UTF-8"
         raise UserError(f"{flags}: {error}", way_out) from error
     if not len(records):
         raise UserError(f"{flags}: no rows there.", "widen --split; data/medical_sample.jsonl shows what is taken")
@@ -675,32 +674,40 @@ def fingerprint(*parts: Any) -> str:
     return digest.hexdigest()[:16]
 
 
-def prepare_rows(records: Sequence[dict[str, Any]], tokenizer: Any, config: DataConfig) -> Rows:
-    """Every record's fate. Tokens are kept in the cache: the same content, options and code are not tokenized again."""
-    columns, special = config.columns, special_tokens(tokenizer)
-    content = fingerprint(*([record.get(column) for column in columns] for record in records))
+def tokenized(records: Sequence[dict[str, Any]], tokenizer: Any, config: DataConfig, content: str) -> Any:
+    """The table of every record's texts, tokens and fate, in their order; kept in the cache, so that the same content,
+    options and code are not tokenized again."""
+    options = (config.columns, config.lang, config.max_seq_length, config.overlong, tokenizer.eos_token)
     code = (Path(__file__).read_bytes(), Path(prompts.__file__).read_bytes())
-    options = (columns, config.lang, config.max_seq_length, config.overlong, tokenizer.eos_token)
     key = fingerprint(content, options, tokenizer.backend_tokenizer.to_str(), *code)
-    read = [prompts.read_record(record, columns, special) for record in records]
-    names = ("question", "thought", "answer", "fate")
+    special, names = special_tokens(tokenizer), ("question", "thought", "answer", "fate")
+    read = [prompts.read_record(record, config.columns, special) for record in records]
     texts = datasets.Dataset.from_dict({name: [getattr(row, name) for row in read] for name in names})
     text, number = datasets.Value("string"), datasets.Value("int32")
-    columns_after = dict.fromkeys(names, text) | dict.fromkeys(("prompt_tokens", "tokens"), number)
-    columns_after |= dict.fromkeys(("input_ids", "completion_mask"), datasets.List(number))
-    cached = cache("rows", f"{key}.arrow")
-    cached.parent.mkdir(parents=True, exist_ok=True)
-    table = texts.map(
+    features = dict.fromkeys(names, text) | dict.fromkeys(("prompt_tokens", "tokens"), number)
+    features |= dict.fromkeys(("input_ids", "completion_mask"), datasets.List(number))
+    file = cache("rows", f"{key}.arrow")
+    file.parent.mkdir(parents=True, exist_ok=True)
+    return texts.map(
         tokenize, batched=True, fn_kwargs={"tokenizer": tokenizer, "config": config}, desc="tokenizing",
-        features=datasets.Features(columns_after), cache_file_name=str(cached), new_fingerprint=key,
+        features=datasets.Features(features), cache_file_name=str(file), new_fingerprint=key,
     )  # fmt: skip
+
+
+def prepare_rows(records: Sequence[dict[str, Any]], tokenizer: Any, config: DataConfig) -> Rows:
+    """What becomes of every record; raises if nothing is left to train on."""
+    content = fingerprint(*([record.get(column) for column in config.columns] for record in records))
+    table = tokenized(records, tokenizer, config, content)
     dropped = prompts.drop(table["fate"][:], table["question"][:])
     gone = set(itertools.chain.from_iterable(dropped.values()))
     usable = table.select([position for position in range(len(table)) if position not in gone])
     if len(usable) <= config.eval_rows:
-        text = f"--dataset {config.dataset}: {len(usable)} usable rows of {len(table)}, --eval-rows {config.eval_rows}."
+        fault = (
+            f"--dataset {config.dataset}: {len(usable)} usable rows of {len(table)}, --eval-rows {config.eval_rows}."
+        )
         reasons = {reason: len(positions) for reason, positions in dropped.items()}
-        raise UserError(text, f"widen --split or mend the rows; dropped: {reasons or 'none'}")
+        way_out = f"widen --split or mend the rows; dropped: {reasons or 'none'}"
+        raise UserError(f"--dataset {config.dataset}: {counts}.", way_out)
     chosen = sorted(random.Random(config.seed).sample(range(len(usable)), config.eval_rows))
     others = sorted({*range(len(usable))} - {*chosen})
     return Rows(usable, usable.select(others), usable.select(chosen), dropped, content)

@@ -221,6 +221,7 @@ def written(tmp_path):
     rows = records(*[{}] * 10)
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     (tmp_path / "rows.json").write_text(json.dumps(rows, indent=1))
+    (tmp_path / "upper.JSON").write_text(json.dumps(rows))
     (tmp_path / "lines.json").write_text("".join(json.dumps(row) + "\n" for row in rows))
     with (tmp_path / "rows.csv").open("w", newline="", encoding="utf-8-sig") as file:
         writer = csv.DictWriter(file, COLUMNS)
@@ -234,7 +235,7 @@ def questions(path, split="train"):
     return [row["Question"] for row in read_dataset(DataConfig(dataset=str(path), split=split))]
 
 
-@pytest.mark.parametrize("name", ["rows.jsonl", "rows.json", "lines.json", "rows.csv", "rows.parquet"])
+@pytest.mark.parametrize("name", ["rows.jsonl", "rows.json", "upper.JSON", "lines.json", "rows.csv", "rows.parquet"])
 def test_a_local_file_is_read_by_its_ending(written, name):
     assert list(read_dataset(DataConfig(dataset=str(written / name)))) == records(*[{}] * 10)
 
