@@ -702,9 +702,7 @@ def prepare_rows(records: Sequence[dict[str, Any]], tokenizer: Any, config: Data
     gone = set(itertools.chain.from_iterable(dropped.values()))
     usable = table.select([position for position in range(len(table)) if position not in gone])
     if len(usable) <= config.eval_rows:
-        fault = (
-            f"--dataset {config.dataset}: {len(usable)} usable rows of {len(table)}, --eval-rows {config.eval_rows}."
-        )
+        counts = f"{len(usable)} usable rows of {len(table)}, --eval-rows {config.eval_rows}"
         reasons = {reason: len(positions) for reason, positions in dropped.items()}
         way_out = f"widen --split or mend the rows; dropped: {reasons or 'none'}"
         raise UserError(f"--dataset {config.dataset}: {counts}.", way_out)
