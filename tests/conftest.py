@@ -67,20 +67,24 @@ def cli(tmp_path):
     return run
 
 
+def is_alone(item):
+    return item.get_closest_marker("alone") is not None
+
+
 def pytest_collection_modifyitems(items):
-    """The tests of the demo come last, as it takes minutes."""
-    items.sort(key=lambda item: "demo" in item.fixturenames)
+    """First those that look at the clock, last those of the demo, as it takes minutes."""
+    items.sort(key=lambda item: ("demo" in item.fixturenames) - is_alone(item))
 
 
-def pytest_collection_finish(session):
-    """Starts the demo beside the other tests, on one core and giving way to them."""
-    if any("demo" in item.fixturenames for item in session.items):
+def pytest_runtest_setup(item):
+    """Starts the demo beside the tests that may have company, on one core and giving way to them."""
+    session = item.session
+    wanted = any("demo" in other.fixturenames for other in session.items)
+    if wanted and not is_alone(item) and not hasattr(session.config, "demo"):
         cwd = Path(tempfile.mkdtemp(prefix="demo-", dir=HOME))
         command = ["nice", sys.executable, SCRIPT, "demo", "--json", "--run-dir", "runs/demo"]
-        alone = {**os.environ, "OMP_NUM_THREADS": "1"}
-        process = subprocess.Popen(
-            command, cwd=cwd, env=alone, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-        )
+        here = {"cwd": cwd, "env": {**os.environ, "OMP_NUM_THREADS": "1"}}
+        process = subprocess.Popen(command, **here, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
         session.config.demo = cwd, process
 
 

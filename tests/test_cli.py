@@ -1,7 +1,6 @@
 """The command line as a user meets it: help at once, and for each mistake one message with the next step."""
 
 import json
-import resource
 import subprocess
 import sys
 import time
@@ -104,13 +103,14 @@ def test_a_mistake_gets_a_message_and_the_next_step(cli, broken, arguments, code
     assert sorted(broken["tmp"].rglob("*")) == before, "nothing was made and nothing was lost"
 
 
-def test_the_8b_without_a_gpu_is_refused_within_5_seconds_of_computing(cli):
-    """The clock may take longer, as the demo runs beside this test; but nothing is waited for."""
-    before, started = resource.getrusage(resource.RUSAGE_CHILDREN), time.perf_counter()
-    assert cli("train", "--max-steps", "60").code == 1
-    after = resource.getrusage(resource.RUSAGE_CHILDREN)
-    assert after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime < 5
-    assert time.perf_counter() - started < 20
+@pytest.mark.alone
+def test_the_8b_without_a_gpu_is_refused_within_5_seconds(cli):
+    def seconds() -> float:
+        started = time.perf_counter()
+        assert cli("train", "--max-steps", "60").code == 1
+        return time.perf_counter() - started
+
+    assert any(seconds() < 5 for _ in range(3)), "two tries more, for a machine that is busy"
 
 
 @pytest.mark.parametrize("arguments", [["load", "--model", "no/such"], ["format", "--dataset", "no/such"]])
