@@ -1327,10 +1327,11 @@ def public_name(model: str) -> str:
 def write_card(run: Run, repo: str = "OWNER/NAME") -> None:
     """README.md of the run: Hub metadata, verdict, before and after, how to use it, numbers."""
     config, record, base = run.config, run.record, public_name(run.config.model)
+    is_local = Path(config.dataset).exists() or Path(config.dataset).suffix.lower() in LOCAL
     licence = {key: value for key, value in base_card(config.model).items() if key.startswith("license")}
     metadata = huggingface_hub.ModelCardData(
         **licence, base_model=base if "/" in base else None, language=config.lang, library_name="transformers",
-        datasets=None if Path(config.dataset).suffix.lower() in LOCAL else [config.dataset],
+        datasets=None if is_local else [config.dataset],
         pipeline_tag="text-generation", tags=["medical", "reasoning", "chain-of-thought", "lora", "unsloth"],
     )  # fmt: skip
     is_evaluated = (run / "eval.json").exists()
@@ -1787,6 +1788,8 @@ def eval_(
     asked = dataclasses.replace(settings, **named, eval_rows=0) if dataset or split else settings
     import_unsloth()
     if {"options", "answer_idx"} <= set((records := read_records(asked))[0]):
+        if not answers:
+            raise UserError("--answers 0: multiple choice is graded by its answers.", "leave the option out")
         choices = [prompts.as_choice(record) for record in itertools.islice(records, answers)]
         report = Loaded.for_use(settings, adapter, settings.lang).grade(choices, config)
     else:

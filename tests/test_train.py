@@ -239,6 +239,18 @@ def test_eval_grades_a_dataset_in_medqas_columns(tiny_run, tmp_path):
     report = finetune_r1.eval_(asked, run=tmp_path / "run", dataset=str(tmp_path / "choice.jsonl"), answers=5)
     assert report is not None and report["rows"] == report["answers"] == 2 and "accuracy" in report
     assert "accuracy | 0.000 | 0.000" in (tmp_path / "run" / "README.md").read_text()
+    with pytest.raises(UserError, match="--answers 0"):
+        finetune_r1.eval_(asked, run=tmp_path / "run", dataset=str(tmp_path / "choice.jsonl"), answers=0)
+
+
+def test_the_card_names_no_folder_that_the_rows_came_from(tiny_run, tmp_path):
+    shutil.copytree(tiny_run, tmp_path / "run")
+    (tmp_path / "rows").mkdir()
+    settings = read_json(tmp_path / "run" / "config.json") | {"dataset": str(tmp_path / "rows")}
+    finetune_r1.write_json(tmp_path / "run" / "config.json", settings)
+    finetune_r1.write_card(Run(tmp_path / "run"))
+    card = (tmp_path / "run" / "README.md").read_text()
+    assert str(tmp_path) not in card and "datasets:" not in card
 
 
 def test_losses_are_means_over_the_tokens_they_name(config, unsloth):
