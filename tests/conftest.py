@@ -67,20 +67,16 @@ def cli(tmp_path):
     return run
 
 
-def is_alone(item):
-    return item.get_closest_marker("alone") is not None
-
-
 def pytest_collection_modifyitems(items):
-    """First those that look at the clock, last those of the demo, as it takes minutes."""
-    items.sort(key=lambda item: ("demo" in item.fixturenames) - is_alone(item))
+    """Last those of the demo, as it takes minutes."""
+    items.sort(key=lambda item: "demo" in item.fixturenames)
 
 
 def pytest_runtest_setup(item):
-    """Starts the demo beside the tests that may have company, on one core and giving way to them."""
+    """Starts the demo beside the other tests, on one core and giving way to them."""
     session = item.session
     wanted = any("demo" in other.fixturenames for other in session.items)
-    if wanted and not is_alone(item) and not hasattr(session.config, "demo"):
+    if wanted and not hasattr(session.config, "demo"):
         cwd = Path(tempfile.mkdtemp(prefix="demo-", dir=HOME))
         command = ["nice", sys.executable, SCRIPT, "demo", "--json", "--run-dir", "runs/demo"]
         here = {"cwd": cwd, "env": {**os.environ, "OMP_NUM_THREADS": "1"}}
