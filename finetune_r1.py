@@ -18,6 +18,7 @@ import csv
 import dataclasses
 import functools
 import gc
+import glob
 import hashlib
 import importlib
 import importlib.util
@@ -31,6 +32,7 @@ import random
 import re
 import shlex
 import shutil
+import signal
 import subprocess
 import sys
 import textwrap
@@ -58,7 +60,8 @@ class Lazy:
         return getattr(importlib.import_module(self._name), attribute)
 
 
-datasets, dotenv, httpx, huggingface_hub = map(Lazy, ("datasets", "dotenv", "httpx", "huggingface_hub"))
+datasets, dotenv, filelock, httpx = map(Lazy, ("datasets", "dotenv", "filelock", "httpx"))
+huggingface_hub, pandas, psutil = map(Lazy, ("huggingface_hub", "pandas", "psutil"))
 hub_constants, hub_errors, hub_utils, hub_sha = map(
     Lazy, (f"huggingface_hub.{name}" for name in ("constants", "errors", "utils", "utils.sha"))
 )
@@ -72,6 +75,7 @@ wandb, yaml, kaggle, colab = map(Lazy, ("wandb", "yaml", "kaggle_secrets", "goog
 
 PROJECT = Path(__file__).resolve().parent
 RUNS = Path("runs")
+STARTED = time.monotonic()
 DEMO_ROWS = PROJECT / "data" / "medical_sample.jsonl"
 DEMO_MODEL = "HuggingFaceTB/SmolLM2-135M-Instruct"
 PACKAGES = "unsloth unsloth_zoo torch transformers trl peft accelerate datasets bitsandbytes huggingface_hub wandb"
@@ -90,6 +94,12 @@ MEASURES = ("loss", "relevance", "closed", "stopped")  # of an evaluation, those
 SAVED = {"adapter": "adapter", "merged-16bit": "merged", "merged-4bit": "merged-4bit"}  # folder of a run, by --as
 WEIGHTS = (".safetensors", ".safetensors.index.json", ".bin", ".pt", ".gguf", "adapter_config.json")
 TIME = "%Y-%m-%dT%H:%M:%S%z"
+CHECKPOINT_SECONDS = 300
+MUST_BE_EQUAL = ("prompt_hash", "dataset_fingerprint", "model_revision")  # in run.json, for a run to go on
+RESUME_MAY_CHANGE = {
+    "max_steps", "max_time", "save_steps", "keep_checkpoints", "eval_steps", "logging_steps", "micro_batch",
+    "gradient_checkpointing", "gpu_memory_gib", "max_new_tokens", "temperature", "wandb", "wandb_project",
+}  # anything else would make it another training  # fmt: skip
 ARRAY_LIMIT = 2 * GIB  # a .json array is read whole; .jsonl, .csv and .parquet row by row
 
 # ------------------------------------------------------------------------------------------------------------- config
@@ -110,6 +120,17 @@ WANDB_PROJECT = "Fine-tune-DeepSeek-R1-Distill-Llama-8B on Medical COT Dataset"
 def option(default: Any, help: str, *flags: str, **limits: Any) -> Any:
     """A dataclass field that is also a command-line option: `flags` replace the name's own, `limits` are Typer's."""
     return field(default=default, metadata={"flags": flags, "help": help, **limits})
+
+
+def duration(text: str) -> float:
+    """Seconds, from a text such as 90m or 1h30m."""
+    try:
+        seconds = float(pandas.Timedelta(text).total_seconds())
+    except ValueError:
+        seconds = 0.0
+    if not seconds >= 1:  # a number without unit would be nanoseconds
+        raise typer.BadParameter("a time with its unit, such as 90m, 2h or 1h30m")
+    return seconds
 
 
 SEED = option(3407, "Seed of held-out rows, row order, adapter start and sampling.", min=0)
@@ -178,6 +199,9 @@ class TrainConfig(DataConfig, GenerationConfig):
     weight_decay: float = option(0.01, "Weight decay.", min=0.0, max=1.0)
     logging_steps: int = option(10, "Log the mean loss of this many steps.", min=1)
     eval_steps: int = option(20, "Take the loss of the held-out rows every so many steps.", min=1)
+    save_steps: int | None = option(None, "Checkpoint every so many steps; every 5 minutes there is one anyway.", min=1)
+    keep_checkpoints: int = option(2, "Checkpoints to keep, the newest.", min=1)
+    max_time: float | None = option(None, "Stop in order after so long, such as 90m or 2h.", parser=duration)
     wandb: bool = option(True, "Log to Weights & Biases when logged in.")
     wandb_project: str = option(WANDB_PROJECT, "Project on Weights & Biases.")
 
@@ -199,6 +223,14 @@ class UserError(Exception):
     def __init__(self, message: str, next_step: str):
         super().__init__(message)
         self.next_step = next_step
+
+
+class Interrupted(KeyboardInterrupt):
+    """By a signal; its exit code is the shell's: 130 for Ctrl-C, 143 for SIGTERM."""
+
+    def __init__(self, number: int):
+        super().__init__(signal.Signals(number).name)
+        self.code = 128 + number
 
 
 class Rows(NamedTuple):
@@ -373,14 +405,22 @@ def dim(text: str) -> str:
 
 @contextlib.contextmanager
 def whole(path: Path) -> Iterator[Path]:
-    """A temporary path for a file or folder that takes the place of `path` if the block ends well, else vanishes."""
+    """A temporary path for a file or folder that takes the place of `path` if the block ends well, else vanishes. What
+    a process that was killed left there goes too."""
     partial = path.with_name(f".{path.name}.partial-{os.getpid()}")
     path.parent.mkdir(parents=True, exist_ok=True)
+    for left in path.parent.glob(f".{glob.escape(path.name)}.partial-*"):
+        if not psutil.pid_exists(int(left.name.rpartition("-")[2])):
+            remove(left)
     try:
         yield partial
         partial.replace(path)
     finally:
-        shutil.rmtree(partial) if partial.is_dir() else partial.unlink(missing_ok=True)
+        remove(partial)
+
+
+def remove(path: Path) -> None:
+    shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
 
 
 def check_new(output: Path | None) -> None:
@@ -455,26 +495,90 @@ class Run:
             way_out = "`train` or `demo` makes one, --run DIR names one elsewhere, `infer --base` asks the base model"
             raise UserError(f"there is no finished run under {RUNS}/.", way_out)
         if not (folder / "run.json").is_file():
-            raise UserError(f"--run {folder}: no run folder (it has no run.json).", "name a folder that `train` made")
+            raise UserError(f"{folder} is no run folder: it has no run.json.", "name a folder that `train` made")
         return cls(folder)
 
     @classmethod
     def finished(cls) -> list[Self]:
         """The oldest first."""
-        finished = [run for path in RUNS.glob("*/run.json") if (run := cls(path.parent)).record["status"] == "finished"]
-        return sorted(finished, key=lambda run: str(run.record["ended"]))
+        return [run for run in cls.all() if run.record["status"] == "finished"]
+
+    @classmethod
+    def unfinished(cls) -> list[Self]:
+        """Those that can be gone on with, the oldest first."""
+        return [run for run in cls.all() if run.record["status"] != "finished" and not run.is_in_use]
+
+    @classmethod
+    def all(cls) -> list[Self]:
+        runs = [cls(path.parent) for path in RUNS.glob("*/run.json")]
+        return sorted(runs, key=lambda run: str(run.record.get("ended", run.record["started"])))
 
     @property
     def config(self) -> TrainConfig:
-        return TrainConfig(**read_json(self / "config.json"))
+        try:
+            return TrainConfig(**read_json(self / "config.json"))
+        except (TypeError, ValueError, FileNotFoundError) as error:
+            way_out = "take the version that made it (versions and git_revision in run.json), or `train` again"
+            raise UserError(f"--run {self}: config.json is not of this version: {error}", way_out) from error
 
     @property
     def record(self) -> dict[str, Any]:
         """run.json."""
-        return dict(read_json(self / "run.json"))
+        try:
+            return {"status": "unknown", "started": "", **read_json(self / "run.json")}
+        except (TypeError, ValueError) as error:
+            raise UserError(f"{self / 'run.json'} is damaged: {error}", "move the folder out of the way") from error
+
+    @contextlib.contextmanager
+    def locked(self) -> Iterator[None]:
+        """For one process at a time; freed by its end, even a violent one."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        try:
+            with filelock.FileLock(self / ".lock", blocking=False, is_singleton=True):
+                yield
+        except filelock.Timeout as error:
+            raise UserError(f"{self} is in use by another process.", "wait for it, or name another folder") from error
+
+    @property
+    def is_in_use(self) -> bool:
+        try:
+            with self.locked():
+                return False
+        except UserError:
+            return True
+
+    @property
+    def checkpoints(self) -> list[Path]:
+        """All of them whole, the oldest first."""
+        return sorted((self / "checkpoints").glob("checkpoint-*"), key=step_of)
+
+    @property
+    def unfinished_checkpoint(self) -> Path:
+        """Where the next one is written, as a folder in this one."""
+        return self / "checkpoints" / ".unfinished"
+
+    def keep_checkpoint(self, step: int, keep: int) -> None:
+        """Moves the one that is written to its end to the others, and removes all but the newest."""
+        name = f"checkpoint-{step}"
+        (self.unfinished_checkpoint / name).replace(self / "checkpoints" / name)
+        for old in self.checkpoints[:-keep]:
+            shutil.rmtree(old)
+
+    def rewind(self, step: int) -> None:
+        """Takes from metrics.jsonl what came after a checkpoint, and what was left half written."""
+        lines = (self / "metrics.jsonl").read_text().splitlines() if (self / "metrics.jsonl").exists() else []
+        whole_lines = [json.loads(line) for line in lines if line.endswith("}")]
+        write_jsonl(self / "metrics.jsonl", [line for line in whole_lines if line["step"] <= step])
 
     def update(self, **entries: Any) -> None:
         write_json(self / "run.json", self.record | entries)
+
+    def update_equal(self, **entries: Any) -> None:
+        """Notes what has to be the same whenever the run goes on; raises if it is not."""
+        for name, value in entries.items():
+            if (before := self.record.get(name)) not in (None, value):
+                raise UserError(f"--resume {self}: the {name} was {before}, and is now {value}.", "`train` anew")
+        self.update(**entries)
 
     @property
     def adapter(self) -> Path:
@@ -489,31 +593,47 @@ class Run:
         """Raises, before minutes go by, unless the folder can be made or is empty."""
         is_new = not self.folder.exists()
         self.folder.mkdir(parents=True, exist_ok=True)
-        if any(self.folder.iterdir()):
+        if (self / "run.json").exists():
+            raise UserError(f"--run-dir {self}: a run is in it.", f"`train --resume {self}`, or name a new folder")
+        if {path.name for path in self.folder.iterdir()} - {".lock"}:
             raise UserError(f"--run-dir {self}: the folder is not empty.", "name a new folder; nothing was changed")
         if is_new:
             self.folder.rmdir()
 
     @contextlib.contextmanager
-    def recorded(self, config: TrainConfig) -> Iterator[None]:
-        """Makes the folder; run.json says running, and in the end how the block ended, however it did."""
-        self.check_new()
-        write_json(self / "config.json", dataclasses.asdict(config))
-        arguments = [Path(sys.argv[0]).name, *sys.argv[1:]]
-        template = hashlib.sha256(prompts.TEMPLATES[config.lang].encode()).hexdigest()
-        start = {"status": "running", "started": time.strftime(TIME), "command": arguments, "versions": versions()}
-        write_json(self / "run.json", {**start, "git_revision": git_revision(), "prompt_hash": template})
-        status = "finished"
-        try:
-            yield
-        except BaseException as error:
-            status = "interrupted" if isinstance(error, KeyboardInterrupt) else "failed"
-            self.update(error=f"{type(error).__name__}: {error}")
-            if "wandb" in sys.modules:  # at exit it would print to stdout
-                wandb.finish(exit_code=1)
-            raise
-        finally:
-            self.update(status=status, ended=time.strftime(TIME))
+    def recorded(self, config: TrainConfig, old: Self | None = None) -> Iterator[None]:
+        """Makes the folder; run.json says running, and in the end how the block ended, however it did. `old`, the same
+        run or another one, is the one to go on from."""
+        with self.locked():
+            record: dict[str, Any] = old.record if old else {"started": time.strftime(TIME)}
+            if not old or old.folder != self.folder:
+                self.check_new()
+                record = self.begin_as(old) if old else record
+            if old and old.checkpoints:
+                record["resumed_at"] = [*record.get("resumed_at", ()), step_of(old.checkpoints[-1])]
+            write_json(self / "config.json", dataclasses.asdict(config))
+            start = {"status": "running", "command": [Path(sys.argv[0]).name, *sys.argv[1:]], "versions": versions()}
+            write_json(self / "run.json", {**record, **start, "git_revision": git_revision()})
+            status = "finished"
+            try:
+                yield
+            except BaseException as error:
+                status = "interrupted" if isinstance(error, KeyboardInterrupt) else "failed"
+                self.update(error=f"{type(error).__name__}: {error}")
+                if "wandb" in sys.modules:  # at exit it would print to stdout
+                    wandb.finish(exit_code=1)
+                if self.checkpoints:
+                    say(f"{self} is kept up to step {step_of(self.checkpoints[-1])}: `train --resume {self}` goes on")
+                raise
+            finally:
+                self.update(status=status, ended=time.strftime(TIME))
+
+    def begin_as(self, old: Self) -> dict[str, Any]:
+        """Copies what it takes to go on where `old` stopped; returns what must be the same in both."""
+        with whole(self / "checkpoints" / old.checkpoints[-1].name) as partial:
+            shutil.copytree(old.checkpoints[-1], partial)
+        shutil.copy(old / "metrics.jsonl", self / "metrics.jsonl")
+        return {"started": time.strftime(TIME), "extends": str(old), **{n: old.record.get(n) for n in MUST_BE_EQUAL}}
 
     def trained(self, seconds: dict[str, float]) -> None:
         """Notes what there is to tell of the training, and draws loss.png."""
@@ -561,6 +681,10 @@ class Run:
         name = SAVED[kind] if folder == self / SAVED[kind] else str(folder.resolve())
         entry = {"folder": name, "files": file_sizes(folder), "checked": checked}
         self.update(saved=self.record.get("saved", {}) | {kind: entry})
+
+
+def step_of(checkpoint: Path) -> int:
+    return int(checkpoint.name.rpartition("-")[2])
 
 
 def versions() -> dict[str, str]:
@@ -1073,6 +1197,14 @@ class Loaded:
             **({"checkpoint_skip_layers": kept_layers} if checkpointing and kept_layers else {}),
         )  # fmt: skip
 
+    def checkpoint_size(self, config: TrainConfig) -> int:
+        """Bytes of an adapter and its optimizer."""
+        trained = sum(weights.numel() for weights in self.model.parameters() if weights.requires_grad)
+        return int(trained * (4 + (2 if "8bit" in config.optim else 8)))
+
+    def load_adapter(self, folder: Path) -> None:
+        peft.set_peft_model_state_dict(self.model, peft.load_peft_weights(str(folder)))
+
     def save_adapter(self, config: TrainConfig, run: Run) -> None:
         """adapter/, naming the base model the user asked for rather than the quantized copy Unsloth loaded."""
         self.model.peft_config["default"].base_model_name_or_path = config.model
@@ -1080,26 +1212,37 @@ class Loaded:
             self.model.save_pretrained(partial)
             self.tokenizer.save_pretrained(partial)
             (partial / "README.md").unlink(missing_ok=True)  # PEFT's empty form; the run has a card of its own
+            remove(run / "adapter")  # of before an interruption
 
 
-def training_log(run: Run, tokens_per_step: int) -> Any:
-    """A Trainer callback: greppable step lines for the person, metrics.jsonl for the rest."""
+def training_log(run: Run, config: TrainConfig, tokens_per_step: int, stop: list[int]) -> Any:
+    """A Trainer callback: greppable step lines for the person, metrics.jsonl for the rest, and when to checkpoint and
+    to stop; `stop` gets the signals that ask for it."""
 
     class TrainingLog(transformers.TrainerCallback):  # type: ignore[misc, name-defined]
         def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-            self.started = self.first_step_done = time.perf_counter()
+            self.started = self.saved = self.first_step_done = time.monotonic()
+            self.first_step = state.global_step + 1
 
         def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-            if state.global_step == 1:  # it holds compilation and warm-up, so it is left out of the pace
-                self.first_step_done = time.perf_counter()
+            step, now = state.global_step, time.monotonic()
+            if step == self.first_step:  # it holds compilation and warm-up, so it is left out of the pace
+                self.first_step_done = now
             elif sys.stderr.isatty():
                 print(self.progress(state), end="\r", file=sys.stderr, flush=True)
-            control.should_log |= state.global_step == state.max_steps  # the last loss, whatever --logging-steps
+            control.should_training_stop |= bool(stop) or now - STARTED > (config.max_time or math.inf)
+            is_due = now - self.saved > CHECKPOINT_SECONDS or (config.save_steps and step % config.save_steps == 0)
+            control.should_save = bool(is_due or control.should_training_stop)
+            control.should_log |= control.should_save  # the last loss, and none is lost to an interruption
+
+        def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+            run.keep_checkpoint(state.global_step, config.keep_checkpoints)
+            self.saved = time.monotonic()
 
         def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **_: Any) -> None:
             if not {"loss", "eval_loss"} & logs.keys():
                 return
-            line = {"step": state.global_step, **logs, "seconds": round(time.perf_counter() - self.started, 2)}
+            line = {"step": state.global_step, **logs, "seconds": round(time.monotonic() - self.started, 2)}
             with (run / "metrics.jsonl").open("a") as metrics:
                 metrics.write(json.dumps(line) + "\n")
             if "loss" in logs:
@@ -1109,16 +1252,50 @@ def training_log(run: Run, tokens_per_step: int) -> Any:
 
         def progress(self, state: Any) -> str:
             line = f"step {state.global_step:05d}/{state.max_steps:05d}"
-            if state.global_step == 1:
+            if state.global_step == self.first_step:
                 return line
-            pace = (time.perf_counter() - self.first_step_done) / (state.global_step - 1)
+            pace = (time.monotonic() - self.first_step_done) / (state.global_step - self.first_step)
             minutes, seconds = divmod(round(pace * (state.max_steps - state.global_step)), 60)
             return f"{line}  {pace:6.2f} s/step  {tokens_per_step / pace:6.0f} tok/s  eta {minutes:02d}:{seconds:02d}"
 
     return TrainingLog()
 
 
-def make_trainer(loaded: Loaded, rows: Rows, config: TrainConfig, plan: dict[str, Any], run: Run, tracked: bool) -> Any:
+def watchful_trainer(questions: Sequence[str]) -> Any:
+    """TRL's SFTTrainer, which goes on where the loss is not a number; this one stops, and names the rows."""
+
+    class WatchfulTrainer(trl.SFTTrainer):  # type: ignore[misc, name-defined]
+        last: Any = None  # step, loss and tokens of a micro-batch
+
+        def training_step(self, model: Any, inputs: Any, *rest: Any) -> Any:
+            self.check_last_loss()  # one late, when it is known, so that nothing waits for it
+            loss = super().training_step(model, inputs, *rest)
+            self.last = self.state.global_step + 1, loss.detach(), inputs["input_ids"]
+            return loss
+
+        def _save_checkpoint(self, *arguments: Any) -> None:
+            self.check_last_loss()
+            trained = [weights for weights in self.model.parameters() if weights.requires_grad]
+            if not torch.stack([weights.isfinite().all() for weights in trained]).all():
+                self.fail(self.state.global_step, "left weights that are no numbers")
+            super()._save_checkpoint(*arguments)
+
+        def check_last_loss(self) -> None:
+            if self.last and not 0 < (loss := float(self.last[1])) < math.inf:
+                self.fail(self.last[0], f"had a loss of {loss}")
+
+        def fail(self, step: int, fault: str) -> None:
+            text = self.processing_class.decode(self.last[2].flatten())
+            rows = " | ".join(question[:80] for question in questions if question in text)
+            way_out = "look at the rows with `format`, or `train` with a smaller --learning-rate; checkpoints are kept"
+            raise UserError(f"step {step} {fault}; its last rows ask: {rows}", way_out)
+
+    return WatchfulTrainer
+
+
+def make_trainer(
+    loaded: Loaded, rows: Rows, config: TrainConfig, plan: dict[str, Any], run: Run, tracked: bool, log: Any
+) -> Any:
     """Rows go in tokenized, so that what was accounted for is what is trained on: nothing is cut behind our back."""
     used, held_out = (table.select_columns(["input_ids", "completion_mask"]) for table in (rows.used, rows.held_out))
     same_names = (
@@ -1126,47 +1303,87 @@ def make_trainer(loaded: Loaded, rows: Rows, config: TrainConfig, plan: dict[str
     )
     arguments = trl.SFTConfig(
         **{name: getattr(config, name) for name in same_names.split()},
-        output_dir=str(run / "checkpoints"), max_length=config.max_seq_length,
+        output_dir=str(run.unfinished_checkpoint), max_length=config.max_seq_length,
         per_device_train_batch_size=plan["micro_batch"], gradient_accumulation_steps=plan["accumulation"],
         completion_only_loss=config.loss_on == "response",
         bf16=precision(config) == "bfloat16", fp16=precision(config) == "float16",
         report_to=["wandb"] if tracked else "none", logging_first_step=True, save_strategy="no", disable_tqdm=True,
-        eval_strategy="steps" if config.eval_rows else "no", eval_on_start=config.eval_rows > 0,
+        eval_strategy="steps" if config.eval_rows else "no", eval_on_start=config.eval_rows > 0 and not run.checkpoints,
         per_device_eval_batch_size=1, prediction_loss_only=True,  # what trains in the memory there is also evaluates
         pad_to_multiple_of=64 if torch.cuda.is_available() else None,  # odd sizes take slower kernels: 4% of a step
+        logging_nan_inf_filter=False,
     )  # fmt: skip
-    trainer = trl.SFTTrainer(
+    trainer = watchful_trainer(rows.used["question"][:])(
         model=loaded.model, processing_class=loaded.tokenizer, args=arguments,
         train_dataset=used, eval_dataset=held_out if config.eval_rows else None,
     )  # fmt: skip
     trainer.remove_callback(transformers.PrinterCallback)
-    trainer.add_callback(training_log(run, plan["tokens_per_step"]))
+    trainer.add_callback(log)
     return trainer
+
+
+@contextlib.contextmanager
+def step_ends_first() -> Iterator[list[int]]:
+    """The first Ctrl-C or SIGTERM is only noted, in the list; a second one leaves at once."""
+    stop: list[int] = []
+
+    def note(number: int, frame: Any) -> None:
+        if stop:
+            raise Interrupted(number)
+        stop.append(number)
+        os.write(2, b"\nstops after this step, with a checkpoint; once more to leave at once\n")
+
+    before = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield stop
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def train_in_memory(
     loaded: Loaded, rows: Rows, config: TrainConfig, plan: dict[str, Any], run: Run, tracked: bool
 ) -> None:
-    """Trains; out of memory, goes on from the last good step with half the rows at once, which changes no loss."""
-    checkpoint = None
-    while True:
-        trainer = make_trainer(loaded, rows, config, plan, run, tracked)
-        try:
-            trainer.train(resume_from_checkpoint=checkpoint)
-            return
-        except torch.OutOfMemoryError:
-            if plan["micro_batch"] == 1:
-                raise
-        size = max(n for n in range(1, plan["micro_batch"] // 2 + 1) if config.effective_batch % n == 0)
-        plan = plan | {"micro_batch": size, "accumulation": config.effective_batch // size}
-        run.update(plan=plan, out_of_memory_at=(step := trainer.state.global_step))
-        say(f"out of memory after step {step}: goes on with {size} rows at once, {plan['accumulation']} times a step")
-        if step:
-            trainer._save_checkpoint(trainer.model, None)
-            checkpoint = str(run / "checkpoints" / f"checkpoint-{step}")
-        del trainer
-        gc.collect()
-        torch.cuda.empty_cache()
+    """Trains from the newest checkpoint, if any. Out of memory, goes on from the last good step with half the rows at
+    once, which changes no loss."""
+    remove(run.unfinished_checkpoint)
+    if run.checkpoints:
+        run.rewind(done := step_of(run.checkpoints[-1]))
+        if done == config.max_steps:
+            return loaded.load_adapter(run.checkpoints[-1])
+    with step_ends_first() as stop:
+        while True:
+            log = training_log(run, config, plan["tokens_per_step"], stop)
+            trainer = make_trainer(loaded, rows, config, plan, run, tracked, log)
+            try:
+                trainer.train(resume_from_checkpoint=str(run.checkpoints[-1]) if run.checkpoints else None)
+                break
+            except torch.OutOfMemoryError:
+                if plan["micro_batch"] == 1:
+                    raise
+            plan = smaller_plan(plan, trainer.state.global_step, run)
+            if (step := trainer.state.global_step) and (not run.checkpoints or step_of(run.checkpoints[-1]) < step):
+                trainer._save_checkpoint(trainer.model, None)
+                run.keep_checkpoint(step, config.keep_checkpoints)
+            del trainer, log
+            gc.collect()
+            torch.cuda.empty_cache()
+    remove(run.unfinished_checkpoint)
+    if stop:
+        raise Interrupted(stop[0])
+    if (step := trainer.state.global_step) < config.max_steps:
+        run.update(stopped=f"by --max-time, after step {step} of {config.max_steps}")
+        say(f"--max-time: stopped after step {step} of {config.max_steps}; `train --resume {run}` goes on in a new run")
+
+
+def smaller_plan(plan: dict[str, Any], step: int, run: Run) -> dict[str, Any]:
+    """With at most half the rows at once, and the same effective batch."""
+    batch = plan["effective_batch"]
+    size = max(n for n in range(1, plan["micro_batch"] // 2 + 1) if batch % n == 0)
+    plan = plan | {"micro_batch": size, "accumulation": batch // size}
+    run.update(plan=plan, out_of_memory_at=step)
+    say(f"out of memory after step {step}: goes on with {size} rows at once, {plan['accumulation']} times a step")
+    return plan
 
 
 def peak_memory_gib() -> float:
@@ -1215,11 +1432,14 @@ def start_tracking(config: TrainConfig, run: Run) -> bool:
         return False
     names: dict[str, Any] = {"project": config.wandb_project, "job_type": "training", "name": run.folder.name}
     patience = {"x_graphql_retry_max": 20, "x_graphql_retry_wait_max_seconds": 60, "x_graphql_timeout_seconds": 30}
+    if known := run.record.get("wandb_id"):
+        names |= {"id": known, "resume": "allow"}
     try:
         settings = wandb.Settings(init_timeout=20, **patience)
         wandb.init(**names, dir=run.folder.resolve(), config=dataclasses.asdict(config), settings=settings)
     except wandb.Error as error:
         raise UserError(f"W&B did not start the run: {error}", "check `login`, or train with --no-wandb") from error
+    run.update(wandb_id=wandb.run.id)
     return True
 
 
@@ -1429,6 +1649,7 @@ ADVICE = {
     **dict.fromkeys(("LocalEntryNotFoundError", "OfflineModeIsEnabled", "HTTPError", "ConnectionError"), NOT_REACHED),
     "ModuleNotFoundError": "install the pinned packages: `uv run finetune_r1.py` does, the README says how without uv",
     "OutOfMemoryError": "try --micro-batch 1, --gradient-checkpointing unsloth, or a smaller --max-seq-length",
+    "UnpicklingError": "a checkpoint is damaged, or not ours: remove it, and `train --resume` takes the one before",
     "JSONDecodeError": "the file is not one JSON object a line: mend it or make it anew",
     "UnicodeDecodeError": "save the file as UTF-8: .env, or what --dataset or --file names",
     "PermissionError": "choose a folder that you may write to",
@@ -1444,6 +1665,8 @@ def advice(error: BaseException | None) -> str | None:
     in_text = re.search(r"HTTP status \w+ error \((\d+)", str(error))  # hf_xet raises a bare ConnectionError
     status = in_text[1] if in_text else str(getattr(getattr(error, "response", None), "status_code", None))
     kinds = [kind.__name__ for kind in type(error).__mro__]
+    kinds += ["UnpicklingError"] if "PytorchStreamReader" in str(error) else []
+    kinds += ["OSError"] if "PytorchStreamWriter" in str(error) else []
     general = next((i for i, kind in enumerate(kinds) if kind in ("HfHubHTTPError", "ConnectionError")), 0)
     kinds.insert(general, status)
     return next((ADVICE[kind] for kind in kinds if kind in ADVICE), None)
@@ -1454,9 +1677,9 @@ def friendly_errors() -> Iterator[None]:
     """A message and the next step instead of a traceback, where we know one."""
     try:
         yield
-    except (KeyboardInterrupt, typer.Abort):
+    except (KeyboardInterrupt, typer.Abort) as error:
         say("interrupted")
-        raise typer.Exit(130) from None
+        raise typer.Exit(getattr(error, "code", 130)) from None
     except Exception as error:
         if (next_step := advice(error)) is None:
             raise
@@ -1464,8 +1687,13 @@ def friendly_errors() -> Iterator[None]:
         raise typer.Exit(1) from None
 
 
+def interrupt(number: int, frame: Any) -> None:
+    raise Interrupted(number)
+
+
 def prepare_environment() -> None:
     """`.env`, one GPU, no statistics, less noise: before any library reads its variables."""
+    signal.signal(signal.SIGTERM, interrupt)
     load_dotenv()
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it misses a CPU kernel that nothing here needs
     os.environ.pop("HF_HUB_ENABLE_HF_TRANSFER", None)  # Unsloth sets it, huggingface_hub warns of it in a child
@@ -1484,14 +1712,18 @@ def as_parameter(entry: dataclasses.Field[Any]) -> inspect.Parameter:
 def command(function: Callable[..., dict[str, Any] | None]) -> Callable[..., dict[str, Any] | None]:
     """Registers a command: each field of its `config` becomes an option; what it returns is printed as YAML or JSON."""
     signature = inspect.signature(function)
-    parameters = [p for p in signature.parameters.values() if p.name not in ("config", "as_json")]
+    parameters = [p for p in signature.parameters.values() if p.name not in ("config", "as_json", "given")]
     config: Any = signature.parameters["config"].annotation if "config" in signature.parameters else None
     entries = dataclasses.fields(config) if config else ()
     json_flag = typer.Option("--json", help="Print one JSON object on stdout, and nothing else.")
     as_json = inspect.Parameter("as_json", inspect.Parameter.KEYWORD_ONLY, annotation=Annotated[bool, json_flag])
     parameters += [*(as_parameter(entry) for entry in entries), as_json.replace(default=False)]
+    context = inspect.Parameter("context", inspect.Parameter.KEYWORD_ONLY, annotation=typer.Context)
 
-    def run(as_json: bool, **values: Any) -> None:
+    def run(context: typer.Context, as_json: bool, **values: Any) -> None:
+        if "given" in signature.parameters:
+            sources = {name: context.get_parameter_source(name) for name in values}
+            values["given"] = {name for name, source in sources.items() if source and source.name == "COMMANDLINE"}
         if config:
             values["config"] = config(**{entry.name: values.pop(entry.name) for entry in entries})
         if "as_json" in signature.parameters:
@@ -1502,6 +1734,7 @@ def command(function: Callable[..., dict[str, Any] | None]) -> Callable[..., dic
                 as_yaml = functools.partial(yaml.safe_dump, sort_keys=False, allow_unicode=True, width=1e6)
                 result((json.dumps(value, ensure_ascii=False) if as_json else as_yaml(value)).rstrip())
 
+    parameters.append(context)
     run.__doc__, run.__annotations__ = function.__doc__, {p.name: p.annotation for p in parameters}
     run.__signature__ = signature.replace(parameters=parameters)  # type: ignore[attr-defined]
     app.command(name=function.__name__.rstrip("_"))(run)
@@ -1645,37 +1878,81 @@ def write_rows(rows: Any, tokenizer: Any, lang: Lang, output: Path) -> None:
 
 
 @command
-def train(config: TrainConfig, run_dir: RunDirOption = None) -> dict[str, Any]:
+def train(
+    config: TrainConfig,
+    given: set[str],
+    run: Annotated[Path | None, typer.Argument(help="With --resume: this run; default: the newest unfinished.")] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on from a run's last checkpoint.")] = False,
+    run_dir: RunDirOption = None,
+) -> dict[str, Any]:
     """Fine-tune with LoRA, save the adapter, and answer the same question before and after."""
-    run = Run(run_dir or RUNS / f"{time.strftime('%Y%m%d-%H%M%S')}-r{config.lora_r}-s{config.max_steps}")
+    if run and not resume:
+        raise UserError(f"what is {run}?", f"`train --resume {run}` goes on with it, --run-dir makes a new one")
     with contextlib.suppress(httpx.HTTPError, UserError):  # said now rather than after a long training
         if (secret := hub_token()) and not hub_account(secret)["can_push"]:
             say(f"note: the token from {secret.source} can read, not write: `push` will need another")
-    train_run(config, run)
-    return {"run": str(run), **{name: run.record[name] for name in ("rows", "losses", "seconds", "peak_memory_gib")}}
+    old = resumable(run) if resume else None
+    if old:
+        config = resumed_config(old, config, given)
+    elif any(left.config == config for left in Run.unfinished()):
+        say("note: the same training was begun before and not finished; `train --resume` goes on with it")
+    new = run_dir or RUNS / f"{time.strftime('%Y%m%d-%H%M%S')}-r{config.lora_r}-s{config.max_steps}"
+    here = old if old and old.record["status"] != "finished" else Run(new)
+    train_run(config, here, old)
+    return {"run": str(here), **{name: here.record[name] for name in ("rows", "losses", "seconds", "peak_memory_gib")}}
 
 
-def train_run(config: TrainConfig, run: Run) -> tuple[Loaded, Any]:
-    """What `train` and `demo` share; the model with its adapter and the held-out rows."""
+def resumable(folder: Path | None) -> Run:
+    """The run asked for, or the newest unfinished one."""
+    if folder:
+        return Run.find(folder)
+    if unfinished := Run.unfinished():
+        return unfinished[-1]
+    raise UserError(f"--resume: no run under {RUNS}/ is unfinished.", "name one, or `train` without --resume")
+
+
+def resumed_config(old: Run, config: TrainConfig, given: set[str]) -> TrainConfig:
+    """The run's own settings, with those of the options `given` that may change; raises for the others."""
+    settings, done = old.config, step_of(old.checkpoints[-1]) if old.checkpoints else 0
+    values = {field.name: getattr(config, field.name) for field in dataclasses.fields(config) if field.name in given}
+    changed = {name: value for name, value in values.items() if value != getattr(settings, name)}
+    if fixed := sorted(changed.keys() - RESUME_MAY_CHANGE):
+        told = ", ".join(f"--{n.replace('_', '-')} was {getattr(settings, n)}, now {changed[n]}" for n in fixed)
+        raise UserError(f"--resume {old} would be another training: {told}.", "leave it out, or `train` anew")
+    config = dataclasses.replace(settings, **changed)
+    if config.max_steps < done or (config.max_steps == done and old.record["status"] == "finished"):
+        raise UserError(f"--max-steps {config.max_steps}: {old} has {done} steps done.", "name more, or `train` anew")
+    if "max_steps" in changed and config.lr_scheduler_type in ("linear", "cosine"):
+        say(f"note: the learning rate, on its way to 0 at step {settings.max_steps}, goes on as in {config.max_steps}")
+    return config
+
+
+def train_run(config: TrainConfig, run: Run, old: Run | None = None) -> tuple[Loaded, Any]:
+    """What `train` and `demo` share; the model with its adapter and the held-out rows. Goes on where `old` stopped: in
+    its folder, or, as a finished run is never changed, in a new one."""
     check_config(config)
     check_gpu(config)
     records = read_dataset(config)
     check_model(config)
-    run.check_new()
+    if run is not old:
+        run.check_new()
     import_unsloth()
     rows = prepare_rows(records, transformers.AutoTokenizer.from_pretrained(config.model), config)
     announce(config=dataclasses.asdict(config), rows=rows.account(), run={"folder": str(run)})
-    with run.recorded(config):
-        run.update(dataset_fingerprint=rows.fingerprint, rows=rows.account())
+    with run.recorded(config, old):
+        template = hashlib.sha256(prompts.TEMPLATES[config.lang].encode()).hexdigest()
+        run.update_equal(prompt_hash=template, dataset_fingerprint=rows.fingerprint)
+        run.update(rows=rows.account())
         tracked = start_tracking(config, run)
         started = time.perf_counter()
         loaded = Loaded.for_use(config, lang=config.lang)
         seconds = {"load": time.perf_counter() - started}
         plan = make_plan(rows.used["tokens"][:], config, loaded.memory(config))
         announce(plan=plan)
-        revision = getattr(loaded.model.config, "_commit_hash", None)
-        run.update(model_revision=revision, device=device_name(), plan=plan)
+        run.update_equal(model_revision=getattr(loaded.model.config, "_commit_hash", None))
+        run.update(device=device_name(), plan=plan)
         loaded.add_adapter(config, plan["kept_layers"])
+        check_room({run.folder: loaded.checkpoint_size(config) * (config.keep_checkpoints + 2)}, "--run-dir elsewhere")
         train_in_memory(loaded, rows, config, plan, run, tracked)
         loaded.save_adapter(config, run)
         run.trained({**seconds, "train": time.perf_counter() - started - seconds["load"]})
