@@ -604,11 +604,12 @@ class Run:
     def recorded(self, config: TrainConfig, old: Self | None = None) -> Iterator[None]:
         """Makes the folder; run.json says running, and in the end how the block ended, however it did. `old`, the same
         run or another one, is the one to go on from."""
+        if not (goes_on := old is not None and old.folder == self.folder):
+            self.check_new()
         with self.locked():
-            record: dict[str, Any] = old.record if old else {"started": time.strftime(TIME)}
-            if not old or old.folder != self.folder:
-                self.check_new()
-                record = self.begin_as(old) if old else record
+            record: dict[str, Any] = self.record if goes_on else {"started": time.strftime(TIME)}
+            if old and not goes_on:
+                record |= self.begin_as(old)
             if old and old.checkpoints:
                 record["resumed_at"] = [*record.get("resumed_at", ()), step_of(old.checkpoints[-1])]
             write_json(self / "config.json", dataclasses.asdict(config))
@@ -633,7 +634,7 @@ class Run:
         with whole(self / "checkpoints" / old.checkpoints[-1].name) as partial:
             shutil.copytree(old.checkpoints[-1], partial)
         shutil.copy(old / "metrics.jsonl", self / "metrics.jsonl")
-        return {"started": time.strftime(TIME), "extends": str(old), **{n: old.record.get(n) for n in MUST_BE_EQUAL}}
+        return {"extends": str(old)} | {name: old.record.get(name) for name in MUST_BE_EQUAL}
 
     def trained(self, seconds: dict[str, float]) -> None:
         """Notes what there is to tell of the training, and draws loss.png."""
