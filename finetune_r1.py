@@ -84,7 +84,6 @@ GIB = 1024**3
 MICRO_BATCH_TOKENS, RECOMPUTE = 2000, 0.4  # what a micro-batch costs beside its tokens, and recomputing all of them
 R1_ROW, R1_MEMORY = 777, (6.2 * GIB, 32, 113_000)  # for `doctor`: the recipe's rows in tokens, its model's `Memory`
 WORKSPACE = 0.35 * GIB  # of the loss and the libraries, on a GPU
-HUB_NAME = r"[\w.-]+/[\w.-]+"
 LOCAL = (".jsonl", ".json", ".csv", ".parquet")
 RECIPE_COLUMNS = ("Question", "Complex_CoT", "Response")
 SETTINGS = ("HF_", "HUGGING", "WANDB_")  # environment variables of the libraries
@@ -389,14 +388,22 @@ def compare(base: Sequence[float], tuned: Sequence[float], seed: int) -> dict[st
 # --------------------------------------------------------------------------------------------------------------- disk
 
 
-def say(*lines: object) -> None:
+def harmless(text: object) -> str:
+    """What a model or a dataset may have put into a text can't steer the terminal: control characters, the reversal of
+    writing too, are spelt out. Left as they are: the four codes by which we set and end dim, green and cyan."""
+    ours, control = r"\033\[(?:0|2|32|36)m", "[\0-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]"
+    spelt_out: Callable[[re.Match[str]], str] = lambda m: m[0] if m[1] else ascii(m[0])[1:-1]  # noqa: E731
+    return re.sub(f"({ours})|{control}", spelt_out, str(text))
+
+
+def say(*lines: object, end: str = "\n") -> None:
     """For the person at the terminal: stderr."""
-    print(*lines, sep="\n", file=sys.stderr, flush=True)
+    print(*map(harmless, lines), sep="\n", end=end, file=sys.stderr, flush=True)
 
 
 def result(text: str, end: str = "\n") -> None:
     """For the person or the pipe: stdout, which the libraries' chatter never reaches."""
-    print(text, end=end, file=sys.__stdout__, flush=True)
+    print(harmless(text), end=end, file=sys.__stdout__, flush=True)
 
 
 def dim(text: str) -> str:
@@ -421,6 +428,16 @@ def whole(path: Path) -> Iterator[Path]:
 
 def remove(path: Path) -> None:
     shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def only_one(lock: Path, what: str) -> Iterator[None]:
+    """Raises while another process is at it; its end frees the lock, even a violent one."""
+    try:
+        with filelock.FileLock(lock, blocking=False, is_singleton=True):
+            yield
+    except filelock.Timeout as error:
+        raise UserError(f"{what} is in use by another process.", "wait for it, or name another") from error
 
 
 def check_new(output: Path | None) -> None:
@@ -463,6 +480,12 @@ def read_json(path: Path) -> Any:
 
 def write_jsonl(path: Path, values: Iterable[dict[str, Any]]) -> None:
     write_text(path, "".join(json.dumps(value, ensure_ascii=False) + "\n" for value in values))
+
+
+def whole_lines(path: Path) -> list[dict[str, Any]]:
+    """Of a file that lines are added to, less one that was left half written; none if there is no file."""
+    *lines, _ = path.read_text(encoding="utf-8").split("\n") if path.exists() else [""]
+    return [json.loads(line) for line in lines]
 
 
 def visible(folder: Path) -> list[Path]:
@@ -529,15 +552,9 @@ class Run:
         except (TypeError, ValueError) as error:
             raise UserError(f"{self / 'run.json'} is damaged: {error}", "move the folder out of the way") from error
 
-    @contextlib.contextmanager
-    def locked(self) -> Iterator[None]:
-        """For one process at a time; freed by its end, even a violent one."""
+    def locked(self) -> contextlib.AbstractContextManager[None]:
         self.folder.mkdir(parents=True, exist_ok=True)
-        try:
-            with filelock.FileLock(self / ".lock", blocking=False, is_singleton=True):
-                yield
-        except filelock.Timeout as error:
-            raise UserError(f"{self} is in use by another process.", "wait for it, or name another folder") from error
+        return only_one(self / ".lock", str(self))
 
     @property
     def is_in_use(self) -> bool:
@@ -562,13 +579,12 @@ class Run:
         name = f"checkpoint-{step}"
         (self.unfinished_checkpoint / name).replace(self / "checkpoints" / name)
         for old in self.checkpoints[:-keep]:
-            shutil.rmtree(old)
+            shutil.rmtree(old.replace(self.unfinished_checkpoint / old.name))
 
     def rewind(self, step: int) -> None:
-        """Takes from metrics.jsonl what came after a checkpoint, and what was left half written."""
-        lines = (self / "metrics.jsonl").read_text().splitlines() if (self / "metrics.jsonl").exists() else []
-        whole_lines = [json.loads(line) for line in lines if line.endswith("}")]
-        write_jsonl(self / "metrics.jsonl", [line for line in whole_lines if line["step"] <= step])
+        """Takes from metrics.jsonl what came after a checkpoint."""
+        lines = whole_lines(self / "metrics.jsonl")
+        write_jsonl(self / "metrics.jsonl", [line for line in lines if line["step"] <= step])
 
     def update(self, **entries: Any) -> None:
         write_json(self / "run.json", self.record | entries)
@@ -583,10 +599,14 @@ class Run:
     @property
     def adapter(self) -> Path:
         """The adapter's folder, which is there; raises otherwise."""
+        status = self.record["status"]
         if not (self / "adapter" / "adapter_model.safetensors").is_file():
-            way_out = "its training did not end (see run.json); `train` again"
-            raise UserError(f"--run {self}: it has no adapter.", way_out)
+            raise UserError(f"--run {self}: no adapter is in it; its status is {status}.", f"`train --resume {self}`")
         check_unmixed(self / "adapter")
+        settings, config = read_json(self / "adapter" / "adapter_config.json"), self.config
+        if (base := settings["base_model_name_or_path"]) != config.model or settings["r"] != config.lora_r:
+            fault = f"{self / 'adapter'} is of another run: rank {settings['r']}, of {base}."
+            raise UserError(fault, f"put its own back: rank {config.lora_r}, of {config.model}")
         return self / "adapter"
 
     def check_new(self) -> None:
@@ -658,8 +678,9 @@ class Run:
 
     def evaluated(self, report: dict[str, Any]) -> dict[str, Any]:
         """Writes eval.json and the card; returns the report without the texts."""
-        write_json(self / "eval.json", report)
-        write_card(self)
+        with self.locked():
+            write_json(self / "eval.json", report)
+            write_card(self)
         return {name: value for name, value in report.items() if name != "pairs"}
 
     def weights(self, kind: str, output: Path | None = None) -> tuple[Path, dict[str, Any]]:
@@ -673,8 +694,9 @@ class Run:
         folder = output or self / SAVED[kind]
         if folder.exists():
             raise UserError(f"{folder} was not made by `save`.", "move it away; the adapter is untouched")
-        checked = merge_weights(self, folder) if kind == "merged-16bit" else quantize_weights(self, folder)
-        self.keep(kind, folder, checked)
+        with self.locked():
+            checked = merge_weights(self, folder) if kind == "merged-16bit" else quantize_weights(self, folder)
+            self.keep(kind, folder, checked)
         return folder, checked
 
     def keep(self, kind: str, folder: Path, checked: dict[str, Any]) -> None:
@@ -975,12 +997,19 @@ def check_config(config: TrainConfig) -> None:
         raise UserError("; ".join(p for p, is_so in problems.items() if is_so), "`train --help` tells what each takes")
 
 
+def is_hub_name(name: str) -> bool:
+    with contextlib.suppress(hub_errors.HFValidationError):
+        hub_utils.validate_repo_id(name)
+        return "/" in name
+    return False
+
+
 def check_model(config: ModelConfig) -> None:
     """Refuses, before the heavy imports, a model that is not there."""
     folder = Path(config.model)
     if folder.is_dir() and not (folder / "config.json").is_file():
         raise UserError(f"--model {folder}: a folder without config.json.", "name one that save_pretrained wrote")
-    if not folder.is_dir() and not re.fullmatch(HUB_NAME, config.model):
+    if not folder.is_dir() and not is_hub_name(config.model):
         raise UserError(f"--model {config.model}: no such folder, and no name on the Hub.", "a Hub name is OWNER/NAME")
     check_unmixed(folder)
     if not folder.is_dir():
@@ -1013,6 +1042,12 @@ def precision(config: ModelConfig) -> str:
     return "float16" if torch.cuda.is_available() and torch.cuda.get_device_capability()[0] < 8 else "bfloat16"
 
 
+def batches(questions: Sequence[str]) -> Iterator[list[int]]:
+    """Positions of questions of like length, to be answered at once."""
+    order, size = sorted(range(len(questions)), key=lambda i: len(questions[i])), 32 if torch.cuda.is_available() else 8
+    yield from (order[start : start + size] for start in range(0, len(order), size))
+
+
 class Loaded:
     """A model in memory, its tokenizer, and the language it is asked in."""
 
@@ -1029,7 +1064,7 @@ class Loaded:
             torch.cuda.set_per_process_memory_fraction(min(1.0, config.gpu_memory_gib / total))
         model, tokenizer = import_unsloth().from_pretrained(
             model_name=str(adapter or config.model), max_seq_length=config.max_seq_length,
-            dtype=getattr(torch, config.dtype, None), load_in_4bit=config.load_in_4bit,
+            dtype=getattr(torch, config.dtype, None), load_in_4bit=config.load_in_4bit, use_safetensors=True,
         )  # fmt: skip
         return cls(model, tokenizer, lang)
 
@@ -1054,12 +1089,10 @@ class Loaded:
             if marker := prompts.find_marker(question, special_tokens(self.tokenizer)):
                 raise UserError(f"a question holds {marker}, which means something else to the model.", "leave it out")
         import_unsloth().for_inference(self.model)
-        order = sorted(range(len(questions)), key=lambda i: len(questions[i]))
-        size = 32 if torch.cuda.is_available() else 8
         answers: dict[int, Answer] = {}
-        for start in range(0, len(order), size):
-            batch = order[start : start + size]
-            answers |= dict(zip(batch, self.answer_batch([questions[i] for i in batch], config, streamer), strict=True))
+        for batch in batches(questions):
+            written = self.answer_batch([questions[i] for i in batch], config, streamer)
+            answers |= dict(zip(batch, written, strict=True))
         return [answers[i] for i in range(len(questions))]
 
     def answer_batch(self, questions: Sequence[str], config: GenerationConfig, streamer: Any) -> list[Answer]:
@@ -1163,7 +1196,7 @@ class Loaded:
             def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
                 text = text.replace(self.tokenizer.eos_token, "")
                 thought, tag, answer = ("", "", text) if self.answering else text.partition(prompts.THINK_CLOSE)
-                print(dim(thought), end="\n" if tag or (stream_end and thought) else "", file=sys.stderr, flush=True)
+                say(dim(thought), end="\n" if tag or (stream_end and thought) else "")
                 self.answering |= bool(tag)
                 result(answer.lstrip() if tag else answer, end="\n" if stream_end and self.answering else "")
 
@@ -1656,6 +1689,12 @@ ADVICE = {
     "PermissionError": "choose a folder that you may write to",
     "SafetensorError": "the disk is full (`doctor` tells), or a .safetensors file is damaged: save it anew",
     "OSError": "check the path, and free disk with `doctor`",
+    "CodeNotRun": "take another --model: the code that comes with this one is not run",
+}
+KIND_BY_WORDS = {
+    "PytorchStreamReader": "UnpicklingError",
+    "PytorchStreamWriter": "OSError",
+    "trust_remote_code": "CodeNotRun",
 }
 
 
@@ -1666,8 +1705,7 @@ def advice(error: BaseException | None) -> str | None:
     in_text = re.search(r"HTTP status \w+ error \((\d+)", str(error))  # hf_xet raises a bare ConnectionError
     status = in_text[1] if in_text else str(getattr(getattr(error, "response", None), "status_code", None))
     kinds = [kind.__name__ for kind in type(error).__mro__]
-    kinds += ["UnpicklingError"] if "PytorchStreamReader" in str(error) else []
-    kinds += ["OSError"] if "PytorchStreamWriter" in str(error) else []
+    kinds += [kind for words, kind in KIND_BY_WORDS.items() if words in str(error)]
     general = next((i for i, kind in enumerate(kinds) if kind in ("HfHubHTTPError", "ConnectionError")), 0)
     kinds.insert(general, status)
     return next((ADVICE[kind] for kind in kinds if kind in ADVICE), None)
@@ -1998,12 +2036,13 @@ def infer(
     if compare and (base or model):
         raise UserError("--compare asks base and tuned; --base and --model ask one.", "leave one of them out")
     settings, adapter = what_to_ask(run, base, model)
-    questions = read_questions(question, file, output, settings.question_col)
+    rows = read_questions(file, output, question, settings.question_col) if file or output else []
+    questions = [] if rows else ask_for_questions(question)
     loaded = Loaded.for_use(settings, adapter, settings.lang)
     ask: Callable[..., Any] = functools.partial(loaded.answer_both if compare else loaded.generate, config=config)
     if output:
-        write_jsonl(output, answers := ask(questions))
-        return {"answers": len(answers), "written": str(output)}
+        identity = fingerprint(rows, settings, config, compare, adapter and file_sizes(adapter))
+        return answer_file(rows, settings, ask, output, identity)
     for asked in questions:
         if as_json:
             return dict(ask([asked])[0])
@@ -2023,18 +2062,47 @@ def what_to_ask(run: Path | None, base: bool, model: str | None) -> tuple[TrainC
     return found.config, None if base else found.adapter
 
 
-def read_questions(question: str | None, file: Path | None, output: Path | None, column: str) -> Iterable[str]:
-    """The question given, those of a file, or what is typed until an empty line."""
-    if (file is None) != (output is None) or (file and question is not None):
+def read_questions(file: Path | None, output: Path | None, question: str | None, column: str) -> list[dict[str, Any]]:
+    """The rows of a file, all of them with a question."""
+    if file is None or output is None or question is not None:
         raise UserError("--file and --output go together, without a question.", "infer --file Q.jsonl --output A.jsonl")
-    if file:
-        try:
-            rows = list(read_rows(file))
-        except ValueError as error:
-            raise UserError(f"--file: {error}", "write one JSON object a line") from error
-        if not all(column in row for row in rows):
-            raise UserError(f"--file {file}: a row has no {column}.", "name the field so in every row")
-        return [row[column] for row in rows]
+    try:
+        rows = list(read_rows(file))
+    except ValueError as error:
+        raise UserError(f"--file: {error}", "write one JSON object a line") from error
+    if not rows or not all(isinstance(row.get(column), str) for row in rows):
+        raise UserError(f"--file {file}: a row has no {column}.", "name the field so in every row")
+    return rows
+
+
+def answer_file(
+    rows: Sequence[dict[str, Any]], columns: DataConfig, ask: Callable[..., Any], output: Path, identity: str
+) -> dict[str, Any]:
+    """Writes the answers, and beside each the row's own as reference. They are kept batch by batch beside `output`, so
+    that the same command goes on after an interruption."""
+    questions = [row[columns.question_col] for row in rows]
+    more = [{"reference": row[columns.response_col]} if columns.response_col in row else {} for row in rows]
+    kept = output.with_name(f".{output.name}.{identity}.partial")
+    kept.parent.mkdir(parents=True, exist_ok=True)
+    with only_one(kept.with_suffix(".lock"), f"--output {output}"):
+        lines = whole_lines(kept)
+        write_jsonl(kept, lines)
+        answers: dict[int, Any] = {line.pop("row"): line for line in lines}
+        for batch in batches(questions):
+            if not set(batch) <= answers.keys():
+                written = zip(batch, ask([questions[i] for i in batch]), strict=True)
+                answers |= (new := {i: {**answer, **more[i]} for i, answer in written})
+                with kept.open("a", encoding="utf-8") as file:
+                    file.writelines(json.dumps({"row": i, **answer}) + "\n" for i, answer in new.items())
+                say(f"answered {len(answers)} of {len(questions)}")
+        write_jsonl(output, [answers[i] for i in range(len(questions))])
+        remove(kept)
+    remove(kept.with_suffix(".lock"))
+    return {"answers": len(answers), "written": str(output)}
+
+
+def ask_for_questions(question: str | None) -> Iterable[str]:
+    """The question given, or what is typed until an empty line."""
     if question is None and sys.stdin.isatty():
         return typed_questions()
     if question is None or not question.strip():
@@ -2143,7 +2211,7 @@ def push(
 
 def check_push(repo: str, dry_run: bool) -> None:
     """Before minutes go into merging: is it a name, and may the token push at all."""
-    if not re.fullmatch(HUB_NAME, repo):
+    if not is_hub_name(repo):
         raise UserError(f"--repo {repo}: not OWNER/NAME.", "push --repo user/DeepSeek-R1-Medical-COT")
     if (secret := hub_token()) is None and not dry_run:
         raise UserError("there is no Hugging Face token to push with.", "`login` first, or look with --dry-run")

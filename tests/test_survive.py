@@ -255,3 +255,167 @@ def test_on_the_command_line_a_stopped_run_goes_on_and_ends_in_order_when_its_ti
     assert resumed.code == 0 and f"--max-time: stopped after step {max(losses(run))} of 100000" in resumed.err
     assert json.loads(resumed.out)["run"] == "runs/a" and run.record["resumed_at"] == [done] < [max(losses(run))]
     assert run.record["status"] == "finished" and run.adapter and (run / "README.md").exists()
+
+
+@pytest.fixture(scope="module")
+def questions(tmp_path_factory):
+    path = tmp_path_factory.mktemp("questions") / "questions.jsonl"
+    rows = [{"Question": f"What is {'very ' * n}bad?", "Response": str(n)} for n in range(20)]
+    finetune_r1.write_jsonl(path, rows)
+    return path
+
+
+def test_answers_to_a_file_go_on_where_they_were_interrupted_and_are_the_same(
+    undisturbed, questions, tmp_path, monkeypatch
+):
+    def ask(output):
+        options = {"run": undisturbed.folder, "file": questions, "output": tmp_path / output, "as_json": True}
+        return finetune_r1.infer(finetune_r1.GenerationConfig(max_new_tokens=4), **options)
+
+    def answers(output):
+        return [{**line, "seconds": 0} for line in read_rows(tmp_path / output)]
+
+    assert ask("whole.jsonl") == {"answers": 20, "written": str(tmp_path / "whole.jsonl")}
+    asked, answer_batch = [], finetune_r1.Loaded.answer_batch
+
+    def interrupted(loaded, questions, *rest):
+        asked.extend(questions)
+        if len(asked) == 16:  # the second of three batches
+            raise KeyboardInterrupt
+        return answer_batch(loaded, questions, *rest)
+
+    monkeypatch.setattr(finetune_r1.Loaded, "answer_batch", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        ask("parts.jsonl")
+    [kept] = tmp_path.glob(".parts.jsonl.*.partial")
+    with kept.open("a") as file:
+        file.write('{"row": 3, "question": "half')
+    assert not (tmp_path / "parts.jsonl").exists()
+    ask("parts.jsonl")
+    assert len(asked) == 16 + 12 and answers("parts.jsonl") == answers("whole.jsonl")
+    assert [line["reference"] for line in answers("parts.jsonl")] == [str(n) for n in range(20)]
+    assert {path.name for path in tmp_path.iterdir()} == {"whole.jsonl", "parts.jsonl"}
+
+
+def test_what_a_killed_process_left_is_removed_by_the_next_and_a_living_ones_is_not(tmp_path):
+    dead = subprocess.Popen(["true"])
+    dead.wait()
+    (tmp_path / f".a[1].json.partial-{dead.pid}").mkdir()
+    (tmp_path / f".a[1].json.partial-{os.getppid()}").touch()
+    finetune_r1.write_text(tmp_path / "a[1].json", "{}")
+    assert {path.name for path in tmp_path.iterdir()} == {"a[1].json", f".a[1].json.partial-{os.getppid()}"}
+
+
+def test_a_full_disk_stops_the_run_with_a_message_and_the_last_checkpoint_intact(
+    config, undisturbed, tmp_path, monkeypatch
+):
+    """No file may grow beyond some bytes from the fourth step on, which is how a full disk looks from here."""
+    import resource
+
+    import trl
+
+    training_step, before = trl.SFTTrainer.training_step, resource.getrlimit(resource.RLIMIT_FSIZE)
+
+    def fills(trainer, *arguments):
+        if trainer.state.global_step == 3:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, before[1]))
+        return training_step(trainer, *arguments)
+
+    run = Run(tmp_path / "run")
+    with monkeypatch.context() as patch, pytest.raises(Exception) as caught:
+        patch.setattr(trl.SFTTrainer, "training_step", fills)
+        try:
+            finetune_r1.train_run(config, run)
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert "disk" in finetune_r1.advice(caught.value)
+    assert run.record["status"] == "failed" and [path.name for path in run.checkpoints] == ["checkpoint-2"]
+    finetune_r1.train_run(config, run, run)
+    assert losses(run) == losses(undisturbed) and equal(adapter(run), adapter(undisturbed))
+
+
+def test_too_little_room_for_checkpoints_is_said_before_training(config, unsloth, tmp_path, monkeypatch):
+    monkeypatch.setattr(finetune_r1.shutil, "disk_usage", lambda folder: shutil._ntuple_diskusage(10, 9, 100_000))
+    with pytest.raises(UserError, match="are needed"):
+        finetune_r1.train_run(config, run := Run(tmp_path / "run"))
+    assert not run.checkpoints and run.record["status"] == "failed"
+
+
+@pytest.fixture
+def copied(undisturbed, tmp_path):
+    shutil.copytree(undisturbed.folder, tmp_path / "run")
+    return Run(tmp_path / "run")
+
+
+def spoil_json(path, **entries):
+    path.write_text(json.dumps(finetune_r1.read_json(path) | entries))
+
+
+SPOILT = {
+    "an adapter of another base": (
+        lambda run: spoil_json(run / "adapter" / "adapter_config.json", base_model_name_or_path="other/base"),
+        "is of another run: rank 16, of other/base",
+    ),
+    "an adapter of another rank": (
+        lambda run: spoil_json(run / "adapter" / "adapter_config.json", r=64), "rank 64"
+    ),
+    "a run of another version": (
+        lambda run: spoil_json(run / "config.json", packing=True), "config.json is not of this version: .*'packing'"
+    ),
+    "a damaged run.json": (lambda run: (run / "run.json").write_text('{"status": "fin'), "run.json is damaged"),
+    "no adapter": (lambda run: shutil.rmtree(run / "adapter"), "no adapter is in it; its status is finished"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("spoilt", SPOILT)
+def test_a_run_that_was_spoilt_is_refused_by_name(copied, spoilt):
+    spoil, said = SPOILT[spoilt]
+    spoil(copied)
+    for use in (finetune_r1.save, finetune_r1.eval_):
+        with pytest.raises(UserError, match=said):
+            arguments = [finetune_r1.GenerationConfig()] if use is finetune_r1.eval_ else []
+            use(*arguments, run=copied.folder)
+
+
+def test_a_truncated_adapter_is_refused(copied):
+    weights = copied / "adapter" / "adapter_model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-1000])
+    with pytest.raises(Exception) as caught:
+        finetune_r1.Loaded.for_use(copied.config, copied.adapter)
+    assert "damaged" in finetune_r1.advice(caught.value)
+
+
+def test_weights_in_a_pickle_are_never_unpickled(tiny_r1, tmp_path):
+    class Poison:
+        def __reduce__(self):
+            return os.system, (f"touch {tmp_path / 'poisoned'}",)
+
+    shutil.copytree(tiny_r1, tmp_path / "model")
+    (tmp_path / "model" / "model.safetensors").unlink()
+    (tmp_path / "model" / "pytorch_model.bin").write_bytes(pickle.dumps({"x": Poison()}))
+    with pytest.raises(Exception) as caught:
+        finetune_r1.Loaded.for_use(TrainConfig(model=str(tmp_path / "model"), load_in_4bit=False))
+    assert "safetensors" in str(caught.value) and finetune_r1.advice(caught.value)
+    assert not (tmp_path / "poisoned").exists()
+
+
+def test_code_that_comes_with_a_model_is_not_run(tiny_r1, tmp_path):
+    folder = tmp_path / "model"
+    shutil.copytree(tiny_r1, folder)
+    spoil_json(
+        folder / "config.json", model_type="poison", auto_map={"AutoConfig": "code.C", "AutoModelForCausalLM": "code.M"}
+    )
+    (folder / "code.py").write_text(f"open({str(tmp_path / 'poisoned')!r}, 'w')")
+    with pytest.raises(Exception) as caught:
+        finetune_r1.Loaded.for_use(TrainConfig(model=str(folder), load_in_4bit=False))
+    assert "is not run" in finetune_r1.advice(caught.value)
+    assert not (tmp_path / "poisoned").exists()
+
+
+def test_control_characters_of_a_model_do_not_reach_the_terminal(capsys):
+    wild = "\033[2J\033]0;title\a\r\x9b5m\u202egnp.exe\033[2m\n\ttab ✓ 咳嗽 \u05d0"
+    for told in (finetune_r1.say, lambda text: finetune_r1.say(f"error: {text}")):
+        told(wild)
+        shown = capsys.readouterr().err
+        assert not [c for c in shown.replace("\033[2m", "") if (c < " " and c not in "\n\t") or c in "\x9b\u202e"]
+        assert shown.endswith("\n\ttab ✓ 咳嗽 \u05d0\n") and r"\x1b[2J" in shown

@@ -296,8 +296,10 @@ def test_w_and_b_gets_the_run_when_asked_to_keep_it_offline(config, unsloth, tmp
     import wandb
 
     monkeypatch.setenv("WANDB_MODE", "offline")
-    assert finetune_r1.start_tracking(dataclasses.replace(config, wandb=True), Run(tmp_path))
+    with (run := Run(tmp_path)).recorded(config):
+        assert finetune_r1.start_tracking(dataclasses.replace(config, wandb=True), run)
     assert wandb.run.project == config.wandb_project and wandb.run.config["lora_r"] == 16
+    assert wandb.run.id == run.record["wandb_id"], "so that a run that goes on is one run there too"
     wandb.finish()
     assert list(tmp_path.glob("wandb/offline-run-*/*.wandb"))
 
