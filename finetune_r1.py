@@ -518,23 +518,29 @@ class Run:
             way_out = "`train` or `demo` makes one, --run DIR names one elsewhere, `infer --base` asks the base model"
             raise UserError(f"there is no finished run under {RUNS}/.", way_out)
         if not (folder / "run.json").is_file():
-            raise UserError(f"{folder} is no run folder: it has no run.json.", "name a folder that `train` made")
+            fault = f"{folder} (--run or --resume) is no run folder: it has no run.json."
+            raise UserError(fault, "name a folder that `train` made")
         return cls(folder)
 
     @classmethod
     def finished(cls) -> list[Self]:
         """The oldest first."""
-        return [run for run in cls.all() if run.record["status"] == "finished"]
+        return [run for run in cls.known() if run.record["status"] == "finished"]
 
     @classmethod
     def unfinished(cls) -> list[Self]:
         """Those that can be gone on with, the oldest first."""
-        return [run for run in cls.all() if run.record["status"] != "finished" and not run.is_in_use]
+        return [run for run in cls.known() if run.record["status"] != "finished" and not run.is_in_use]
 
     @classmethod
-    def all(cls) -> list[Self]:
-        runs = [cls(path.parent) for path in RUNS.glob("*/run.json")]
-        return sorted(runs, key=lambda run: str(run.record.get("ended", run.record["started"])))
+    def known(cls) -> list[Self]:
+        """Those under runs/, less what is no run of ours, the oldest first."""
+        runs: dict[Self, str] = {}
+        for path in RUNS.glob("*/run.json"):
+            with contextlib.suppress(UserError):
+                record = cls(path.parent).record
+                runs[cls(path.parent)] = record.get("ended", record["started"])
+        return sorted(runs, key=runs.__getitem__)
 
     @property
     def config(self) -> TrainConfig:
@@ -544,13 +550,20 @@ class Run:
             way_out = "take the version that made it (versions and git_revision in run.json), or `train` again"
             raise UserError(f"--run {self}: config.json is not of this version: {error}", way_out) from error
 
+    def is_of(self, config: TrainConfig) -> bool:
+        with contextlib.suppress(UserError):
+            return self.config == config
+        return False
+
     @property
     def record(self) -> dict[str, Any]:
         """run.json."""
         try:
             return {"status": "unknown", "started": "", **read_json(self / "run.json")}
         except (TypeError, ValueError) as error:
-            raise UserError(f"{self / 'run.json'} is damaged: {error}", "move the folder out of the way") from error
+            raise UserError(
+                f"{self / 'run.json'} is damaged: {error}", "move its folder away, or name another"
+            ) from error
 
     def locked(self) -> contextlib.AbstractContextManager[None]:
         self.folder.mkdir(parents=True, exist_ok=True)
@@ -558,11 +571,9 @@ class Run:
 
     @property
     def is_in_use(self) -> bool:
-        try:
-            with self.locked():
-                return False
-        except UserError:
-            return True
+        with contextlib.suppress(UserError), self.locked() if (self / ".lock").exists() else contextlib.nullcontext():
+            return False
+        return True
 
     @property
     def checkpoints(self) -> list[Path]:
@@ -738,15 +749,21 @@ def read_rows(path: Path) -> Iterator[dict[str, Any]]:
             for batch in parquet.ParquetFile(path).iter_batches(1000):
                 yield from batch.to_pylist()
         elif suffix == ".json" and is_array(path):
-            yield from map(dict, json.loads(path.read_bytes()))
+            yield from map(as_record, json.loads(path.read_bytes()))
         else:
             with path.open("rb") as file:
                 if suffix == ".csv":
                     csv.field_size_limit(sys.maxsize)
                     yield from csv.DictReader(lines(file), strict=True)
-                yield from (dict(json.loads(line)) for line in lines(file) if line.strip())
+                yield from (as_record(json.loads(line)) for line in lines(file) if line.strip())
     except (ValueError, TypeError, csv.Error) as error:
         raise ValueError(f"{path}{f', line {at}' if at else ''}: {error}") from error
+
+
+def as_record(value: Any) -> dict[str, Any]:
+    if isinstance(value, dict):
+        return value
+    raise TypeError("a row is not an object with columns")
 
 
 def is_array(path: Path) -> bool:
@@ -1933,7 +1950,7 @@ def train(
     old = resumable(run) if resume else None
     if old:
         config = resumed_config(old, config, given)
-    elif any(left.config == config for left in Run.unfinished()):
+    elif any(left.is_of(config) for left in Run.unfinished()):
         say("note: the same training was begun before and not finished; `train --resume` goes on with it")
     new = run_dir or RUNS / f"{time.strftime('%Y%m%d-%H%M%S')}-r{config.lora_r}-s{config.max_steps}"
     here = old if old and old.record["status"] != "finished" else Run(new)
@@ -2068,8 +2085,8 @@ def read_questions(file: Path | None, output: Path | None, question: str | None,
         raise UserError("--file and --output go together, without a question.", "infer --file Q.jsonl --output A.jsonl")
     try:
         rows = list(read_rows(file))
-    except ValueError as error:
-        raise UserError(f"--file: {error}", "write one JSON object a line") from error
+    except (ValueError, OSError) as error:
+        raise UserError(f"--file {file}: {error}", "write one JSON object a line") from error
     if not rows or not all(isinstance(row.get(column), str) for row in rows):
         raise UserError(f"--file {file}: a row has no {column}.", "name the field so in every row")
     return rows
