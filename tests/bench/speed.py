@@ -56,19 +56,20 @@ def train_plainly(config: TrainConfig, folder: Path) -> None:
     )
     modules = config.target_modules.split(",")
     lora = peft.LoraConfig(r=config.lora_r, lora_alpha=config.lora_alpha, target_modules=modules)
+    run = finetune_r1.Run(folder)
     same_names = "max_steps warmup_steps learning_rate lr_scheduler_type weight_decay seed"
     arguments = trl.SFTConfig(
         **{name: getattr(config, name) for name in same_names.split()},
-        output_dir=str(folder), max_length=config.max_seq_length, bf16=gpu, use_cpu=not gpu,
+        output_dir=str(run.unfinished_checkpoint), max_length=config.max_seq_length, bf16=gpu, use_cpu=not gpu,
         per_device_train_batch_size=2, gradient_accumulation_steps=config.effective_batch // 2,
         optim=config.optim if gpu else "adamw_torch", logging_steps=1, report_to="none", save_strategy="no",
         disable_tqdm=True, completion_only_loss=False, gradient_checkpointing=True,
     )  # fmt: skip
-    run = finetune_r1.Run(folder)
     dataset = rows.select_columns(["input_ids", "completion_mask"])
     trainer = trl.SFTTrainer(model, args=arguments, train_dataset=dataset, processing_class=tokenizer, peft_config=lora)
     trainer.remove_callback(transformers.PrinterCallback)
-    trainer.add_callback(finetune_r1.training_log(run, finetune_r1.row_lengths(rows)["mean"] * config.effective_batch))
+    tokens_per_step = finetune_r1.row_lengths(rows)["mean"] * config.effective_batch
+    trainer.add_callback(finetune_r1.training_log(run, config, tokens_per_step, []))
     trainer.train()
     trainer.save_model(str(folder / "adapter"))
     finetune_r1.write_json(folder / "run.json", {"peak_memory_gib": finetune_r1.peak_memory_gib()})
