@@ -83,6 +83,7 @@ CPU_BILLIONS = 2.0  # above this a step on a CPU takes minutes and the weights o
 GIB = 1024**3
 MICRO_BATCH_TOKENS, RECOMPUTE = 2000, 0.4  # what a micro-batch costs beside its tokens, and recomputing all of them
 R1_ROW, R1_MEMORY = 777, (6.2 * GIB, 32, 113_000)  # for `doctor`: the recipe's rows in tokens, its model's `Memory`
+SHORT_ANSWER = 10  # words, up to which an answer can be expected to be the reference's
 WORKSPACE = 0.35 * GIB  # of the loss and the libraries, on a GPU
 LOCAL = (".jsonl", ".json", ".csv", ".parquet")
 RECIPE_COLUMNS = ("Question", "Complex_CoT", "Response")
@@ -96,8 +97,8 @@ TIME = "%Y-%m-%dT%H:%M:%S%z"
 CHECKPOINT_SECONDS = 300
 MUST_BE_EQUAL = ("prompt_hash", "dataset_fingerprint", "model_revision")  # in run.json, for a run to go on
 RESUME_MAY_CHANGE = {
-    "max_steps", "max_time", "save_steps", "keep_checkpoints", "eval_steps", "logging_steps", "micro_batch",
-    "gradient_checkpointing", "gpu_memory_gib", "max_new_tokens", "temperature", "wandb", "wandb_project",
+    "max_steps", "max_time", "save_steps", "keep_checkpoints", "eval_steps", "sample_every", "logging_steps", "wandb",
+    "micro_batch", "gradient_checkpointing", "gpu_memory_gib", "max_new_tokens", "temperature", "wandb_project",
 }  # anything else would make it another training  # fmt: skip
 ARRAY_LIMIT = 2 * GIB  # a .json array is read whole; .jsonl, .csv and .parquet row by row
 
@@ -198,6 +199,7 @@ class TrainConfig(DataConfig, GenerationConfig):
     weight_decay: float = option(0.01, "Weight decay.", min=0.0, max=1.0)
     logging_steps: int = option(10, "Log the mean loss of this many steps.", min=1)
     eval_steps: int = option(20, "Take the loss of the held-out rows every so many steps.", min=1)
+    sample_every: int | None = option(None, "Answer the before/after question every so many steps.", min=1)
     save_steps: int | None = option(None, "Checkpoint every so many steps; every 5 minutes there is one anyway.", min=1)
     keep_checkpoints: int = option(2, "Checkpoints to keep, the newest.", min=1)
     max_time: float | None = option(None, "Stop in order after so long, such as 90m or 2h.", parser=duration)
@@ -676,23 +678,29 @@ class Run:
         ends = {"first": curves["loss"][0][1], "last": curves["loss"][-1][1]}
         rounded = {name: round(took, 1) for name, took in seconds.items()}
         self.update(losses=ends, seconds=rounded, peak_memory_gib=peak_memory_gib())
-        figure, axes = pyplot.subplots(figsize=(7, 4), layout="constrained")
-        for name, label in (("loss", "training"), ("eval_loss", "held out")):
-            if curves[name]:
-                axes.plot(*zip(*curves[name], strict=True), marker="o", label=label)
-        axes.set(xlabel="step", ylabel="loss (nats per token)", title=self.folder.name)
-        axes.legend()
-        axes.grid(alpha=0.3)
-        with whole(self / "loss.png") as partial:
-            figure.savefig(partial, dpi=120, format="png")
-        pyplot.close(figure)
+        with drawn(self / "loss.png") as (axes,):
+            for name, label in (("loss", "training"), ("eval_loss", "held out")):
+                steps, values = zip(*curves[name], strict=True) if curves[name] else ((), ())
+                [line] = axes.plot(steps, values, marker=".", alpha=0.4 if len(steps) > 9 else 1, label=label)
+                if len(steps) > 9:
+                    axes.plot(steps, smoothed(values), color=line.get_color(), label=f"{label}, smoothed")
+            axes.set(xlabel="step", ylabel="loss (nats per token)", title=self.folder.name)
+            axes.legend()
 
     def evaluated(self, report: dict[str, Any]) -> dict[str, Any]:
-        """Writes eval.json and the card; returns the report without the texts."""
+        """Writes eval.json, of multiple choice eval-choice.json, with a picture, and the card; tells W&B where it knows
+        the run; returns the report without the texts."""
+        name = "eval-choice" if "accuracy" in report else "eval"
+        measures = {key: value for key, value in report.items() if isinstance(value, dict)}
         with self.locked():
-            write_json(self / "eval.json", report)
+            write_json(self / f"{name}.json", report)
+            draw_measures(measures, self / f"{name}.png")
             write_card(self)
-        return {name: value for name, value in report.items() if name != "pairs"}
+            if "wandb_id" in self.record and start_tracking(self.config, self):
+                table = [[key, *value.values()] for key, value in measures.items()]
+                columns = ["measure", "base", "tuned", "difference", "low", "high"]
+                finish_tracking(report["pairs"], **{name: wandb.Table(columns=columns, data=table)})
+        return {key: value for key, value in report.items() if key != "pairs"}
 
     def weights(self, kind: str, output: Path | None = None) -> tuple[Path, dict[str, Any]]:
         """The folder of merged weights and what `save` found in checking them; makes them where there are none."""
@@ -715,6 +723,45 @@ class Run:
         name = SAVED[kind] if folder == self / SAVED[kind] else str(folder.resolve())
         entry = {"folder": name, "files": file_sizes(folder), "checked": checked}
         self.update(saved=self.record.get("saved", {}) | {kind: entry})
+
+
+@contextlib.contextmanager
+def drawn(path: Path, panels: int = 1) -> Iterator[Any]:
+    """The axes of a picture, which is written in the end."""
+    figure, axes = pyplot.subplots(1, panels, figsize=(3.5 + 3.5 * panels, 4), layout="constrained", squeeze=False)
+    yield axes[0]
+    for panel in axes[0]:
+        panel.grid(alpha=0.3)
+    with whole(path) as partial:
+        figure.savefig(partial, dpi=120, format="png")
+    pyplot.close(figure)
+
+
+def draw_measures(measures: dict[str, dict[str, float]], path: Path) -> None:
+    """Before beside after: losses, shares, and numbers of words, each kind with an axis of its own."""
+    kinds = {"nats per token": ("loss", "relevance"), "words": ("words",)}
+    panels: dict[str, list[str]] = {}
+    for name in measures:
+        kind = next((kind for kind, ends in kinds.items() if name.endswith(ends)), "share of answers")
+        panels.setdefault(kind, []).append(name)
+    with drawn(path, len(panels)) as axes:
+        for panel, (kind, names) in zip(axes, panels.items(), strict=True):
+            for shift, side, label in ((-0.2, "base", "before"), (0.2, "tuned", "after")):
+                places = [position + shift for position in range(len(names))]
+                bars = panel.bar(places, [measures[name][side] for name in names], width=0.4, label=label)
+                panel.bar_label(bars, fmt="{:.2g}" if kind != "words" else "{:.0f}", fontsize=8)
+            panel.set_xticks(range(len(names)), [name.replace("_", "\n") for name in names])
+            panel.set(ylabel=kind)
+        axes[0].legend()
+
+
+def smoothed(values: Sequence[float], share: float = 0.8) -> list[float]:
+    """Exponential moving average, without its usual lean towards the first value."""
+    means, total, weight = [], 0.0, 0.0
+    for value in values:
+        total, weight = share * total + value, share * weight + 1
+        means.append(total / weight)
+    return means
 
 
 def step_of(checkpoint: Path) -> int:
@@ -1070,6 +1117,7 @@ class Loaded:
 
     def __init__(self, model: Any, tokenizer: Any, lang: Lang = "en"):
         self.model, self.tokenizer, self.lang = model, tokenizer, lang
+        self.in_training = False
 
     @classmethod
     def for_use(cls, config: ModelConfig, adapter: Path | None = None, lang: Lang = "en") -> Self:
@@ -1105,7 +1153,8 @@ class Loaded:
         for question in questions:
             if marker := prompts.find_marker(question, special_tokens(self.tokenizer)):
                 raise UserError(f"a question holds {marker}, which means something else to the model.", "leave it out")
-        import_unsloth().for_inference(self.model)
+        if not self.in_training:  # there, Unsloth goes to and fro by itself
+            import_unsloth().for_inference(self.model)
         answers: dict[int, Answer] = {}
         for batch in batches(questions):
             written = self.answer_batch([questions[i] for i in batch], config, streamer)
@@ -1120,12 +1169,13 @@ class Loaded:
         batch = tokenizer(texts, return_tensors="pt", padding=True).to(model.device)
         greedy: dict[str, Any] = {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}
         sampling = {"do_sample": True, "temperature": config.temperature} if config.temperature else greedy
-        torch.manual_seed(config.seed)
         started = time.perf_counter()
-        output = model.generate(
-            **batch, **sampling, streamer=streamer, use_cache=True, max_new_tokens=config.max_new_tokens,
-            max_length=None, eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id,
-        )  # fmt: skip
+        with torch.random.fork_rng():
+            torch.manual_seed(config.seed)
+            output = model.generate(
+                **batch, **sampling, streamer=streamer, use_cache=True, max_new_tokens=config.max_new_tokens,
+                max_length=None, eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id,
+            )  # fmt: skip
         seconds = round(time.perf_counter() - started, 2)
         written = output[:, batch["input_ids"].shape[1] :].tolist()
         return [self.as_answer(q, ids, seconds) for q, ids in zip(questions, written, strict=True)]
@@ -1173,6 +1223,11 @@ class Loaded:
         with self.model.disable_adapter():
             base = self.losses(rows)
         pairs = self.answer_both(rows["question"][:answers], config) if answers else []
+        references = rows["answer"][: len(pairs)]
+        if pairs and all(len(reference.split()) <= SHORT_ANSWER for reference in references):
+            for side, found in (("base", base), ("tuned", tuned)):
+                same = [prompts.same_answer(p[side]["answer"], r) for p, r in zip(pairs, references, strict=True)]
+                found["exact_match"] = list(map(float, same))
         return self.report(base, tuned, pairs, len(rows), config)
 
     def grade(self, choices: Sequence[tuple[str, str]], config: GenerationConfig) -> dict[str, Any]:
@@ -1194,6 +1249,8 @@ class Loaded:
         measures = {name: compare(base[name], tuned[name], config.seed) for name in base}
         report = {"verdict": prompts.verdict(measures), "rows": rows, "answers": len(pairs), **measures}
         say("", prompts.as_report(report))
+        for answer in itertools.chain.from_iterable((pair["base"], pair["tuned"]) for pair in pairs):
+            del answer["seconds"]  # the same command gives the same report
         return {**report, "pairs": pairs}
 
     def probe(self) -> Any:
@@ -1266,9 +1323,11 @@ class Loaded:
             remove(run / "adapter")  # of before an interruption
 
 
-def training_log(run: Run, config: TrainConfig, tokens_per_step: int, stop: list[int]) -> Any:
-    """A Trainer callback: greppable step lines for the person, metrics.jsonl for the rest, and when to checkpoint and
-    to stop; `stop` gets the signals that ask for it."""
+def training_log(
+    run: Run, config: TrainConfig, tokens_per_step: int, stop: list[int], ask: Callable[[], list[Answer]] = list
+) -> Any:
+    """A Trainer callback: greppable step lines for the person, metrics.jsonl for the rest, and when to checkpoint, to
+    `ask` for a sample, and to stop; `stop` gets the signals that want it."""
 
     class TrainingLog(transformers.TrainerCallback):  # type: ignore[misc, name-defined]
         def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
@@ -1285,6 +1344,10 @@ def training_log(run: Run, config: TrainConfig, tokens_per_step: int, stop: list
             is_due = now - self.saved > CHECKPOINT_SECONDS or (config.save_steps and step % config.save_steps == 0)
             control.should_save = bool(is_due or control.should_training_stop)
             control.should_log |= control.should_save  # the last loss, and none is lost to an interruption
+            if config.sample_every and step % config.sample_every == 0:
+                for sample in ask():
+                    self.write({"step": step, "sample": sample})
+                    say(f"step {step:05d}/{state.max_steps:05d}  {prompts.how_it_ended(sample)}: {sample['answer']}")
 
         def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
             run.keep_checkpoint(state.global_step, config.keep_checkpoints)
@@ -1293,13 +1356,15 @@ def training_log(run: Run, config: TrainConfig, tokens_per_step: int, stop: list
         def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **_: Any) -> None:
             if not {"loss", "eval_loss"} & logs.keys():
                 return
-            line = {"step": state.global_step, **logs, "seconds": round(time.monotonic() - self.started, 2)}
-            with (run / "metrics.jsonl").open("a") as metrics:
-                metrics.write(json.dumps(line) + "\n")
+            self.write({"step": state.global_step, **logs, "seconds": round(time.monotonic() - self.started, 2)})
             if "loss" in logs:
                 say(f"{self.progress(state)}  loss {logs['loss']:.4f}  lr {logs['learning_rate']:.1e}")
             else:
                 say(f"step {state.global_step:05d}/{state.max_steps:05d}  held-out loss {logs['eval_loss']:.4f}")
+
+        def write(self, line: dict[str, Any]) -> None:
+            with (run / "metrics.jsonl").open("a") as metrics:
+                metrics.write(json.dumps(line) + "\n")
 
         def progress(self, state: Any) -> str:
             line = f"step {state.global_step:05d}/{state.max_steps:05d}"
@@ -1404,14 +1469,18 @@ def train_in_memory(
             return loaded.load_adapter(run.checkpoints[-1])
     with step_ends_first() as stop:
         while True:
-            log = training_log(run, config, plan["tokens_per_step"], stop)
+            ask = functools.partial(loaded.generate, [prompts.BEFORE_AFTER[config.lang]], config)
+            log = training_log(run, config, plan["tokens_per_step"], stop, ask)
             trainer = make_trainer(loaded, rows, config, plan, run, tracked, log)
             try:
+                loaded.in_training = True
                 trainer.train(resume_from_checkpoint=str(run.checkpoints[-1]) if run.checkpoints else None)
                 break
             except torch.OutOfMemoryError:
                 if plan["micro_batch"] == 1:
                     raise
+            finally:
+                loaded.in_training = False
             plan = smaller_plan(plan, trainer.state.global_step, run)
             if (step := trainer.state.global_step) and (not run.checkpoints or step_of(run.checkpoints[-1]) < step):
                 trainer._save_checkpoint(trainer.model, None)
@@ -1494,10 +1563,10 @@ def start_tracking(config: TrainConfig, run: Run) -> bool:
     return True
 
 
-def finish_tracking(samples: list[dict[str, Any]]) -> None:
-    """Adds the before/after table; without `finish` the history would reach the server only at exit."""
-    table = [[pair["question"], pair["base"]["answer"], pair["tuned"]["answer"]] for pair in samples]
-    wandb.log({"before_after": wandb.Table(columns=["question", "before", "after"], data=table)})
+def finish_tracking(pairs: list[dict[str, Any]], **tables: Any) -> None:
+    """Adds before and after, and other tables; without `finish` the history would reach the server only at exit."""
+    texts = [[pair["question"], pair["base"]["answer"], pair["tuned"]["answer"]] for pair in pairs]
+    wandb.log({"before_after": wandb.Table(columns=["question", "before", "after"], data=texts), **tables})
     wandb.finish()
 
 
@@ -1605,12 +1674,12 @@ def write_card(run: Run, repo: str = "OWNER/NAME") -> None:
         datasets=None if is_local else [config.dataset],
         pipeline_tag="text-generation", tags=["medical", "reasoning", "chain-of-thought", "lora", "unsloth"],
     )  # fmt: skip
-    is_evaluated = (run / "eval.json").exists()
-    evaluation = prompts.as_report(read_json(run / "eval.json")) if is_evaluated else "Not evaluated yet.\n"
+    reports = sorted(run.folder.glob("eval*.json"))
+    told = [f"{prompts.as_report(read_json(path))}\n![before and after]({path.stem}.png)\n" for path in reports]
     settings = dataclasses.asdict(config) | {"model": base, "dataset": Path(config.dataset).name}
     numbers = {name: record[name] for name in ("rows", "losses", "plan", "device", "seconds")} | {"settings": settings}
     text = prompts.MODEL_CARD.format(
-        metadata=metadata.to_yaml(), base=base, repo=repo, evaluation=evaluation,
+        metadata=metadata.to_yaml(), base=base, repo=repo, evaluation="\n".join(told) or "Not evaluated yet.\n",
         samples="\n".join(prompts.as_markdown(pair) for pair in read_rows(run / "samples.jsonl")),
         prompt=prompts.TEMPLATES[config.lang], tokens=config.max_new_tokens, numbers=json.dumps(numbers, indent=2),
     )  # fmt: skip
@@ -2242,7 +2311,7 @@ def files_to_push(run: Run, adapter_only: bool, dry_run: bool, repo: str) -> dic
     settings = read_json(run.adapter / "adapter_config.json")
     settings["base_model_name_or_path"] = public_name(run.config.model)
     write_card(run, repo)
-    files: dict[str, Path | bytes] = {name: run / name for name in ("README.md", "loss.png")}
+    files: dict[str, Path | bytes] = {path.name: path for path in (run / "README.md", *run.folder.glob("*.png"))}
     files |= {f"adapter/{path.name}": path for path in visible(run.adapter)}
     files["adapter/adapter_config.json"] = json.dumps(settings, indent=2).encode()
     if adapter_only:

@@ -335,3 +335,9 @@ def as_markdown(pair: dict[str, Any]) -> str:
 def same_question(question: str) -> str:
     """Equal for questions that differ in case and spacing only."""
     return " ".join(question.casefold().split())
+
+
+def same_answer(answer: str, reference: str) -> bool:
+    """Whether two short answers differ in case, punctuation, articles and spacing only."""
+    words = [re.sub(r"[^\w\s]|\b(?:a|an|the)\b", " ", text.casefold()).split() for text in (answer, reference)]
+    return words[0] == words[1]

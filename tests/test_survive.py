@@ -110,6 +110,17 @@ def test_a_finished_run_is_never_changed_more_steps_make_a_new_one(undisturbed, 
     assert {path: path.stat().st_mtime_ns for path in undisturbed.folder.rglob("*")} == before
 
 
+def test_samples_on_the_way_change_nothing(config, undisturbed, tmp_path, capsys):
+    run = Run(tmp_path / "run")
+    finetune_r1.train_run(dataclasses.replace(config, sample_every=2), run)
+    samples = {line["step"]: line["sample"] for line in read_rows(run / "metrics.jsonl") if "sample" in line}
+    assert list(samples) == [2, 4, 6] and all(sample["tokens"] == 4 for sample in samples.values())
+    assert "step 00004/00006  thought never closed" in capsys.readouterr().err
+    assert losses(run) == losses(undisturbed) and equal(adapter(run), adapter(undisturbed))
+    [pair] = read_rows(run / "samples.jsonl")
+    assert samples[6]["thought"] == pair["tuned"]["thought"] != samples[2]["thought"]
+
+
 def test_a_run_whose_steps_were_all_done_only_answers_and_saves(undisturbed, config, tmp_path):
     run = Run(tmp_path / "run")
     shutil.copytree(undisturbed.folder, run.folder)

@@ -1,6 +1,7 @@
 """Training on a tiny model laid out like R1, in 4-bit, through the same code that trains the 8B."""
 
 import dataclasses
+import itertools
 import json
 import math
 import shutil
@@ -241,6 +242,30 @@ def test_eval_grades_a_dataset_in_medqas_columns(tiny_run, tmp_path):
     assert "accuracy | 0.000 | 0.000" in (tmp_path / "run" / "README.md").read_text()
     with pytest.raises(UserError, match="--answers 0"):
         finetune_r1.eval_(asked, run=tmp_path / "run", dataset=str(tmp_path / "choice.jsonl"), answers=0)
+
+
+def test_an_evaluation_again_gives_the_same_report_with_pictures_and_short_answers_are_matched(tiny_run, tmp_path):
+    shutil.copytree(tiny_run, tmp_path / "run")
+    rows = [{**row, "Response": "Yes."} for row in itertools.islice(read_rows(SAMPLE), 8, 14)]
+    finetune_r1.write_jsonl(tmp_path / "rows.jsonl", rows)
+
+    def evaluate():
+        asked = {"run": tmp_path / "run", "dataset": str(tmp_path / "rows.jsonl"), "split": "train"}
+        finetune_r1.eval_(finetune_r1.GenerationConfig(max_new_tokens=8), **asked)
+        return (tmp_path / "run" / "eval.json").read_bytes()
+
+    first = evaluate()
+    assert first == evaluate() and json.loads(first)["exact_match"]["base"] == 0
+    assert (tmp_path / "run" / "eval.png").stat().st_size > 10_000
+    assert "![before and after](eval.png)" in (tmp_path / "run" / "README.md").read_text()
+
+
+@pytest.mark.parametrize(
+    ("answer", "reference", "same"),
+    [("The  cystic duct.", "cystic duct", True), ("Cystic-duct", "cystic duct", True), ("", "cystic duct", False)],
+)
+def test_short_answers_are_the_same_but_for_case_punctuation_and_articles(answer, reference, same):
+    assert prompts.same_answer(answer, reference) is same
 
 
 def test_the_card_names_no_folder_that_the_rows_came_from(tiny_run, tmp_path):
