@@ -496,7 +496,8 @@ def visible(folder: Path) -> list[Path]:
 
 
 def file_sizes(folder: Path) -> dict[str, int]:
-    return {file.name: file.stat().st_size for file in visible(folder)}
+    """Less the Modelfile, which comes and goes without being verified."""
+    return {file.name: file.stat().st_size for file in visible(folder) if file.name != "Modelfile"}
 
 
 class Run:
@@ -696,10 +697,13 @@ class Run:
             write_json(self / f"{name}.json", report)
             draw_measures(measures, self / f"{name}.png")
             write_card(self)
-            if "wandb_id" in self.record and start_tracking(self.config, self):
-                table = [[key, *value.values()] for key, value in measures.items()]
-                columns = ["measure", "base", "tuned", "difference", "low", "high"]
-                finish_tracking(report["pairs"], **{name: wandb.Table(columns=columns, data=table)})
+            try:
+                if "wandb_id" in self.record and start_tracking(self.config, self):
+                    table = [[key, *value.values()] for key, value in measures.items()]
+                    columns = ["measure", "base", "tuned", "difference", "low", "high"]
+                    finish_tracking(report["pairs"], **{name: wandb.Table(columns=columns, data=table)})
+            except UserError as error:  # the report is there, and worth more
+                say(f"note: {error}")
         return {key: value for key, value in report.items() if key != "pairs"}
 
     def weights(self, kind: str, output: Path | None = None) -> tuple[Path, dict[str, Any]]:
@@ -713,16 +717,14 @@ class Run:
         folder = output or self / SAVED[kind]
         if folder.exists():
             raise UserError(f"{folder} was not made by `save`.", "move it away; the adapter is untouched")
-        with self.locked():
-            checked = merge_weights(self, folder) if kind == "merged-16bit" else quantize_weights(self, folder)
-            self.keep(kind, folder, checked)
+        with self.locked(), whole(folder) as partial:
+            make = merge_weights if kind == "merged-16bit" else quantize_weights
+            checked = make(self, partial)
+            # Noted before it has its name: a folder that has it is known, whenever the process ends.
+            name = SAVED[kind] if folder == self / SAVED[kind] else str(folder.resolve())
+            entry = {"folder": name, "files": file_sizes(partial), "checked": checked}
+            self.update(saved=self.record.get("saved", {}) | {kind: entry})
         return folder, checked
-
-    def keep(self, kind: str, folder: Path, checked: dict[str, Any]) -> None:
-        """Notes in run.json what was verified; the folder's name alone where it is the run's own."""
-        name = SAVED[kind] if folder == self / SAVED[kind] else str(folder.resolve())
-        entry = {"folder": name, "files": file_sizes(folder), "checked": checked}
-        self.update(saved=self.record.get("saved", {}) | {kind: entry})
 
 
 @contextlib.contextmanager
@@ -1588,24 +1590,24 @@ def weights_size(model: str) -> tuple[int, int]:
 
 
 def merge_weights(run: Run, out: Path) -> dict[str, Any]:
-    """Base in 16 bit plus adapter, merged by PEFT on the CPU, whatever the run had; checked before it has a name."""
+    """Base in 16 bit plus adapter, merged by PEFT on the CPU, whatever the run had, and checked."""
     name, adapter = sixteen_bit(run.config.model), run.adapter
     size, missing = weights_size(name)
-    say(f"merging into {name} ({size / 1e9:.1f} GB, {missing / 1e9:.1f} of it to download); writes as much to {out}")
+    say(f"merging into {name} ({size / 1e9:.1f} GB, {missing / 1e9:.1f} of it to download), writing as much")
     way_out = "the adapter alone needs no room: `save --as adapter`, `push --adapter-only`; or set --output and HF_HOME"
     check_room({out: size, Path(hub_constants.HF_HUB_CACHE): missing}, way_out)
     tokenizer = transformers.AutoTokenizer.from_pretrained(adapter)
     base = transformers.AutoModelForCausalLM.from_pretrained(name, dtype="auto")
     if getattr(base.config, "quantization_config", None):
         raise UserError(f"{name} is quantized: no 16-bit weights can be made of it.", "`save --as adapter`")
-    with torch.no_grad(), whole(out) as partial:
+    with torch.no_grad():
         base_logits = Loaded(base, tokenizer).probe()
         model = peft.PeftModel.from_pretrained(base, adapter).eval()
         tuned_logits = Loaded(model, tokenizer).probe()
-        model.merge_and_unload().save_pretrained(partial, max_shard_size="2GB")  # each is copied to be written
-        tokenizer.save_pretrained(partial)
+        model.merge_and_unload().save_pretrained(out, max_shard_size="2GB")  # each is copied to be written
+        tokenizer.save_pretrained(out)
         del base, model  # two copies of the 8B would not fit beside each other
-        return check_merge(base_logits, tuned_logits, Loaded.plainly(partial).probe())
+        return check_merge(base_logits, tuned_logits, Loaded.plainly(out).probe())
 
 
 def check_merge(base: Any, tuned: Any, merged: Any) -> dict[str, Any]:
@@ -1628,19 +1630,19 @@ def check_merge(base: Any, tuned: Any, merged: Any) -> dict[str, Any]:
 
 
 def quantize_weights(run: Run, out: Path) -> dict[str, Any]:
-    """A 4-bit (nf4) copy of the merged weights for plain transformers, written whole; raises if reading it back moves
+    """A 4-bit (nf4) copy of the merged weights for plain transformers; raises if reading it back moves
     the logits by more than half of what the 4 bits themselves did."""
     merged, _ = run.weights("merged-16bit")
     check_room({out: weights_size(str(merged))[0] // 2}, "name a folder on another disk with --output")
     nf4 = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True}
     how = {"device_map": {"": "cuda:0" if torch.cuda.is_available() else "cpu"}}
-    with torch.no_grad(), whole(out) as partial:
+    with torch.no_grad():
         sixteen = Loaded.plainly(merged).probe()
         quantization = transformers.BitsAndBytesConfig(**nf4, bnb_4bit_compute_dtype="bfloat16")
         loaded = Loaded.plainly(merged, quantization_config=quantization, **how)
-        loaded.model.save_pretrained(partial)
-        loaded.tokenizer.save_pretrained(partial)
-        four, read_back = loaded.probe(), Loaded.plainly(partial, **how).probe()
+        loaded.model.save_pretrained(out)
+        loaded.tokenizer.save_pretrained(out)
+        four, read_back = loaded.probe(), Loaded.plainly(out, **how).probe()
         moved, lost = float((four - sixteen).norm() / sixteen.norm()), float((read_back - four).norm() / four.norm())
         if lost > 0.5 * moved:
             fault = f"4-bit weights read back are {lost:.2f} off, by themselves {moved:.2f}. Nothing was saved."
@@ -2263,7 +2265,6 @@ def save(
     if modelfile:
         eos = read_json(folder / "tokenizer_config.json")["eos_token"]
         write_text(folder / "Modelfile", prompts.build_modelfile(eos, config.max_seq_length, config.lang))
-        found.keep(as_, folder, checked)
     served = f"{sixteen_bit(config.model)} --enable-lora --lora-modules tuned={folder}" if as_ == "adapter" else folder
     serve = f"vllm serve {served} --max-model-len {config.max_seq_length}"
     return {"saved": str(folder), "as": as_, **checked, "serve": serve}

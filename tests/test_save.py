@@ -150,11 +150,18 @@ def test_a_folder_that_is_not_one_whole_model_is_refused(merged, run, tmp_path, 
         finetune_r1.Loaded.plainly(copy)
 
 
+def name_base(run, config):
+    finetune_r1.write_json(run / "config.json", dataclasses.asdict(config))
+    settings = finetune_r1.read_json(run / "adapter" / "adapter_config.json")
+    settings["base_model_name_or_path"] = config.model
+    finetune_r1.write_json(run / "adapter" / "adapter_config.json", settings)
+
+
 def test_a_quantized_base_is_not_merged_into(run, merged, tmp_path):
     finetune_r1.save(run=run, as_="merged-4bit")
     copy = shutil.copytree(run, tmp_path / "run", ignore=shutil.ignore_patterns("merged*"))
     config = dataclasses.replace(Run(copy).config, model=str(run / "merged-4bit"))
-    finetune_r1.write_json(copy / "config.json", dataclasses.asdict(config))
+    name_base(copy, config)
     with pytest.raises(UserError, match="is quantized"):
         finetune_r1.save(run=copy)
 
@@ -206,5 +213,5 @@ def test_the_16_bit_base_is_found_behind_a_quantized_name(run, tiny_r1, tmp_path
     copy = tmp_path / "run"
     shutil.copytree(run, copy, ignore=shutil.ignore_patterns("merged*"))
     config = dataclasses.replace(Run(copy).config, model=str(renamed))
-    finetune_r1.write_json(copy / "config.json", dataclasses.asdict(config))
+    name_base(copy, config)
     assert finetune_r1.merge_weights(Run(copy), copy / "merged")["adapter_share"] > 0.9

@@ -308,6 +308,21 @@ def test_answers_to_a_file_go_on_where_they_were_interrupted_and_are_the_same(
     assert {path.name for path in tmp_path.iterdir()} == {"whole.jsonl", "parts.jsonl"}
 
 
+def test_a_save_killed_before_or_after_its_weights_have_their_name_can_be_repeated(copied, monkeypatch):
+    class Killed(BaseException):
+        pass
+
+    def dies(*_, **__):
+        raise Killed
+
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        patch.setattr(Run, "update", dies)
+        copied.weights("merged-16bit")
+    merged, _ = copied.weights("merged-16bit")
+    merged.rename(copied / "elsewhere")  # as if killed in between
+    assert (copied.weights("merged-16bit")[0] / "model.safetensors").is_file()
+
+
 def test_what_a_killed_process_left_is_removed_by_the_next_and_a_living_ones_is_not(tmp_path):
     dead = subprocess.Popen(["true"])
     dead.wait()
