@@ -445,3 +445,12 @@ def test_control_characters_of_a_model_do_not_reach_the_terminal(capsys):
         shown = capsys.readouterr().err
         assert not [c for c in shown.replace("\033[2m", "") if (c < " " and c not in "\n\t") or c in "\x9b\u202e"]
         assert shown.endswith("\n\ttab ✓ 咳嗽 \u05d0\n") and r"\x1b[2J" in shown
+
+
+def test_nothing_is_lost_by_signals_at_random_moments():
+    """A short form of what tests/bench/survive.py does for half an hour."""
+    script = SCRIPT.parent / "tests" / "bench" / "survive.py"
+    command = [sys.executable, script, "kills", "soak", "--times", "3", "--only", "train,infer --file"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert done.stdout.count("killed after") == 3 and done.stdout.count("lost: 0") == 2

@@ -1,6 +1,6 @@
 """What is left after kill -9, Ctrl-C and SIGTERM at random moments: a tiny model, a CPU, everything else as it is.
 
-    uv run tests/bench/survive.py kills [--times 30]     each command killed, begun again, and compared with undisturbed
+    uv run tests/bench/survive.py kills [--times 35]     each command killed, begun again, and compared with undisturbed
     uv run tests/bench/survive.py soak [--times 200]     short runs with random options and signals in one folder
 
 Every command runs in a process of its own, forked from this one after the imports, so that it starts at once. After
@@ -108,6 +108,7 @@ def told(folder: Path) -> dict[str, Any]:
     return {"losses": losses, "adapter": (run / "adapter" / "adapter_model.safetensors").read_bytes()}
 
 
+USUAL = {"kills": 35, "soak": 200}
 Job = tuple[Callable[[Path], Callable[[], Any]], Callable[[Path], Any]]
 
 
@@ -155,7 +156,7 @@ def jobs(model: Path, hub: HubServer) -> dict[str, Job]:
     }
 
 
-def kills(times: int, model: Path, hub: HubServer, scratch: Path, chance: random.Random) -> list[str]:
+def kills(times: int, model: Path, all_jobs: dict[str, Job], scratch: Path, chance: random.Random) -> list[str]:
     """Every job is done undisturbed, and then killed once or twice at random and begun again until it is done."""
     lost: list[str] = []
     finished = scratch / "finished"
@@ -163,7 +164,7 @@ def kills(times: int, model: Path, hub: HubServer, scratch: Path, chance: random
     os.chdir(finished)
     train = ["train", "--model", model, "--dataset", ROWS, *SMALL, "--max-steps", 4, "--eval-rows", 4]
     assert ended(start(command(*train, "--run-dir", "done"), scratch / "log")) == 0, (scratch / "log").read_text()
-    undisturbed, all_jobs = {}, jobs(model, hub)
+    undisturbed = {}
     for name, (work, outcome) in all_jobs.items():
         shutil.copytree(finished, folder := scratch / name.replace(" ", "-"))
         os.chdir(folder)
@@ -192,7 +193,7 @@ def kills(times: int, model: Path, hub: HubServer, scratch: Path, chance: random
     return lost
 
 
-def soak(times: int, model: Path, hub: HubServer, scratch: Path, chance: random.Random) -> list[str]:
+def soak(times: int, model: Path, scratch: Path, chance: random.Random) -> list[str]:
     """Random commands, a third of them with a signal; then every run has to be finished, go on, or be refused."""
     os.chdir(scratch)
     lost, codes, log = [], Counter[str](), scratch / "log"
@@ -248,12 +249,12 @@ def soak(times: int, model: Path, hub: HubServer, scratch: Path, chance: random.
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=["kills", "soak"])
+    parser.add_argument("what", choices=["kills", "soak"], nargs="+")
     parser.add_argument("--times", type=int)
+    parser.add_argument("--only", help="of the jobs to kill, separated by commas")
     parser.add_argument("--seed", type=int, default=1)
     asked = parser.parse_args()
     scratch = Path(tempfile.mkdtemp(prefix="survive-"))
-    (scratch / "work").mkdir()
     with HubServer(tokens={"hf_writetoken": ("alice", "write")}) as hub:
         os.environ |= {"HF_ENDPOINT": hub.url, "HF_TOKEN": "hf_writetoken"}
         finetune_r1.prepare_environment()
@@ -261,10 +262,20 @@ if __name__ == "__main__":
         for module in ("peft", "trl", "wandb", "matplotlib.pyplot", "datasets"):
             __import__(module)
         model = tiny_model(scratch / "tiny")
-        work, usual = (kills, 30) if asked.what == "kills" else (soak, 200)
-        began, times = time.monotonic(), asked.times or usual
-        lost = work(times, model, hub, scratch / "work", random.Random(asked.seed))
-    print(*lost, f"{asked.what}: {times} in {time.monotonic() - began:.0f} s, lost: {len(lost)}", sep="\n")
+        all_jobs = {
+            name: job for name, job in jobs(model, hub).items() if not asked.only or name in asked.only.split(",")
+        }
+        lost = []
+        for what in asked.what:
+            (folder := scratch / what).mkdir()
+            began, chance, times = time.monotonic(), random.Random(asked.seed), asked.times or USUAL[what]
+            found = (
+                kills(times, model, all_jobs, folder, chance) if what == "kills" else soak(times, model, folder, chance)
+            )
+            print(
+                *found, f"{what}: {times} in {time.monotonic() - began:.0f} s, lost: {len(found)}", sep="\n", flush=True
+            )
+            lost += found
     os.chdir(PROJECT)
     shutil.rmtree(scratch)
     sys.exit(bool(lost))
