@@ -35,10 +35,12 @@ import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import textwrap
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import redirect_stdout
 from dataclasses import dataclass, field
 from importlib import metadata
 from pathlib import Path
@@ -65,6 +67,7 @@ huggingface_hub, pandas, psutil = map(Lazy, ("huggingface_hub", "pandas", "psuti
 hub_constants, hub_errors, hub_utils, hub_sha = map(
     Lazy, (f"huggingface_hub.{name}" for name in ("constants", "errors", "utils", "utils.sha"))
 )
+accelerate, accelerate_utils = map(Lazy, ("accelerate", "accelerate.utils"))
 np, parquet, peft, pyplot, tokenizers = map(
     Lazy, ("numpy", "pyarrow.parquet", "peft", "matplotlib.pyplot", "tokenizers")
 )
@@ -76,6 +79,9 @@ wandb, yaml, kaggle, colab = map(Lazy, ("wandb", "yaml", "kaggle_secrets", "goog
 PROJECT = Path(__file__).resolve().parent
 RUNS = Path("runs")
 STARTED = time.monotonic()
+RANK, WORLD = (
+    int(os.environ.get(name, default)) for name, default in (("RANK", "0"), ("WORLD_SIZE", "1"))
+)  # torchrun's
 DEMO_ROWS = PROJECT / "data" / "medical_sample.jsonl"
 DEMO_MODEL = "HuggingFaceTB/SmolLM2-135M-Instruct"
 PACKAGES = "unsloth unsloth_zoo torch transformers trl peft accelerate datasets bitsandbytes huggingface_hub wandb"
@@ -355,7 +361,8 @@ def most_tokens(lengths: Sequence[int], rows_at_once: int, config: TrainConfig) 
 def make_plan(lengths: Sequence[int], config: TrainConfig, memory: Memory) -> dict[str, Any]:
     """The fastest way to take the effective batch's rows in the memory there is: how many at once, and how many layers
     keep their activations instead of computing them again. Its few constants are measured: tests/bench/NOTES.md."""
-    batch, layers, tokens = config.effective_batch, memory.layers, sum(lengths) / len(lengths) * config.effective_batch
+    batch, layers = config.effective_batch // WORLD, memory.layers
+    tokens = sum(lengths) / len(lengths) * batch
     sizes = [config.micro_batch] if config.micro_batch else [n for n in range(1, batch + 1) if batch % n == 0]
     kept_choices = {"none": [layers], "unsloth": [0], "auto": range(0, layers + 1, 1 if memory.some else layers)}
     options = []
@@ -366,15 +373,16 @@ def make_plan(lengths: Sequence[int], config: TrainConfig, memory: Memory) -> di
             options.append((peak > memory.limit and peak, cost, size, kept, peak))
     _, _, size, kept, peak = min(options)  # of those that do not fit, the smallest
     return {
-        "effective_batch": batch,
+        "effective_batch": config.effective_batch,
+        "processes": WORLD,
         "micro_batch": size,
         "accumulation": batch // size,
         "kept_layers": kept,
         "layers": layers,
         "expected_peak_gib": round(peak / GIB, 1),
         "steps": config.max_steps,
-        "epochs": round(config.max_steps * batch / len(lengths), 2),
-        "tokens_per_step": round(tokens),
+        "epochs": round(config.max_steps * config.effective_batch / len(lengths), 2),
+        "tokens_per_step": round(tokens * WORLD),
     }
 
 
@@ -398,11 +406,20 @@ def harmless(text: object) -> str:
     return re.sub(f"({ours})|{control}", spelt_out, str(text))
 
 
-def say(*lines: object, end: str = "\n") -> None:
-    """For the person at the terminal: stderr."""
+def by_the_first(function: Callable[..., None]) -> Callable[..., None]:
+    """Of several processes under torchrun the first one alone talks and writes."""
+    return function if RANK == 0 else lambda *_, **__: None
+
+
+def tell(*lines: object, end: str = "\n") -> None:
+    """For the person at the terminal, whichever process it is: stderr."""
     print(*map(harmless, lines), sep="\n", end=end, file=sys.stderr, flush=True)
 
 
+say = by_the_first(tell)
+
+
+@by_the_first
 def result(text: str, end: str = "\n") -> None:
     """For the person or the pipe: stdout, which the libraries' chatter never reaches."""
     print(harmless(text), end=end, file=sys.__stdout__, flush=True)
@@ -588,6 +605,7 @@ class Run:
         """Where the next one is written, as a folder in this one."""
         return self / "checkpoints" / ".unfinished"
 
+    @by_the_first
     def keep_checkpoint(self, step: int, keep: int) -> None:
         """Moves the one that is written to its end to the others, and removes all but the newest."""
         name = f"checkpoint-{step}"
@@ -595,14 +613,17 @@ class Run:
         for old in self.checkpoints[:-keep]:
             shutil.rmtree(old.replace(self.unfinished_checkpoint / old.name))
 
+    @by_the_first
     def rewind(self, step: int) -> None:
         """Takes from metrics.jsonl what came after a checkpoint."""
         lines = whole_lines(self / "metrics.jsonl")
         write_jsonl(self / "metrics.jsonl", [line for line in lines if line["step"] <= step])
 
+    @by_the_first
     def update(self, **entries: Any) -> None:
         write_json(self / "run.json", self.record | entries)
 
+    @by_the_first
     def update_equal(self, **entries: Any) -> None:
         """Notes what has to be the same whenever the run goes on; raises if it is not."""
         for name, value in entries.items():
@@ -623,6 +644,7 @@ class Run:
             raise UserError(fault, f"put its own back: rank {config.lora_r}, of {config.model}")
         return self / "adapter"
 
+    @by_the_first
     def check_new(self) -> None:
         """Raises, before minutes go by, unless the folder can be made or is empty."""
         is_new = not self.folder.exists()
@@ -638,6 +660,9 @@ class Run:
     def recorded(self, config: TrainConfig, old: Self | None = None) -> Iterator[None]:
         """Makes the folder; run.json says running, and in the end how the block ended, however it did. `old`, the same
         run or another one, is the one to go on from."""
+        if RANK:
+            yield
+            return
         if not (goes_on := old is not None and old.folder == self.folder):
             self.check_new()
         with self.locked():
@@ -691,6 +716,9 @@ class Run:
     def evaluated(self, report: dict[str, Any]) -> dict[str, Any]:
         """Writes eval.json, of multiple choice eval-choice.json, with a picture, and the card; tells W&B where it knows
         the run; returns the report without the texts."""
+        told = {key: value for key, value in report.items() if key != "pairs"}
+        if RANK:
+            return told
         name = "eval-choice" if "accuracy" in report else "eval"
         measures = {key: value for key, value in report.items() if isinstance(value, dict)}
         with self.locked():
@@ -704,7 +732,7 @@ class Run:
                     finish_tracking(report["pairs"], **{name: wandb.Table(columns=columns, data=table)})
             except UserError as error:  # the report is there, and worth more
                 say(f"note: {error}")
-        return {key: value for key, value in report.items() if key != "pairs"}
+        return told
 
     def weights(self, kind: str, output: Path | None = None) -> tuple[Path, dict[str, Any]]:
         """The folder of merged weights and what `save` found in checking them; makes them where there are none."""
@@ -1051,16 +1079,61 @@ def hub_account(secret: Secret) -> dict[str, Any]:
 # -------------------------------------------------------------------------------------------------------------- model
 
 
+def processes() -> Any:
+    """Of torchrun or `accelerate launch`, by NCCL on GPUs and gloo on CPUs; of one there is nothing to set up."""
+    return accelerate.PartialState(cpu=not torch.cuda.is_available())
+
+
+def shared(value: Any = None) -> Any:
+    """The first process's value, in all of them, when all have come here."""
+    if WORLD > 1:
+        processes()
+        [value] = accelerate_utils.broadcast_object_list([value])
+    return value
+
+
+def gathered(values: list[Any]) -> list[Any]:
+    """Every process's values, in all of them."""
+    return list(accelerate_utils.gather_object(values)) if WORLD > 1 else values
+
+
+@functools.cache
+def side_channel() -> Any:
+    """Between the processes' CPUs, so that no GPU has to be waited for."""
+    return torch.distributed.new_group(backend="gloo")
+
+
+def anywhere(*wishes: bool) -> list[bool]:
+    """Whether any of the processes wishes so, that all may do the same."""
+    if WORLD == 1:
+        return list(wishes)
+    wished = torch.tensor(wishes, dtype=torch.uint8)
+    torch.distributed.all_reduce(wished, torch.distributed.ReduceOp.MAX, group=side_channel())
+    return [bool(wish) for wish in wished]
+
+
 def check_config(config: TrainConfig) -> None:
     """Everything that can be refused before anything is downloaded, all at once."""
     batch, micro, modules = config.effective_batch, config.micro_batch or 1, config.target_modules.split(",")
+    near = f"{batch // WORLD * WORLD or WORLD} and {(batch // WORLD + 1) * WORLD} can"
     problems = {
-        f"--micro-batch {micro} does not divide --effective-batch {batch}": batch % micro != 0,
+        f"--effective-batch {batch} cannot be divided among {WORLD} processes, {near}": batch % WORLD != 0,
+        f"--micro-batch {micro} times {WORLD} process(es) does not divide --effective-batch {batch}": batch % WORLD == 0
+        and batch // WORLD % micro != 0,
         f"--warmup-steps {config.warmup_steps} is more than --max-steps": config.warmup_steps > config.max_steps,
         f"--target-modules {config.target_modules!r} has an empty name": not all(map(str.strip, modules)),
     }
     if any(problems.values()):
         raise UserError("; ".join(p for p, is_so in problems.items() if is_so), "`train --help` tells what each takes")
+
+
+def note_other_gpus() -> None:
+    """One process takes one GPU, pinned before the libraries are imported; says how to take them all."""
+    if WORLD == 1 and torch.cuda.is_available():
+        listed = subprocess.run("nvidia-smi -L", shell=True, capture_output=True, text=True).stdout.splitlines()
+        if (number := len(listed)) > 1:
+            which, script = os.environ["CUDA_VISIBLE_DEVICES"], shlex.join(sys.argv)
+            say(f"note: of {number} GPUs {which} is used; all: torchrun --nproc-per-node {number} {script}")
 
 
 def is_hub_name(name: str) -> bool:
@@ -1126,6 +1199,7 @@ class Loaded:
         """By Unsloth; with `adapter`, the base it was trained on with the adapter on top."""
         check_gpu(config)
         check_model(config)
+        shared()  # several processes: each takes a GPU of its own
         if config.gpu_memory_gib and torch.cuda.is_available():
             total = torch.cuda.get_device_properties(0).total_memory / GIB
             torch.cuda.set_per_process_memory_fraction(min(1.0, config.gpu_memory_gib / total))
@@ -1197,6 +1271,12 @@ class Loaded:
         tuned = self.generate(questions, config)
         return [{"question": q, "base": b, "tuned": t} for q, b, t in zip(questions, base, tuned, strict=True)]
 
+    def answer_spread(self, questions: Sequence[str], config: GenerationConfig) -> list[Answer]:
+        """Both answers to each, by all the processes there are."""
+        mine = range(RANK, len(questions), WORLD)
+        pairs = self.answer_both([questions[i] for i in mine], config)
+        return [pair for _, pair in sorted(gathered(list(zip(mine, pairs, strict=True))), key=lambda found: found[0])]
+
     def token_losses(self, ids: Sequence[int], start: int) -> Any:
         """Loss of each token from `start` on, in nats: one dimension."""
         tokens = torch.tensor([ids], device=self.model.device)
@@ -1210,21 +1290,23 @@ class Loaded:
         self.model.eval()
         leads = [prompts.build_lead(row["question"], row["thought"], self.lang) for row in rows]
         leads = self.tokenizer(leads)["input_ids"]
-        found: dict[str, list[float]] = {"loss": [], "answer_loss": [], "relevance": []}
-        for row, lead, other in zip(rows, leads, [*leads[1:], leads[0]], strict=True):
+        found: list[tuple[int, float, float, float]] = []
+        for number, (row, lead, other) in enumerate(zip(rows, leads, [*leads[1:], leads[0]], strict=True)):
+            if number % WORLD != RANK:
+                continue
             own = self.token_losses(row["input_ids"], row["prompt_tokens"])
             answer = float(own[len(lead) - row["prompt_tokens"] :].mean())
             elsewhere = float(self.token_losses(other + row["input_ids"][len(lead) :], len(other)).mean())
-            for name, value in zip(found, (float(own.mean()), answer, elsewhere - answer), strict=True):
-                found[name].append(value)
-        return found
+            found.append((number, float(own.mean()), answer, elsewhere - answer))
+        _, *values = zip(*sorted(gathered(found)), strict=True)
+        return dict(zip(("loss", "answer_loss", "relevance"), map(list, values), strict=True))
 
     def evaluate(self, rows: Any, answers: int, config: GenerationConfig) -> dict[str, Any]:
         """Base against tuned: losses on all `rows`, and what can be counted in answers to the first `answers`."""
         tuned = self.losses(rows)
         with self.model.disable_adapter():
             base = self.losses(rows)
-        pairs = self.answer_both(rows["question"][:answers], config) if answers else []
+        pairs = self.answer_spread(rows["question"][:answers], config)
         references = rows["answer"][: len(pairs)]
         if pairs and all(len(reference.split()) <= SHORT_ANSWER for reference in references):
             for side, found in (("base", base), ("tuned", tuned)):
@@ -1234,7 +1316,7 @@ class Loaded:
 
     def grade(self, choices: Sequence[tuple[str, str]], config: GenerationConfig) -> dict[str, Any]:
         """Base against tuned on questions with a right letter each; a thought that was not closed has no answer."""
-        pairs = self.answer_both([question for question, _ in choices], config)
+        pairs = self.answer_spread([question for question, _ in choices], config)
         right = [
             [float(prompts.chosen(pair[side]["answer"]) == key) for pair, (_, key) in zip(pairs, choices, strict=True)]
             for side in ("base", "tuned")
@@ -1340,18 +1422,21 @@ def training_log(
             step, now = state.global_step, time.monotonic()
             if step == self.first_step:  # it holds compilation and warm-up, so it is left out of the pace
                 self.first_step_done = now
-            elif sys.stderr.isatty():
+            elif sys.stderr.isatty() and not RANK:
                 print(self.progress(state), end="\r", file=sys.stderr, flush=True)
-            control.should_training_stop |= bool(stop) or now - STARTED > (config.max_time or math.inf)
             is_due = now - self.saved > CHECKPOINT_SECONDS or (config.save_steps and step % config.save_steps == 0)
-            control.should_save = bool(is_due or control.should_training_stop)
+            signalled, late, due = anywhere(bool(stop), now - STARTED > (config.max_time or math.inf), bool(is_due))
+            stop.extend([signal.SIGTERM] if signalled and not stop else [])  # another process got it
+            control.should_training_stop |= signalled or late
+            control.should_save = due or control.should_training_stop
             control.should_log |= control.should_save  # the last loss, and none is lost to an interruption
-            if config.sample_every and step % config.sample_every == 0:
+            if config.sample_every and step % config.sample_every == 0 and not RANK:
                 for sample in ask():
                     self.write({"step": step, "sample": sample})
                     say(f"step {step:05d}/{state.max_steps:05d}  {prompts.how_it_ended(sample)}: {sample['answer']}")
 
         def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+            shared()  # all have written their part
             run.keep_checkpoint(state.global_step, config.keep_checkpoints)
             self.saved = time.monotonic()
 
@@ -1364,6 +1449,7 @@ def training_log(
             else:
                 say(f"step {state.global_step:05d}/{state.max_steps:05d}  held-out loss {logs['eval_loss']:.4f}")
 
+        @by_the_first
         def write(self, line: dict[str, Any]) -> None:
             with (run / "metrics.jsonl").open("a") as metrics:
                 metrics.write(json.dumps(line) + "\n")
@@ -1429,7 +1515,7 @@ def make_trainer(
         eval_strategy="steps" if config.eval_rows else "no", eval_on_start=config.eval_rows > 0 and not run.checkpoints,
         per_device_eval_batch_size=1, prediction_loss_only=True,  # what trains in the memory there is also evaluates
         pad_to_multiple_of=64 if torch.cuda.is_available() else None,  # odd sizes take slower kernels: 4% of a step
-        logging_nan_inf_filter=False,
+        logging_nan_inf_filter=False, use_cpu=not torch.cuda.is_available(), ddp_find_unused_parameters=False,
     )  # fmt: skip
     trainer = watchful_trainer(rows.used["question"][:])(
         model=loaded.model, processing_class=loaded.tokenizer, args=arguments,
@@ -1444,10 +1530,12 @@ def make_trainer(
 def step_ends_first() -> Iterator[list[int]]:
     """The first Ctrl-C or SIGTERM is only noted, in the list; a second one leaves at once."""
     stop: list[int] = []
+    noted: list[float] = []
 
     def note(number: int, frame: Any) -> None:
-        if stop:
+        if stop and time.monotonic() - noted[-1] > 1:  # torchrun repeats the one from the terminal
             raise Interrupted(number)
+        noted.append(time.monotonic())
         stop.append(number)
         os.write(2, b"\nstops after this step, with a checkpoint; once more to leave at once\n")
 
@@ -1464,7 +1552,8 @@ def train_in_memory(
 ) -> None:
     """Trains from the newest checkpoint, if any. Out of memory, goes on from the last good step with half the rows at
     once, which changes no loss."""
-    remove(run.unfinished_checkpoint)
+    by_the_first(remove)(run.unfinished_checkpoint)
+    shared()
     if run.checkpoints:
         run.rewind(done := step_of(run.checkpoints[-1]))
         if done == config.max_steps:
@@ -1479,7 +1568,7 @@ def train_in_memory(
                 trainer.train(resume_from_checkpoint=str(run.checkpoints[-1]) if run.checkpoints else None)
                 break
             except torch.OutOfMemoryError:
-                if plan["micro_batch"] == 1:
+                if plan["micro_batch"] == 1 or WORLD > 1:  # the others would wait for this one
                     raise
             finally:
                 loaded.in_training = False
@@ -1490,7 +1579,7 @@ def train_in_memory(
             del trainer, log
             gc.collect()
             torch.cuda.empty_cache()
-    remove(run.unfinished_checkpoint)
+    by_the_first(remove)(run.unfinished_checkpoint)
     if stop:
         raise Interrupted(stop[0])
     if (step := trainer.state.global_step) < config.max_steps:
@@ -1808,10 +1897,23 @@ def friendly_errors() -> Iterator[None]:
         say("interrupted")
         raise typer.Exit(getattr(error, "code", 130)) from None
     except Exception as error:
+        if not fails_first():
+            raise typer.Exit(1) from None
         if (next_step := advice(error)) is None:
             raise
-        say(f"error: {error}", f"next:  {next_step}")
+        tell(f"error: {error}", f"next:  {next_step}")
         raise typer.Exit(1) from None
+
+
+def fails_first() -> bool:
+    """Whether none of torchrun's other processes on this machine has failed: the first error is the cause of theirs."""
+    if WORLD == 1:
+        return True
+    agent = psutil.Process(os.getppid())
+    with contextlib.suppress(FileExistsError):
+        Path(tempfile.gettempdir(), f"finetune_r1-{agent.pid}-{agent.create_time():.0f}.failed").touch(exist_ok=False)
+        return True
+    return False
 
 
 def interrupt(number: int, frame: Any) -> None:
@@ -1824,7 +1926,8 @@ def prepare_environment() -> None:
     load_dotenv()
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it misses a CPU kernel that nothing here needs
     os.environ.pop("HF_HUB_ENABLE_HF_TRANSFER", None)  # Unsloth sets it, huggingface_hub warns of it in a child
-    wanted = {"CUDA_VISIBLE_DEVICES": "0", "UNSLOTH_DISABLE_STATISTICS": "1", "MPLBACKEND": "Agg"}
+    wanted = {} if WORLD > 1 else {"CUDA_VISIBLE_DEVICES": "0"}
+    wanted |= {"UNSLOTH_DISABLE_STATISTICS": "1", "MPLBACKEND": "Agg"}
     for name, value in (wanted | {"UNSLOTH_DECODE_CUDA_GRAPHS": "1"}).items():
         os.environ.setdefault(name, value)
 
@@ -1834,6 +1937,9 @@ def as_parameter(entry: dataclasses.Field[Any]) -> inspect.Parameter:
     limits = {key: value for key, value in entry.metadata.items() if key != "flags"}
     annotation: Any = Annotated[entry.type, typer.Option(*entry.metadata["flags"], **limits)]
     return inspect.Parameter(entry.name, inspect.Parameter.KEYWORD_ONLY, default=entry.default, annotation=annotation)
+
+
+SPREAD = {"train", "eval_", "infer"}  # what several processes can share
 
 
 def command(function: Callable[..., dict[str, Any] | None]) -> Callable[..., dict[str, Any] | None]:
@@ -1855,11 +1961,15 @@ def command(function: Callable[..., dict[str, Any] | None]) -> Callable[..., dic
             values["config"] = config(**{entry.name: values.pop(entry.name) for entry in entries})
         if "as_json" in signature.parameters:
             values["as_json"] = as_json
-        with friendly_errors(), contextlib.redirect_stdout(sys.stderr):
+        with Path(os.devnull).open("w") as nowhere, friendly_errors(), redirect_stdout(nowhere if RANK else sys.stderr):
+            if WORLD > 1 and function.__name__ not in SPREAD:
+                raise UserError("torchrun is for `train`, `eval` and `infer --file`.", "the same without it")
             prepare_environment()
             if (value := function(**values)) is not None:
                 as_yaml = functools.partial(yaml.safe_dump, sort_keys=False, allow_unicode=True, width=1e6)
                 result((json.dumps(value, ensure_ascii=False) if as_json else as_yaml(value)).rstrip())
+            if WORLD > 1:
+                processes().destroy_process_group()
 
     parameters.append(context)
     run.__doc__, run.__annotations__ = function.__doc__, {p.name: p.annotation for p in parameters}
@@ -2011,22 +2121,29 @@ def train(
     run: Annotated[Path | None, typer.Argument(help="With --resume: this run; default: the newest unfinished.")] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on from a run's last checkpoint.")] = False,
     run_dir: RunDirOption = None,
-) -> dict[str, Any]:
+) -> dict[str, Any] | None:
     """Fine-tune with LoRA, save the adapter, and answer the same question before and after."""
     if run and not resume:
         raise UserError(f"what is {run}?", f"`train --resume {run}` goes on with it, --run-dir makes a new one")
     with contextlib.suppress(httpx.HTTPError, UserError):  # said now rather than after a long training
         if (secret := hub_token()) and not hub_account(secret)["can_push"]:
             say(f"note: the token from {secret.source} can read, not write: `push` will need another")
-    old = resumable(run) if resume else None
+    old = shared(resumable(run) if resume and not RANK else None)
     if old:
         config = resumed_config(old, config, given)
     elif any(left.is_of(config) for left in Run.unfinished()):
         say("note: the same training was begun before and not finished; `train --resume` goes on with it")
     new = run_dir or RUNS / f"{time.strftime('%Y%m%d-%H%M%S')}-r{config.lora_r}-s{config.max_steps}"
-    here = old if old and old.record["status"] != "finished" else Run(new)
+    here = shared(old if old and old.record["status"] != "finished" else Run(new))
     train_run(config, here, old)
-    return {"run": str(here), **{name: here.record[name] for name in ("rows", "losses", "seconds", "peak_memory_gib")}}
+    return (
+        None
+        if RANK
+        else {
+            "run": str(here),
+            **{name: here.record[name] for name in ("rows", "losses", "seconds", "peak_memory_gib")},
+        }
+    )
 
 
 def resumable(folder: Path | None) -> Run:
@@ -2064,23 +2181,29 @@ def train_run(config: TrainConfig, run: Run, old: Run | None = None) -> tuple[Lo
     if run is not old:
         run.check_new()
     import_unsloth()
-    rows = prepare_rows(records, transformers.AutoTokenizer.from_pretrained(config.model), config)
+    with processes().main_process_first() if WORLD > 1 else contextlib.nullcontext():  # the others read its cache
+        rows = prepare_rows(records, transformers.AutoTokenizer.from_pretrained(config.model), config)
     announce(config=dataclasses.asdict(config), rows=rows.account(), run={"folder": str(run)})
+    note_other_gpus()
     with run.recorded(config, old):
         template = hashlib.sha256(prompts.TEMPLATES[config.lang].encode()).hexdigest()
         run.update_equal(prompt_hash=template, dataset_fingerprint=rows.fingerprint)
         run.update(rows=rows.account())
-        tracked = start_tracking(config, run)
+        tracked = not RANK and start_tracking(config, run)
         started = time.perf_counter()
         loaded = Loaded.for_use(config, lang=config.lang)
         seconds = {"load": time.perf_counter() - started}
-        plan = make_plan(rows.used["tokens"][:], config, loaded.memory(config))
+        plan = shared(make_plan(rows.used["tokens"][:], config, loaded.memory(config)))
         announce(plan=plan)
         run.update_equal(model_revision=getattr(loaded.model.config, "_commit_hash", None))
         run.update(device=device_name(), plan=plan)
         loaded.add_adapter(config, plan["kept_layers"])
-        check_room({run.folder: loaded.checkpoint_size(config) * (config.keep_checkpoints + 2)}, "--run-dir elsewhere")
+        by_the_first(check_room)(
+            {run.folder: loaded.checkpoint_size(config) * (config.keep_checkpoints + 2)}, "--run-dir elsewhere"
+        )
         train_in_memory(loaded, rows, config, plan, run, tracked)
+        if RANK:
+            return loaded, rows.held_out
         loaded.save_adapter(config, run)
         run.trained({**seconds, "train": time.perf_counter() - started - seconds["load"]})
         samples = loaded.answer_both([prompts.BEFORE_AFTER[config.lang]], config)
@@ -2172,20 +2295,19 @@ def answer_file(
     more = [{"reference": row[columns.response_col]} if columns.response_col in row else {} for row in rows]
     kept = output.with_name(f".{output.name}.{identity}.partial")
     kept.parent.mkdir(parents=True, exist_ok=True)
-    with only_one(kept.with_suffix(".lock"), f"--output {output}"):
-        lines = whole_lines(kept)
-        write_jsonl(kept, lines)
-        answers: dict[int, Any] = {line.pop("row"): line for line in lines}
-        for batch in batches(questions):
-            if not set(batch) <= answers.keys():
-                written = zip(batch, ask([questions[i] for i in batch]), strict=True)
-                answers |= (new := {i: {**answer, **more[i]} for i, answer in written})
-                with kept.open("a", encoding="utf-8") as file:
-                    file.writelines(json.dumps({"row": i, **answer}) + "\n" for i, answer in new.items())
-                say(f"answered {len(answers)} of {len(questions)}")
-        write_jsonl(output, [answers[i] for i in range(len(questions))])
-        remove(kept)
-    remove(kept.with_suffix(".lock"))
+    with only_one(kept.with_suffix(f".lock{RANK}"), f"--output {output}"):
+        answers: dict[int, Any] = {line.pop("row"): line for line in shared(whole_lines(kept))}
+        write = by_the_first(write_jsonl)
+        work = [batch for batch in batches(questions) if not set(batch) <= answers.keys()]
+        for start in range(0, len(work), WORLD):
+            mine = work[start + RANK] if start + RANK < len(work) else []
+            written = zip(mine, ask([questions[i] for i in mine]), strict=True)
+            answers |= dict(gathered([(i, {**answer, **more[i]}) for i, answer in written]))
+            write(kept, [{"row": i, **answer} for i, answer in answers.items()])
+            say(f"answered {len(answers)} of {len(questions)}")
+        write(output, [answers[i] for i in range(len(questions))])
+    for file in (kept, kept.with_suffix(f".lock{RANK}")):
+        remove(file)
     return {"answers": len(answers), "written": str(output)}
 
 
