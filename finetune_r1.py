@@ -601,6 +601,11 @@ class Run:
         return sorted((self / "checkpoints").glob("checkpoint-*"), key=step_of)
 
     @property
+    def last_step(self) -> int:
+        """Of the newest checkpoint; 0 if there is none."""
+        return step_of(self.checkpoints[-1]) if self.checkpoints else 0
+
+    @property
     def unfinished_checkpoint(self) -> Path:
         """Where the next one is written, as a folder in this one."""
         return self / "checkpoints" / ".unfinished"
@@ -669,8 +674,8 @@ class Run:
             record: dict[str, Any] = self.record if goes_on else {"started": time.strftime(TIME)}
             if old and not goes_on:
                 record |= self.begin_as(old)
-            if old and old.checkpoints:
-                record["resumed_at"] = [*record.get("resumed_at", ()), step_of(old.checkpoints[-1])]
+            if old and old.last_step:
+                record["resumed_at"] = [*record.get("resumed_at", ()), old.last_step]
             write_json(self / "config.json", dataclasses.asdict(config))
             start = {"status": "running", "command": [Path(sys.argv[0]).name, *sys.argv[1:]], "versions": versions()}
             write_json(self / "run.json", {**record, **start, "git_revision": git_revision()})
@@ -682,8 +687,8 @@ class Run:
                 self.update(error=f"{type(error).__name__}: {error}")
                 if "wandb" in sys.modules:  # at exit it would print to stdout
                     wandb.finish(exit_code=1)
-                if self.checkpoints:
-                    say(f"{self} is kept up to step {step_of(self.checkpoints[-1])}: `train --resume {self}` goes on")
+                if self.last_step:
+                    say(f"{self} is kept up to step {self.last_step}: `train --resume {self}` goes on")
                 raise
             finally:
                 self.update(status=status, ended=time.strftime(TIME))
@@ -1192,7 +1197,7 @@ class Loaded:
 
     def __init__(self, model: Any, tokenizer: Any, lang: Lang = "en"):
         self.model, self.tokenizer, self.lang = model, tokenizer, lang
-        self.in_training = False
+        self.in_training = False  # then Unsloth goes to inference and back by itself
 
     @classmethod
     def for_use(cls, config: ModelConfig, adapter: Path | None = None, lang: Lang = "en") -> Self:
@@ -1229,7 +1234,7 @@ class Loaded:
         for question in questions:
             if marker := prompts.find_marker(question, special_tokens(self.tokenizer)):
                 raise UserError(f"a question holds {marker}, which means something else to the model.", "leave it out")
-        if not self.in_training:  # there, Unsloth goes to and fro by itself
+        if not self.in_training:
             import_unsloth().for_inference(self.model)
         answers: dict[int, Answer] = {}
         for batch in batches(questions):
@@ -1374,6 +1379,14 @@ class Loaded:
         token = (3 * shape.intermediate_size + 3.3 * shape.hidden_size) * (2 if torch.cuda.is_available() else 4)
         return Memory(memory_limit(config), held, shape.num_hidden_layers, token, torch.cuda.is_available())
 
+    @contextlib.contextmanager
+    def training(self) -> Iterator[None]:
+        self.in_training = True
+        try:
+            yield
+        finally:
+            self.in_training = False
+
     def add_adapter(self, config: TrainConfig, kept_layers: int = 0) -> None:
         """Wraps the model with an untrained adapter, which changes nothing until it is trained; all layers but
         `kept_layers` compute their activations again."""
@@ -1498,7 +1511,7 @@ def watchful_trainer(questions: Sequence[str]) -> Any:
 
 
 def make_trainer(
-    loaded: Loaded, rows: Rows, config: TrainConfig, plan: dict[str, Any], run: Run, tracked: bool, log: Any
+    loaded: Loaded, rows: Rows, config: TrainConfig, plan: dict[str, Any], run: Run, tracked: bool, stop: list[int]
 ) -> Any:
     """Rows go in tokenized, so that what was accounted for is what is trained on: nothing is cut behind our back."""
     used, held_out = (table.select_columns(["input_ids", "completion_mask"]) for table in (rows.used, rows.held_out))
@@ -1522,7 +1535,8 @@ def make_trainer(
         train_dataset=used, eval_dataset=held_out if config.eval_rows else None,
     )  # fmt: skip
     trainer.remove_callback(transformers.PrinterCallback)
-    trainer.add_callback(log)
+    ask = functools.partial(loaded.generate, [prompts.BEFORE_AFTER[config.lang]], config)
+    trainer.add_callback(training_log(run, config, plan["tokens_per_step"], stop, ask))
     return trainer
 
 
@@ -1530,12 +1544,13 @@ def make_trainer(
 def step_ends_first() -> Iterator[list[int]]:
     """The first Ctrl-C or SIGTERM is only noted, in the list; a second one leaves at once."""
     stop: list[int] = []
-    noted: list[float] = []
+    noted = math.inf
 
     def note(number: int, frame: Any) -> None:
-        if stop and time.monotonic() - noted[-1] > 1:  # torchrun repeats the one from the terminal
+        nonlocal noted
+        if stop and (WORLD == 1 or time.monotonic() - noted > 1):  # torchrun repeats the one from the terminal
             raise Interrupted(number)
-        noted.append(time.monotonic())
+        noted = time.monotonic()
         stop.append(number)
         os.write(2, b"\nstops after this step, with a checkpoint; once more to leave at once\n")
 
@@ -1553,30 +1568,25 @@ def train_in_memory(
     """Trains from the newest checkpoint, if any. Out of memory, goes on from the last good step with half the rows at
     once, which changes no loss."""
     by_the_first(remove)(run.unfinished_checkpoint)
-    shared()
-    if run.checkpoints:
-        run.rewind(done := step_of(run.checkpoints[-1]))
-        if done == config.max_steps:
-            return loaded.load_adapter(run.checkpoints[-1])
+    if run.last_step:
+        run.rewind(run.last_step)
+    if run.last_step == config.max_steps:
+        return loaded.load_adapter(run.checkpoints[-1])
     with step_ends_first() as stop:
         while True:
-            ask = functools.partial(loaded.generate, [prompts.BEFORE_AFTER[config.lang]], config)
-            log = training_log(run, config, plan["tokens_per_step"], stop, ask)
-            trainer = make_trainer(loaded, rows, config, plan, run, tracked, log)
+            trainer = make_trainer(loaded, rows, config, plan, run, tracked, stop)
             try:
-                loaded.in_training = True
-                trainer.train(resume_from_checkpoint=str(run.checkpoints[-1]) if run.checkpoints else None)
+                with loaded.training():
+                    trainer.train(resume_from_checkpoint=str(run.checkpoints[-1]) if run.checkpoints else None)
                 break
             except torch.OutOfMemoryError:
                 if plan["micro_batch"] == 1 or WORLD > 1:  # the others would wait for this one
                     raise
-            finally:
-                loaded.in_training = False
-            plan = smaller_plan(plan, trainer.state.global_step, run)
-            if (step := trainer.state.global_step) and (not run.checkpoints or step_of(run.checkpoints[-1]) < step):
+            plan = smaller_plan(plan, step := trainer.state.global_step, run)
+            if step > run.last_step:
                 trainer._save_checkpoint(trainer.model, None)
                 run.keep_checkpoint(step, config.keep_checkpoints)
-            del trainer, log
+            del trainer
             gc.collect()
             torch.cuda.empty_cache()
     by_the_first(remove)(run.unfinished_checkpoint)
@@ -1954,9 +1964,9 @@ def command(function: Callable[..., dict[str, Any] | None]) -> Callable[..., dic
     context = inspect.Parameter("context", inspect.Parameter.KEYWORD_ONLY, annotation=typer.Context)
 
     def run(context: typer.Context, as_json: bool, **values: Any) -> None:
+        given = {name for name in values if str(context.get_parameter_source(name)).endswith("COMMANDLINE")}
         if "given" in signature.parameters:
-            sources = {name: context.get_parameter_source(name) for name in values}
-            values["given"] = {name for name, source in sources.items() if source and source.name == "COMMANDLINE"}
+            values["given"] = given
         if config:
             values["config"] = config(**{entry.name: values.pop(entry.name) for entry in entries})
         if "as_json" in signature.parameters:
@@ -2121,13 +2131,11 @@ def train(
     run: Annotated[Path | None, typer.Argument(help="With --resume: this run; default: the newest unfinished.")] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on from a run's last checkpoint.")] = False,
     run_dir: RunDirOption = None,
-) -> dict[str, Any] | None:
+) -> dict[str, Any]:
     """Fine-tune with LoRA, save the adapter, and answer the same question before and after."""
     if run and not resume:
         raise UserError(f"what is {run}?", f"`train --resume {run}` goes on with it, --run-dir makes a new one")
-    with contextlib.suppress(httpx.HTTPError, UserError):  # said now rather than after a long training
-        if (secret := hub_token()) and not hub_account(secret)["can_push"]:
-            say(f"note: the token from {secret.source} can read, not write: `push` will need another")
+    note_read_only_token()
     old = shared(resumable(run) if resume and not RANK else None)
     if old:
         config = resumed_config(old, config, given)
@@ -2136,14 +2144,15 @@ def train(
     new = run_dir or RUNS / f"{time.strftime('%Y%m%d-%H%M%S')}-r{config.lora_r}-s{config.max_steps}"
     here = shared(old if old and old.record["status"] != "finished" else Run(new))
     train_run(config, here, old)
-    return (
-        None
-        if RANK
-        else {
-            "run": str(here),
-            **{name: here.record[name] for name in ("rows", "losses", "seconds", "peak_memory_gib")},
-        }
-    )
+    told = {} if RANK else here.record
+    return {"run": str(here)} | {name: told.get(name) for name in ("rows", "losses", "seconds", "peak_memory_gib")}
+
+
+def note_read_only_token() -> None:
+    """Said now rather than after a long training."""
+    with contextlib.suppress(httpx.HTTPError, UserError):
+        if (secret := hub_token()) and not hub_account(secret)["can_push"]:
+            say(f"note: the token from {secret.source} can read, not write: `push` will need another")
 
 
 def resumable(folder: Path | None) -> Run:
@@ -2157,13 +2166,15 @@ def resumable(folder: Path | None) -> Run:
 
 def resumed_config(old: Run, config: TrainConfig, given: set[str]) -> TrainConfig:
     """The run's own settings, with those of the options `given` that may change; raises for the others."""
-    settings, done = old.config, step_of(old.checkpoints[-1]) if old.checkpoints else 0
+    settings, done = old.config, old.last_step
     values = {field.name: getattr(config, field.name) for field in dataclasses.fields(config) if field.name in given}
     changed = {name: value for name, value in values.items() if value != getattr(settings, name)}
     if fixed := sorted(changed.keys() - RESUME_MAY_CHANGE):
         told = ", ".join(f"--{n.replace('_', '-')} was {getattr(settings, n)}, now {changed[n]}" for n in fixed)
         raise UserError(f"--resume {old} would be another training: {told}.", "leave it out, or `train` anew")
     config = dataclasses.replace(settings, **changed)
+    if not done and old.record["status"] == "finished":
+        raise UserError(f"--resume {old}: no checkpoint is left in it.", "`train` anew")
     if config.max_steps < done or (config.max_steps == done and old.record["status"] == "finished"):
         raise UserError(f"--max-steps {config.max_steps}: {old} has {done} steps done.", "name more, or `train` anew")
     if "max_steps" in changed and config.lr_scheduler_type in ("linear", "cosine"):
@@ -2189,30 +2200,35 @@ def train_run(config: TrainConfig, run: Run, old: Run | None = None) -> tuple[Lo
         template = hashlib.sha256(prompts.TEMPLATES[config.lang].encode()).hexdigest()
         run.update_equal(prompt_hash=template, dataset_fingerprint=rows.fingerprint)
         run.update(rows=rows.account())
-        tracked = not RANK and start_tracking(config, run)
-        started = time.perf_counter()
-        loaded = Loaded.for_use(config, lang=config.lang)
-        seconds = {"load": time.perf_counter() - started}
-        plan = shared(make_plan(rows.used["tokens"][:], config, loaded.memory(config)))
-        announce(plan=plan)
-        run.update_equal(model_revision=getattr(loaded.model.config, "_commit_hash", None))
-        run.update(device=device_name(), plan=plan)
-        loaded.add_adapter(config, plan["kept_layers"])
-        by_the_first(check_room)(
-            {run.folder: loaded.checkpoint_size(config) * (config.keep_checkpoints + 2)}, "--run-dir elsewhere"
-        )
-        train_in_memory(loaded, rows, config, plan, run, tracked)
-        if RANK:
-            return loaded, rows.held_out
-        loaded.save_adapter(config, run)
-        run.trained({**seconds, "train": time.perf_counter() - started - seconds["load"]})
-        samples = loaded.answer_both([prompts.BEFORE_AFTER[config.lang]], config)
-        write_jsonl(run / "samples.jsonl", samples)
-        write_card(run)
-        if tracked:
-            finish_tracking(samples)
-    show_pair(samples[0], say)
+        loaded, samples = train_on(rows, config, run)
+    for pair in samples:
+        show_pair(pair, say)
     return loaded, rows.held_out
+
+
+def train_on(rows: Rows, config: TrainConfig, run: Run) -> tuple[Loaded, list[Answer]]:
+    """From loading the base to the card; the model with its adapter, and what it answers before and after."""
+    tracked = not RANK and start_tracking(config, run)
+    started = time.perf_counter()
+    loaded = Loaded.for_use(config, lang=config.lang)
+    seconds = {"load": time.perf_counter() - started}
+    plan = shared(make_plan(rows.used["tokens"][:], config, loaded.memory(config)))
+    announce(plan=plan)
+    run.update_equal(model_revision=getattr(loaded.model.config, "_commit_hash", None))
+    run.update(device=device_name(), plan=plan)
+    loaded.add_adapter(config, plan["kept_layers"])
+    room = {run.folder: loaded.checkpoint_size(config) * (config.keep_checkpoints + 2)}
+    by_the_first(check_room)(room, "name a --run-dir on another disk")
+    train_in_memory(loaded, rows, config, plan, run, tracked)
+    if RANK:
+        return loaded, []
+    loaded.save_adapter(config, run)
+    run.trained({**seconds, "train": time.perf_counter() - started - seconds["load"]})
+    write_jsonl(run / "samples.jsonl", samples := loaded.answer_both([prompts.BEFORE_AFTER[config.lang]], config))
+    write_card(run)
+    if tracked:
+        finish_tracking(samples)
+    return loaded, samples
 
 
 def announce(**header: dict[str, Any]) -> None:

@@ -92,7 +92,7 @@ def test_the_loss_is_taken_where_it_is_asked_and_on_eos_but_never_on_padding(con
     loaded = Loaded.for_use(config)
     rows = finetune_r1.prepare_rows(finetune_r1.read_dataset(config), loaded.tokenizer, config)
     loaded.add_adapter(config)
-    trainer = finetune_r1.make_trainer(loaded, rows, config, {**PLAN, "micro_batch": 4}, Run(tmp_path), False, None)
+    trainer = finetune_r1.make_trainer(loaded, rows, config, {**PLAN, "micro_batch": 4}, Run(tmp_path), False, [])
     batch = next(iter(trainer.get_train_dataloader()))
     by_ids = {tuple(row["input_ids"]): row for row in rows.used}
     for ids, labels, mask in zip(batch["input_ids"], batch["labels"], batch["attention_mask"], strict=True):
