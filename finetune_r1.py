@@ -672,6 +672,8 @@ class Run:
             self.check_new()
         with self.locked():
             record: dict[str, Any] = self.record if goes_on else {"started": time.strftime(TIME)}
+            for name in ("error", "ended"):
+                record.pop(name, None)
             if old and not goes_on:
                 record |= self.begin_as(old)
             if old and old.last_step:
@@ -684,11 +686,12 @@ class Run:
                 yield
             except BaseException as error:
                 status = "interrupted" if isinstance(error, KeyboardInterrupt) else "failed"
+                if self.last_step:
+                    say(f"{self} is kept up to step {self.last_step}: `train --resume {self}` goes on")
+                remove(self.unfinished_checkpoint)  # on a full disk, room for what is to be noted
                 self.update(error=f"{type(error).__name__}: {error}")
                 if "wandb" in sys.modules:  # at exit it would print to stdout
                     wandb.finish(exit_code=1)
-                if self.last_step:
-                    say(f"{self} is kept up to step {self.last_step}: `train --resume {self}` goes on")
                 raise
             finally:
                 self.update(status=status, ended=time.strftime(TIME))
@@ -1881,6 +1884,8 @@ ADVICE = {
 KIND_BY_WORDS = {
     "PytorchStreamReader": "UnpicklingError",
     "PytorchStreamWriter": "OSError",
+    "unexpected pos": "OSError",  # torch.save's on a full disk
+    "(os error ": "OSError",  # tokenizers' own
     "trust_remote_code": "CodeNotRun",
 }
 
