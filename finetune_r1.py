@@ -1879,13 +1879,12 @@ ADVICE = {
     "PermissionError": "choose a folder that you may write to",
     "SafetensorError": "the disk is full (`doctor` tells), or a .safetensors file is damaged: save it anew",
     "OSError": "check the path, and free disk with `doctor`",
+    "DiskFull": "the disk is full: make room (`doctor` tells how much there is), or name a folder on another one",
     "CodeNotRun": "take another --model: the code that comes with this one is not run",
 }
 KIND_BY_WORDS = {
     "PytorchStreamReader": "UnpicklingError",
-    "PytorchStreamWriter": "OSError",
-    "unexpected pos": "OSError",  # torch.save's on a full disk
-    "(os error ": "OSError",  # tokenizers' own
+    **dict.fromkeys(("No space left", "File too large", "unexpected pos", "PytorchStreamWriter"), "DiskFull"),
     "trust_remote_code": "CodeNotRun",
 }
 
@@ -1897,7 +1896,7 @@ def advice(error: BaseException | None) -> str | None:
     in_text = re.search(r"HTTP status \w+ error \((\d+)", str(error))  # hf_xet raises a bare ConnectionError
     status = in_text[1] if in_text else str(getattr(getattr(error, "response", None), "status_code", None))
     kinds = [kind.__name__ for kind in type(error).__mro__]
-    kinds += [kind for words, kind in KIND_BY_WORDS.items() if words in str(error)]
+    kinds = [kind for words, kind in KIND_BY_WORDS.items() if words in str(error)] + kinds
     general = next((i for i, kind in enumerate(kinds) if kind in ("HfHubHTTPError", "ConnectionError")), 0)
     kinds.insert(general, status)
     return next((ADVICE[kind] for kind in kinds if kind in ADVICE), None)
