@@ -78,14 +78,18 @@ def ended(pid: int, after: float | None = None, number: int = signal.SIGKILL) ->
     return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
 
 
-def torn(folder: Path) -> list[str]:
-    """Files with a name of their own that cannot be read to their end."""
+def torn(folder: Path, since: float = 0) -> list[str]:
+    """Files with a name of their own, written since then, that cannot be read to their end."""
     from PIL import Image
     from safetensors import safe_open
 
     broken = []
     for path in folder.rglob("*"):
-        if path.is_dir() or any(part.startswith(".") for part in path.relative_to(folder).parts):
+        if (
+            path.is_dir()
+            or path.stat().st_mtime < since
+            or any(part.startswith(".") for part in path.relative_to(folder).parts)
+        ):
             continue
         try:
             if path.suffix == ".json":
@@ -223,13 +227,13 @@ def soak(times: int, model: Path, scratch: Path, chance: random.Random) -> list[
     for number in range(times):
         arguments, number_sent = choose(), chance.choice([None] * 4 + [signal.SIGKILL, signal.SIGINT, signal.SIGTERM])
         moment = chance.uniform(0, 3) if number_sent else None
-        before = log.stat().st_size if log.exists() else 0
+        before, began = log.stat().st_size if log.exists() else 0, time.time() - 1
         code = ended(start(command(*arguments), log), moment, number_sent or signal.SIGKILL)
         said = log.read_text(errors="replace")[before:]
         codes[f"exit code {code}"] += 1
         if code not in (0, 1, 2, 130, 143, -9, -2, -15) or (code == 1 and "next:" not in said):
             lost.append(f"{arguments}: {code}\n{said[-3000:]}")
-        lost += torn(scratch / "runs")
+        lost += torn(scratch / "runs", since=began)
         options = arguments[len(base) :] if arguments[: len(base)] == base else arguments
         print(f"{number:4} {code:4} {number_sent and number_sent.name}", *options, flush=True)
     for run in Run.known():
