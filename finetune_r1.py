@@ -717,7 +717,12 @@ class Run:
                 steps, values = zip(*curves[name], strict=True) if curves[name] else ((), ())
                 [line] = axes.plot(steps, values, marker=".", alpha=0.4 if len(steps) > 9 else 1, label=label)
                 if len(steps) > 9:
-                    axes.plot(steps, smoothed(values), color=line.get_color(), label=f"{label}, smoothed")
+                    axes.plot(
+                        steps,
+                        pandas.Series(values).ewm(alpha=0.2).mean(),
+                        color=line.get_color(),
+                        label=f"{label}, smoothed",
+                    )
             axes.set(xlabel="step", ylabel="loss (nats per token)", title=self.folder.name)
             axes.legend()
 
@@ -791,15 +796,6 @@ def draw_measures(measures: dict[str, dict[str, float]], path: Path) -> None:
             panel.set_xticks(range(len(names)), [name.replace("_", "\n") for name in names])
             panel.set(ylabel=kind)
         axes[0].legend()
-
-
-def smoothed(values: Sequence[float], share: float = 0.8) -> list[float]:
-    """Exponential moving average, without its usual lean towards the first value."""
-    means, total, weight = [], 0.0, 0.0
-    for value in values:
-        total, weight = share * total + value, share * weight + 1
-        means.append(total / weight)
-    return means
 
 
 def step_of(checkpoint: Path) -> int:
@@ -1482,33 +1478,39 @@ def training_log(
 
 
 def watchful_trainer(questions: Sequence[str]) -> Any:
-    """TRL's SFTTrainer, which goes on where the loss is not a number; this one stops, and names the rows."""
+    """TRL's SFTTrainer, which goes on where the loss is no number; this one stops, and names step and rows. It looks
+    when a line is logged or a checkpoint due, as each look waits for the GPU."""
 
     class WatchfulTrainer(trl.SFTTrainer):  # type: ignore[misc, name-defined]
-        last: Any = None  # step, loss and tokens of a micro-batch
+        def __init__(self, **options: Any):
+            self.unseen: list[tuple[int, Any, Any]] = []  # step, loss and tokens of micro-batches
+            super().__init__(**options)
 
         def training_step(self, model: Any, inputs: Any, *rest: Any) -> Any:
-            self.check_last_loss()  # one late, when it is known, so that nothing waits for it
             loss = super().training_step(model, inputs, *rest)
-            self.last = self.state.global_step + 1, loss.detach(), inputs["input_ids"]
+            self.unseen.append((self.state.global_step + 1, loss.detach(), inputs["input_ids"]))
             return loss
 
+        def log(self, *arguments: Any, **options: Any) -> None:
+            self.check_losses()
+            super().log(*arguments, **options)
+
         def _save_checkpoint(self, *arguments: Any) -> None:
-            self.check_last_loss()
+            self.check_losses()
             trained = [weights for weights in self.model.parameters() if weights.requires_grad]
             if not torch.stack([weights.isfinite().all() for weights in trained]).all():
-                self.fail(self.state.global_step, "left weights that are no numbers")
+                way_out = "`train` with a smaller --learning-rate; the checkpoints before are kept"
+                raise UserError(f"step {self.state.global_step} left weights that are no numbers.", way_out)
             super()._save_checkpoint(*arguments)
 
-        def check_last_loss(self) -> None:
-            if self.last and not 0 < (loss := float(self.last[1])) < math.inf:
-                self.fail(self.last[0], f"had a loss of {loss}")
-
-        def fail(self, step: int, fault: str) -> None:
-            text = self.processing_class.decode(self.last[2].flatten())
-            rows = " | ".join(question[:80] for question in questions if question in text)
-            way_out = "look at the rows with `format`, or `train` with a smaller --learning-rate; checkpoints are kept"
-            raise UserError(f"step {step} {fault}; its last rows ask: {rows}", way_out)
+        def check_losses(self) -> None:
+            for step, loss, tokens in self.unseen:
+                if not 0 < float(loss) < math.inf:
+                    text = self.processing_class.decode(tokens.flatten())
+                    rows = " | ".join(question[:80] for question in questions if question in text)
+                    way_out = "look at the rows with `format`, or `train` with a smaller --learning-rate"
+                    raise UserError(f"step {step} had a loss of {float(loss)}; its rows ask: {rows}", way_out)
+            self.unseen.clear()
 
     return WatchfulTrainer
 

@@ -172,7 +172,7 @@ def test_a_loss_that_is_no_number_stops_the_run_names_step_and_rows_and_keeps_th
 
     monkeypatch.setattr(trl.SFTTrainer, "training_step", breaks)
     run = Run(tmp_path / "run")
-    with pytest.raises(UserError, match=r"step 5 had a loss of nan; its last rows ask: \w+"):
+    with pytest.raises(UserError, match=r"step 5 had a loss of nan; its rows ask: \w+"):
         finetune_r1.train_run(config, run)
     assert run.record["status"] == "failed" and finetune_r1.step_of(run.checkpoints[-1]) == 4
 
