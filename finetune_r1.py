@@ -620,8 +620,8 @@ class Run:
 
     @by_the_first
     def rewind(self, step: int) -> None:
-        """Takes from metrics.jsonl what came after a checkpoint."""
-        lines = whole_lines(self / "metrics.jsonl")
+        """Takes from metrics.jsonl what came after a checkpoint; all, for step 0."""
+        lines = whole_lines(self / "metrics.jsonl") if step else []
         write_jsonl(self / "metrics.jsonl", [line for line in lines if line["step"] <= step])
 
     @by_the_first
@@ -1573,8 +1573,7 @@ def train_in_memory(
     """Trains from the newest checkpoint, if any. Out of memory, goes on from the last good step with half the rows at
     once, which changes no loss."""
     by_the_first(remove)(run.unfinished_checkpoint)
-    if run.last_step:
-        run.rewind(run.last_step)
+    run.rewind(run.last_step)
     if run.last_step == config.max_steps:
         return loaded.load_adapter(run.checkpoints[-1])
     with step_ends_first() as stop:

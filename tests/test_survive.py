@@ -34,7 +34,9 @@ def undisturbed(config, tmp_path_factory):
 
 
 def losses(run):
-    return {line["step"]: line["loss"] for line in read_rows(run / "metrics.jsonl") if "loss" in line}
+    lines = [line for line in read_rows(run / "metrics.jsonl") if "loss" in line]
+    assert [line["step"] for line in lines] == list(range(1, len(lines) + 1)), "each step once"
+    return {line["step"]: line["loss"] for line in lines}
 
 
 def adapter(run):
