@@ -79,9 +79,7 @@ wandb, yaml, kaggle, colab = map(Lazy, ("wandb", "yaml", "kaggle_secrets", "goog
 PROJECT = Path(__file__).resolve().parent
 RUNS = Path("runs")
 STARTED = time.monotonic()
-RANK, WORLD = (
-    int(os.environ.get(name, default)) for name, default in (("RANK", "0"), ("WORLD_SIZE", "1"))
-)  # torchrun's
+RANK, WORLD = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))  # torchrun's
 DEMO_ROWS = PROJECT / "data" / "medical_sample.jsonl"
 DEMO_MODEL = "HuggingFaceTB/SmolLM2-135M-Instruct"
 PACKAGES = "unsloth unsloth_zoo torch transformers trl peft accelerate datasets bitsandbytes huggingface_hub wandb"
@@ -571,6 +569,7 @@ class Run:
             raise UserError(f"--run {self}: config.json is not of this version: {error}", way_out) from error
 
     def is_of(self, config: TrainConfig) -> bool:
+        """Whether it is the same training."""
         with contextlib.suppress(UserError):
             return self.config == config
         return False
@@ -581,9 +580,7 @@ class Run:
         try:
             return {"status": "unknown", "started": "", **read_json(self / "run.json")}
         except (TypeError, ValueError) as error:
-            raise UserError(
-                f"{self / 'run.json'} is damaged: {error}", "move its folder away, or name another"
-            ) from error
+            raise UserError(f"{self / 'run.json'} is damaged: {error}", "name another, or `train` anew") from error
 
     def locked(self) -> contextlib.AbstractContextManager[None]:
         self.folder.mkdir(parents=True, exist_ok=True)
@@ -717,12 +714,8 @@ class Run:
                 steps, values = zip(*curves[name], strict=True) if curves[name] else ((), ())
                 [line] = axes.plot(steps, values, marker=".", alpha=0.4 if len(steps) > 9 else 1, label=label)
                 if len(steps) > 9:
-                    axes.plot(
-                        steps,
-                        pandas.Series(values).ewm(alpha=0.2).mean(),
-                        color=line.get_color(),
-                        label=f"{label}, smoothed",
-                    )
+                    means, colour = pandas.Series(values).ewm(alpha=0.2).mean(), line.get_color()
+                    axes.plot(steps, means, color=colour, label=f"{label}, smoothed")
             axes.set(xlabel="step", ylabel="loss (nats per token)", title=self.folder.name)
             axes.legend()
 
@@ -1137,10 +1130,11 @@ def note_other_gpus() -> None:
         listed = subprocess.run("nvidia-smi -L", shell=True, capture_output=True, text=True).stdout.splitlines()
         if (number := len(listed)) > 1:
             which, script = os.environ["CUDA_VISIBLE_DEVICES"], shlex.join(sys.argv)
-            say(f"note: of {number} GPUs {which} is used; all: torchrun --nproc-per-node {number} {script}")
+            say(f"note: of {number} GPUs {which} is used; all: torchrun --nproc-per-node {number} -- {script}")
 
 
 def is_hub_name(name: str) -> bool:
+    """OWNER/NAME, and nothing that leads elsewhere."""
     with contextlib.suppress(hub_errors.HFValidationError):
         hub_utils.validate_repo_id(name)
         return "/" in name
@@ -1250,7 +1244,7 @@ class Loaded:
         greedy: dict[str, Any] = {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}
         sampling = {"do_sample": True, "temperature": config.temperature} if config.temperature else greedy
         started = time.perf_counter()
-        with torch.random.fork_rng():
+        with torch.random.fork_rng([torch.cuda.current_device()] if torch.cuda.is_available() else []):
             torch.manual_seed(config.seed)
             output = model.generate(
                 **batch, **sampling, streamer=streamer, use_cache=True, max_new_tokens=config.max_new_tokens,
@@ -1733,8 +1727,8 @@ def check_merge(base: Any, tuned: Any, merged: Any) -> dict[str, Any]:
 
 
 def quantize_weights(run: Run, out: Path) -> dict[str, Any]:
-    """A 4-bit (nf4) copy of the merged weights for plain transformers; raises if reading it back moves
-    the logits by more than half of what the 4 bits themselves did."""
+    """A 4-bit (nf4) copy of the merged weights for plain transformers; raises if reading it back moves the logits by
+    more than half of what the 4 bits themselves did."""
     merged, _ = run.weights("merged-16bit")
     check_room({out: weights_size(str(merged))[0] // 2}, "name a folder on another disk with --output")
     nf4 = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True}
