@@ -67,6 +67,21 @@ def cli(tmp_path):
     return run
 
 
+@pytest.fixture
+def told(unsloth, capfd, monkeypatch, tmp_path):
+    """The command line run in this process, which has the imports behind it: `told(["infer", "Why?"], cwd=folder)`."""
+    import finetune_r1
+
+    def run(arguments, cwd=tmp_path):
+        monkeypatch.chdir(cwd)
+        capfd.readouterr()
+        with pytest.raises(SystemExit) as end:
+            finetune_r1.app([str(argument) for argument in arguments], prog_name="finetune_r1.py")
+        return Done(end.value.code, *capfd.readouterr())
+
+    return run
+
+
 def pytest_collection_modifyitems(items):
     """Last those of the demo, as it takes minutes."""
     items.sort(key=lambda item: "demo" in item.fixturenames)

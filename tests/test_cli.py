@@ -5,10 +5,8 @@ import subprocess
 import sys
 
 import pytest
-from conftest import SAMPLE, SCRIPT, Done
+from conftest import SAMPLE, SCRIPT
 from servers.hub import HubServer
-
-import finetune_r1
 
 COMMANDS = ["login", "doctor", "load", "format", "train", "infer", "eval", "save", "push", "demo"]
 HEAVY = {"torch", "transformers", "unsloth", "trl", "peft", "datasets", "bitsandbytes", "wandb"}
@@ -53,20 +51,6 @@ def broken(tmp_path, tiny_r1):
     (tmp_path / "runs" / "old" / "run.json").write_text('{"status": "failed"}')
     (tmp_path / "runs" / "old" / "config.json").write_text('{"packing": true}')
     return {"tmp": tmp_path, "tiny": tiny_r1, "sample": SAMPLE}
-
-
-@pytest.fixture
-def told(unsloth, broken, capfd, monkeypatch):
-    """Runs the command line in this process, in the folder of `broken`."""
-    monkeypatch.chdir(broken["tmp"])
-
-    def run(arguments):
-        capfd.readouterr()
-        with pytest.raises(SystemExit) as end:
-            finetune_r1.app(arguments, prog_name="finetune_r1.py")
-        return Done(end.value.code, *capfd.readouterr())
-
-    return run
 
 
 TRAIN = ("train", "--model", "{tiny}", "--dataset", "{sample}")
@@ -179,7 +163,7 @@ MISTAKES = {
 def test_a_mistake_gets_a_message_and_the_next_step(told, broken, arguments, code, said):
     """`pytest -rP -k mistake` shows all the messages."""
     before = sorted(broken["tmp"].rglob("*"))
-    done = told([argument.format(**broken) for argument in arguments])
+    done = told([argument.format(**broken) for argument in arguments], cwd=broken["tmp"])
     print(done.err)
     assert done.code == code
     assert all(text in done.err for text in said)

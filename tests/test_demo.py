@@ -45,33 +45,33 @@ def test_the_card_has_the_hubs_metadata_and_names_no_folder_of_this_machine(demo
     assert "not a medical device" in text and str(demo[0]) not in text and "/cache/" not in text
 
 
-def test_infer_asks_the_newest_run_thought_on_stderr_answer_on_stdout(demo, cli):
-    done = cli("infer", "A child has a barking cough at night. What is it?", "--max-new-tokens", "160", cwd=demo[0])
+def test_infer_asks_the_newest_run_thought_on_stderr_answer_on_stdout(demo, told):
+    done = told(["infer", "A child has a barking cough at night. What is it?", "--max-new-tokens", 160], cwd=demo[0])
     assert done.code == 0, done.err
     assert "thought closed" in done.err and done.out.strip()
     assert "<|im_end|>" not in done.out + done.err and "</think>" not in done.err
 
 
-def test_infer_compare_and_file_answer_from_both_sides(demo, cli):
+def test_infer_compare_and_file_answer_from_both_sides(demo, told):
     questions = demo[0] / "questions.jsonl"
     questions.write_text("".join(json.dumps({"Question": f"What is {word}?"}) + "\n" for word in ("croup", "gout")))
     options = ("--compare", "--file", questions, "--output", "answers.jsonl", "--max-new-tokens", "5", "--json")
-    done = cli("infer", *options, cwd=demo[0])
+    done = told(["infer", *options], cwd=demo[0])
     assert done.code == 0 and json.loads(done.out) == {"answers": 2, "written": "answers.jsonl"}
     answers = read_rows(demo[0] / "answers.jsonl")
     assert [a["question"] for a in answers] == ["What is croup?", "What is gout?"]
     assert all(a["base"]["tokens"] == a["tuned"]["tokens"] == 5 and not a["tuned"]["stopped"] for a in answers)
 
 
-def test_eval_finds_the_same_held_out_loss_again(demo, cli):
+def test_eval_finds_the_same_held_out_loss_again(demo, told):
     before = read_json(demo[1] / "eval.json")["loss"]  # of the model as it was in memory after training
-    done = cli("eval", "--answers", "0", "--json", cwd=demo[0])
+    done = told(["eval", "--answers", 0, "--json"], cwd=demo[0])
     assert done.code == 0, done.err
     assert json.loads(done.out)["loss"] == pytest.approx(before, abs=2e-3)
 
 
-def test_load_says_what_it_loaded(smollm2, cli):
-    done = cli("load", "--model", smollm2, "--no-load-in-4bit", "--json")
+def test_load_says_what_it_loaded(smollm2, told):
+    done = told(["load", "--model", smollm2, "--no-load-in-4bit", "--json"])
     loaded = json.loads(done.out)
     assert loaded["sample"] and loaded["weights_gib"] > 0.2 and loaded["device"].startswith("CPU")
 

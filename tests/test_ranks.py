@@ -50,9 +50,9 @@ def losses(folder, name="loss"):
     return {line["step"]: line[name] for line in read_rows(folder / "metrics.jsonl") if name in line}
 
 
-def test_two_processes_train_as_one_does_and_only_the_first_talks_and_writes(torchrun, options, cli, tmp_path):
+def test_two_processes_train_as_one_does_and_only_the_first_talks_and_writes(torchrun, options, told, tmp_path):
     two = torchrun(*options, "--max-steps", 6, "--run-dir", "two", "--json")
-    one = cli(*options, "--max-steps", 6, "--run-dir", "one", "--json")
+    one = told([*options, "--max-steps", 6, "--run-dir", "one", "--json"])
     out, err = two.communicate(timeout=300)
     assert one.code == two.returncode == 0, err
     assert json.loads(out)["run"] == "two", "one JSON object, of one process"

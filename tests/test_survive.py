@@ -92,6 +92,13 @@ def test_only_the_newest_checkpoints_are_kept_and_each_is_whole(undisturbed):
         }
 
 
+def test_checkpoints_come_by_time_too(config, unsloth, tmp_path, monkeypatch):
+    monkeypatch.setattr(finetune_r1, "CHECKPOINT_SECONDS", 0)
+    run = Run(tmp_path / "run")
+    finetune_r1.train_run(dataclasses.replace(config, save_steps=None, keep_checkpoints=9, max_steps=3), run)
+    assert [path.name for path in run.checkpoints] == ["checkpoint-1", "checkpoint-2", "checkpoint-3"]
+
+
 def test_what_was_being_written_at_the_end_is_not_taken_for_a_checkpoint(killed, undisturbed):
     run = killed(3)
     (run / "checkpoints" / ".unfinished" / "checkpoint-3").mkdir(parents=True)
@@ -160,8 +167,9 @@ def test_other_rows_or_another_prompt_are_refused(killed, config, tmp_path, monk
         finetune_r1.train_run(run.config, run, run)
 
 
-def test_a_loss_that_is_no_number_stops_the_run_names_step_and_rows_and_keeps_the_last_checkpoint(
-    config, unsloth, tmp_path, monkeypatch
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), 0.0])
+def test_a_loss_that_is_no_number_or_nothing_stops_the_run_names_step_and_rows_and_keeps_the_last_checkpoint(
+    config, unsloth, tmp_path, monkeypatch, value
 ):
     import torch
     import trl
@@ -170,11 +178,11 @@ def test_a_loss_that_is_no_number_stops_the_run_names_step_and_rows_and_keeps_th
 
     def breaks(trainer, *arguments):
         loss = training_step(trainer, *arguments)
-        return torch.full_like(loss, float("nan")) if trainer.state.global_step == 4 else loss
+        return torch.full_like(loss, value) if trainer.state.global_step == 4 else loss
 
     monkeypatch.setattr(trl.SFTTrainer, "training_step", breaks)
     run = Run(tmp_path / "run")
-    with pytest.raises(UserError, match=r"step 5 had a loss of nan; its rows ask: \w+"):
+    with pytest.raises(UserError, match=rf"step 5 had a loss of {value}; its rows ask: \w+"):
         finetune_r1.train_run(config, run)
     assert run.record["status"] == "failed" and finetune_r1.step_of(run.checkpoints[-1]) == 4
 
@@ -450,10 +458,10 @@ def test_control_characters_of_a_model_do_not_reach_the_terminal(capsys):
         assert shown.endswith("\n\ttab ✓ 咳嗽 \u05d0\n") and r"\x1b[2J" in shown
 
 
-def test_nothing_is_lost_by_signals_at_random_moments():
+def test_nothing_is_lost_by_signals_at_random_moments(tiny_r1):
     """A short form of what tests/bench/survive.py does for half an hour."""
     script = SCRIPT.parent / "tests" / "bench" / "survive.py"
-    command = [sys.executable, script, "kills", "soak", "--times", "3", "--only", "infer --file"]
+    command = [sys.executable, script, "kills", "soak", "--times", "3", "--only", "infer --file", "--model", tiny_r1]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
     assert done.stdout.count("killed after") == 3 and done.stdout.count("lost: 0") == 2

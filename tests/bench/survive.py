@@ -256,6 +256,7 @@ if __name__ == "__main__":
     parser.add_argument("what", choices=["kills", "soak"], nargs="+")
     parser.add_argument("--times", type=int)
     parser.add_argument("--only", help="of the jobs to kill, separated by commas")
+    parser.add_argument("--model", type=Path, help="default: two layers of random weights")
     parser.add_argument("--seed", type=int, default=1)
     asked = parser.parse_args()
     scratch = Path(tempfile.mkdtemp(prefix="survive-"))
@@ -265,7 +266,7 @@ if __name__ == "__main__":
         finetune_r1.import_unsloth()
         for module in ("peft", "trl", "wandb", "matplotlib.pyplot", "datasets"):
             __import__(module)
-        model = tiny_model(scratch / "tiny")
+        model = shutil.copytree(asked.model, scratch / "tiny") if asked.model else tiny_model(scratch / "tiny")
         all_jobs = {
             name: job for name, job in jobs(model, hub).items() if not asked.only or name in asked.only.split(",")
         }
