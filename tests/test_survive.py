@@ -260,7 +260,8 @@ def test_a_second_signal_leaves_at_once(unsloth):
 @pytest.mark.slow
 def test_on_the_command_line_a_stopped_run_goes_on_and_ends_in_order_when_its_time_is_over(tiny_r1, cli, tmp_path):
     options = ["train", "--model", tiny_r1, "--dataset", SAMPLE, "--split", "train[:12]", "--no-load-in-4bit",
-               "--effective-batch", 2, "--max-steps", 100000, "--max-new-tokens", 4, "--run-dir", "runs/a"]  # fmt: skip
+               "--effective-batch", 2, "--max-steps", 100000, "--logging-steps", 1, "--max-new-tokens", 4,
+               "--run-dir", "runs/a"]  # fmt: skip
     process = subprocess.Popen(
         [sys.executable, SCRIPT, *map(str, options)], cwd=tmp_path, stderr=subprocess.PIPE, text=True
     )
