@@ -675,9 +675,12 @@ class Run:
                 record |= self.begin_as(old)
             if old and old.last_step:
                 record["resumed_at"] = [*record.get("resumed_at", ()), old.last_step]
-            write_json(self / "config.json", dataclasses.asdict(config))
-            start = {"status": "running", "command": [Path(sys.argv[0]).name, *sys.argv[1:]], "versions": versions()}
-            write_json(self / "run.json", {**record, **start, "git_revision": git_revision()})
+            record |= {"status": "running", "command": [Path(sys.argv[0]).name, *sys.argv[1:]]}
+            record |= {"versions": versions(), "git_revision": git_revision()}
+            write_json(
+                self / "config.json", dataclasses.asdict(config)
+            )  # one right after the other, as both make a run
+            write_json(self / "run.json", record)
             status = "finished"
             try:
                 yield
