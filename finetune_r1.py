@@ -1182,10 +1182,9 @@ def precision(config: ModelConfig) -> str:
     return "float16" if torch.cuda.is_available() and torch.cuda.get_device_capability()[0] < 8 else "bfloat16"
 
 
-def batches(questions: Sequence[str]) -> Iterator[list[int]]:
-    """Positions of questions of like length, to be answered at once."""
-    order, size = sorted(range(len(questions)), key=lambda i: len(questions[i])), 32 if torch.cuda.is_available() else 8
-    yield from (order[start : start + size] for start in range(0, len(order), size))
+def packed(_: Any, inputs: tuple[Any, ...]) -> Any:
+    """Unsloth's decoding leaves gaps between rows, for which torch would read all the weights once a row."""
+    return inputs[0].clone(memory_format=torch.contiguous_format)
 
 
 class Loaded:
@@ -1194,6 +1193,7 @@ class Loaded:
     def __init__(self, model: Any, tokenizer: Any, lang: Lang = "en"):
         self.model, self.tokenizer, self.lang = model, tokenizer, lang
         self.in_training = False  # then Unsloth goes to inference and back by itself
+        self.memory_limit = 0.0  # in bytes
 
     @classmethod
     def for_use(cls, config: ModelConfig, adapter: Path | None = None, lang: Lang = "en") -> Self:
@@ -1208,7 +1208,12 @@ class Loaded:
             model_name=str(adapter or config.model), max_seq_length=config.max_seq_length,
             dtype=getattr(torch, config.dtype, None), load_in_4bit=config.load_in_4bit, use_safetensors=True,
         )  # fmt: skip
-        return cls(model, tokenizer, lang)
+        model.get_output_embeddings().register_forward_pre_hook(packed)
+        unsloth_llama: Any = importlib.import_module("unsloth.models.llama")
+        unsloth_llama.SDPA_HAS_GQA = False  # in decoding; torch's slowest kernel would take it
+        loaded = cls(model, tokenizer, lang)
+        loaded.memory_limit = memory_limit(config)
+        return loaded
 
     @classmethod
     def plainly(cls, folder: Path, **how: Any) -> Self:
@@ -1233,10 +1238,34 @@ class Loaded:
         if not self.in_training:
             import_unsloth().for_inference(self.model)
         answers: dict[int, Answer] = {}
-        for batch in batches(questions):
+        for batch in self.batches(questions, config):
             written = self.answer_batch([questions[i] for i in batch], config, streamer)
             answers |= dict(zip(batch, written, strict=True))
         return [answers[i] for i in range(len(questions))]
+
+    def batches(self, questions: Sequence[str], config: GenerationConfig) -> list[list[int]]:
+        """Positions of questions of like length, to be answered at once: on a CPU 8, on a GPU what its memory holds."""
+        order = sorted(range(len(questions)), key=lambda i: len(questions[i]))
+        size = self.room_for_answers(questions, config) if torch.cuda.is_available() else 8
+        return [order[start : start + size] for start in range(0, len(order), size)]
+
+    def room_for_answers(self, questions: Sequence[str], config: GenerationConfig) -> int:
+        """How many fit in memory together, 128 at most. Unsloth keeps the memory of two sizes of batches."""
+        shape, longest = self.model.config, max((len(question.encode()) for question in questions), default=0)
+        tokens = longest + len(prompts.TEMPLATES[self.lang].encode()) + config.max_new_tokens  # one has a byte or more
+        keys_and_values = 2 * 2 * shape.num_hidden_layers * shape.num_key_value_heads * shape.head_dim  # bytes a token
+        answer = 2 * 1.25 * tokens * keys_and_values
+        if len(questions) > 1:
+            self.widen(leave=min(32, len(questions)) * answer)
+        room = self.memory_limit - self.model.get_memory_footprint()
+        return int(min(128, 2 ** math.floor(math.log2(max(1, room / answer)))))
+
+    def widen(self, leave: float) -> None:
+        """From 4 bits to the same numbers in 16, which each step of a batch would otherwise work out again, where that
+        leaves so many bytes free."""
+        sixteen_bits = 2 * self.model.num_parameters()
+        if getattr(self.model, "hf_quantizer", None) and self.memory_limit > sixteen_bits + leave:
+            self.model.dequantize()
 
     def answer_batch(self, questions: Sequence[str], config: GenerationConfig, streamer: Any) -> list[Answer]:
         """All at once."""
@@ -1452,7 +1481,7 @@ def training_log(
         def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **_: Any) -> None:
             if not {"loss", "eval_loss"} & logs.keys():
                 return
-            self.write({"step": state.global_step, **logs, "seconds": round(time.monotonic() - self.started, 2)})
+            self.write({"step": state.global_step, **logs, "seconds": round(time.monotonic() - self.started, 3)})
             if "loss" in logs:
                 say(f"{self.progress(state)}  loss {logs['loss']:.4f}  lr {logs['learning_rate']:.1e}")
             else:
@@ -1531,6 +1560,7 @@ def make_trainer(
         per_device_eval_batch_size=1, prediction_loss_only=True,  # what trains in the memory there is also evaluates
         pad_to_multiple_of=64 if torch.cuda.is_available() else None,  # odd sizes take slower kernels: 4% of a step
         logging_nan_inf_filter=False, use_cpu=not torch.cuda.is_available(), ddp_find_unused_parameters=False,
+        ddp_broadcast_buffers=False,
     )  # fmt: skip
     trainer = watchful_trainer(rows.used["question"][:])(
         model=loaded.model, processing_class=loaded.tokenizer, args=arguments,
@@ -1940,7 +1970,8 @@ def prepare_environment() -> None:
     os.environ.pop("HF_HUB_ENABLE_HF_TRANSFER", None)  # Unsloth sets it, huggingface_hub warns of it in a child
     wanted = {} if WORLD > 1 else {"CUDA_VISIBLE_DEVICES": "0"}
     wanted |= {"UNSLOTH_DISABLE_STATISTICS": "1", "MPLBACKEND": "Agg"}
-    for name, value in (wanted | {"UNSLOTH_DECODE_CUDA_GRAPHS": "1"}).items():
+    wanted |= {"UNSLOTH_DECODE_CUDA_GRAPHS": "1", "UNSLOTH_DECODE_GRAPH_PREALLOC": "1"}
+    for name, value in wanted.items():
         os.environ.setdefault(name, value)
 
 
@@ -2271,7 +2302,8 @@ def infer(
     ask: Callable[..., Any] = functools.partial(loaded.answer_both if compare else loaded.generate, config=config)
     if output:
         identity = fingerprint(rows, settings, config, compare, adapter and file_sizes(adapter))
-        return answer_file(rows, settings, ask, output, identity)
+        questions = [row[settings.question_col] for row in rows]
+        return answer_file(rows, settings, ask, loaded.batches(questions, config), output, identity)
     for asked in questions:
         if as_json:
             return dict(ask([asked])[0])
@@ -2305,7 +2337,12 @@ def read_questions(file: Path | None, output: Path | None, question: str | None,
 
 
 def answer_file(
-    rows: Sequence[dict[str, Any]], columns: DataConfig, ask: Callable[..., Any], output: Path, identity: str
+    rows: Sequence[dict[str, Any]],
+    columns: DataConfig,
+    ask: Callable[..., Any],
+    batches: list[list[int]],
+    output: Path,
+    identity: str,
 ) -> dict[str, Any]:
     """Writes the answers, and beside each the row's own as reference. They are kept batch by batch beside `output`, so
     that the same command goes on after an interruption."""
@@ -2316,7 +2353,7 @@ def answer_file(
     with only_one(kept.with_suffix(f".lock{RANK}"), f"--output {output}"):
         answers: dict[int, Any] = {line.pop("row"): line for line in shared(whole_lines(kept))}
         write = by_the_first(write_jsonl)
-        work = [batch for batch in batches(questions) if not set(batch) <= answers.keys()]
+        work = [batch for batch in shared(batches) if not set(batch) <= answers.keys()]
         for start in range(0, len(work), WORLD):
             mine = work[start + RANK] if start + RANK < len(work) else []
             written = zip(mine, ask([questions[i] for i in mine]), strict=True)

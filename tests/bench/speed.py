@@ -8,6 +8,8 @@ out of the pace (compilation, warm-up); the wall time counts everything from the
 """
 
 import argparse
+import dataclasses
+import functools
 import itertools
 import json
 import os
@@ -94,24 +96,48 @@ def measure(name: str, common: list[str], folder: Path) -> dict[str, Any]:
     return {"variant": name, "s_per_step": pace, "peak_gib": peak, "wall_s": round(wall, 1), "losses": losses}
 
 
-def measure_decoding(run: Path, config: TrainConfig, new_tokens: int) -> None:
-    """Tokens a second of `infer`, one question and 32 at once, with CUDA graphs and without; the texts must agree."""
+def answer(kind: str, run: finetune_r1.Run, new_tokens: int, output: Path) -> None:
+    """One question and 32, each twice; of the second time the tokens a second. `plain` is Unsloth as the notebook has
+    it, one batch by one `generate`."""
+    import torch
+
+    config = dataclasses.replace(run.config, max_new_tokens=new_tokens)
     questions = [row[config.question_col] for row in finetune_r1.read_dataset(config)][:32]
+    if kind == "plain":
+        os.environ["UNSLOTH_DECODE_CUDA_GRAPHS"] = "0"
+        model, tokenizer = finetune_r1.import_unsloth().from_pretrained(
+            str(run.adapter), max_seq_length=config.max_seq_length, load_in_4bit=config.load_in_4bit
+        )
+        loaded = finetune_r1.Loaded(model, tokenizer)
+        finetune_r1.import_unsloth().for_inference(model)
+        ask = functools.partial(loaded.answer_batch, config=config, streamer=None)
+    else:
+        ask = functools.partial(finetune_r1.Loaded.for_use(config, run.adapter).generate, config=config)
+    found = {}
     for count in (1, 32):
-        asked = run.parent / f"questions-{count}.jsonl"
-        finetune_r1.write_jsonl(asked, [{config.question_col: question} for question in questions[:count]])
-        texts = []
-        for graphs in ("0", "1"):
-            output = run.parent / f"answers-{count}-{graphs}.jsonl"
-            command = [sys.executable, PROJECT / "finetune_r1.py", "infer", "--run", run, "--file", asked, "-o", output]
-            environment = os.environ | {"UNSLOTH_DECODE_CUDA_GRAPHS": graphs}
-            options = ["--max-new-tokens", str(new_tokens)]
-            subprocess.run([*command, *options], env=environment, check=True, capture_output=True)
-            answers = list(finetune_r1.read_rows(output))
-            texts.append([(answer["thought"], answer["answer"]) for answer in answers])
-            pace = sum(answer["tokens"] for answer in answers) / answers[0]["seconds"]
-            print(f"decoding {count:2} at once, CUDA graphs {'on' if graphs == '1' else 'off':3} {pace:8.1f} tok/s")
-        print(f"same text: {sum(a == b for a, b in zip(*texts, strict=True))} of {count}")
+        for _ in range(2):
+            started = time.perf_counter()
+            answers = ask(questions[:count])
+            pace = sum(answer["tokens"] for answer in answers) / (time.perf_counter() - started)
+        found[count] = {"pace": pace, "texts": [answer["thought"] + answer["answer"] for answer in answers]}
+    peak = torch.cuda.max_memory_reserved() / finetune_r1.GIB if torch.cuda.is_available() else 0.0
+    finetune_r1.write_json(output, {"peak_gib": peak, **found})
+
+
+def measure_decoding(run: Path, new_tokens: int) -> None:
+    """Tokens a second of both kinds, each in a process of its own, and in how many answers they agree."""
+    found = {}
+    for kind in ("plain", "ours"):
+        output = run.parent / f"answers-{kind}.json"
+        command = [sys.executable, __file__, "--answer", kind, str(run), str(output), "--new-tokens", str(new_tokens)]
+        subprocess.run(command, check=True, capture_output=True)
+        found[kind] = finetune_r1.read_json(output)
+    for count in ("1", "32"):
+        plain, ours = found["plain"][count], found["ours"][count]
+        same = sum(a == b for a, b in zip(plain["texts"], ours["texts"], strict=True))
+        paces = f"plain {plain['pace']:.1f}, ours {ours['pace']:.1f} tok/s, {ours['pace'] / plain['pace']:.2f}x"
+        print(f"decoding {count:>2} at once: {paces}, same text in {same}")
+    print(f"GiB: plain {found['plain']['peak_gib']:.1f}, ours {found['ours']['peak_gib']:.1f}")
 
 
 def matmul_tflops() -> float:
@@ -179,8 +205,13 @@ if __name__ == "__main__":
     parser.add_argument("--new-tokens", type=int, default=0, help="an answer, to measure decoding too")
     parser.add_argument("--out", type=Path)
     parser.add_argument("--plain", type=Path, help=argparse.SUPPRESS)
+    parser.add_argument("--answer", nargs=3, help=argparse.SUPPRESS)
     asked = parser.parse_args()
     finetune_r1.prepare_environment()
+    if asked.answer:
+        kind, run, output = asked.answer
+        answer(kind, finetune_r1.Run(Path(run)), asked.new_tokens, Path(output))
+        sys.exit()
     scratch = Path(tempfile.mkdtemp())
     if asked.small:
         asked.model, asked.max_steps, asked.repeats = str(tiny_model(scratch / "tiny")), 6, 1
@@ -204,7 +235,7 @@ if __name__ == "__main__":
         ).used
     )
     if asked.new_tokens and "failed" not in results[0]:
-        measure_decoding(scratch / "0-0", config, asked.new_tokens)
+        measure_decoding(scratch / "0-0", asked.new_tokens)
     report(results, lengths["mean"] * config.effective_batch, config.effective_batch, matmul_tflops())
     if asked.out:
         finetune_r1.write_json(asked.out, results)
