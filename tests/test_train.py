@@ -204,6 +204,45 @@ def test_a_question_cannot_forge_the_structure(config, unsloth, forged):
         loaded.generate(["Why?", forged], config)
 
 
+@pytest.mark.parametrize(("megabytes", "at_once"), [(0, 1), (1, 1), (3, 4), (6, 8), (10, 8), (10_000, 128)])
+def test_as_many_answers_are_written_at_once_as_memory_holds(config, unsloth, megabytes, at_once):
+    loaded = Loaded.for_use(config)
+    shape = loaded.model.config
+    tokens = 1000  # a byte each: the question and the template, and as many new ones as it takes
+    question = "?" * (tokens - len(prompts.TEMPLATES["en"].encode()) - config.max_new_tokens)
+    keys_and_values = 4 * shape.num_hidden_layers * shape.num_key_value_heads * shape.head_dim * tokens
+    assert 2.5 * keys_and_values == 640_000, "of two sizes of batches, with heads that share keys spelt out"
+    loaded.memory_limit = loaded.model.get_memory_footprint() + megabytes * 1e6
+    assert loaded.room_for_answers([question], config) == at_once
+
+
+def test_a_4_bit_model_answers_in_16_bit_where_there_is_room_and_says_the_same(config, unsloth):
+    loaded = Loaded.for_use(config)
+    loaded.add_adapter(config)
+    questions, small = ["What helps?", "Why does it?", "When?"], loaded.model.get_memory_footprint()
+    before = loaded.answer_both(questions, config)
+    loaded.memory_limit = 2 * loaded.model.num_parameters()
+    loaded.widen(leave=1)
+    assert loaded.model.get_memory_footprint() == small, "no room, no change"
+    loaded.memory_limit += 2
+    loaded.widen(leave=1)
+    loaded.widen(leave=1)  # once more changes nothing
+    assert loaded.model.get_memory_footprint() > small
+    after = loaded.answer_both(questions, config)
+    for old, new in zip(before, after, strict=True):
+        for answer in (old["base"], old["tuned"], new["base"], new["tuned"]):
+            del answer["seconds"]
+        assert old == new
+
+
+def test_the_heads_weights_are_read_once_for_a_batch_and_not_once_a_row(config, unsloth):
+    head = Loaded.for_use(config).model.get_output_embeddings()
+    rows = finetune_r1.torch.zeros(4, 2 * head.in_features, dtype=head.weight.dtype)[:, : head.in_features]
+    with finetune_r1.torch.profiler.profile() as profile, finetune_r1.torch.inference_mode():
+        head(rows.view(4, 1, -1))  # as Unsloth hands it over
+    assert "aten::bmm" not in {event.key for event in profile.key_averages()}
+
+
 def test_evaluation_compares_on_the_same_rows_and_finds_nothing_where_there_is_nothing(config, unsloth):
     loaded = Loaded.for_use(config)
     held_out = finetune_r1.prepare_rows(finetune_r1.read_dataset(config), loaded.tokenizer, config).held_out
