@@ -236,7 +236,9 @@ def test_a_4_bit_model_answers_in_16_bit_where_there_is_room_and_says_the_same(c
 
 
 def test_the_heads_weights_are_read_once_for_a_batch_and_not_once_a_row(config, unsloth):
-    head = Loaded.for_use(config).model.get_output_embeddings()
+    loaded = Loaded.for_use(config)
+    loaded.add_adapter(config)
+    head = loaded.model.get_output_embeddings()
     rows = finetune_r1.torch.zeros(4, 2 * head.in_features, dtype=head.weight.dtype)[:, : head.in_features]
     with finetune_r1.torch.profiler.profile() as profile, finetune_r1.torch.inference_mode():
         head(rows.view(4, 1, -1))  # as Unsloth hands it over
