@@ -1246,13 +1246,13 @@ class Loaded:
     def batches(self, questions: Sequence[str], config: GenerationConfig) -> list[list[int]]:
         """Positions of questions of like length, to be answered at once: on a CPU 8, on a GPU what its memory holds."""
         order = sorted(range(len(questions)), key=lambda i: len(questions[i]))
-        size = self.room_for_answers(questions, config) if torch.cuda.is_available() else 8
+        size = self.room_for_answers(questions, config) if questions and torch.cuda.is_available() else 8
         return [order[start : start + size] for start in range(0, len(order), size)]
 
     def room_for_answers(self, questions: Sequence[str], config: GenerationConfig) -> int:
         """How many fit in memory together, 128 at most. Unsloth keeps the memory of two sizes of batches."""
-        shape, longest = self.model.config, max((len(question.encode()) for question in questions), default=0)
-        tokens = longest + len(prompts.TEMPLATES[self.lang].encode()) + config.max_new_tokens  # one has a byte or more
+        shape, texts = self.model.config, [prompts.build_prompt(question, self.lang) for question in questions]
+        tokens = max(map(len, self.tokenizer(texts)["input_ids"])) + config.max_new_tokens
         keys_and_values = 2 * 2 * shape.num_hidden_layers * shape.num_key_value_heads * shape.head_dim  # bytes a token
         answer = 2 * 1.25 * tokens * keys_and_values
         if len(questions) > 1:

@@ -204,16 +204,14 @@ def test_a_question_cannot_forge_the_structure(config, unsloth, forged):
         loaded.generate(["Why?", forged], config)
 
 
-@pytest.mark.parametrize(("megabytes", "at_once"), [(0, 1), (1, 1), (3, 4), (6, 8), (10, 8), (10_000, 128)])
-def test_as_many_answers_are_written_at_once_as_memory_holds(config, unsloth, megabytes, at_once):
+@pytest.mark.parametrize(("answers", "at_once"), [(0, 1), (1, 1), (5, 4), (8, 8), (15, 8), (10_000, 128)])
+def test_as_many_answers_are_written_at_once_as_memory_holds(config, unsloth, answers, at_once):
     loaded = Loaded.for_use(config)
-    shape = loaded.model.config
-    tokens = 1000  # a byte each: the question and the template, and as many new ones as it takes
-    question = "?" * (tokens - len(prompts.TEMPLATES["en"].encode()) - config.max_new_tokens)
-    keys_and_values = 4 * shape.num_hidden_layers * shape.num_key_value_heads * shape.head_dim * tokens
-    assert 2.5 * keys_and_values == 640_000, "of two sizes of batches, with heads that share keys spelt out"
-    loaded.memory_limit = loaded.model.get_memory_footprint() + megabytes * 1e6
-    assert loaded.room_for_answers([question], config) == at_once
+    shape, prompt = loaded.model.config, prompts.build_prompt("What helps?")
+    keys_and_values = 4 * shape.num_hidden_layers * shape.num_key_value_heads * shape.head_dim
+    one = 2.5 * keys_and_values * (len(loaded.tokenizer(prompt)["input_ids"]) + config.max_new_tokens)
+    loaded.memory_limit = loaded.model.get_memory_footprint() + answers * one
+    assert loaded.room_for_answers(["What helps?"], config) == at_once
 
 
 def test_a_4_bit_model_answers_in_16_bit_where_there_is_room_and_says_the_same(config, unsloth):
