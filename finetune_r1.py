@@ -1171,6 +1171,8 @@ def import_unsloth() -> Any:
     """Unsloth's FastLanguageModel; it has to be imported before trl, transformers and peft."""
     fast_model = unsloth.FastLanguageModel
     transformers.utils.logging.disable_progress_bar()  # what takes seconds; downloads keep theirs
+    if RANK:
+        transformers.utils.logging.set_verbosity_error()
     datasets.disable_progress_bars()
     return fast_model
 
@@ -1209,8 +1211,8 @@ class Loaded:
             dtype=getattr(torch, config.dtype, None), load_in_4bit=config.load_in_4bit, use_safetensors=True,
         )  # fmt: skip
         model.get_output_embeddings().register_forward_pre_hook(packed)
-        unsloth_llama: Any = importlib.import_module("unsloth.models.llama")
-        unsloth_llama.SDPA_HAS_GQA = False  # in decoding; torch's slowest kernel would take it
+        if torch.cuda.is_available():  # in decoding, only torch's slowest kernel takes a mask and shared heads
+            vars(importlib.import_module("unsloth.models.llama"))["SDPA_HAS_GQA"] = False
         loaded = cls(model, tokenizer, lang)
         loaded.memory_limit = memory_limit(config)
         return loaded
@@ -1471,7 +1473,8 @@ def training_log(
             if config.sample_every and step % config.sample_every == 0 and not RANK:
                 for sample in ask():
                     self.write({"step": step, "sample": sample})
-                    say(f"step {step:05d}/{state.max_steps:05d}  {prompts.how_it_ended(sample)}: {sample['answer']}")
+                    ended, text = prompts.how_it_ended(sample), sample["answer"] or sample["thought"]
+                    say(f"step {step:05d}/{state.max_steps:05d}  {ended}: {text}")
 
         def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
             shared()  # all have written their part
@@ -1546,9 +1549,7 @@ def make_trainer(
 ) -> Any:
     """Rows go in tokenized, so that what was accounted for is what is trained on: nothing is cut behind our back."""
     used, held_out = (table.select_columns(["input_ids", "completion_mask"]) for table in (rows.used, rows.held_out))
-    same_names = (
-        "max_steps warmup_steps learning_rate lr_scheduler_type optim weight_decay seed logging_steps eval_steps"
-    )
+    same_names = "max_steps warmup_steps learning_rate lr_scheduler_type optim weight_decay seed logging_steps"
     arguments = trl.SFTConfig(
         **{name: getattr(config, name) for name in same_names.split()},
         output_dir=str(run.unfinished_checkpoint), max_length=config.max_seq_length,
@@ -1556,7 +1557,8 @@ def make_trainer(
         completion_only_loss=config.loss_on == "response",
         bf16=precision(config) == "bfloat16", fp16=precision(config) == "float16",
         report_to=["wandb"] if tracked else "none", logging_first_step=True, save_strategy="no", disable_tqdm=True,
-        eval_strategy="steps" if config.eval_rows else "no", eval_on_start=config.eval_rows > 0 and not run.checkpoints,
+        **({"eval_strategy": "steps", "eval_steps": config.eval_steps} if config.eval_rows else {}),
+        eval_on_start=config.eval_rows > 0 and not run.checkpoints,
         per_device_eval_batch_size=1, prediction_loss_only=True,  # what trains in the memory there is also evaluates
         pad_to_multiple_of=64 if torch.cuda.is_available() else None,  # odd sizes take slower kernels: 4% of a step
         logging_nan_inf_filter=False, use_cpu=not torch.cuda.is_available(), ddp_find_unused_parameters=False,
@@ -1900,7 +1902,7 @@ ADVICE = {
     "HfHubHTTPError": "check the name, and the token with `login`",
     **dict.fromkeys(("LocalEntryNotFoundError", "OfflineModeIsEnabled", "HTTPError", "ConnectionError"), NOT_REACHED),
     "ModuleNotFoundError": "install the pinned packages: `uv run finetune_r1.py` does, the README says how without uv",
-    "OutOfMemoryError": "try --micro-batch 1, --gradient-checkpointing unsloth, or a smaller --max-seq-length",
+    "OutOfMemoryError": "take less at once: --micro-batch 1, --gradient-checkpointing unsloth, --max-seq-length",
     "UnpicklingError": "a checkpoint is damaged, or not ours: remove it, and `train --resume` takes the one before",
     "JSONDecodeError": "the file is not one JSON object a line: mend it or make it anew",
     "UnicodeDecodeError": "save the file as UTF-8: .env, or what --dataset or --file names",
