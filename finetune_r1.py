@@ -1562,7 +1562,6 @@ def make_trainer(
         per_device_eval_batch_size=1, prediction_loss_only=True,  # what trains in the memory there is also evaluates
         pad_to_multiple_of=64 if torch.cuda.is_available() else None,  # odd sizes take slower kernels: 4% of a step
         logging_nan_inf_filter=False, use_cpu=not torch.cuda.is_available(), ddp_find_unused_parameters=False,
-        ddp_broadcast_buffers=False,
     )  # fmt: skip
     trainer = watchful_trainer(rows.used["question"][:])(
         model=loaded.model, processing_class=loaded.tokenizer, args=arguments,
