@@ -1555,6 +1555,7 @@ def make_trainer(
         output_dir=str(run.unfinished_checkpoint), max_length=config.max_seq_length,
         per_device_train_batch_size=plan["micro_batch"], gradient_accumulation_steps=plan["accumulation"],
         completion_only_loss=config.loss_on == "response",
+        gradient_checkpointing=plan["kept_layers"] < loaded.model.config.num_hidden_layers,
         bf16=precision(config) == "bfloat16", fp16=precision(config) == "float16",
         report_to=["wandb"] if tracked else "none", logging_first_step=True, save_strategy="no", disable_tqdm=True,
         **({"eval_strategy": "steps", "eval_steps": config.eval_steps} if config.eval_rows else {}),

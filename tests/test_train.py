@@ -161,6 +161,18 @@ def test_out_of_memory_halves_the_rows_at_once_and_changes_no_loss(config, run, 
     assert lines[-1]["loss"] == pytest.approx(read_json(run / "run.json")["losses"]["last"], abs=0.02)
 
 
+@pytest.mark.parametrize(("kept", "recomputes"), [(0, True), (2, False)])
+def test_layers_compute_their_activations_again_only_where_the_plan_says_so(
+    config, unsloth, tmp_path, kept, recomputes
+):
+    loaded = Loaded.for_use(config)
+    rows = finetune_r1.prepare_rows(finetune_r1.read_dataset(config), loaded.tokenizer, config)
+    loaded.add_adapter(config, kept)
+    one_step = dataclasses.replace(config, max_steps=1, eval_rows=0)
+    finetune_r1.make_trainer(loaded, rows, one_step, PLAN | {"kept_layers": kept}, Run(tmp_path), False, []).train()
+    assert any(getattr(module, "gradient_checkpointing", False) for module in loaded.model.modules()) == recomputes
+
+
 def test_only_the_adapter_is_trained(config, unsloth):
     loaded = Loaded.for_use(config)
     loaded.add_adapter(config)
