@@ -677,9 +677,7 @@ class Run:
                 record["resumed_at"] = [*record.get("resumed_at", ()), old.last_step]
             record |= {"status": "running", "command": [Path(sys.argv[0]).name, *sys.argv[1:]]}
             record |= {"versions": versions(), "git_revision": git_revision()}
-            write_json(
-                self / "config.json", dataclasses.asdict(config)
-            )  # one right after the other, as both make a run
+            write_json(self / "config.json", dataclasses.asdict(config))  # it takes both to make a run
             write_json(self / "run.json", record)
             status = "finished"
             try:
