@@ -88,7 +88,7 @@ GIB = 1024**3
 MICRO_BATCH_TOKENS, RECOMPUTE = 2000, 0.4  # what a micro-batch costs beside its tokens, and recomputing all of them
 R1_ROW, R1_MEMORY = 777, (6.2 * GIB, 32, 113_000)  # for `doctor`: the recipe's rows in tokens, its model's `Memory`
 SHORT_ANSWER = 10  # words, up to which an answer can be expected to be the reference's
-WORKSPACE = 0.35 * GIB  # of the loss and the libraries, on a GPU
+WORKSPACE = 0.35 * GIB  # of the libraries
 LOCAL = (".jsonl", ".json", ".csv", ".parquet")
 RECIPE_COLUMNS = ("Question", "Complex_CoT", "Response")
 SETTINGS = ("HF_", "HUGGING", "WANDB_")  # environment variables of the libraries
@@ -337,14 +337,16 @@ def histogram(lengths: Sequence[int], bars: int = 12) -> list[tuple[int, int, in
 
 
 class Memory(NamedTuple):
-    """What a plan has to fit into, in bytes: what there is, what is held throughout, and what one token's activations
-    take in one of the model's layers; all layers may keep them, none, or (on a GPU) some."""
+    """What a plan has to fit into, in bytes: what there is, what is held throughout, and what the activations of one
+    token take in one of the layers (all may keep them, none, or on a GPU some) and in the loss; of that Unsloth holds
+    little on a GPU."""
 
     limit: float
     resident: float
     layers: int
     token_in_layer: float
     some: bool = True
+    token_in_loss: float = 0.0
 
 
 def most_tokens(lengths: Sequence[int], rows_at_once: int, config: TrainConfig) -> int:
@@ -366,7 +368,7 @@ def make_plan(lengths: Sequence[int], config: TrainConfig, memory: Memory) -> di
     options = []
     for size, most in ((size, most_tokens(lengths, size, config)) for size in sizes):
         for kept in kept_choices[config.gradient_checkpointing]:
-            peak = memory.resident + memory.token_in_layer * most * (kept + 1)
+            peak = memory.resident + most * (memory.token_in_layer * (kept + 1) + memory.token_in_loss)
             cost = batch / size * MICRO_BATCH_TOKENS + tokens * (1 + RECOMPUTE * (1 - kept / layers))
             options.append((peak > memory.limit and peak, cost, size, kept, peak))
     _, _, size, kept, peak = min(options)  # of those that do not fit, the smallest
@@ -1395,14 +1397,14 @@ class Loaded:
         modules, shape = config.target_modules.split(","), self.model.config
         linear = [module for name, module in self.model.named_modules() if name.rpartition(".")[2] in modules]
         trained = sum(config.lora_r * (module.in_features + module.out_features) for module in linear)
-        held = trained * (4 + 4 + (2 if "8bit" in config.optim else 8))  # adapter, gradients, optimizer
-        held += (
-            torch.cuda.memory_allocated() + WORKSPACE
-            if torch.cuda.is_available()
-            else self.model.get_memory_footprint()
-        )
-        token = (3 * shape.intermediate_size + 3.3 * shape.hidden_size) * (2 if torch.cuda.is_available() else 4)
-        return Memory(memory_limit(config), held, shape.num_hidden_layers, token, torch.cuda.is_available())
+        held = trained * (4 + 4 + (2 if "8bit" in config.optim else 8)) + WORKSPACE  # adapter, gradients, optimizer
+        token = 3 * shape.intermediate_size + 3.3 * shape.hidden_size
+        if torch.cuda.is_available():
+            held += torch.cuda.memory_allocated()
+            return Memory(memory_limit(config), held, shape.num_hidden_layers, 2 * token)
+        held += self.model.get_memory_footprint()
+        in_loss = 3 * 4 * shape.vocab_size  # logits, softmax and gradient
+        return Memory(memory_limit(config), held, shape.num_hidden_layers, 4 * token, False, in_loss)
 
     @contextlib.contextmanager
     def training(self) -> Iterator[None]:

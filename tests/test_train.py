@@ -117,6 +117,21 @@ def test_the_peak_that_a_plan_expects_is_that_which_was_measured(size, kept, mea
     assert peak / GIB == pytest.approx(measured, rel=0.15)
 
 
+SMOLLM2 = Memory(20 * GIB, 1.03 * GIB, 30, 4 * (3 * 1536 + 3.3 * 576), some=False, token_in_loss=12 * 49152)
+# Rows at once by their lengths, layers kept or not, and GiB resident at most: two cores of an AMD EPYC.
+ON_A_CPU = [
+    ([605, 623], "none", 2.82), ([966, 1021], "none", 3.72), ([931], "none", 2.33),
+    ([776, 786, 795, 798], "none", 5.05), ([776, 786, 795, 798], "unsloth", 2.67),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("lengths", "checkpointing", "measured"), ON_A_CPU)
+def test_and_so_it_is_on_a_cpu(lengths, checkpointing, measured):
+    config = TrainConfig(effective_batch=len(lengths), micro_batch=len(lengths), gradient_checkpointing=checkpointing)
+    plan = finetune_r1.make_plan(lengths, config, SMOLLM2)
+    assert plan["expected_peak_gib"] == pytest.approx(measured, rel=0.15)
+
+
 @pytest.mark.parametrize(
     ("limit", "size", "kept"),
     [(130, 8, {32}), (23.5, 8, range(18, 26)), (14.5, 8, range(7, 13)), (7.5, 8, {0}), (6.35, 1, {0})],
