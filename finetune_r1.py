@@ -1902,7 +1902,7 @@ ADVICE = {
     "HfHubHTTPError": "check the name, and the token with `login`",
     **dict.fromkeys(("LocalEntryNotFoundError", "OfflineModeIsEnabled", "HTTPError", "ConnectionError"), NOT_REACHED),
     "ModuleNotFoundError": "install the pinned packages: `uv run finetune_r1.py` does, the README says how without uv",
-    "OutOfMemoryError": "take less at once: --micro-batch 1, --gradient-checkpointing unsloth, --max-seq-length",
+    "OutOfMemoryError": "try --micro-batch 1 or a smaller --max-seq-length; for answers a smaller --max-new-tokens",
     "UnpicklingError": "a checkpoint is damaged, or not ours: remove it, and `train --resume` takes the one before",
     "JSONDecodeError": "the file is not one JSON object a line: mend it or make it anew",
     "UnicodeDecodeError": "save the file as UTF-8: .env, or what --dataset or --file names",
