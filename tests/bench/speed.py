@@ -96,13 +96,32 @@ def measure(name: str, common: list[str], folder: Path) -> dict[str, Any]:
     return {"variant": name, "s_per_step": pace, "peak_gib": peak, "wall_s": round(wall, 1), "losses": losses}
 
 
+def ending_like(generate: Any, lengths: list[int]) -> Any:
+    """`generate`, in which each answer ends after so many tokens, which random weights would not do; `lengths` are in
+    the order of the answers, batch after batch, and begin again."""
+    import torch
+    import transformers
+
+    following = itertools.cycle(lengths)
+
+    class Ends(transformers.StoppingCriteria):  # type: ignore[misc]
+        written = 0
+
+        def __call__(self, ids: Any, scores: Any, **_: Any) -> Any:
+            if not self.written:
+                self.lengths = torch.tensor(list(itertools.islice(following, len(ids))), device=ids.device)
+            self.written += 1
+            return self.written >= self.lengths
+
+    return lambda **options: generate(**options, stopping_criteria=transformers.StoppingCriteriaList([Ends()]))
+
+
 def answer(kind: str, run: finetune_r1.Run, new_tokens: int, output: Path) -> None:
-    """One question and 32, each twice; of the second time the tokens a second. `plain` is Unsloth as the notebook has
-    it, one batch by one `generate`."""
+    """Tokens a second of one question and of 32, after a warm-up of 8 tokens. Each answer ends where its row's does, or
+    after `new_tokens`. `plain` is Unsloth as the notebook has it, one batch by one `generate`."""
     import torch
 
     config = dataclasses.replace(run.config, max_new_tokens=new_tokens)
-    questions = [row[config.question_col] for row in finetune_r1.read_dataset(config)][:32]
     if kind == "plain":
         os.environ["UNSLOTH_DECODE_CUDA_GRAPHS"] = "0"
         model, tokenizer = finetune_r1.import_unsloth().from_pretrained(
@@ -110,16 +129,23 @@ def answer(kind: str, run: finetune_r1.Run, new_tokens: int, output: Path) -> No
         )
         loaded = finetune_r1.Loaded(model, tokenizer)
         finetune_r1.import_unsloth().for_inference(model)
-        ask = functools.partial(loaded.answer_batch, config=config, streamer=None)
+        ask = functools.partial(loaded.answer_batch, streamer=None)
     else:
-        ask = functools.partial(finetune_r1.Loaded.for_use(config, run.adapter).generate, config=config)
-    found = {}
+        loaded = finetune_r1.Loaded.for_use(config, run.adapter)
+        ask = loaded.generate
+    rows = finetune_r1.prepare_rows(finetune_r1.read_dataset(config), loaded.tokenizer, config).used
+    rows = sorted(rows.select(range(min(32, len(rows)))), key=lambda row: len(row["question"]))
+    ends = [min(new_tokens, len(row["input_ids"]) - row["prompt_tokens"]) for row in rows]
+    found, endless = {}, loaded.model.generate
     for count in (1, 32):
-        for _ in range(2):
-            started = time.perf_counter()
-            answers = ask(questions[:count])
-            pace = sum(answer["tokens"] for answer in answers) / (time.perf_counter() - started)
-        found[count] = {"pace": pace, "texts": [answer["thought"] + answer["answer"] for answer in answers]}
+        loaded.model.generate = ending_like(endless, ends[:count])
+        questions = [row["question"] for row in rows[:count]]
+        ask(questions, dataclasses.replace(config, max_new_tokens=8))
+        started = time.perf_counter()
+        answers = ask(questions, config)
+        pace = sum(ends[:count]) / (time.perf_counter() - started)
+        texts = [answer["thought"] + answer["answer"] for answer in answers]
+        found[count] = {"pace": pace, "longest": max(ends[:count]), "texts": texts}
     peak = torch.cuda.max_memory_reserved() / finetune_r1.GIB if torch.cuda.is_available() else 0.0
     finetune_r1.write_json(output, {"peak_gib": peak, **found})
 
@@ -136,7 +162,7 @@ def measure_decoding(run: Path, new_tokens: int) -> None:
         plain, ours = found["plain"][count], found["ours"][count]
         same = sum(a == b for a, b in zip(plain["texts"], ours["texts"], strict=True))
         paces = f"plain {plain['pace']:.1f}, ours {ours['pace']:.1f} tok/s, {ours['pace'] / plain['pace']:.2f}x"
-        print(f"decoding {count:>2} at once: {paces}, same text in {same}")
+        print(f"decoding {count:>2} at once, up to {ours['longest']} tokens: {paces}, same text in {same}")
     print(f"GiB: plain {found['plain']['peak_gib']:.1f}, ours {found['ours']['peak_gib']:.1f}")
 
 
@@ -202,7 +228,7 @@ if __name__ == "__main__":
     parser.add_argument("--max-steps", "--steps", type=int, default=60)
     parser.add_argument("--repeats", type=int, default=2)
     parser.add_argument("--variants", help=f"of {', '.join(VARIANTS)}; default: all, with --small the first two")
-    parser.add_argument("--new-tokens", type=int, default=0, help="an answer, to measure decoding too")
+    parser.add_argument("--new-tokens", type=int, default=0, help="an answer at most, to measure decoding too")
     parser.add_argument("--out", type=Path)
     parser.add_argument("--plain", type=Path, help=argparse.SUPPRESS)
     parser.add_argument("--answer", nargs=3, help=argparse.SUPPRESS)
