@@ -1506,14 +1506,44 @@ def training_log(
     return TrainingLog()
 
 
+class SharedOut:
+    """An epoch's batches, as many for each process. Of the rows that are left in the end each takes its share, where
+    accelerate would repeat the first ones; a process without any takes the `spare` row, which carries no loss."""
+
+    def __init__(self, batches: Any, spare: int):
+        self.batches, self.sampler, self.spare = batches, batches.sampler, spare
+
+    def __len__(self) -> int:
+        return math.ceil(len(self.batches) / WORLD) * WORLD
+
+    def __iter__(self) -> Iterator[list[int]]:
+        order = iter(self.sampler)
+        while rows := list(itertools.islice(order, WORLD * self.batches.batch_size)):
+            yield from (rows[rank::WORLD] or [self.spare] for rank in range(WORLD))
+
+
 def watchful_trainer(questions: Sequence[str]) -> Any:
     """TRL's SFTTrainer, which goes on where the loss is no number; this one stops, and names step and rows. It looks
-    when a line is logged or a checkpoint due, as each look waits for the GPU."""
+    when a line is logged or a checkpoint due, as each look waits for the GPU. Of several processes none gets a row that
+    a single one would not."""
 
     class WatchfulTrainer(trl.SFTTrainer):  # type: ignore[misc, name-defined]
         def __init__(self, **options: Any):
             self.unseen: list[tuple[int, Any, Any]] = []  # step, loss and tokens of micro-batches
             super().__init__(**options)
+            if WORLD > 1:
+                spare = datasets.Dataset.from_dict({"input_ids": [[0, 0]], "labels": [[-100, -100]]})
+                self.train_dataset = datasets.concatenate_datasets([self.train_dataset, spare])
+
+        def _get_train_sampler(self, rows: Any) -> Any:
+            return super()._get_train_sampler(rows.select(range(len(questions))))
+
+        def get_train_dataloader(self) -> Any:
+            loader = super().get_train_dataloader()
+            if WORLD > 1:
+                shard = loader.batch_sampler
+                shard.batch_sampler, shard.even_batches = SharedOut(shard.batch_sampler, spare=len(questions)), False
+            return loader
 
         def training_step(self, model: Any, inputs: Any, *rest: Any) -> Any:
             loss = super().training_step(model, inputs, *rest)
@@ -1534,7 +1564,8 @@ def watchful_trainer(questions: Sequence[str]) -> Any:
 
         def check_losses(self) -> None:
             for step, loss, tokens in self.unseen:
-                if not 0 < float(loss) < math.inf:
+                sound = 0 < float(loss) < math.inf or (WORLD > 1 and float(loss) == 0)  # of the spare row
+                if not sound:
                     text = self.processing_class.decode(tokens.flatten())
                     rows = " | ".join(question[:80] for question in questions if question in text)
                     way_out = "look at the rows with `format`, or `train` with a smaller --learning-rate"
@@ -1562,7 +1593,7 @@ def make_trainer(
         eval_on_start=config.eval_rows > 0 and not run.checkpoints,
         per_device_eval_batch_size=1, prediction_loss_only=True,  # what trains in the memory there is also evaluates
         pad_to_multiple_of=64 if torch.cuda.is_available() else None,  # odd sizes take slower kernels: 4% of a step
-        logging_nan_inf_filter=False, use_cpu=not torch.cuda.is_available(), ddp_find_unused_parameters=False,
+        logging_nan_inf_filter=False, log_level_replica="error", use_cpu=not torch.cuda.is_available(), ddp_find_unused_parameters=False,
     )  # fmt: skip
     trainer = watchful_trainer(rows.used["question"][:])(
         model=loaded.model, processing_class=loaded.tokenizer, args=arguments,

@@ -41,7 +41,7 @@ def torchrun(tmp_path):
 
 @pytest.fixture
 def options(tiny_r1):
-    return ["train", "--model", tiny_r1, "--dataset", SAMPLE, "--split", "train[:24]", "--max-seq-length", 768,
+    return ["train", "--model", tiny_r1, "--dataset", SAMPLE, "--split", "train[:21]", "--max-seq-length", 768,
             "--effective-batch", 4, "--logging-steps", 1, "--max-new-tokens", 4, "--learning-rate", "1e-2",
             "--warmup-steps", 1, "--no-load-in-4bit", "--no-wandb", "--eval-rows", 4, "--save-steps", 2]  # fmt: skip
 
