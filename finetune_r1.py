@@ -1533,7 +1533,7 @@ def watchful_trainer(questions: Sequence[str]) -> Any:
             super().__init__(**options)
             if WORLD > 1:
                 spare = datasets.Dataset.from_dict({"input_ids": [[0, 0]], "labels": [[-100, -100]]})
-                self.train_dataset = datasets.concatenate_datasets([self.train_dataset, spare])
+                self.train_dataset: Any = datasets.concatenate_datasets([self.train_dataset, spare])
 
         def _get_train_sampler(self, rows: Any) -> Any:
             return super()._get_train_sampler(rows.select(range(len(questions))))
@@ -1593,7 +1593,8 @@ def make_trainer(
         eval_on_start=config.eval_rows > 0 and not run.checkpoints,
         per_device_eval_batch_size=1, prediction_loss_only=True,  # what trains in the memory there is also evaluates
         pad_to_multiple_of=64 if torch.cuda.is_available() else None,  # odd sizes take slower kernels: 4% of a step
-        logging_nan_inf_filter=False, log_level_replica="error", use_cpu=not torch.cuda.is_available(), ddp_find_unused_parameters=False,
+        logging_nan_inf_filter=False, use_cpu=not torch.cuda.is_available(),
+        log_level_replica="error", ddp_find_unused_parameters=False,
     )  # fmt: skip
     trainer = watchful_trainer(rows.used["question"][:])(
         model=loaded.model, processing_class=loaded.tokenizer, args=arguments,
