@@ -1522,6 +1522,15 @@ class SharedOut:
             yield from (rows[rank::WORLD] or [self.spare] for rank in range(WORLD))
 
 
+def with_spare(rows: Any) -> Any:
+    """With one more row, which carries no loss."""
+    if "labels" not in rows.column_names:  # of the whole row Unsloth's trainer on a GPU makes them in each batch
+        rows = rows.map(lambda batch: {"labels": batch["input_ids"]}, batched=True)
+    rows = rows.select_columns(["input_ids", "labels"])
+    spare = datasets.Dataset.from_dict({"input_ids": [[0, 0]], "labels": [[-100, -100]]}, features=rows.features)
+    return datasets.concatenate_datasets([rows, spare])
+
+
 def watchful_trainer(questions: Sequence[str]) -> Any:
     """TRL's SFTTrainer, which goes on where the loss is no number; this one stops, and names step and rows. It looks
     when a line is logged or a checkpoint due, as each look waits for the GPU. Of several processes none gets a row that
@@ -1532,8 +1541,7 @@ def watchful_trainer(questions: Sequence[str]) -> Any:
             self.unseen: list[tuple[int, Any, Any]] = []  # step, loss and tokens of micro-batches
             super().__init__(**options)
             if WORLD > 1:
-                spare = datasets.Dataset.from_dict({"input_ids": [[0, 0]], "labels": [[-100, -100]]})
-                self.train_dataset: Any = datasets.concatenate_datasets([self.train_dataset, spare])
+                self.train_dataset: Any = with_spare(self.train_dataset)
 
         def _get_train_sampler(self, rows: Any) -> Any:
             return super()._get_train_sampler(rows.select(range(len(questions))))

@@ -1,5 +1,6 @@
 """Several processes under torchrun, as on several GPUs or machines: here on one CPU, by gloo."""
 
+import itertools
 import json
 import os
 import signal
@@ -9,11 +10,13 @@ import sys
 import time
 from pathlib import Path
 
+import datasets
 import pytest
+import torch
 from conftest import SAMPLE, SCRIPT
 
 import finetune_r1
-from finetune_r1 import Run, read_rows
+from finetune_r1 import Run, SharedOut, read_rows, with_spare
 
 TORCHRUN = Path(sys.executable).with_name("torchrun")
 
@@ -61,6 +64,26 @@ def test_two_processes_train_as_one_does_and_only_the_first_talks_and_writes(tor
     assert losses(tmp_path / "two", "eval_loss") == pytest.approx(losses(tmp_path / "one", "eval_loss"), abs=0.002)
     plan = Run(tmp_path / "two").record["plan"]
     assert plan["effective_batch"] == 4 == plan["processes"] * plan["micro_batch"] * plan["accumulation"]
+
+
+@pytest.mark.parametrize("processes", [2, 3])
+@pytest.mark.parametrize("rows", [1, 5, 7, 12])
+def test_an_epoch_s_rows_are_shared_out_once_each_to_as_many_batches_a_process(monkeypatch, rows, processes):
+    monkeypatch.setattr(finetune_r1, "WORLD", processes)
+    batches = torch.utils.data.BatchSampler(range(rows), batch_size=2, drop_last=False)
+    shared = list(SharedOut(batches, spare=99))
+    assert sorted(row for batch in shared for row in batch if row != 99) == list(range(rows))
+    assert len(shared) == len(SharedOut(batches, spare=99)) and len(shared) % processes == 0
+    assert all(batch == [99] or (99 not in batch and 1 <= len(batch) <= 2) for batch in shared)
+    step = [sorted(itertools.chain(*shared[start : start + processes])) for start in range(0, len(shared), processes)]
+    assert step[0] == [*range(min(rows, 2 * processes)), *[99] * max(0, processes - rows)], "the same rows a step"
+
+
+@pytest.mark.parametrize("columns", [{}, {"labels": [[-100, 2], [3, 4]]}])
+def test_the_spare_row_carries_no_loss_and_the_others_keep_theirs(columns):
+    rows = with_spare(datasets.Dataset.from_dict({"input_ids": [[1, 2], [3, 4]]} | columns))
+    assert rows["labels"][:] == [*columns.get("labels", rows["input_ids"][:2]), [-100, -100]]
+    assert rows["input_ids"][:2] == [[1, 2], [3, 4]] and len(rows) == 3
 
 
 @pytest.mark.slow
