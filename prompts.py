@@ -298,9 +298,13 @@ def verdict(report: dict[str, Any]) -> str:
         return "worse: the held-out loss rose"
     if relevance["high"] < 0:
         return "worse: its answers depend less on the question than the base model's"
-    if loss["high"] < 0:
-        return "better: the held-out loss fell, and answers depend on their questions as before or more"
-    return "can't tell: the interval of the loss holds 0"
+    if loss["high"] >= 0:
+        return "can't tell: the interval of the loss holds 0"
+    if (closed := report.get("closed")) and closed["high"] < 0:
+        return "can't tell: the held-out loss fell, but fewer thoughts were closed within --max-new-tokens"
+    unseen = "; but no thought was closed within --max-new-tokens, so there was no answer to see"
+    better = "better: the held-out loss fell, and answers depend on their questions as before or more"
+    return better + (unseen if closed and not closed["tuned"] else "")
 
 
 def as_report(evaluation: dict[str, Any]) -> str:

@@ -4,6 +4,7 @@ import dataclasses
 import itertools
 import json
 import math
+import re
 import shutil
 
 import pytest
@@ -381,6 +382,18 @@ EITHER = compared([1.0, 3.0], [3.0, 1.0])
 )
 def test_the_verdict_follows_the_intervals(loss, relevance, verdict):
     assert prompts.verdict({"loss": loss, "relevance": relevance}).startswith(verdict)
+
+
+@pytest.mark.parametrize(
+    ("closed", "verdict"),
+    [
+        (compared([0.0, 0.0], [0.0, 1.0]), "better: .* before or more$"),
+        (compared([0.0, 0.0], [0.0, 0.0]), "better: .*; but no thought was closed"),
+        (compared([1.0, 1.0, 1.0], [0.0, 0.0, 0.0]), "can't tell: .* fewer thoughts were closed"),
+    ],
+)
+def test_a_model_that_closes_no_thought_is_not_called_better_without_a_word(closed, verdict):
+    assert re.match(verdict, prompts.verdict({"loss": FELL, "relevance": ROSE, "closed": closed}))
 
 
 def test_w_and_b_gets_the_run_when_asked_to_keep_it_offline(config, unsloth, tmp_path, monkeypatch):
