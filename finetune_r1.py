@@ -1507,19 +1507,25 @@ def training_log(
 
 
 class SharedOut:
-    """An epoch's batches, as many for each process. Of the rows that are left in the end each takes its share, where
-    accelerate would repeat the first ones; a process without any takes the `spare` row, which carries no loss."""
+    """An epoch's batches, as many for each process, of rows with `lengths` in tokens: those of one round are dealt from
+    the shortest to the longest, there and back, so that nobody waits long for another. Of the rows that are left in the
+    end each takes its share, where accelerate would repeat the first ones; a process without any takes the last row of
+    all, which carries no loss."""
 
-    def __init__(self, batches: Any, spare: int):
-        self.batches, self.sampler, self.spare = batches, batches.sampler, spare
+    def __init__(self, batches: Any, lengths: Sequence[int]):
+        self.batches, self.sampler, self.lengths = batches, batches.sampler, lengths
 
     def __len__(self) -> int:
         return math.ceil(len(self.batches) / WORLD) * WORLD
 
     def __iter__(self) -> Iterator[list[int]]:
-        order = iter(self.sampler)
+        order, there_and_back = iter(self.sampler), [*range(WORLD), *reversed(range(WORLD))]
         while rows := list(itertools.islice(order, WORLD * self.batches.batch_size)):
-            yield from (rows[rank::WORLD] or [self.spare] for rank in range(WORLD))
+            rows.sort(key=self.lengths.__getitem__)
+            shares: list[list[int]] = [[] for _ in range(WORLD)]
+            for row, process in zip(rows, itertools.cycle(there_and_back)):
+                shares[process].append(row)
+            yield from (share or [len(self.lengths) - 1] for share in shares)
 
 
 def with_spare(rows: Any) -> Any:
@@ -1550,7 +1556,8 @@ def watchful_trainer(questions: Sequence[str]) -> Any:
             loader = super().get_train_dataloader()
             if WORLD > 1:
                 shard = loader.batch_sampler
-                shard.batch_sampler, shard.even_batches = SharedOut(shard.batch_sampler, spare=len(questions)), False
+                lengths = [len(tokens) for tokens in self.train_dataset["input_ids"]]
+                shard.batch_sampler, shard.even_batches = SharedOut(shard.batch_sampler, lengths), False
             return loader
 
         def training_step(self, model: Any, inputs: Any, *rest: Any) -> Any:

@@ -71,12 +71,19 @@ def test_two_processes_train_as_one_does_and_only_the_first_talks_and_writes(tor
 def test_an_epoch_s_rows_are_shared_out_once_each_to_as_many_batches_a_process(monkeypatch, rows, processes):
     monkeypatch.setattr(finetune_r1, "WORLD", processes)
     batches = torch.utils.data.BatchSampler(range(rows), batch_size=2, drop_last=False)
-    shared = list(SharedOut(batches, spare=99))
-    assert sorted(row for batch in shared for row in batch if row != 99) == list(range(rows))
-    assert len(shared) == len(SharedOut(batches, spare=99)) and len(shared) % processes == 0
-    assert all(batch == [99] or (99 not in batch and 1 <= len(batch) <= 2) for batch in shared)
-    step = [sorted(itertools.chain(*shared[start : start + processes])) for start in range(0, len(shared), processes)]
-    assert step[0] == [*range(min(rows, 2 * processes)), *[99] * max(0, processes - rows)], "the same rows a step"
+    shared = list(SharedOut(batches, lengths=range(rows + 1)))
+    assert sorted(row for batch in shared for row in batch if row != rows) == list(range(rows))
+    assert len(shared) == len(SharedOut(batches, lengths=[])) and len(shared) % processes == 0
+    assert all(batch == [rows] or (rows not in batch and 1 <= len(batch) <= 2) for batch in shared)
+    step = sorted(itertools.chain(*shared[:processes]))
+    assert step == [*range(min(rows, 2 * processes)), *[rows] * max(0, processes - rows)], "the same rows a step"
+
+
+def test_processes_get_like_numbers_of_tokens(monkeypatch):
+    monkeypatch.setattr(finetune_r1, "WORLD", 2)
+    lengths = [900, 100, 800, 200, 0]
+    batches = torch.utils.data.BatchSampler(range(4), batch_size=2, drop_last=False)
+    assert [sum(lengths[row] for row in batch) for batch in SharedOut(batches, lengths)] == [1000, 1000]
 
 
 @pytest.mark.parametrize("columns", [{}, {"labels": [[-100, 2], [3, 4]]}])
