@@ -1081,7 +1081,9 @@ def hub_account(secret: Secret) -> dict[str, Any]:
 
 def processes() -> Any:
     """Of torchrun or `accelerate launch`, by NCCL on GPUs and gloo on CPUs; of one there is nothing to set up."""
-    return accelerate.PartialState(cpu=not torch.cuda.is_available())
+    if on_cpu := not torch.cuda.is_available():
+        os.environ["ACCELERATE_TORCH_DEVICE"] = "cpu"  # its "cpu:0" is a place to which torch loads no optimizer
+    return accelerate.PartialState(cpu=on_cpu)
 
 
 def shared(value: Any = None) -> Any:

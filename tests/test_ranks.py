@@ -95,7 +95,7 @@ def test_the_spare_row_carries_no_loss_and_the_others_keep_theirs(columns):
 
 @pytest.mark.slow
 def test_a_run_begun_on_two_is_stopped_by_a_signal_and_goes_on_on_one(torchrun, options, cli, tmp_path):
-    """The other way round takes GPUs: torch does not load an optimizer to "cpu:0"."""
+    """And the other way round."""
     cli(*options, "--max-steps", 10, "--run-dir", "undisturbed")
     process = torchrun(*options, "--max-steps", 10, "--run-dir", "it")
     for line in process.stderr:
@@ -108,6 +108,10 @@ def test_a_run_begun_on_two_is_stopped_by_a_signal_and_goes_on_on_one(torchrun, 
     done = cli("train", "--resume", "it")
     assert done.code == 0, done.err
     assert losses(tmp_path / "it") == pytest.approx(losses(tmp_path / "undisturbed"), abs=0.005)
+    on = ["train", "--resume", "undisturbed", "--max-steps", 13, "--run-dir"]
+    _, err = torchrun(*on, "on-two").communicate(timeout=300)
+    assert cli(*on, "on-one").code == 0 and 13 in losses(tmp_path / "on-two"), err
+    assert losses(tmp_path / "on-two") == pytest.approx(losses(tmp_path / "on-one"), abs=0.005)
 
 
 @pytest.mark.slow
