@@ -1307,6 +1307,7 @@ class Loaded:
 
     def answer_spread(self, questions: Sequence[str], config: GenerationConfig) -> list[Answer]:
         """Both answers to each, by all the processes there are."""
+        say(f"answers to {len(questions)} questions, base and tuned, of at most {config.max_new_tokens} tokens")
         mine = range(RANK, len(questions), WORLD)
         pairs = self.answer_both([questions[i] for i in mine], config)
         return [pair for _, pair in sorted(gathered(list(zip(mine, pairs, strict=True))), key=lambda found: found[0])]
@@ -1337,6 +1338,7 @@ class Loaded:
 
     def evaluate(self, rows: Any, answers: int, config: GenerationConfig) -> dict[str, Any]:
         """Base against tuned: losses on all `rows`, and what can be counted in answers to the first `answers`."""
+        say("", f"evaluating on {len(rows)} held-out rows: losses, tuned and base")
         tuned = self.losses(rows)
         with self.model.disable_adapter():
             base = self.losses(rows)
@@ -2308,6 +2310,7 @@ def train_on(rows: Rows, config: TrainConfig, run: Run) -> tuple[Loaded, list[An
         return loaded, []
     loaded.save_adapter(config, run)
     run.trained({**seconds, "train": time.perf_counter() - started - seconds["load"]})
+    say("", "answering the same question before and after")
     write_jsonl(run / "samples.jsonl", samples := loaded.answer_both([prompts.BEFORE_AFTER[config.lang]], config))
     write_card(run)
     if tracked:
@@ -2558,7 +2561,6 @@ def demo(run_dir: RunDirOption = None) -> dict[str, Any]:
     config = TrainConfig(model=str(demo_model()), **DEMO)
     run = Run(run_dir or RUNS / f"{time.strftime('%Y%m%d-%H%M%S')}-demo")
     loaded, held_out = train_run(config, run)
-    say("", f"evaluating base and tuned on the {len(held_out)} held-out rows")
     report = run.evaluated(loaded.evaluate(held_out, 8, config))
     save = subprocess.run([sys.executable, __file__, "save", "--run", run.folder, "--json"], stdout=-1, text=True)
     if save.returncode:  # a process of its own, as Unsloth has patched this one's model classes; it has said why
