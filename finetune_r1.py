@@ -1248,13 +1248,13 @@ class Loaded:
         return [answers[i] for i in range(len(questions))]
 
     def batches(self, questions: Sequence[str], config: GenerationConfig) -> list[list[int]]:
-        """Positions of questions of like length, to be answered at once: on a CPU 8, on a GPU what its memory holds."""
+        """Positions of questions of like length, to be answered at once."""
         order = sorted(range(len(questions)), key=lambda i: len(questions[i]))
-        size = self.room_for_answers(questions, config) if questions and torch.cuda.is_available() else 8
+        size = self.room_for_answers(questions, config) if questions else 1
         return [order[start : start + size] for start in range(0, len(order), size)]
 
     def room_for_answers(self, questions: Sequence[str], config: GenerationConfig) -> int:
-        """How many fit in memory together, 128 at most. Unsloth keeps the memory of two sizes of batches."""
+        """How many fit in memory together; at most 128, on a CPU 32. Unsloth keeps the memory of two batches."""
         shape, texts = self.model.config, [prompts.build_prompt(question, self.lang) for question in questions]
         tokens = max(map(len, self.tokenizer(texts)["input_ids"])) + config.max_new_tokens
         keys_and_values = 2 * 2 * shape.num_hidden_layers * shape.num_key_value_heads * shape.head_dim  # bytes a token
@@ -1262,7 +1262,8 @@ class Loaded:
         if len(questions) > 1:
             self.widen(leave=min(32, len(questions)) * answer)
         room = self.memory_limit - self.model.get_memory_footprint()
-        return int(min(128, 2 ** math.floor(math.log2(max(1, room / answer)))))
+        most = 128 if torch.cuda.is_available() else 32
+        return int(min(most, 2 ** math.floor(math.log2(max(1, room / answer)))))
 
     def widen(self, leave: float) -> None:
         """From 4 bits to the same numbers in 16, which each step of a batch would otherwise work out again, where that
