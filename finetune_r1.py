@@ -1254,7 +1254,8 @@ class Loaded:
         return [order[start : start + size] for start in range(0, len(order), size)]
 
     def room_for_answers(self, questions: Sequence[str], config: GenerationConfig) -> int:
-        """How many fit in memory together; at most 128, on a CPU 32. Unsloth keeps the memory of two batches."""
+        """How many fit in memory together; at most 128, on a CPU 16, as an interruption loses what is not finished.
+        Unsloth keeps the memory of two batches."""
         shape, texts = self.model.config, [prompts.build_prompt(question, self.lang) for question in questions]
         tokens = max(map(len, self.tokenizer(texts)["input_ids"])) + config.max_new_tokens
         keys_and_values = 2 * 2 * shape.num_hidden_layers * shape.num_key_value_heads * shape.head_dim  # bytes a token
@@ -1262,7 +1263,7 @@ class Loaded:
         if len(questions) > 1:
             self.widen(leave=min(32, len(questions)) * answer)
         room = self.memory_limit - self.model.get_memory_footprint()
-        most = 128 if torch.cuda.is_available() else 32
+        most = 128 if torch.cuda.is_available() else 16
         return int(min(most, 2 ** math.floor(math.log2(max(1, room / answer)))))
 
     def widen(self, leave: float) -> None:
