@@ -28,10 +28,13 @@ def test_a_model_tuned_on_shuffled_answers_is_not_called_better(smollm2, tmp_pat
     assert report["verdict"].startswith(("worse", "can't tell"))
 
 
-def test_the_benchmark_runs_on_a_cpu_with_a_tiny_model():
+@pytest.mark.parametrize("decoding", [[], pytest.param(["--new-tokens", "8"], marks=pytest.mark.slow)])
+def test_the_benchmark_runs_on_a_cpu_with_a_tiny_model(decoding):
     command = [sys.executable, SCRIPT.parent / "tests" / "bench" / "speed.py", "--small", "--variants", "recipe"]
-    done = subprocess.run(command, capture_output=True, text=True)
+    done = subprocess.run([*command, *decoding], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    first, *_, last = done.stdout.splitlines()
-    assert json.loads(first)["variant"] == "recipe" and json.loads(first)["s_per_step"] > 0
+    *lines, last = done.stdout.splitlines()
+    [run] = [json.loads(line) for line in lines if line.startswith("{")]
+    assert run["variant"] == "recipe" and run["s_per_step"] > 0
     assert last.split()[0] == "recipe" and last.split()[-3:] == ["1.00x", "1.00x", "0.0000"]
+    assert done.stdout.count(" at once, up to 8 tokens: plain ") == (2 if decoding else 0)
