@@ -1258,7 +1258,8 @@ class Loaded:
         Unsloth keeps the memory of two batches."""
         shape, texts = self.model.config, [prompts.build_prompt(question, self.lang) for question in questions]
         tokens = max(map(len, self.tokenizer(texts)["input_ids"])) + config.max_new_tokens
-        keys_and_values = 2 * 2 * shape.num_hidden_layers * shape.num_key_value_heads * shape.head_dim  # bytes a token
+        head = getattr(shape, "head_dim", None) or shape.hidden_size // shape.num_attention_heads  # Qwen 2 names none
+        keys_and_values = 2 * 2 * shape.num_hidden_layers * shape.num_key_value_heads * head  # bytes a token
         answer = 2 * 1.25 * tokens * keys_and_values
         if len(questions) > 1:
             self.widen(leave=min(32, len(questions)) * answer)

@@ -242,6 +242,21 @@ def test_as_many_answers_are_written_at_once_as_memory_holds(config, unsloth, an
     assert loaded.room_for_answers(["What helps?"], config) == at_once
 
 
+def test_a_qwen_trains_and_answers_too(config, unsloth, r1_tokenizer, tmp_path):
+    """The other family of R1's distillations."""
+    import transformers
+
+    shape = transformers.Qwen2Config(
+        vocab_size=len(r1_tokenizer), hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, bos_token_id=r1_tokenizer.bos_token_id, eos_token_id=r1_tokenizer.eos_token_id,
+    )  # fmt: skip
+    transformers.Qwen2ForCausalLM(shape).save_pretrained(tmp_path / "qwen")
+    r1_tokenizer.save_pretrained(tmp_path / "qwen")
+    config = dataclasses.replace(config, model=str(tmp_path / "qwen"), load_in_4bit=False)
+    loaded, _ = finetune_r1.train_run(config, Run(tmp_path / "run"))
+    assert [answer["question"] for answer in loaded.generate(["Why?", "When?"], config)] == ["Why?", "When?"]
+
+
 def test_a_4_bit_model_answers_in_16_bit_where_there_is_room_and_says_the_same(config, unsloth):
     loaded = Loaded.for_use(config)
     loaded.memory_limit = 0.0
