@@ -1,17 +1,23 @@
 """What the tests share: a home of their own, the small models, the CLI as a user runs it, and one demo for all.
 
-Nothing here needs a network, a GPU or an account.
+Nothing here needs a network, a GPU or an account. Two workers (pytest-xdist) take file after file.
 """
 
+import contextlib
 import os
+import shutil
 import signal
 import subprocess
 import sys
 import tempfile
+import time
 from pathlib import Path
 from typing import NamedTuple
 
-HOME = Path(tempfile.mkdtemp(prefix="finetune-r1-tests-"))
+# Handed on by the environment: the workers share one folder, in which each has a home.
+SHARED = Path(os.environ.setdefault("FINETUNE_R1_TESTS", tempfile.mkdtemp(prefix="finetune-r1-tests-")))
+DEMO = SHARED / "demo"
+HOME = Path(tempfile.mkdtemp(prefix="home-", dir=SHARED))
 for name in [name for name in os.environ if name.startswith(("HF_", "HUGGING", "WANDB_", "KAGGLE_"))]:
     del os.environ[name]
 for name in ("HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY"):
@@ -30,6 +36,7 @@ os.environ |= {
     "HF_XET_CLIENT_RETRY_BASE_DELAY": "10ms",
     "UNSLOTH_DISABLE_STATISTICS": "1",
     "CUDA_VISIBLE_DEVICES": "",
+    "OMP_NUM_THREADS": "1",
     "NO_PROXY": "127.0.0.1",
 }
 
@@ -88,24 +95,31 @@ def pytest_collection_modifyitems(items):
 
 
 def pytest_runtest_setup(item):
-    """Starts the demo beside the other tests, on one core and giving way to them."""
+    """The first worker to get here starts the demo, to which both give way: it takes longest."""
     session = item.session
-    wanted = any("demo" in other.fixturenames for other in session.items)
-    if wanted and not hasattr(session.config, "demo"):
-        cwd = Path(tempfile.mkdtemp(prefix="demo-", dir=HOME))
-        command = ["nice", sys.executable, SCRIPT, "demo", "--json", "--run-dir", "runs/demo"]
-        here = {"cwd": cwd, "env": {**os.environ, "OMP_NUM_THREADS": "1"}}
-        process = subprocess.Popen(command, **here, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-        session.config.demo = cwd, process
+    if not hasattr(session, "gives_way") and any("demo" in other.fixturenames for other in session.items):
+        with contextlib.suppress(FileExistsError):
+            DEMO.mkdir()
+            recorded = '"$@" >out 2>err; echo $? >code.new; mv code.new code'
+            command = [sys.executable, SCRIPT, "demo", "--json", "--run-dir", "runs/demo"]
+            subprocess.Popen(["sh", "-c", recorded, "sh", *command], cwd=DEMO)
+        session.gives_way = os.nice(5)
+
+
+def pytest_unconfigure(config):
+    """The workers' folders go when the last of them is done."""
+    if not hasattr(config, "workerinput"):
+        shutil.rmtree(SHARED, ignore_errors=True)
 
 
 @pytest.fixture(scope="session")
-def demo(request):
+def demo():
     """The demo, run once as a user runs it: its working folder, its run folder, and what it printed."""
-    cwd, process = request.config.demo
-    out, err = process.communicate()
-    assert process.returncode == 0, err
-    return cwd, cwd / "runs" / "demo", Done(process.returncode, out, err)
+    while not (code := DEMO / "code").exists():
+        time.sleep(1)
+    done = Done(int(code.read_text()), (DEMO / "out").read_text(), (DEMO / "err").read_text())
+    assert done.code == 0, done.err
+    return DEMO, DEMO / "runs" / "demo", done
 
 
 @pytest.fixture(scope="session")
