@@ -15,7 +15,8 @@ from pathlib import Path
 from typing import NamedTuple
 
 # Handed on by the environment: the workers share one folder, in which each has a home.
-SHARED = Path(os.environ.setdefault("FINETUNE_R1_TESTS", tempfile.mkdtemp(prefix="finetune-r1-tests-")))
+SHARED = Path(os.environ.get("FINETUNE_R1_TESTS") or tempfile.mkdtemp(prefix="finetune-r1-tests-"))
+os.environ["FINETUNE_R1_TESTS"] = str(SHARED)
 DEMO = SHARED / "demo"
 HOME = Path(tempfile.mkdtemp(prefix="home-", dir=SHARED))
 for name in [name for name in os.environ if name.startswith(("HF_", "HUGGING", "WANDB_", "KAGGLE_"))]:
