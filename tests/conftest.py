@@ -24,6 +24,9 @@ for name in [name for name in os.environ if name.startswith(("HF_", "HUGGING", "
 for name in ("HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY"):
     os.environ.pop(name, None)
     os.environ.pop(name.lower(), None)
+# Without bytecode each of the many processes would spend seconds on compiling the packages.
+os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
+sys.dont_write_bytecode = False
 # Before any library reads them. The endpoint is a port that nothing listens on.
 os.environ |= {
     "HOME": str(HOME),
