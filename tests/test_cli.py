@@ -1,5 +1,7 @@
 """The command line as a user meets it: help at once, and for each mistake one message with the next step."""
 
+import contextlib
+import gc
 import json
 import subprocess
 import sys
@@ -7,6 +9,8 @@ import sys
 import pytest
 from conftest import SAMPLE, SCRIPT
 from servers.hub import HubServer
+
+from finetune_r1 import Lazy
 
 COMMANDS = ["login", "doctor", "load", "format", "train", "infer", "eval", "save", "push", "demo"]
 HEAVY = {"torch", "transformers", "unsloth", "trl", "peft", "datasets", "bitsandbytes", "wandb"}
@@ -178,6 +182,13 @@ def test_and_so_it_is_for_a_user_at_a_terminal(cli, broken, mistake):
     done = cli(*(argument.format(**broken) for argument in arguments))
     assert done.code == code and all(text in done.err for text in said)
     assert "Traceback" not in done.err and done.out == ""
+
+
+@pytest.mark.parametrize("module", ["json", "no_such_module"])
+def test_garbage_is_collected_again_after_an_import(module):
+    with contextlib.suppress(ModuleNotFoundError):
+        assert Lazy(module).dumps is json.dumps
+    assert gc.isenabled()
 
 
 def test_the_8b_without_a_gpu_is_refused_before_the_imports_that_take_long(cli):
