@@ -283,12 +283,17 @@ def chosen(answer: str) -> str | None:
     return next((str(letters[-1]) for letters in found if letters), None)
 
 
-def verdict(report: dict[str, Any]) -> str:
-    """In words, from the intervals of an evaluation.
+FEWEST_ROWS = 8  # for a verdict
+
+
+def verdict(report: dict[str, Any], rows: int) -> str:
+    """In words, from the intervals of an evaluation and the number of its rows.
 
     A model that learned the style alone has a lower loss too; but then an answer is no likelier after its own question
     and thought than after another row's. `relevance` is that difference.
     """
+    if rows < FEWEST_ROWS:
+        return f"can't tell: {rows} {'row is' if rows == 1 else 'rows are'} too few, it takes {FEWEST_ROWS}"
     if accuracy := report.get("accuracy"):
         more, fewer = accuracy["low"] > 0, accuracy["high"] < 0
         told = {True: "better: more answers are right", False: "can't tell: the interval of the accuracy holds 0"}

@@ -44,14 +44,15 @@ os.environ |= {
     "NO_PROXY": "127.0.0.1",
 }
 
+import published  # noqa: E402
 import pytest  # noqa: E402
+from published import BOS, EOS, PAD  # noqa: E402, F401
 
 # A shell's background job ignores Ctrl-C and so would its children; the tests send it to theirs.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
 SCRIPT = Path(__file__).parents[1] / "finetune_r1.py"
 SAMPLE = SCRIPT.parent / "data" / "medical_sample.jsonl"
-BOS, EOS, PAD = "<｜begin▁of▁sentence｜>", "<｜end▁of▁sentence｜>", "<|finetune_right_pad_id|>"
 
 
 class Done(NamedTuple):
@@ -143,44 +144,41 @@ def smollm2(unsloth):
 
 
 @pytest.fixture(scope="session")
-def r1_tokenizer(unsloth):
-    """A small tokenizer laid out like R1's: byte-level BPE, BOS prepended, the think tags tokens of their own."""
-    from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
-    from transformers import PreTrainedTokenizerFast
-
-    backend = Tokenizer(models.BPE())
-    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    backend.decoder = decoders.ByteLevel()
-    alphabet = pre_tokenizers.ByteLevel.alphabet()
-    special = [BOS, EOS, PAD, "<｜User｜>", "<｜Assistant｜>"]
-    trainer = trainers.BpeTrainer(
-        vocab_size=1000, special_tokens=special, initial_alphabet=alphabet, show_progress=False
-    )
-    backend.train_from_iterator(SAMPLE.read_text().splitlines(), trainer)
-    backend.add_tokens([AddedToken(tag, normalized=False) for tag in ("<think>", "</think>")])
-    backend.post_processor = processors.TemplateProcessing(
-        single=f"{BOS} $A", special_tokens=[(BOS, backend.token_to_id(BOS))]
-    )
-    return PreTrainedTokenizerFast(tokenizer_object=backend, bos_token=BOS, eos_token=EOS, pad_token=PAD)
+def models(unsloth, tmp_path_factory):
+    """Where the small models below lie."""
+    return tmp_path_factory.mktemp("models")
 
 
 @pytest.fixture(scope="session")
-def tiny_r1(r1_tokenizer, tmp_path_factory):
-    """A folder with a two-layer Llama of random weights and the tokenizer above: trains in seconds."""
-    import torch
-    from transformers import LlamaConfig, LlamaForCausalLM
+def tiny_r1(models):
+    """A folder like the default model's repository, with two layers of random weights: trains in seconds."""
+    return published.write_model(models / "tiny-r1", "unsloth")
 
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=len(r1_tokenizer), hidden_size=64, intermediate_size=128, num_hidden_layers=2,
-        num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=1024, tie_word_embeddings=False,
-        bos_token_id=r1_tokenizer.bos_token_id, eos_token_id=r1_tokenizer.eos_token_id,
-        pad_token_id=r1_tokenizer.pad_token_id,
-    )  # fmt: skip
-    folder = tmp_path_factory.mktemp("models") / "tiny-r1"
-    LlamaForCausalLM(config).to(torch.bfloat16).save_pretrained(folder)
-    r1_tokenizer.save_pretrained(folder)
-    return folder
+
+@pytest.fixture(scope="session")
+def tiny_deepseek(models):
+    """The same by DeepSeek, who pads with EOS."""
+    return published.write_model(models / "tiny-deepseek", "deepseek")
+
+
+@pytest.fixture(scope="session")
+def tiny_qwen(models):
+    """R1's distillation into a Qwen 2."""
+    return published.write_model(models / "tiny-qwen", "qwen")
+
+
+@pytest.fixture(scope="session")
+def tiny_four_bit(models, tiny_r1):
+    """The ready 4-bit repository that Unsloth takes in the default model's place."""
+    return published.write_four_bit(models / "tiny-r1-unsloth-bnb-4bit", tiny_r1)
+
+
+@pytest.fixture(scope="session")
+def r1_tokenizer(tiny_r1):
+    """The tokenizer that is in tiny_r1, which AutoTokenizer would ruin."""
+    import finetune_r1
+
+    return finetune_r1.load_tokenizer(str(tiny_r1))
 
 
 @pytest.fixture(scope="session")

@@ -345,3 +345,7 @@ def test_after_a_cut_only_what_is_missing_is_sent(push, hub, run, way):
     sent = [path for method, path in hub.requests if method == "PUT"]
     assert sent and push(way=way).code == 0
     assert [path for method, path in hub.requests if method == "PUT"] == sent
+
+
+def test_the_card_names_one_base_model_where_the_bases_own_card_names_several(tiny_deepseek):
+    assert finetune_r1.public_name(str(tiny_deepseek)) == "meta-llama/Llama-3.1-8B"

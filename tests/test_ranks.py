@@ -1,6 +1,5 @@
 """Several processes under torchrun, as on several GPUs or machines: here on one CPU, by gloo."""
 
-import itertools
 import json
 import os
 import signal
@@ -10,13 +9,11 @@ import sys
 import time
 from pathlib import Path
 
-import datasets
 import pytest
-import torch
 from conftest import SAMPLE, SCRIPT
 
 import finetune_r1
-from finetune_r1 import Run, SharedOut, read_rows, with_spare
+from finetune_r1 import Run, read_rows
 
 TORCHRUN = Path(sys.executable).with_name("torchrun")
 
@@ -26,8 +23,8 @@ def torchrun(tmp_path):
     """Starts the script under torchrun in an empty folder."""
     started = []
 
-    def start(*arguments, options=("--nproc-per-node", "2")):
-        command = [TORCHRUN, *options, "--", SCRIPT, *map(str, arguments)]
+    def start(*arguments, options=("--nproc-per-node", "2"), script=SCRIPT):
+        command = [TORCHRUN, *options, "--", script, *map(str, arguments)]
         environment = {**os.environ, "OMP_NUM_THREADS": "1"}
         started.append(
             subprocess.Popen(
@@ -44,7 +41,7 @@ def torchrun(tmp_path):
 
 @pytest.fixture
 def options(tiny_r1):
-    return ["train", "--model", tiny_r1, "--dataset", SAMPLE, "--split", "train[:21]", "--max-seq-length", 768,
+    return ["train", "--model", tiny_r1, "--dataset", SAMPLE, "--split", "train[:20]", "--max-seq-length", 768,
             "--effective-batch", 4, "--logging-steps", 1, "--max-new-tokens", 4, "--learning-rate", "1e-2",
             "--warmup-steps", 1, "--no-load-in-4bit", "--no-wandb", "--eval-rows", 4, "--save-steps", 2]  # fmt: skip
 
@@ -66,31 +63,56 @@ def test_two_processes_train_as_one_does_and_only_the_first_talks_and_writes(tor
     assert plan["effective_batch"] == 4 == plan["processes"] * plan["micro_batch"] * plan["accumulation"]
 
 
-@pytest.mark.parametrize("processes", [2, 3])
-@pytest.mark.parametrize("rows", [1, 5, 7, 12])
-def test_an_epoch_s_rows_are_shared_out_once_each_to_as_many_batches_a_process(monkeypatch, rows, processes):
-    monkeypatch.setattr(finetune_r1, "WORLD", processes)
-    batches = torch.utils.data.BatchSampler(range(rows), batch_size=2, drop_last=False)
-    shared = list(SharedOut(batches, lengths=range(rows + 1)))
-    assert sorted(row for batch in shared for row in batch if row != rows) == list(range(rows))
-    assert len(shared) == len(SharedOut(batches, lengths=[])) and len(shared) % processes == 0
-    assert all(batch == [rows] or (rows not in batch and 1 <= len(batch) <= 2) for batch in shared)
-    step = sorted(itertools.chain(*shared[:processes]))
-    assert step == [*range(min(rows, 2 * processes)), *[rows] * max(0, processes - rows)], "the same rows a step"
+OUT_OF_MEMORY = """
+import os, sys
+import finetune_r1
+finetune_r1.import_unsloth()
+import torch, trl
+
+compute_loss, calls = trl.SFTTrainer.compute_loss, []
+
+def fails_once(trainer, *arguments, **options):
+    if os.environ["RANK"] == "1" and trainer.model.training and trainer.state.global_step == 2 and not calls:
+        calls.append(1)
+        raise torch.OutOfMemoryError("injected")
+    return compute_loss(trainer, *arguments, **options)
+
+trl.SFTTrainer.compute_loss = fails_once
+finetune_r1.app()
+"""
 
 
-def test_processes_get_like_numbers_of_tokens(monkeypatch):
-    monkeypatch.setattr(finetune_r1, "WORLD", 2)
-    lengths = [900, 100, 800, 200, 0]
-    batches = torch.utils.data.BatchSampler(range(4), batch_size=2, drop_last=False)
-    assert [sum(lengths[row] for row in batch) for batch in SharedOut(batches, lengths)] == [1000, 1000]
+def test_all_go_on_with_fewer_rows_at_once_when_one_runs_out_of_memory(torchrun, options, tmp_path, monkeypatch):
+    """The fault is raised in the second process, where a GPU raises it; the first must not wait for it for ever."""
+    script = tmp_path / "finetune_r1_on_a_small_gpu.py"
+    script.write_text(OUT_OF_MEMORY)
+    monkeypatch.setenv("PYTHONPATH", str(SCRIPT.parent))
+    disturbed = torchrun(*options, "--max-steps", 4, "--run-dir", "disturbed", script=script)
+    _, err = disturbed.communicate(timeout=300)
+    assert disturbed.returncode == 0, err
+    assert err.count("out of memory after step 2: goes on with 1 rows at once, 2 times a step") == 1
+    record = Run(tmp_path / "disturbed").record
+    assert (record["status"], record["out_of_memory_at"]) == ("finished", 2)
+    plain = torchrun(*options, "--max-steps", 4, "--run-dir", "plain")
+    plain.communicate(timeout=300)
+    assert losses(tmp_path / "disturbed") == pytest.approx(losses(tmp_path / "plain"), abs=0.002)
 
 
-@pytest.mark.parametrize("columns", [{}, {"labels": [[-100, 2], [3, 4]]}])
-def test_the_spare_row_carries_no_loss_and_the_others_keep_theirs(columns):
-    rows = with_spare(datasets.Dataset.from_dict({"input_ids": [[1, 2], [3, 4]]} | columns))
-    assert rows["labels"][:] == [*columns.get("labels", rows["input_ids"][:2]), [-100, -100]]
-    assert rows["input_ids"][:2] == [[1, 2], [3, 4]] and len(rows) == 3
+def test_a_run_of_two_goes_on_inside_its_second_epoch_with_the_rows_that_are_next(torchrun, options, tmp_path):
+    """Four steps are an epoch. Stopped after the sixth, the seventh takes the second epoch's third four rows."""
+    undisturbed = torchrun(*options, "--max-steps", 8, "--run-dir", "undisturbed")
+    undisturbed.communicate(timeout=300)
+    stopped = torchrun(*options, "--max-steps", 8, "--run-dir", "it")
+    for line in stopped.stderr:
+        if line.startswith("step 00006"):
+            break
+    stopped.terminate()
+    stopped.communicate(timeout=100)
+    assert 6 <= Run(tmp_path / "it").last_step < 8
+    resumed = torchrun("train", "--resume", "it")
+    _, err = resumed.communicate(timeout=300)
+    assert resumed.returncode == 0, err
+    assert losses(tmp_path / "it") == losses(tmp_path / "undisturbed")
 
 
 @pytest.mark.slow

@@ -114,7 +114,7 @@ def test_the_size_of_a_base_model_is_known_before_and_after_its_download(tiny_r1
     import huggingface_hub
     from huggingface_hub import constants, hf_api
 
-    size = (tiny_r1 / "model.safetensors").stat().st_size
+    size = sum(file.stat().st_size for file in tiny_r1.glob("*.safetensors"))
     assert finetune_r1.weights_size(str(tiny_r1)) == (size, 0)
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
     with HubServer() as hub:
@@ -185,6 +185,18 @@ def test_a_lost_or_doubled_adapter_is_caught(times):
     assert finetune_r1.check_merge(base, tuned, base + 0.3 * effect + 0.05 * noise)["adapter_share"] > 0.9
     with pytest.raises(UserError, match="do not act as base"):
         finetune_r1.check_merge(base, tuned, base + times * 0.3 * effect + 0.05 * noise)
+
+
+@pytest.mark.parametrize(("share", "said"), [(0.95, False), (0.81, True), (0.55, True)])
+def test_a_good_merge_of_which_rounding_swallows_a_part_is_saved_and_the_part_is_told(share, said, capsys):
+    """As of a short training, whose changes are as small as the steps between 16-bit numbers."""
+    import torch
+
+    torch.manual_seed(0)
+    base, effect, noise = torch.randn(3, 50, 200).unbind(0)
+    found = finetune_r1.check_merge(base, base + effect, base + share * effect + 0.5 * noise)
+    assert found["adapter_share"] == pytest.approx(share, abs=0.05)
+    assert ("of the adapter's effect" in capsys.readouterr().err) == said
 
 
 def test_a_failed_check_leaves_no_folder(run, tmp_path, monkeypatch):

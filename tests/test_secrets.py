@@ -23,6 +23,7 @@ from pathlib import Path
 
 import pytest
 from conftest import SAMPLE, SCRIPT, Done
+from published import whoami_auth
 from servers.base import Fault
 from servers.hub import HubServer
 from servers.kaggle import KaggleServer
@@ -197,19 +198,17 @@ def test_w_and_b_is_optional(machine):
     assert "nobody" in machine.login(WANDB_MODE="online")["wandb"]["name"]
 
 
-def scopes(*permissions: str) -> dict[str, object]:
-    scoped = [{"entity": {"type": "user", "name": "alice"}, "permissions": list(permissions)}]
-    return {"role": "fineGrained", "fineGrained": {"global": [], "scoped": scoped}}
+READS, WRITES = ["repo.content.read"], ["repo.content.read", "repo.write", "discussion.write"]
 
 
 @pytest.mark.parametrize(
     ("auth", "role", "can_push"),
     [
-        ({"accessToken": {"role": "read"}}, "read", False),
-        ({"accessToken": {"role": "write"}}, "write", True),
-        ({"accessToken": scopes("repo.content.read")}, "fineGrained", False),
-        ({"accessToken": scopes("repo.content.read", "repo.write")}, "fineGrained", True),
-        ({"type": "oauth"}, "browser log-in", True),
+        (whoami_auth("read"), "read", False),
+        (whoami_auth("write"), "write", True),
+        (whoami_auth("fineGrained", [("user", "alice", READS)]), "fineGrained", False),
+        (whoami_auth("fineGrained", [("user", "alice", READS), ("org", "lab", WRITES)]), "fineGrained", True),
+        (whoami_auth("oauth"), "browser log-in", True),
     ],
     ids=["read", "write", "fine, reads", "fine, writes", "browser"],
 )
@@ -219,6 +218,37 @@ def test_login_says_whether_the_token_may_push(machine, auth, role, can_push):
     machine.hub.faults = [Fault("GET", "whoami", status=200, times=ALWAYS, body=account)]
     who = machine.login()["hugging_face"]
     assert (who["name"], who["role"], who["can_push"]) == ("alice", role, can_push)
+
+
+@pytest.mark.parametrize(
+    ("scope", "repo", "allowed"),
+    [
+        (("user", "alice", WRITES), "alice/m", True),
+        (("user", None, WRITES), "alice/m", True),
+        (("user", "alice", WRITES), "lab/m", False),
+        (("org", "lab", WRITES), "lab/m", True),
+        (("org", "lab", WRITES), "alice/m", False),
+        (("model", "alice/m", WRITES), "alice/m", True),
+        (("model", "alice/other", WRITES), "alice/m", False),
+        (("user", "alice", READS), "alice/m", False),
+    ],
+)
+def test_a_fine_grained_token_may_push_where_its_scope_says_and_nowhere_else(machine, scope, repo, allowed):
+    """There is no run to push: with the right token that is what is said next."""
+    machine.plant("environment", token("environment"))
+    account = {"name": "alice", "auth": whoami_auth("fineGrained", [scope])}
+    machine.hub.faults = [Fault("GET", "whoami", status=200, times=ALWAYS, body=account)]
+    said = machine.refused("push", "--repo", repo)
+    assert (f"may not write to {repo}" in said) == (not allowed)
+    assert ("no finished run" in said) == allowed
+
+
+def test_train_goes_on_with_a_token_and_without_a_network(machine):
+    """It looks whether the token may push, which offline there is no telling; what stops it is the missing model."""
+    machine.plant("stored", token("stored"))
+    rows = ["--dataset", str(SAMPLE), "--split", "train[:2]"]
+    said = machine.refused("train", "--model", str(machine.work), *rows, HF_HUB_OFFLINE="1")
+    assert "a folder without config.json" in said
 
 
 # --------------------------------------------------------------------------------------------------- Kaggle and Colab

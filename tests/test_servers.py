@@ -216,6 +216,16 @@ def test_a_download_cut_short_goes_on_where_it_stopped(hub, tmp_path):
     assert Path(file).read_bytes() == weights and seen(hub, "GET", "/resolve/") == 2
 
 
+def test_files_are_served_from_where_they_lie(hub, tmp_path):
+    lying = {name: tmp_path / f"here-{number}" for number, name in enumerate(FILES)}
+    for name, path in lying.items():
+        path.write_bytes(FILES[name])
+    tree = hub.add_repo("model", REPO, {**lying, "b": b"bytes"}).commits[0].tree
+    assert all(tree[name].blob.is_symlink() for name in FILES) and not tree["b"].blob.is_symlink()
+    folder = Path(snapshot_download(REPO, endpoint=hub.url, cache_dir=tmp_path / "cache"))
+    assert {name: (folder / name).read_bytes() for name in FILES} == FILES and (folder / "b").read_bytes() == b"bytes"
+
+
 def test_ranges(hub):
     hub.add_repo("dataset", "alice/data", {"data.txt": b"0123456789"})
     url = f"{hub.url}/datasets/alice/data/resolve/main/data.txt"

@@ -6,9 +6,13 @@ import json
 import math
 import re
 import shutil
+import subprocess
+import sys
 
+import published
 import pytest
 from conftest import EOS, SAMPLE
+from servers.hub import HubServer
 from servers.wandb_server import WandbServer
 
 import finetune_r1
@@ -242,17 +246,9 @@ def test_as_many_answers_are_written_at_once_as_memory_holds(config, unsloth, an
     assert loaded.room_for_answers(["What helps?"], config) == at_once
 
 
-def test_a_qwen_trains_and_answers_too(config, unsloth, r1_tokenizer, tmp_path):
+def test_a_qwen_trains_and_answers_too(config, tiny_qwen, tmp_path):
     """The other family of R1's distillations."""
-    import transformers
-
-    shape = transformers.Qwen2Config(
-        vocab_size=len(r1_tokenizer), hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4,
-        num_key_value_heads=2, bos_token_id=r1_tokenizer.bos_token_id, eos_token_id=r1_tokenizer.eos_token_id,
-    )  # fmt: skip
-    transformers.Qwen2ForCausalLM(shape).save_pretrained(tmp_path / "qwen")
-    r1_tokenizer.save_pretrained(tmp_path / "qwen")
-    config = dataclasses.replace(config, model=str(tmp_path / "qwen"), load_in_4bit=False)
+    config = dataclasses.replace(config, model=str(tiny_qwen), max_seq_length=1024, load_in_4bit=False)
     loaded, _ = finetune_r1.train_run(config, Run(tmp_path / "run"))
     assert [answer["question"] for answer in loaded.generate(["Why?", "When?"], config)] == ["Why?", "When?"]
 
@@ -312,7 +308,70 @@ def test_multiple_choice_is_graded_and_an_open_thought_counts_as_no_answer(confi
     }  # 8 tokens close no thought
     assert report["rows"] == 3 and report["verdict"].startswith("can't tell")
     more = finetune_r1.compare([0.0, 0.0, 1.0] * 9, [1.0, 0.0, 1.0] * 9, seed=1)
-    assert prompts.verdict({"accuracy": more}) == "better: more answers are right"
+    assert prompts.verdict({"accuracy": more}, 27) == "better: more answers are right"
+
+
+def test_a_question_that_would_be_cut_is_refused_before_any_is_answered(config, unsloth):
+    loaded = Loaded.for_use(config)
+    with pytest.raises(UserError, match=f"was trained with {config.max_seq_length} at most"):
+        loaded.generate(["Why?", "Why is that so? " * config.max_seq_length], config)
+
+
+def test_rows_that_only_just_fit_are_evaluated_and_nothing_is_cut_behind_our_back(config, unsloth):
+    """Another row's question and thought before this answer would be longer than --max-seq-length; a GPU's Unsloth
+    then cuts off its end, where the answer is."""
+    loaded = Loaded.for_use(config)
+    rows = finetune_r1.prepare_rows(finetune_r1.read_dataset(config), loaded.tokenizer, config).held_out
+    fed = []
+    forward = loaded.model.forward
+    loaded.model.forward = lambda input_ids, **rest: (fed.append(input_ids.shape[1]), forward(input_ids, **rest))[1]
+    loaded.model.max_seq_length = longest = max(rows["tokens"])
+    found = loaded.losses(rows)
+    assert max(fed) == longest and fed.count(longest) > 1, "the other's beginning was left out"
+    assert all(math.isfinite(value) for values in found.values() for value in values)
+
+
+def test_held_out_rows_stay_those_of_the_run_whatever_becomes_of_the_dataset(config, unsloth, tmp_path, capsys):
+    rows = list(read_rows(SAMPLE))[:24]
+    finetune_r1.write_jsonl(tmp_path / "rows.jsonl", rows)
+    config = dataclasses.replace(config, dataset=str(tmp_path / "rows.jsonl"), split="train", max_steps=1)
+    finetune_r1.train_run(config, run := Run(tmp_path / "run"))
+    asked = finetune_r1.GenerationConfig(max_new_tokens=4)
+    before = finetune_r1.eval_(asked, run=run.folder, answers=0)
+    finetune_r1.write_jsonl(tmp_path / "rows.jsonl", list(read_rows(SAMPLE))[4:30])
+    assert finetune_r1.eval_(asked, run=run.folder, answers=0) == before
+    # The same rows by name: what was trained on is left out, and said.
+    capsys.readouterr()
+    report = finetune_r1.eval_(asked, run=run.folder, dataset=str(tmp_path / "rows.jsonl"), split="train", answers=0)
+    trained = {row["Question"] for row in rows} - {row["Question"] for row in read_rows(run / "held_out.jsonl")}
+    new = [row for row in read_rows(tmp_path / "rows.jsonl") if row["Question"] not in trained]
+    assert report is not None and report["rows"] == len(new) < 26
+    assert f"{26 - len(new)} of 26 rows are left out" in capsys.readouterr().err
+
+
+def test_a_finished_evaluation_waits_for_whoever_uses_the_run(tiny_run, tmp_path, capsys):
+    run = Run(shutil.copytree(tiny_run, tmp_path / "run"))
+    hold = "import filelock, sys, time; filelock.FileLock(sys.argv[1]).acquire(); print('held'); time.sleep(3)"
+    process = subprocess.Popen([sys.executable, "-uc", hold, run / ".lock"], stdout=subprocess.PIPE, text=True)
+    assert process.stdout is not None and process.stdout.readline() == "held\n"
+    same = compared([1.0, 2.0], [1.0, 2.0])
+    run.evaluated({"verdict": "can't tell", "rows": 8, "answers": 0, "loss": same, "pairs": []})
+    assert "waiting for it" in capsys.readouterr().err and (run / "eval.json").exists()
+    process.wait()
+
+
+def test_eval_takes_other_columns_and_the_only_configuration_there_is(tiny_run, tmp_path, cli):
+    rows = [dict(zip(("q", "why", "a"), row.values(), strict=True)) for row in published.sample_rows()[30:33]]
+    run = shutil.copytree(tiny_run, tmp_path / "run")
+    asked = ["eval", "--run", run, "--max-new-tokens", 4, "--answers", 2, "--json"]
+    columns = ["--question-col", "q", "--cot-col", "why", "--response-col", "a"]
+    with HubServer() as hub:
+        hub.add_repo("dataset", "org/mine", {"train.jsonl": "".join(f"{json.dumps(row)}\n" for row in rows).encode()})
+        hub.add_repo("dataset", "GBaker/MedQA-USMLE-4-options", published.medqa_repo())
+        mine = cli(*asked, "--dataset", "org/mine", "--split", "train", *columns, HF_ENDPOINT=hub.url)
+        choice = cli(*asked, "--dataset", "GBaker/MedQA-USMLE-4-options", "--split", "test", HF_ENDPOINT=hub.url)
+    assert json.loads(mine.out)["rows"] == 3, mine.err
+    assert json.loads(choice.out)["rows"] == 2 and "accuracy" in json.loads(choice.out), choice.err
 
 
 def test_eval_grades_a_dataset_in_medqas_columns(tiny_run, tmp_path):
@@ -397,7 +456,14 @@ EITHER = compared([1.0, 3.0], [3.0, 1.0])
     ],
 )
 def test_the_verdict_follows_the_intervals(loss, relevance, verdict):
-    assert prompts.verdict({"loss": loss, "relevance": relevance}).startswith(verdict)
+    assert prompts.verdict({"loss": loss, "relevance": relevance}, rows=8).startswith(verdict)
+
+
+@pytest.mark.parametrize("measures", [{"loss": FELL, "relevance": ROSE}, {"accuracy": ROSE}, {"accuracy": FELL}])
+def test_a_few_rows_tell_nothing(measures):
+    assert prompts.verdict(measures, rows=7) == "can't tell: 7 rows are too few, it takes 8"
+    assert prompts.verdict(measures, rows=1).startswith("can't tell: 1 row is")
+    assert not prompts.verdict(measures, rows=8).startswith("can't")
 
 
 @pytest.mark.parametrize(
@@ -409,7 +475,7 @@ def test_the_verdict_follows_the_intervals(loss, relevance, verdict):
     ],
 )
 def test_a_model_that_closes_no_thought_is_not_called_better_without_a_word(closed, verdict):
-    assert re.match(verdict, prompts.verdict({"loss": FELL, "relevance": ROSE, "closed": closed}))
+    assert re.match(verdict, prompts.verdict({"loss": FELL, "relevance": ROSE, "closed": closed}, rows=8))
 
 
 def test_w_and_b_gets_the_run_when_asked_to_keep_it_offline(config, unsloth, tmp_path, monkeypatch):

@@ -3,7 +3,8 @@
 Serves models and datasets: whoami, create_repo, repo_info, refs, list_repo_tree, paths-info, commits (regular, Xet and
 LFS files, deletions), pull requests by those who may write, README.md's YAML, downloads with Range, and with them
 snapshot_download and datasets.load_dataset. Large files go over Xet (xet.py) or LFS as the client asks for; what
-add_repo puts in a repo is there over both, what came by LFS goes by plain HTTP.
+add_repo puts in a repo is there over both, what came by LFS, and files that add_repo was given by their paths, go by
+plain HTTP.
 Doesn't serve branches other than main, tags, discussions, merges, copies from another repo, gated repos, paged
 listings, redirects to a CDN or `expand`. Those answer 501 or are left out. Of a card's YAML, only license and tags are
 looked at.
@@ -22,7 +23,9 @@ import base64
 import hashlib
 import json
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path, PurePosixPath
 from tempfile import NamedTemporaryFile, TemporaryDirectory
@@ -70,9 +73,14 @@ class HubServer(LoopbackServer):
         super().__exit__(*exc)
         self._folder.cleanup()
 
-    def add_repo(self, type: str, id: str, files: dict[str, bytes] | None = None, private: bool = False) -> Repo:
-        """Creates a repo with one commit, for a test to start from."""
-        tree = {path: self.seed(path, data) for path, data in (files or {}).items()}
+    def add_repo(
+        self, type: str, id: str, files: Mapping[str, bytes | Path] | None = None, private: bool = False
+    ) -> Repo:
+        """Creates a repo with one commit, for a test to start from; a Path is served from where it lies."""
+        tree = {path: self.seed(path, data) for path, data in (files or {}).items() if isinstance(data, bytes)}
+        paths = {path: file for path, file in (files or {}).items() if isinstance(file, Path)}
+        with ThreadPoolExecutor() as threads:
+            tree |= zip(paths, threads.map(self.link, paths, paths.values()), strict=True)
         repo = Repo(type, id, private, [Commit("initial commit", "", tree, None)])
         repo.lfs = {file.sha256 for file in tree.values() if file.lfs}
         self.repos[type, id] = repo
@@ -81,6 +89,17 @@ class HubServer(LoopbackServer):
     def seed(self, path: str, data: bytes) -> File:
         file = self.save([data], self.is_lfs(path, len(data), data))
         return replace(file, xet_hash=self.xet.adopt(file)) if file.lfs and data else file
+
+    def link(self, path: str, source: Path) -> File:
+        """A file of any size, neither copied nor read into memory."""
+        with source.open("rb") as content:
+            digest = hashlib.file_digest(content, "sha256").hexdigest()
+            content.seek(0)
+            sample = content.read(512)
+        blob, size = Path(self._folder.name, digest), source.stat().st_size
+        with suppress(FileExistsError):
+            blob.symlink_to(source.resolve())
+        return File(blob, size, self.is_lfs(path, size, sample))
 
     def save(self, chunks: Iterable[bytes], lfs: bool) -> File:
         digest = hashlib.sha256()
