@@ -1373,6 +1373,15 @@ def head_size(shape: Any) -> int:
     return int(getattr(shape, "head_dim", None) or shape.hidden_size // shape.num_attention_heads)
 
 
+def kept_numbers(shape: Any, old_gpu: bool) -> float:
+    """How many numbers a layer keeps of a token for the way back (measured: tests/bench/NOTES.md). On a GPU of compute
+    capability below 8.0, such as a T4, Unsloth also spells out keys and values for all heads that share them."""
+    numbers = 3 * shape.intermediate_size + 3.3 * shape.hidden_size
+    if old_gpu:
+        numbers += 2 * (shape.num_attention_heads - shape.num_key_value_heads) * head_size(shape)
+    return float(numbers)
+
+
 class Loaded:
     """A model in memory, its tokenizer, and the language it is asked in."""
 
@@ -1617,9 +1626,8 @@ class Loaded:
         linear = [module for name, module in self.model.named_modules() if name.rpartition(".")[2] in modules]
         trained = sum(config.lora_r * (module.in_features + module.out_features) for module in linear)
         held = trained * (4 + 4 + (2 if "8bit" in config.optim else 8)) + WORKSPACE  # adapter, gradients, optimizer
-        token = 3 * shape.intermediate_size + 3.3 * shape.hidden_size
-        if torch.cuda.is_available() and torch.cuda.get_device_capability()[0] < 8:  # Unsloth spells out K and V there
-            token += 2 * (shape.num_attention_heads - shape.num_key_value_heads) * head_size(shape)
+        old_gpu = torch.cuda.is_available() and torch.cuda.get_device_capability()[0] < 8
+        token = kept_numbers(shape, old_gpu)
         if torch.cuda.is_available():
             held += torch.cuda.memory_allocated()
             return Memory(memory_limit(config), held, shape.num_hidden_layers, 2 * token)
@@ -1764,11 +1772,15 @@ def watchful_trainer(questions: Sequence[str]) -> Any:
             return loss
 
         def step_of_many(self, model: Any, inputs: Any, *rest: Any) -> Any:
+            # TRL counts all processes' tokens within the loss, where they would wait for one that ran out of memory.
+            self.accelerator.gather_for_metrics = lambda values, *_, **__: values
             try:
                 with model.no_sync():
                     loss = super().training_step(model, inputs, *rest)
             except torch.OutOfMemoryError:
                 self.out_of_memory, loss = True, torch.zeros((), device=self.args.device)
+            finally:
+                del self.accelerator.gather_for_metrics
             if self.accelerator.sync_gradients:
                 if any(anywhere(self.out_of_memory)):
                     raise torch.OutOfMemoryError("one of the processes ran out of memory")
@@ -2241,7 +2253,7 @@ def prepare_environment() -> None:
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it misses a CPU kernel that nothing here needs
     os.environ.pop("HF_HUB_ENABLE_HF_TRANSFER", None)  # Unsloth sets it, huggingface_hub warns of it in a child
     wanted = {} if WORLD > 1 else {"CUDA_VISIBLE_DEVICES": "0"}
-    wanted |= {"UNSLOTH_DISABLE_STATISTICS": "1", "MPLBACKEND": "Agg"}
+    wanted |= {"UNSLOTH_DISABLE_STATISTICS": "1", "HF_UPDATE_DOWNLOAD_COUNTS": "0", "MPLBACKEND": "Agg"}
     wanted |= {"UNSLOTH_DECODE_CUDA_GRAPHS": "1", "UNSLOTH_DECODE_GRAPH_PREALLOC": "1"}
     for name, value in wanted.items():
         os.environ.setdefault(name, value)

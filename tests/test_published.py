@@ -36,7 +36,7 @@ def gives_back(tokenizer, text):
 
 
 @pytest.mark.parametrize("name", ["tiny_r1", "tiny_deepseek", "tiny_four_bit"])
-def test_transformers_own_way_loses_all_white_space_so_the_stand_in_is_as_published(request, name):
+def test_transformers_own_way_loses_all_white_space_so_the_stand_in_is_as_published(unsloth, request, name):
     from transformers import AutoTokenizer
 
     ruined = AutoTokenizer.from_pretrained(request.getfixturevalue(name))
@@ -246,7 +246,8 @@ def test_the_ready_4_bit_copy_is_trained_and_its_commit_noted(lines, hub):
 
 
 def test_nothing_but_the_hub_is_asked_for_anything(lines):
-    assert lines[2] == []
+    """Its own service for datasets is a host beside it."""
+    assert [path for _, path in lines[2] if not path.startswith("http://datasets-server.127.0.0.1")] == []
 
 
 def test_what_was_pushed_loads_by_name_and_gives_texts_back(lines, hub, tmp_path):

@@ -155,6 +155,17 @@ def test_what_the_user_names_is_not_planned_anew():
     assert finetune_r1.make_plan(REAL_LENGTHS, TrainConfig(gradient_checkpointing="none"), R1)["kept_layers"] == 32
 
 
+def test_an_old_gpu_keeps_keys_and_values_of_all_heads_too():
+    """Of the 8B some 12 kB a token and layer, in 16 bit."""
+    import transformers
+
+    shape = transformers.LlamaConfig(
+        hidden_size=4096, intermediate_size=14336, num_attention_heads=32, num_key_value_heads=8, head_dim=128
+    )
+    more = finetune_r1.kept_numbers(shape, old_gpu=True) - finetune_r1.kept_numbers(shape, old_gpu=False)
+    assert 2 * more == 12288
+
+
 def test_out_of_memory_halves_the_rows_at_once_and_changes_no_loss(config, run, unsloth, tmp_path, monkeypatch, capsys):
     """The fault is raised where a GPU raises it, in the fourth step's computation, as a CPU has none of its own."""
     import torch
@@ -320,14 +331,20 @@ def test_a_question_that_would_be_cut_is_refused_before_any_is_answered(config, 
 def test_rows_that_only_just_fit_are_evaluated_and_nothing_is_cut_behind_our_back(config, unsloth):
     """Another row's question and thought before this answer would be longer than --max-seq-length; a GPU's Unsloth
     then cuts off its end, where the answer is."""
-    loaded = Loaded.for_use(config)
-    rows = finetune_r1.prepare_rows(finetune_r1.read_dataset(config), loaded.tokenizer, config).held_out
+    long_thought = dict(zip(finetune_r1.RECIPE_COLUMNS, ("Why?", "It is so. " * 60, "So."), strict=True))
+    long_answer = dict(zip(finetune_r1.RECIPE_COLUMNS, ("When?", "Now.", "It is then. " * 60), strict=True))
+    loaded, config = Loaded.for_use(config), dataclasses.replace(config, eval_rows=0)
+    rows = finetune_r1.prepare_rows([long_thought, long_answer], loaded.tokenizer, config).usable
     fed = []
     forward = loaded.model.forward
     loaded.model.forward = lambda input_ids, **rest: (fed.append(input_ids.shape[1]), forward(input_ids, **rest))[1]
+    plain = loaded.losses(rows)
+    assert max(fed) > max(rows["tokens"])
+    fed.clear()
     loaded.model.max_seq_length = longest = max(rows["tokens"])
     found = loaded.losses(rows)
-    assert max(fed) == longest and fed.count(longest) > 1, "the other's beginning was left out"
+    assert max(fed) == longest, "the other's beginning was left out"
+    assert found["loss"] == plain["loss"] and found["answer_loss"] == plain["answer_loss"]
     assert all(math.isfinite(value) for values in found.values() for value in values)
 
 
@@ -351,7 +368,7 @@ def test_held_out_rows_stay_those_of_the_run_whatever_becomes_of_the_dataset(con
 
 def test_a_finished_evaluation_waits_for_whoever_uses_the_run(tiny_run, tmp_path, capsys):
     run = Run(shutil.copytree(tiny_run, tmp_path / "run"))
-    hold = "import filelock, sys, time; filelock.FileLock(sys.argv[1]).acquire(); print('held'); time.sleep(3)"
+    hold = "import filelock, sys, time; it = filelock.FileLock(sys.argv[1]); it.acquire(); print('held'); time.sleep(3)"
     process = subprocess.Popen([sys.executable, "-uc", hold, run / ".lock"], stdout=subprocess.PIPE, text=True)
     assert process.stdout is not None and process.stdout.readline() == "held\n"
     same = compared([1.0, 2.0], [1.0, 2.0])

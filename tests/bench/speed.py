@@ -22,7 +22,9 @@ from pathlib import Path
 from typing import Any
 
 PROJECT = Path(__file__).parents[2]
-sys.path.insert(0, str(PROJECT))
+sys.path[:0] = [str(PROJECT), str(PROJECT / "tests")]
+
+import published  # noqa: E402
 
 import finetune_r1  # noqa: E402
 from finetune_r1 import TrainConfig  # noqa: E402
@@ -46,7 +48,7 @@ def train_plainly(config: TrainConfig, folder: Path) -> None:
     import trl
 
     gpu = torch.cuda.is_available()
-    tokenizer = transformers.AutoTokenizer.from_pretrained(config.model)
+    tokenizer = finetune_r1.load_tokenizer(config.model)
     rows = finetune_r1.prepare_rows(finetune_r1.read_dataset(config), tokenizer, config).used
     nf4 = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True}
     four_bit = transformers.BitsAndBytesConfig(**nf4, bnb_4bit_compute_dtype=torch.bfloat16)
@@ -124,14 +126,14 @@ def answer(kind: str, run: finetune_r1.Run, new_tokens: int, output: Path) -> No
     config = dataclasses.replace(run.config, max_new_tokens=new_tokens)
     if kind == "plain":
         os.environ["UNSLOTH_DECODE_CUDA_GRAPHS"] = "0"
-        model, tokenizer = finetune_r1.import_unsloth().from_pretrained(
+        model, _ = finetune_r1.import_unsloth().from_pretrained(
             str(run.adapter), max_seq_length=config.max_seq_length, load_in_4bit=config.load_in_4bit
         )
-        loaded = finetune_r1.Loaded(model, tokenizer)
+        loaded = finetune_r1.Loaded(model, finetune_r1.load_tokenizer(run.adapter))
         finetune_r1.import_unsloth().for_inference(model)
         ask = functools.partial(loaded.answer_batch, streamer=None)
     else:
-        loaded = finetune_r1.Loaded.for_use(config, run.adapter)
+        loaded = finetune_r1.Loaded.of_run(run)
         ask = loaded.generate
     rows = finetune_r1.prepare_rows(finetune_r1.read_dataset(config), loaded.tokenizer, config).used
     rows = sorted(rows.select(range(min(32, len(rows)))), key=lambda row: len(row["question"]))
@@ -206,18 +208,9 @@ def report(results: list[dict[str, Any]], tokens: float, rows: int, ceiling: flo
 
 
 def tiny_model(folder: Path) -> Path:
-    """Two layers of random weights over the demo's tokenizer."""
-    import transformers
-
-    tokenizer = transformers.AutoTokenizer.from_pretrained(finetune_r1.demo_model())
-    config = transformers.LlamaConfig(
-        vocab_size=len(tokenizer), hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4,
-        num_key_value_heads=2, bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
-    )  # fmt: skip
-    transformers.LlamaForCausalLM(config).save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    return folder
+    """A model of the published layout, with two layers of random weights."""
+    finetune_r1.import_unsloth()
+    return published.write_model(folder, "unsloth")
 
 
 if __name__ == "__main__":
@@ -253,12 +246,8 @@ if __name__ == "__main__":
         for number, name in enumerate(variants):
             results.append(measure(name, common, scratch / f"{repeat}-{number}"))
             print(json.dumps({k: v for k, v in results[-1].items() if k != "losses"}), flush=True)
-    import transformers
-
     lengths = finetune_r1.row_lengths(
-        finetune_r1.prepare_rows(
-            finetune_r1.read_dataset(config), transformers.AutoTokenizer.from_pretrained(asked.model), config
-        ).used
+        finetune_r1.prepare_rows(finetune_r1.read_dataset(config), finetune_r1.load_tokenizer(asked.model), config).used
     )
     if asked.new_tokens and "failed" not in results[0]:
         measure_decoding(scratch / "0-0", asked.new_tokens)
