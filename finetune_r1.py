@@ -1314,6 +1314,7 @@ def save_tokenizer(tokenizer: Any, folder: Path) -> None:
     settings["tokenizer_class"] = "PreTrainedTokenizerFast"
     settings["add_bos_token"] = has_bos(tokenizer)
     settings["add_eos_token"] = False
+    settings["model_input_names"] = ["input_ids", "attention_mask"]  # transformers 4 adds one that `generate` refuses
     if tokenizer.chat_template:
         settings["chat_template"] = tokenizer.chat_template  # chat_template.jinja has it for newer programs
     write_json(folder / "tokenizer_config.json", settings)

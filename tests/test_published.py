@@ -66,6 +66,7 @@ def test_what_is_saved_has_the_form_that_transformers_4_and_ollama_read(model, t
     settings = read_json(tmp_path / "tokenizer_config.json")
     assert settings["tokenizer_class"] == "PreTrainedTokenizerFast"
     assert settings["add_bos_token"] is True and settings["add_eos_token"] is False
+    assert settings["model_input_names"] == ["input_ids", "attention_mask"]
     assert not {"backend", "from_slow", "is_local", "local_files_only"} & settings.keys()
     if tokenizer.chat_template:
         assert settings["chat_template"] == (tmp_path / "chat_template.jinja").read_text() == tokenizer.chat_template
