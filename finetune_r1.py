@@ -102,6 +102,7 @@ HUB_TOKENS = ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "HUGGINGFACE_TOKEN")  # the 
 WANDB_KEYS = ("WANDB_API_KEY", "wandb")
 MEASURES = ("loss", "relevance", "closed", "stopped")  # of an evaluation, those that the demo tells
 SAVED = {"adapter": "adapter", "merged-16bit": "merged", "merged-4bit": "merged-4bit"}  # folder of a run, by --as
+NO_PICKLES = "name a model that has: a .bin or .pt file is a pickle, which can run code, and is not opened"
 SMALL_FILES = ("*.json", "*.jinja")  # of a model: settings, tokenizer, list of shards
 # What every tokenizer has to give back byte for byte: white space, accents, Chinese, code, both tags.
 ROUND_TRIP = "BP 90/60,  pulse 120.\n\n\tnaïve 😀 你好,世界。\ndef f(x):\n    return x**2\n<think>\nWhy?\n</think>\nSo"
@@ -1215,7 +1216,8 @@ def check_model(config: ModelConfig) -> None:
         hub_token()
         if not huggingface_hub.try_to_load_from_cache(config.model, "config.json"):
             huggingface_hub.model_info(config.model, timeout=10)  # asks once; a download would try for half a minute
-        download_model(config.model, weights=False)
+        if not (download_model(config.model, weights=False) / "config.json").is_file():
+            raise UserError(f"--model {config.model} has no config.json.", "name a model that transformers can load")
 
 
 def download_model(name: str, weights: bool = True, revision: str | None = None) -> Path:
@@ -1225,13 +1227,15 @@ def download_model(name: str, weights: bool = True, revision: str | None = None)
     weights, and nothing but the Hub is asked. Raises if a file is missing and the Hub can't be reached.
     """
     if Path(name).is_dir():
+        if weights and not any(Path(name).glob("*.safetensors")):
+            raise UserError(f"--model {name} has no weights as safetensors.", NO_PICKLES)
         return Path(name)
     hub_token()
     patterns = [*SMALL_FILES, "model*.safetensors"] if weights else [*SMALL_FILES]
     wanted = {"allow_patterns": patterns, "ignore_patterns": "*/*"}
     folder = Path(huggingface_hub.snapshot_download(name, revision=revision, **wanted))
     if weights and not any(folder.glob("model*.safetensors")):
-        raise UserError(f"--model {name} has no weights as safetensors.", "name a model that has: no pickle is opened")
+        raise UserError(f"--model {name} has no weights as safetensors.", NO_PICKLES)
     return folder
 
 
@@ -2686,7 +2690,7 @@ def eval_(
 ) -> dict[str, Any]:
     """Base against tuned on rows that were not trained on, or on multiple choice in MedQA's columns."""
     found = Run.find(run)
-    settings = found.config
+    settings, adapter = found.config, found.adapter
     named = {"dataset": dataset, "split": split, "question_col": question_col, "cot_col": cot_col}
     named |= {"response_col": response_col, "subset": subset}
     changed: dict[str, Any] = {name: value for name, value in named.items() if value is not None}
@@ -2706,7 +2710,7 @@ def eval_(
         report = Loaded.of_run(found).grade(choices, config)
     else:
         check_columns(records[0], asked)
-        rows = untrained_rows(found, prepare_rows(records, load_tokenizer(found.adapter), asked).usable)
+        rows = untrained_rows(found, prepare_rows(records, load_tokenizer(adapter), asked).usable)
         report = Loaded.of_run(found).evaluate(rows, answers, config)
     return {"run": str(found), **found.evaluated(report)}
 
@@ -2786,7 +2790,7 @@ def check_push(repo: str, dry_run: bool) -> None:
     if secret and not dry_run and not (account := hub_account(secret, repo))["can_push"]:
         way_out = "make one with write access (huggingface.co/settings/tokens), then `login`"
         but = f", only to {', '.join(places)}" if (places := account.get("writes_to")) else ""
-        raise UserError(f"the token from {secret.source} may not write to {repo}{but}.", way_out)
+        raise UserError(f"the token from {secret.source} can read, not write to {repo}{but}.", way_out)
 
 
 def files_to_push(run: Run, adapter_only: bool, dry_run: bool, repo: str) -> dict[str, Path | bytes]:

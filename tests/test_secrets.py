@@ -239,7 +239,7 @@ def test_a_fine_grained_token_may_push_where_its_scope_says_and_nowhere_else(mac
     account = {"name": "alice", "auth": whoami_auth("fineGrained", [scope])}
     machine.hub.faults = [Fault("GET", "whoami", status=200, times=ALWAYS, body=account)]
     said = machine.refused("push", "--repo", repo)
-    assert (f"may not write to {repo}" in said) == (not allowed)
+    assert (f"can read, not write to {repo}" in said) == (not allowed)
     assert ("no finished run" in said) == allowed
 
 

@@ -419,7 +419,7 @@ def test_a_truncated_adapter_is_refused(copied):
     weights = copied / "adapter" / "adapter_model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-1000])
     with pytest.raises(Exception) as caught:
-        finetune_r1.Loaded.for_use(copied.config, copied.adapter)
+        finetune_r1.Loaded.of_run(copied)
     assert "damaged" in finetune_r1.advice(caught.value)
 
 
@@ -429,7 +429,8 @@ def test_weights_in_a_pickle_are_never_unpickled(tiny_r1, tmp_path):
             return os.system, (f"touch {tmp_path / 'poisoned'}",)
 
     shutil.copytree(tiny_r1, tmp_path / "model")
-    (tmp_path / "model" / "model.safetensors").unlink()
+    for weights in (tmp_path / "model").glob("*.safetensors*"):
+        weights.unlink()
     (tmp_path / "model" / "pytorch_model.bin").write_bytes(pickle.dumps({"x": Poison()}))
     with pytest.raises(Exception) as caught:
         finetune_r1.Loaded.for_use(TrainConfig(model=str(tmp_path / "model"), load_in_4bit=False))
