@@ -1227,8 +1227,6 @@ def download_model(name: str, weights: bool = True, revision: str | None = None)
     weights, and nothing but the Hub is asked. Raises if a file is missing and the Hub can't be reached.
     """
     if Path(name).is_dir():
-        if weights and not any(Path(name).glob("*.safetensors")):
-            raise UserError(f"--model {name} has no weights as safetensors.", NO_PICKLES)
         return Path(name)
     hub_token()
     patterns = [*SMALL_FILES, "model*.safetensors"] if weights else [*SMALL_FILES]
@@ -1378,6 +1376,23 @@ def head_size(shape: Any) -> int:
     return int(getattr(shape, "head_dim", None) or shape.hidden_size // shape.num_attention_heads)
 
 
+def widen_tables(model: Any) -> None:
+    """Makes the tables of 4-bit weights float32, as the kernels read them, and says so where they were not.
+
+    A copy that was quantized while torch's default was 16 bit holds them in 16 bit: decoding then gives NaN alone.
+    """
+    widened = 0
+    for module in model.modules():
+        state = getattr(getattr(module, "weight", None), "quant_state", None)
+        for part in (state, getattr(state, "state2", None)):
+            if part is not None and part.code.dtype != torch.float32:
+                part.code, widened = part.code.float(), widened + 1
+            if part is not None and part.absmax.dtype in (torch.bfloat16, torch.float16):
+                part.absmax, widened = part.absmax.float(), widened + 1
+    if widened:
+        say(f"note: the 4-bit weights come with {widened} tables in 16 bit; they are used in 32")
+
+
 def kept_numbers(shape: Any, old_gpu: bool) -> float:
     """How many numbers a layer keeps of a token for the way back (measured: tests/bench/NOTES.md). On a GPU of compute
     capability below 8.0, such as a T4, Unsloth also spells out keys and values for all heads that share them."""
@@ -1415,6 +1430,7 @@ class Loaded:
             model_name=str(folder), use_exact_model_name=True, max_seq_length=config.max_seq_length,
             dtype=getattr(torch, config.dtype, None), load_in_4bit=config.load_in_4bit, use_safetensors=True,
         )  # fmt: skip
+        widen_tables(model)
         tokenizer = load_tokenizer(named)
         model.config.pad_token_id = model.generation_config.pad_token_id = tokenizer.pad_token_id
         model.get_output_embeddings().register_forward_pre_hook(packed)

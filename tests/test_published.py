@@ -173,6 +173,21 @@ def test_an_adapter_of_another_shape_is_refused(tiny_run, tmp_path):
         Loaded.of_run(Run(run))
 
 
+def test_tables_of_a_4_bit_copy_that_are_in_16_bit_are_widened_and_that_is_told(tiny_four_bit, capsys):
+    """As a copy has them that was quantized while torch's default was bfloat16: on a GPU its answers are NaN."""
+    import torch
+
+    model = Loaded.for_use(TrainConfig(model=str(tiny_four_bit))).model
+    assert "in 16 bit" not in capsys.readouterr().err, "the published copy's are in 32"
+    states = [m.weight.quant_state for m in model.modules() if getattr(getattr(m, "weight", None), "quant_state", None)]
+    assert states
+    for state in states:
+        state.code, state.state2.code = state.code.bfloat16(), state.state2.code.bfloat16()
+    finetune_r1.widen_tables(model)
+    assert all(part.code.dtype == torch.float32 for state in states for part in (state, state.state2))
+    assert f"{2 * len(states)} tables in 16 bit" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("model", "four_bit", "weights"),
     [
