@@ -963,6 +963,7 @@ def fingerprint(*parts: Any) -> str:
 
 
 def question_hash(question: str) -> str:
+    """Equal for questions that count as the same."""
     return fingerprint(prompts.same_question(question))
 
 
@@ -1280,6 +1281,7 @@ def has_bos(tokenizer: Any) -> bool:
 
 
 def prepend_bos(tokenizer: Any) -> None:
+    """Makes a tokenizer begin every text with BOS."""
     bos = (tokenizer.bos_token, tokenizer.bos_token_id)
     processor = tokenizers.processors.TemplateProcessing(single=f"{bos[0]} $A", special_tokens=[bos])
     tokenizer.backend_tokenizer.post_processor = processor
@@ -1331,7 +1333,8 @@ def save_config(folder: Path) -> None:
     """Puts into config.json what older programs look for: transformers 4, Ollama and some vLLMs silently take a rope
     theta of 10000 and no scaling where they find the names of transformers 5 only."""
     settings = read_json(folder / "config.json")
-    if rope := settings.get("rope_parameters"):
+    rope = settings.get("rope_parameters")
+    if rope and "rope_theta" in rope:  # Gemma's are by kind of layer, which transformers 4 has no name for
         settings["rope_theta"] = rope["rope_theta"]
         scaling = {name: value for name, value in rope.items() if name != "rope_theta"}
         settings["rope_scaling"] = None if scaling.get("rope_type") == "default" else scaling
@@ -1763,7 +1766,7 @@ def training_log(
 
 
 def average_gradients(model: Any) -> None:
-    """Over all processes, in one call."""
+    """Replaces each gradient by its mean over all processes, in one call for all of them."""
     gradients = [weights.grad for weights in model.parameters() if weights.grad is not None]
     together = torch.nn.utils.parameters_to_vector(gradients)
     torch.distributed.all_reduce(together)
