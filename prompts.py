@@ -5,11 +5,15 @@ A row of training text is
     prompt (ends in "<think>\\n") + thought + "\\n</think>\\n" + answer + EOS
 
 The templates are those of the published recipe byte for byte, trailing spaces included: models published from the
-recipe were trained on these bytes. What becomes of a record as text is decided here too; finetune_r1.py sees to tokens.
+recipe were trained on these bytes. What becomes of a record, as text and as tokens of the tokenizer it is given, is
+decided here too, and what an answer is worth.
 """
 
 import functools
+import random
 import re
+import statistics
+import unicodedata
 from collections.abc import Sequence
 from typing import Any, Literal, NamedTuple
 
@@ -71,7 +75,7 @@ MODEL_CARD = """---
 {evaluation}
 ## Before and after
 
-{samples}
+{sample}
 ## Use
 
 Merged 16-bit weights are at the root; the LoRA adapter alone is in `adapter/`. The model goes on after the prompt
@@ -105,13 +109,16 @@ it. It was tuned on few rows and knows what its base model knows; a fluent thoug
 
 
 class Row(NamedTuple):
-    """A record as it is taught. `fate` is "used", "shortened", or the reason why it is dropped; `input_ids` are the
-    tokens of its whole text, the first `prompt_tokens` those of the prompt."""
+    """A record as it is taught.
+
+    `status` is "used", "shortened", or the reason why it is dropped; `input_ids` are the tokens of its whole text, of
+    which the first `prompt_tokens` are the prompt's.
+    """
 
     question: str = ""
     thought: str = ""
     answer: str = ""
-    fate: str = "used"
+    status: str = "used"
     input_ids: Sequence[int] = ()
     prompt_tokens: int = 0
 
@@ -174,7 +181,9 @@ USER, ASSISTANT = ("user", "human"), ("assistant", "gpt")
 
 def one_turn(messages: Sequence[Any], speakers: Sequence[str]) -> dict[str, Any]:
     """The one message that any of `speakers` has in a conversation; empty if there is none, or more than one."""
-    said = [turn for turn in messages if isinstance(turn, dict) and turn.get("role", turn.get("from")) in speakers]
+    said = [
+        turn for turn in messages if isinstance(turn, dict) and turn.get("role", turn.get("from")) in speakers
+    ]
     return {**said[0], "text": said[0].get("content", said[0].get("value"))} if len(said) == 1 else {}
 
 
@@ -201,23 +210,75 @@ def read_record(record: dict[str, Any], columns: Sequence[str], special_tokens: 
     for column, text in zip(columns, fields, strict=True):
         if not isinstance(text, str) or not text.strip():
             several = isinstance(record.get(column), list)
-            return Row(fate=f"{column} is {'not one question and one answer' if several else 'empty, or no text'}")
+            return Row(
+                status=f"{column} is {'not one question and one answer' if several else 'empty, or no text'}"
+            )
         if marker := find_marker(text, special_tokens):
-            return Row(fate=f"{marker} inside {column}")
+            return Row(status=f"{marker} inside {column}")
     return Row(*(text.strip() for text in fields))
 
 
-def drop(fates: Sequence[str], questions: Sequence[str]) -> dict[str, list[int]]:
+def drop(statuses: Sequence[str], questions: Sequence[str]) -> dict[str, list[int]]:
     """Positions of what is dropped, by reason; of rows with the same question all but the first are."""
     dropped: dict[str, list[int]] = {}
     seen: set[str] = set()
-    for position, (fate, question) in enumerate(zip(fates, questions, strict=True)):
+    for position, (status, question) in enumerate(zip(statuses, questions, strict=True)):
         same = same_question(question)
-        if fate not in KEPT or same in seen:
-            dropped.setdefault("duplicate question" if fate in KEPT else fate, []).append(position)
+        if status not in KEPT or same in seen:
+            dropped.setdefault("duplicate question" if status in KEPT else status, []).append(position)
         else:
             seen.add(same)
     return dropped
+
+
+def special_tokens(tokenizer: Any) -> tuple[str, ...]:
+    """The texts that a tokenizer takes for special tokens."""
+    return tuple(sorted(set(map(str, tokenizer.added_tokens_decoder.values()))))
+
+
+def encode(rows: Sequence[Row], tokenizer: Any, lang: Lang) -> list[Row]:
+    """Adds tokens to rows; one whose tokens are not as the template's gets a reason to drop it as its status.
+
+    BOS is the tokenizer's own, EOS the last token. Prompts and texts are tokenized in one call each, which is quick.
+    """
+    eos, special = tokenizer.eos_token, set(tokenizer.added_tokens_decoder)
+    texts = [build_example(row.question, row.thought, row.answer, eos, lang) for row in rows]
+    heads = tokenizer([build_prompt(row.question, lang) for row in rows])["input_ids"] if rows else []
+    *encoded, template = tokenizer([*texts, build_example("", "", "", eos, lang)])["input_ids"]
+    decoded = tokenizer.backend_tokenizer.decode_batch(encoded, skip_special_tokens=False)
+    structure = [token for token in template if token in special]
+    found = []
+    for row, text, ids, head, back in zip(rows, texts, encoded, heads, decoded, strict=True):
+        status = "used"
+        if [token for token in ids if token in special] != structure or ids[-1] != tokenizer.eos_token_id:
+            status = "special tokens are not where the template has them"
+        elif ids[: len(head)] != head:
+            status = "its first token joins prompt and thought"
+        elif not same_text(back.removeprefix(tokenizer.bos_token or ""), text):
+            status = "its tokens do not give its text back"
+        found.append(row._replace(input_ids=ids, prompt_tokens=len(head), status=status))
+    return found
+
+
+def same_text(one: str, other: str) -> bool:
+    """Whether two texts are equal but for how accents are composed, which some tokenizers (Qwen 2's) settle."""
+    return one == other or unicodedata.normalize("NFC", one) == unicodedata.normalize("NFC", other)
+
+
+def shorten(row: Row, tokenizer: Any, lang: Lang, limit: int) -> Row:
+    """Cuts a row's thought at a sentence until the row has at most `limit` tokens; nothing else is ever cut."""
+    offsets = tokenizer(row.thought, add_special_tokens=False, return_offsets_mapping=True)["offset_mapping"]
+    keep, excess = len(offsets), len(row.input_ids) - limit
+    while excess > 0:  # again, where the tokens around the cut came out as more than before
+        keep -= excess
+        if keep <= 0:
+            return row._replace(status="question and answer alone exceed --max-seq-length")
+        thought = whole_sentences(row.thought[: offsets[keep][0]])
+        if not thought:
+            return row._replace(status="no whole sentence of the thought fits in --max-seq-length")
+        [shorter] = encode([row._replace(thought=thought)], tokenizer, lang)
+        excess = len(shorter.input_ids) - limit
+    return shorter._replace(status="shortened")
 
 
 def whole_sentences(text: str) -> str:
@@ -228,7 +289,9 @@ def whole_sentences(text: str) -> str:
 
 def guess_columns(record: dict[str, Any]) -> list[str] | None:
     """The columns that question, thought and answer seem to be in; None if there is no telling."""
-    names = {name.lower().partition(" (")[0]: name for name in record}  # "reasoning (reasoning_content)" is one
+    names = {
+        name.lower().partition(" (")[0]: name for name in record
+    }  # "reasoning (reasoning_content)" is one
     guess = [next((names[usual] for usual in choices if usual in names), "") for choices in USUAL_COLUMNS]
     for name, value in record.items():
         if isinstance(value, list) and one_turn(value, ASSISTANT):
@@ -266,7 +329,9 @@ def as_choice(record: dict[str, Any]) -> tuple[str, str]:
     lettered = options if isinstance(options, dict) else dict(zip("ABCDEFGHIJ", options, strict=False))
     question = record.get("question", record.get("Question"))
     listed = "\n".join(f"{letter}. {text}" for letter, text in lettered.items())
-    return f"{question}\n{listed}\nSay which option is right.", key if isinstance(key, str) else list(lettered)[key]
+    return f"{question}\n{listed}\nSay which option is right.", key if isinstance(key, str) else list(
+        lettered
+    )[key]
 
 
 # "The answer is C"; "C." or "(C)" at the start; "option C". The last is taken, as one that is weighed comes before.
@@ -284,6 +349,43 @@ def chosen(answer: str) -> str | None:
 
 
 FEWEST_ROWS = 8  # for a verdict
+RESAMPLES = 2000  # of the bootstrap
+
+
+def compare(base: Sequence[float], tuned: Sequence[float], seed: int) -> dict[str, float]:
+    """Means of both sides over the same rows, and of tuned minus base with its 95% bootstrap interval."""
+    differences = [after - before for before, after in zip(base, tuned, strict=True)]
+    chance = random.Random(seed)
+    means = sorted(
+        statistics.fmean(chance.choices(differences, k=len(differences))) for _ in range(RESAMPLES)
+    )
+    low, high = means[round(0.025 * RESAMPLES)], means[round(0.975 * RESAMPLES)]
+    numbers = {"base": statistics.fmean(base), "tuned": statistics.fmean(tuned)}
+    numbers |= {"difference": statistics.fmean(differences), "low": low, "high": high}
+    return {name: round(value, 4) for name, value in numbers.items()}
+
+
+def build_report(
+    base: dict[str, list[float]],
+    tuned: dict[str, list[float]],
+    pairs: list[dict[str, Any]],
+    rows: int,
+    seed: int,
+) -> dict[str, Any]:
+    """An evaluation: both sides' numbers by measure, and what can be counted in their answers, compared."""
+    for pair in pairs:
+        for side, numbers in (("base", base), ("tuned", tuned)):
+            for name, value in measure(pair[side]).items():
+                numbers.setdefault(name, []).append(value)
+            del pair[side]["seconds"]  # the same command gives the same report
+    measures = {name: compare(base[name], tuned[name], seed) for name in base}
+    return {
+        "verdict": verdict(measures, rows),
+        "rows": rows,
+        "answers": len(pairs),
+        **measures,
+        "pairs": pairs,
+    }
 
 
 def verdict(report: dict[str, Any], rows: int) -> str:
@@ -295,9 +397,12 @@ def verdict(report: dict[str, Any], rows: int) -> str:
     if rows < FEWEST_ROWS:
         return f"can't tell: {rows} {'row is' if rows == 1 else 'rows are'} too few, it takes {FEWEST_ROWS}"
     if accuracy := report.get("accuracy"):
-        more, fewer = accuracy["low"] > 0, accuracy["high"] < 0
-        told = {True: "better: more answers are right", False: "can't tell: the interval of the accuracy holds 0"}
-        return "worse: fewer answers are right" if fewer else told[more]
+        if accuracy["high"] < 0:
+            return "worse: fewer answers are right"
+        more = accuracy["low"] > 0
+        return (
+            "better: more answers are right" if more else "can't tell: the interval of the accuracy holds 0"
+        )
     loss, relevance = report["loss"], report["relevance"]
     if loss["low"] > 0:
         return "worse: the held-out loss rose"
@@ -319,7 +424,9 @@ def as_report(evaluation: dict[str, Any]) -> str:
     for name, value in evaluation.items():
         if isinstance(value, dict):
             interval = f"{value['difference']:+.3f} ({value['low']:+.3f} to {value['high']:+.3f})"
-            text += f"| {name.replace('_', ' ')} | {value['base']:.3f} | {value['tuned']:.3f} | {interval} |\n"
+            text += (
+                f"| {name.replace('_', ' ')} | {value['base']:.3f} | {value['tuned']:.3f} | {interval} |\n"
+            )
     return f"""{text}
 Losses are in nats a token: of thought and answer, and of the answer alone. Relevance is how much likelier an answer is
 after its own question and thought than after another row's. The others are counted in {evaluation["answers"]} answers.
@@ -344,9 +451,3 @@ def as_markdown(pair: dict[str, Any]) -> str:
 def same_question(question: str) -> str:
     """Equal for questions that differ in case and spacing only."""
     return " ".join(question.casefold().split())
-
-
-def same_answer(answer: str, reference: str) -> bool:
-    """Whether two short answers differ in case, punctuation, articles and spacing only."""
-    words = [re.sub(r"[^\w\s]|\b(?:a|an|the)\b", " ", text.casefold()).split() for text in (answer, reference)]
-    return words[0] == words[1]
