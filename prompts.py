@@ -4,9 +4,9 @@ A row of training text is
 
     prompt (ends in "<think>\\n") + thought + "\\n</think>\\n" + answer + EOS
 
-The templates are those of the published recipe byte for byte, trailing spaces included: models published from the
-recipe were trained on these bytes. What becomes of a record, as text and as tokens of the tokenizer it is given, is
-decided here too, and what an answer is worth.
+The templates are those of the published recipe byte for byte, trailing spaces included: models published from
+the recipe were trained on these bytes. What becomes of a record, as text and as tokens of the tokenizer it is
+given, is decided here too, and what an answer is worth.
 """
 
 import functools
@@ -111,8 +111,8 @@ it. It was tuned on few rows and knows what its base model knows; a fluent thoug
 class Row(NamedTuple):
     """A record as it is taught.
 
-    `status` is "used", "shortened", or the reason why it is dropped; `input_ids` are the tokens of its whole text, of
-    which the first `prompt_tokens` are the prompt's.
+    `status` is "used", "shortened", or the reason why it is dropped; `input_ids` are the tokens of its whole
+    text, of which the first `prompt_tokens` are the prompt's.
     """
 
     question: str = ""
@@ -163,8 +163,8 @@ def marker_pattern(special_tokens: tuple[str, ...]) -> re.Pattern[str]:
 
 
 def find_marker(text: str, special_tokens: Sequence[str] = ()) -> str | None:
-    """The first thing inside `text` that could forge a row's structure: a think tag, a special token, half a surrogate
-    pair, which no tokenizer takes. None if clean."""
+    """The first thing inside `text` that could forge a row's structure: a think tag, a special token, half a
+    surrogate pair, which no tokenizer takes. None if clean."""
     # Two searches, as one for both would be a hundred times slower.
     found = marker_pattern(tuple(special_tokens)).search(text) or re.search("[\ud800-\udfff]", text)
     return found[0].encode(errors="backslashreplace").decode() if found else None
@@ -190,7 +190,8 @@ def one_turn(messages: Sequence[Any], speakers: Sequence[str]) -> dict[str, Any]
 def read_fields(record: dict[str, Any], columns: Sequence[str]) -> list[Any]:
     """Question, thought and answer, whatever their types, out of the three `columns` of a record.
 
-    A column may hold a conversation; and thought and answer may be one text with think tags, their columns being one.
+    A column may hold a conversation; and thought and answer may be one text with think tags, their columns
+    being one.
     """
     question, thought, answer = (record.get(column) for column in columns)
     if isinstance(question, list):
@@ -239,7 +240,8 @@ def special_tokens(tokenizer: Any) -> tuple[str, ...]:
 def encode(rows: Sequence[Row], tokenizer: Any, lang: Lang) -> list[Row]:
     """Adds tokens to rows; one whose tokens are not as the template's gets a reason to drop it as its status.
 
-    BOS is the tokenizer's own, EOS the last token. Prompts and texts are tokenized in one call each, which is quick.
+    BOS is the tokenizer's own, EOS the last token. Prompts and texts are tokenized in one call each, which is
+    quick.
     """
     eos, special = tokenizer.eos_token, set(tokenizer.added_tokens_decoder)
     texts = [build_example(row.question, row.thought, row.answer, eos, lang) for row in rows]
@@ -308,8 +310,8 @@ def build_modelfile(eos: str, context: int, lang: Lang = "en") -> str:
 
 
 def measure(answer: dict[str, Any]) -> dict[str, float]:
-    """What can be counted in an answer that `generate` made. `repetition` is the share of its runs of four words that
-    stood in it before, `bullets` the share of the answer's lines that are list items."""
+    """What can be counted in an answer that `generate` made. `repetition` is the share of its runs of four
+    words that stood in it before, `bullets` the share of the answer's lines that are list items."""
     words = f"{answer['thought']} {answer['answer']}".split()
     runs = [tuple(words[i : i + 4]) for i in range(len(words) - 3)]
     lines = [line.strip() for line in answer["answer"].splitlines() if line.strip()]
@@ -334,7 +336,8 @@ def as_choice(record: dict[str, Any]) -> tuple[str, str]:
     )[key]
 
 
-# "The answer is C"; "C." or "(C)" at the start; "option C". The last is taken, as one that is weighed comes before.
+# "The answer is C"; "C." or "(C)" at the start; "option C". The last is taken, as one that is weighed comes
+# before.
 CHOICES = (
     re.compile(r"(?i:answer)(?i:\s+is|:)?[\s*(]*(?i:option\s+)?([A-J])\b"),
     re.compile(r"^[\s*(]*([A-J])(?:[.):*]|\s*$)"),
@@ -391,8 +394,8 @@ def build_report(
 def verdict(report: dict[str, Any], rows: int) -> str:
     """In words, from the intervals of an evaluation and the number of its rows.
 
-    A model that learned the style alone has a lower loss too; but then an answer is no likelier after its own question
-    and thought than after another row's. `relevance` is that difference.
+    A model that learned the style alone has a lower loss too; but then an answer is no likelier after its own
+    question and thought than after another row's. `relevance` is that difference.
     """
     if rows < FEWEST_ROWS:
         return f"can't tell: {rows} {'row is' if rows == 1 else 'rows are'} too few, it takes {FEWEST_ROWS}"

@@ -1,10 +1,9 @@
-"""The prompt contract: one template, byte for byte; the same tokens in training and at inference; no forged tags."""
+"""prompts.py: one template, byte for byte; the same tokens in training and at inference; no forged structure."""
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-import finetune_r1
 import prompts
 from prompts import build_example, build_prompt, find_marker, split_response
 
@@ -46,12 +45,11 @@ def tokenizer(request, smollm2, r1_tokenizer):
     return r1_tokenizer if request.param == "r1" else AutoTokenizer.from_pretrained(smollm2)
 
 
-def test_the_english_prompt_is_the_recipes_byte_for_byte():
-    assert build_prompt("Why?") == ENGLISH
-
-
-def test_the_chinese_prompt_is_the_recipes_byte_for_byte():
-    assert build_prompt("为什么?", "zh") == CHINESE
+@pytest.mark.parametrize(
+    ("lang", "question", "prompt"), [("en", "Why?", ENGLISH), ("zh", "为什么?", CHINESE)]
+)
+def test_the_prompt_is_the_recipes_byte_for_byte(lang, question, prompt):
+    assert build_prompt(question, lang) == prompt
 
 
 def test_an_example_is_prompt_thought_answer_eos():
@@ -63,56 +61,60 @@ def test_braces_and_template_markers_in_a_question_stay_as_they_are():
     assert build_prompt(question) == ENGLISH.replace("Why?", question)
 
 
-def test_a_response_splits_at_its_first_closing_tag():
-    assert split_response("Hm.\n</think>\nSo. </think> no") == ("Hm.", "So. </think> no", True)
+@pytest.mark.parametrize(
+    ("text", "response"),
+    [
+        ("Hm.\n</think>\nSo. </think> no", ("Hm.", "So. </think> no", True)),
+        ("Hm, and then it was cut", ("Hm, and then it was cut", "", False)),
+    ],
+)
+def test_a_response_splits_at_its_first_closing_tag_and_has_no_answer_without_one(text, response):
+    assert split_response(text) == response
 
 
-def test_a_thought_that_was_never_closed_has_no_answer():
-    assert split_response("Hm, and then it was cut") == ("Hm, and then it was cut", "", False)
-
-
-@pytest.mark.parametrize("text", ["a <think> b", "a</think>", "the end<eos>"])
-def test_a_marker_inside_a_field_is_found(text):
-    assert find_marker(text, ["<eos>"]) in text
-
-
-def test_clean_text_has_no_marker():
-    assert find_marker("if a < b > c, think", ["<eos>"]) is None
+@pytest.mark.parametrize(
+    ("text", "marker"),
+    [
+        ("a <think> b", "<think>"),
+        ("a</think>", "</think>"),
+        ("the end<eos>", "<eos>"),
+        ("half a pair \ud83d", "\\ud83d"),
+        ("if a < b > c, think", None),
+    ],
+)
+def test_what_could_forge_the_structure_is_found(text, marker):
+    assert find_marker(text, ["<eos>"]) == marker
 
 
 TEXT = st.text(st.characters(exclude_categories=["Cs"]), max_size=60).filter(str.strip)
 
 
 def encoded(tokenizer, *fields, lang="en"):
-    return finetune_r1.encode([finetune_r1.Row(*(field.strip() for field in fields))], tokenizer, lang)[0]
+    return prompts.encode([prompts.Row(*(field.strip() for field in fields))], tokenizer, lang)[0]
 
 
 @settings(max_examples=200, deadline=None)
 @given(question=TEXT, thought=TEXT, answer=TEXT, lang=st.sampled_from(["en", "zh"]))
 def test_a_row_starts_with_the_tokens_of_its_prompt(tokenizer, question, thought, answer, lang):
-    if find_marker(question + thought + answer, finetune_r1.special_tokens(tokenizer)):
+    if find_marker(question + thought + answer, prompts.special_tokens(tokenizer)):
         return
     row = encoded(tokenizer, question, thought, answer, lang=lang)
-    if row.fate != "used":  # SmolLM2 has no token for some bytes, and takes a special one for them: found, and dropped
+    if (
+        row.status != "used"
+    ):  # SmolLM2 has no token for some bytes, and takes a special one for them: found, and dropped
         assert tokenizer.unk_token_id in row.input_ids
     assert row.input_ids[: row.prompt_tokens] == tokenizer(build_prompt(question, lang))["input_ids"]
 
 
-def test_a_row_has_one_bos_at_its_start_and_one_eos_at_its_end(tokenizer):
+def test_a_row_has_one_bos_at_its_start_one_eos_at_its_end_and_each_tag_once(tokenizer):
     ids = encoded(tokenizer, "Why?", "Hm.", "So.").input_ids
     assert ids[0] == tokenizer.bos_token_id and ids.count(tokenizer.bos_token_id) == 1
     assert ids[-1] == tokenizer.eos_token_id and ids.count(tokenizer.eos_token_id) == 1
     assert tokenizer.eos_token_id != tokenizer.pad_token_id
-
-
-def test_each_tag_is_in_the_row_once(tokenizer):
-    text = tokenizer.decode(encoded(tokenizer, "Why?", "Hm.", "So.").input_ids)
+    text = tokenizer.decode(ids)
     assert text.count("<think>") == text.count("</think>") == 1
-
-
-def test_where_the_tags_are_tokens_the_row_holds_those_tokens(r1_tokenizer):
-    ids = encoded(r1_tokenizer, "Why?", "Hm.", "So.").input_ids
-    assert [ids.count(r1_tokenizer.convert_tokens_to_ids(tag)) for tag in ("<think>", "</think>")] == [1, 1]
+    for tag in {"<think>", "</think>"} & tokenizer.get_vocab().keys():  # where the tags are tokens
+        assert ids.count(tokenizer.convert_tokens_to_ids(tag)) == 1
 
 
 def test_what_is_counted_in_an_answer():
@@ -123,8 +125,6 @@ def test_what_is_counted_in_an_answer():
     assert counted["bullets"] == pytest.approx(2 / 3)
     assert counted["repetition"] == pytest.approx(4 / 15), "of 15 runs of four words 4 stood there before"
 
-
-def test_nothing_at_all_can_be_counted():
     counted = prompts.measure({"thought": "", "answer": "", "closed": False, "stopped": True})
     assert counted["repetition"] == counted["bullets"] == counted["answer_words"] == 0
 

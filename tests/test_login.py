@@ -1,7 +1,7 @@
 """Tokens: where they are found, how soon they are checked, what is kept of them, and that none ever gets out.
 
-The services are on loopback, the clients real; only Kaggle's and Colab's own packages have stand-ins, as they exist in
-their notebooks alone. Every token here holds MARK, so whatever shows one is found out.
+The services are on loopback, the clients real; only Kaggle's own package has a stand-in, as it exists in its
+notebooks alone. Every token here holds MARK, so whatever shows one is found out.
 """
 
 import base64
@@ -35,7 +35,6 @@ SOURCES = {  # in the order in which they count
     "environment": ("HF_TOKEN in the environment", "WANDB_API_KEY in the environment"),
     "dotenv": ("HF_TOKEN in .env", "WANDB_API_KEY in .env"),
     "kaggle": ("HUGGINGFACE_TOKEN in Kaggle's secrets", "wandb in Kaggle's secrets"),
-    "colab": ("HF_TOKEN in Colab's secrets", "WANDB_API_KEY in Colab's secrets"),
     "stored": ("an earlier log-in", "an earlier log-in"),
 }
 ALWAYS, NOWHERE = math.inf, "http://127.0.0.1:9"
@@ -54,7 +53,9 @@ READ, NOTEBOOK = token("reader"), f"{MARK}notebook"
 
 def python(cwd: Path, environment: dict[str, str], *arguments: object, limit: int = 60) -> Done:
     command, everything = [sys.executable, *map(str, arguments)], {**os.environ, **environment}
-    done = subprocess.run(command, cwd=cwd, env=everything, input="", capture_output=True, text=True, timeout=limit)
+    done = subprocess.run(
+        command, cwd=cwd, env=everything, input="", capture_output=True, text=True, timeout=limit
+    )
     return Done(done.returncode, done.stdout, done.stderr)
 
 
@@ -62,8 +63,18 @@ class Machine:
     """An empty home and an empty working folder, and the services that its tools talk to."""
 
     def __init__(self, folder: Path, hub: HubServer, wandb: WandbServer, kaggle: KaggleServer):
-        self.home, self.work, self.hub, self.wandb, self.kaggle = folder / "home", folder / "work", hub, wandb, kaggle
-        self.hub_token, self.netrc, self.dotenv = self.home / "hf" / "token", self.home / "netrc", self.work / ".env"
+        self.home, self.work, self.hub, self.wandb, self.kaggle = (
+            folder / "home",
+            folder / "work",
+            hub,
+            wandb,
+            kaggle,
+        )
+        self.hub_token, self.netrc, self.dotenv = (
+            self.home / "hf" / "token",
+            self.home / "netrc",
+            self.work / ".env",
+        )
         self.work.mkdir(parents=True)
         self.hub_token.parent.mkdir(parents=True)
         self.environment = {
@@ -71,12 +82,10 @@ class Machine:
             "HF_ENDPOINT": hub.url, "WANDB_BASE_URL": wandb.url, "WANDB_MODE": "disabled",
         }  # fmt: skip
 
-    def on(self, notebook: str, **state: str) -> None:
-        """Kaggle's or Colab's package can be imported."""
-        folder = STAND_INS if notebook == "kaggle" else STAND_INS / notebook
-        paths = filter(None, [self.environment["PYTHONPATH"], str(folder)])
-        kaggle = {"KAGGLE_URL_BASE": self.kaggle.url, "KAGGLE_USER_SECRETS_TOKEN": NOTEBOOK}
-        self.environment |= {"PYTHONPATH": os.pathsep.join(paths), **(kaggle if notebook == "kaggle" else {}), **state}
+    def on_kaggle(self, **state: str) -> None:
+        """Its package can be imported, and its service answers."""
+        self.environment |= {"PYTHONPATH": str(STAND_INS), "KAGGLE_URL_BASE": self.kaggle.url}
+        self.environment |= {"KAGGLE_USER_SECRETS_TOKEN": NOTEBOOK, **state}
 
     def plant(self, source: str, token: str, key: str = "") -> None:
         """Puts a token, and with `key` one for W&B, where it is looked for."""
@@ -86,12 +95,12 @@ class Machine:
             self.dotenv.write_text(f"HF_TOKEN={token}\nWANDB_API_KEY={key}\n")
         elif source == "kaggle":
             self.kaggle.secrets = {"HUGGINGFACE_TOKEN": token, **({"wandb": key} if key else {})}
-            self.on("kaggle")
-        elif source == "colab":
-            self.on("colab", COLAB_SECRETS=json.dumps({"HF_TOKEN": token, **({"WANDB_API_KEY": key} if key else {})}))
+            self.on_kaggle()
         else:
             self.hub_token.write_text(token)
-            self.netrc.write_text(f"machine {self.wandb.url.removeprefix('http://')} login user password {key}\n")
+            self.netrc.write_text(
+                f"machine {self.wandb.url.removeprefix('http://')} login user password {key}\n"
+            )
 
     def run(self, *arguments: object, **environment: str) -> Done:
         done = python(self.work, self.environment | environment, SCRIPT, *arguments)
@@ -115,7 +124,10 @@ class Machine:
         terminal, its_end = pty.openpty()
         everything = {**os.environ, **self.environment}
         process = subprocess.Popen(
-            [sys.executable, SCRIPT, "login"], cwd=self.work, env=everything, preexec_fn=lambda: os.login_tty(its_end)
+            [sys.executable, SCRIPT, "login"],
+            cwd=self.work,
+            env=everything,
+            preexec_fn=lambda: os.login_tty(its_end),
         )
         os.close(its_end)
         limit = threading.Timer(60, process.kill)
@@ -139,11 +151,15 @@ class Machine:
 def machine(tmp_path):
     owners = [*SOURCES, "typed"]
     hub = HubServer(tokens={READ: ("reader", "read"), **{token(name): (name, "write") for name in owners}})
-    with hub, WandbServer(keys={key(name): name for name in owners}) as wandb, KaggleServer(NOTEBOOK) as kaggle:
+    with (
+        hub,
+        WandbServer(keys={key(name): name for name in owners}) as wandb,
+        KaggleServer(NOTEBOOK) as kaggle,
+    ):
         yield Machine(tmp_path, hub, wandb, kaggle)
 
 
-# ------------------------------------------------------------------------------------------------- where they are found
+# --------------------------------------------------------------------------------------- where they are found
 
 
 @pytest.mark.parametrize("source", SOURCES)
@@ -163,7 +179,7 @@ def test_other_names_of_the_variable_are_known(machine, name):
 
 @pytest.mark.parametrize("name", ["HF_TOKEN", "HUGGING_FACE_HUB_TOKEN"])
 def test_other_labels_than_the_recipes_are_known_on_kaggle(machine, name):
-    machine.on("kaggle")
+    machine.on_kaggle()
     machine.kaggle.secrets = {name: token("kaggle")}
     assert machine.login()["hugging_face"]["token"] == f"{name} in Kaggle's secrets"
 
@@ -251,33 +267,29 @@ def test_train_goes_on_with_a_token_and_without_a_network(machine):
     assert "a folder without config.json" in said
 
 
-# --------------------------------------------------------------------------------------------------- Kaggle and Colab
-
-ATTACH, INTERNET, BEFORE = "Add-ons > Secrets", "Internet on", "os.environ[NAME] = google.colab.userdata.get(NAME)"
+# ----------------------------------------------------------------------------------------------------- Kaggle
 
 
 @pytest.mark.parametrize(
-    ("notebook", "state", "error", "remedy"),
+    ("state", "error"),
     [
-        ("kaggle", {"KAGGLE_USER_SECRETS_TOKEN": ""}, "CredentialError", ATTACH),
-        ("kaggle", {}, "BackendError", ATTACH),
-        ("kaggle", {"KAGGLE_URL_BASE": NOWHERE}, "ConnectionError", INTERNET),
-        ("colab", {}, "AttributeError", BEFORE),
-        ("colab", {"COLAB_SECRETS": "{}"}, "SecretNotFoundError", BEFORE),
+        ({"KAGGLE_USER_SECRETS_TOKEN": ""}, "CredentialError"),
+        ({}, "BackendError"),
+        ({"KAGGLE_URL_BASE": NOWHERE}, "ConnectionError"),
     ],
-    ids=["Kaggle without its variable", "not attached", "no network", "Colab's !python", "Colab has none"],
+    ids=["without its variable", "not attached", "no network"],
 )
-def test_a_notebook_that_gives_nothing_gets_a_note_and_the_stored_token_serves(machine, notebook, state, error, remedy):
+def test_a_kaggle_that_gives_nothing_gets_a_note_and_the_stored_token_serves(machine, state, error):
     machine.plant("stored", token("stored"), key("stored"))
-    machine.on(notebook, **state)
+    machine.on_kaggle(**state)
     done = machine.run("login", "--json", WANDB_MODE="online")
     who = json.loads(done.out)
     assert (who["hugging_face"]["name"], who["wandb"]["name"]) == ("stored", "stored")
     notes = [line for line in done.err.splitlines() if line.startswith("note:")]
-    assert len(notes) == 2 and all(error in note and remedy in note for note in notes)
+    assert len(notes) == 2 and all(error in note and "Add-ons > Secrets" in note for note in notes)
 
 
-# -------------------------------------------------------------------------------------------------------------- traps
+# ------------------------------------------------------------------------------------------------------ traps
 
 
 def test_an_empty_variable_counts_as_absent(machine):
@@ -286,7 +298,7 @@ def test_an_empty_variable_counts_as_absent(machine):
     assert (who["hugging_face"]["token"], who["wandb"]["key"]) == SOURCES["dotenv"]
 
 
-@pytest.mark.parametrize("source", ["dotenv", "kaggle", "colab"])
+@pytest.mark.parametrize("source", ["dotenv", "kaggle"])
 def test_an_empty_entry_counts_as_absent(machine, source):
     machine.plant("stored", token("stored"))
     machine.plant(source, "' '" if source == "dotenv" else "")
@@ -307,7 +319,9 @@ def test_white_space_around_a_token_is_not_part_of_it(machine):
     assert (who["hugging_face"]["name"], who["wandb"]["name"]) == ("environment", "environment")
 
 
-@pytest.mark.parametrize("letter", [" ", "\n", "é", "\N{ZERO WIDTH SPACE}"], ids=["space", "newline", "é", "invisible"])
+@pytest.mark.parametrize(
+    "letter", [" ", "\n", "é", "\N{ZERO WIDTH SPACE}"], ids=["space", "newline", "é", "invisible"]
+)
 def test_a_token_with_a_letter_that_none_has_is_refused_by_its_source(machine, letter):
     machine.plant("environment", token(letter + "x"))
     assert SOURCES["environment"][0] in machine.refused()
@@ -360,7 +374,13 @@ def test_w_and_b_is_not_asked_in_its_other_modes(machine, mode):
 
 
 def test_a_line_of_dotenv_that_is_none_is_passed_over(machine):
-    lines = ["\ufeff# by Windows", "no entry", "= =", f"export HF_TOKEN={token('dotenv')} # mine", "WANDB_MODE='open"]
+    lines = [
+        "\ufeff# by Windows",
+        "no entry",
+        "= =",
+        f"export HF_TOKEN={token('dotenv')} # mine",
+        "WANDB_MODE='open",
+    ]
     machine.dotenv.write_text("\r\n".join(lines), encoding="utf-8")
     assert machine.login()["hugging_face"]["name"] == "dotenv"
 
@@ -376,7 +396,7 @@ def test_a_dotenv_with_a_zero_byte_gets_a_message(machine):
     assert ".env" in machine.refused()
 
 
-# ------------------------------------------------------------------------------------------------- within a few seconds
+# --------------------------------------------------------------------------------------- within a few seconds
 
 
 def soon(run):
@@ -440,12 +460,15 @@ def test_a_page_instead_of_an_answer_is_not_taken_for_one(machine):
 @pytest.mark.parametrize("answers", [1, 3])
 def test_a_w_and_b_that_fails_after_some_answers_gets_a_message(machine, answers):
     machine.plant("environment", token("environment"), key("environment"))
-    served, failed = Fault("POST", "graphql", times=answers), Fault("POST", "graphql", times=ALWAYS, status=500)
+    served, failed = (
+        Fault("POST", "graphql", times=answers),
+        Fault("POST", "graphql", times=ALWAYS, status=500),
+    )
     machine.wandb.faults = [served, failed]
     assert "again" in next_step(machine.refused(WANDB_MODE="online"))
 
 
-# ------------------------------------------------------------------------------------------------------ what is stored
+# --------------------------------------------------------------------------------------------- what is stored
 
 
 def mode(path: Path) -> str:
@@ -457,7 +480,11 @@ def test_what_login_stores_is_for_its_owner_alone_and_serves_the_next_time(machi
     machine.login(WANDB_MODE="online")
     stored = [machine.hub_token, machine.hub_token.with_name("stored_tokens"), machine.netrc]
     assert [(MARK in path.read_text(), mode(path)) for path in stored] == [(True, "0o600")] * 3
-    holders = [path for path in machine.home.parent.rglob("*") if path.is_file() and MARK.encode() in path.read_bytes()]
+    holders = [
+        path
+        for path in machine.home.parent.rglob("*")
+        if path.is_file() and MARK.encode() in path.read_bytes()
+    ]
     assert sorted(holders) == sorted(stored), "and nowhere else"
     who = machine.login(WANDB_MODE="online", HF_TOKEN="", WANDB_API_KEY="")
     assert (who["hugging_face"]["token"], who["wandb"]["key"]) == SOURCES["stored"]
@@ -486,7 +513,7 @@ def test_push_refuses_a_token_that_may_only_read_before_it_looks_for_the_run(mac
     assert {path for _, path in machine.hub.requests} == {"/api/whoami-v2"}
 
 
-# ------------------------------------------------------------------------------------------------ none ever gets out
+# ----------------------------------------------------------------------------------------- none ever gets out
 
 ENCODED = base64.b64encode(f"api:{MARK}".encode())[:20]  # as W&B's client sends its key
 
@@ -551,14 +578,24 @@ class Commands(Machine):
         self.model = ["--model", model]
         self.rows = [*self.model, "--dataset", SAMPLE, "--split", "train[:12]", "--max-seq-length", 512]
         recipe = {"--eval-rows": 2, "--effective-batch": 2, "--warmup-steps": 0, "--learning-rate": 0.02}
-        self.train = ["train", *self.rows, *(word for pair in recipe.items() for word in pair), "--max-new-tokens", 4]
+        self.train = [
+            "train",
+            *self.rows,
+            *(word for pair in recipe.items() for word in pair),
+            "--max-new-tokens",
+            4,
+        ]
 
     def do(self, name: str, *arguments: object, **environment: str) -> None:
         self.done[name] = python(self.work, self.environment | environment, SCRIPT, *arguments, limit=180)
 
     def do_all(self, name: str, *commands: list[object], **environment: str) -> None:
         """One after another in one process, as the imports take the longest."""
-        arguments = ["-c", IN_ONE_PROCESS, json.dumps([[str(word) for word in command] for command in commands])]
+        arguments = [
+            "-c",
+            IN_ONE_PROCESS,
+            json.dumps([[str(word) for word in command] for command in commands]),
+        ]
         self.done[name] = python(self.work, self.environment | environment, *arguments, limit=180)
 
     def interrupt(self, name: str, *arguments: object, after: str, **environment: str) -> None:
@@ -591,7 +628,11 @@ class Commands(Machine):
 
     def publish(self) -> None:
         self.do("save", "save", *self.run_a)
-        writer, stranger, push = {"HF_TOKEN": token("writer")}, {"HF_TOKEN": token("stranger")}, ["push", *self.run_a]
+        writer, stranger, push = (
+            {"HF_TOKEN": token("writer")},
+            {"HF_TOKEN": token("stranger")},
+            ["push", *self.run_a],
+        )
         self.do("push, 401", *push, *self.to, **stranger)
         self.do("push, unreachable", *push, *self.to, HF_ENDPOINT=NOWHERE)
         self.do("push, another's", *push, "--repo", "reader/model", **writer)
@@ -617,7 +658,7 @@ def commands(tiny_r1, tmp_path_factory):
     wandb = RecordingWandb(keys={key(name): name for name in SOURCES})
     with hub, wandb, KaggleServer(NOTEBOOK) as kaggle, ThreadPoolExecutor(3) as pool:
         commands = Commands(tiny_r1, tmp_path_factory.mktemp("leaks"), hub, wandb, kaggle)
-        for source in ("stored", "colab", "kaggle", "dotenv"):
+        for source in ("stored", "kaggle", "dotenv"):
             commands.plant(source, READ, key(source))
         pool.submit(commands.watch)
         try:
@@ -635,7 +676,9 @@ def test_every_command_did_its_work_with_tokens_all_around(commands):
         assert done.code == code and "Traceback" not in done.err, f"{name}: {done.err}"
     assert "model.safetensors" in commands.hub.repos["model", "writer/model"].files
     runs = commands.wandb.runs.values()
-    assert [run.entity for run in runs] == ["dotenv", "dotenv"] and all("output.log" in run.files for run in runs)
+    assert [run.entity for run in runs] == ["dotenv", "dotenv"] and all(
+        "output.log" in run.files for run in runs
+    )
 
 
 def test_train_says_before_it_begins_that_the_token_cannot_push(commands):
@@ -656,7 +699,10 @@ def test_no_command_shows_a_token(commands):
 def test_no_file_holds_a_token_but_those_it_was_put_into(commands):
     own = {commands.dotenv, commands.hub_token, commands.hub_token.with_name("stored_tokens"), commands.netrc}
     files = {path for path in commands.work.parent.rglob("*") if path.is_file()} - own
-    assert len([path for path in files if path.suffix == ".wandb"]) >= 2 and commands.work / "runs/a/run.json" in files
+    assert (
+        len([path for path in files if path.suffix == ".wandb"]) >= 2
+        and commands.work / "runs/a/run.json" in files
+    )
     assert [str(path) for path in files if shows(path.read_bytes())] == []
 
 

@@ -1,0 +1,258 @@
+"""Training: the plan that fits a step into memory, where the loss is taken, what stops it, and tracking.
+
+The model is tiny, laid out like R1 and in 4-bit, and goes through the same code that trains the 8B.
+"""
+
+import dataclasses
+import json
+import shutil
+
+import pytest
+from conftest import SAMPLE
+from servers.wandb_server import WandbServer
+
+import finetune_r1
+from finetune_r1 import GIB, LoadedModel, Memory, Run, TrainConfig, UserError, read_jsonl
+
+
+@pytest.fixture(scope="module")
+def config(tiny_r1):
+    return TrainConfig(
+        model=str(tiny_r1), dataset=str(SAMPLE), split="train[:24]", max_seq_length=768, max_steps=6,
+        effective_batch=4, micro_batch=2, warmup_steps=1, learning_rate=1e-2, logging_steps=1, save_steps=2,
+        max_new_tokens=4, wandb=False,
+    )  # fmt: skip
+
+
+def losses(run):
+    return {line["step"]: line["loss"] for line in read_jsonl(run / "metrics.jsonl") if "loss" in line}
+
+
+def test_the_defaults_are_the_recipes():
+    recipe = {
+        "max_seq_length": 2048, "load_in_4bit": True, "split": "train[0:500]", "lora_r": 16, "lora_alpha": 16,
+        "lora_dropout": 0, "use_rslora": False, "effective_batch": 8, "warmup_steps": 5, "max_steps": 60,
+        "learning_rate": 2e-4, "logging_steps": 10, "optim": "adamw_8bit", "weight_decay": 0.01,
+        "lr_scheduler_type": "linear", "seed": 3407, "max_new_tokens": 1200,
+        "model": "unsloth/DeepSeek-R1-Distill-Llama-8B", "dataset": "FreedomIntelligence/medical-o1-reasoning-SFT",
+        "target_modules": "q_proj,k_proj,v_proj,o_proj,gate_proj,up_proj,down_proj",
+    }  # fmt: skip
+    assert recipe.items() <= dataclasses.asdict(TrainConfig()).items()
+
+
+# ---------------------------------------------------------------------------------------------------- the plan
+
+R1 = Memory(limit=140 * GIB, resident=6.2 * GIB, layers=32, token_in_layer=2 * (3 * 14336 + 3.3 * 4096))
+REAL_LENGTHS = [512, 540, 600, 660, 700, 750, 777, 800, 850, 900, 950, 1101]  # mean 762, as the dataset's rows
+# Rows at once, layers kept, and GiB allocated at most: an H200, the 8B's shape, 4-bit, rows of the dataset.
+MEASURED = [(8, 0, 7.14), (8, 16, 18.07), (8, 32, 29.55), (4, 16, 12.53), (4, 32, 18.74), (2, 32, 13.39), (1, 0, 6.34)]
+
+
+@pytest.mark.parametrize(("size", "kept", "measured"), MEASURED)
+def test_the_peak_that_a_plan_expects_is_within_15_percent_of_what_was_measured(size, kept, measured):
+    """In so much more memory it keeps as many layers or more, in so much less it does not keep as many."""
+
+    def plan(limit):
+        config = TrainConfig(micro_batch=size, max_steps=6)
+        return finetune_r1.make_plan(REAL_LENGTHS, config, R1._replace(limit=limit * GIB))
+
+    more, less = plan(1.15 * measured), plan(0.85 * measured)
+    assert more["kept_layers"] >= kept and more["expected_peak_gib"] <= 1.15 * measured
+    assert less["kept_layers"] < kept or less["expected_peak_gib"] > 0.85 * measured
+
+
+SMOLLM2 = Memory(20 * GIB, 1.03 * GIB, 30, 4 * (3 * 1536 + 3.3 * 576), some=False, token_in_loss=12 * 49152)
+# Rows at once by their lengths, layers kept or not, and GiB resident at most: two cores of an AMD EPYC.
+ON_A_CPU = [
+    ([605, 623], "none", 2.82), ([966, 1021], "none", 3.72), ([931], "none", 2.33),
+    ([776, 786, 795, 798], "none", 5.05), ([776, 786, 795, 798], "unsloth", 2.67),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("lengths", "checkpointing", "measured"), ON_A_CPU)
+def test_and_so_it_is_on_a_cpu(lengths, checkpointing, measured):
+    rows = len(lengths)
+    config = TrainConfig(effective_batch=rows, micro_batch=rows, gradient_checkpointing=checkpointing)
+    plan = finetune_r1.make_plan(lengths, config, SMOLLM2)
+    assert plan["expected_peak_gib"] == pytest.approx(measured, rel=0.15)
+
+
+@pytest.mark.parametrize(
+    ("limit", "size", "kept"),
+    [(130, 8, {32}), (23.5, 8, range(18, 26)), (14.5, 8, range(7, 13)), (7.5, 8, {0}), (6.35, 1, {0})],
+)
+def test_the_plan_takes_all_rows_at_once_and_keeps_what_memory_allows(limit, size, kept):
+    plan = finetune_r1.make_plan(REAL_LENGTHS, TrainConfig(), R1._replace(limit=limit * GIB))
+    assert plan["micro_batch"] == size and plan["kept_layers"] in kept
+    assert plan["micro_batch"] * plan["accumulation"] == 8
+    assert plan["expected_peak_gib"] <= round(limit, 1)
+
+
+def test_what_the_user_names_is_not_planned_anew():
+    config = TrainConfig(micro_batch=2, gradient_checkpointing="unsloth")
+    plan = finetune_r1.make_plan(REAL_LENGTHS, config, R1)
+    assert (plan["micro_batch"], plan["accumulation"], plan["kept_layers"]) == (2, 4, 0)
+    assert finetune_r1.make_plan(REAL_LENGTHS, TrainConfig(gradient_checkpointing="none"), R1)["kept_layers"] == 32
+
+
+def test_an_old_gpu_keeps_keys_and_values_of_all_heads_too(config, monkeypatch):
+    loaded = LoadedModel.load(config)
+    new = finetune_r1.measure_memory(loaded, config)
+    monkeypatch.setattr(finetune_r1, "is_old_gpu", lambda: True)
+    old, shape = finetune_r1.measure_memory(loaded, config), loaded.model.config
+    more = 2 * (shape.num_attention_heads - shape.num_key_value_heads) * shape.head_dim
+    assert old.token_in_layer - new.token_in_layer == pytest.approx(4 * more)
+
+
+def test_too_little_room_for_checkpoints_is_said_before_training(config, tmp_path, monkeypatch):
+    monkeypatch.setattr(finetune_r1.shutil, "disk_usage", lambda folder: shutil._ntuple_diskusage(10, 9, 100_000))
+    with pytest.raises(UserError, match="are needed"):
+        finetune_r1.train_run(config, run := Run(tmp_path / "run"))
+    assert not run.checkpoints and run.record["status"] == "failed"
+
+
+# ------------------------------------------------------------------------------------------------- what is trained
+
+
+@pytest.mark.parametrize(("loss_on", "checkpointing"), [("all", "unsloth"), ("response", "none")])
+def test_loss_is_taken_where_it_is_asked_and_activations_are_recomputed_where_they_are_asked(
+    config, unsloth, tmp_path, monkeypatch, loss_on, checkpointing
+):
+    """On EOS too, and never on padding; from the batches that the Trainer computes losses of."""
+    import trl
+
+    compute_loss, batches = trl.SFTTrainer.compute_loss, []
+
+    def noted(trainer, model, inputs, *rest, **options):
+        if model.training:
+            batches.append({name: inputs[name].clone() for name in ("input_ids", "labels", "attention_mask")})
+        return compute_loss(trainer, model, inputs, *rest, **options)
+
+    monkeypatch.setattr(trl.SFTTrainer, "compute_loss", noted)
+    config = dataclasses.replace(
+        config, loss_on=loss_on, gradient_checkpointing=checkpointing, max_steps=1, micro_batch=4
+    )
+    loaded, _ = finetune_r1.train_run(config, Run(tmp_path / "run"))
+    known = finetune_r1.prepare_rows(finetune_r1.read_records(config), loaded.tokenizer, config).used
+    by_tokens = {tuple(row["input_ids"]): row for row in known}
+    [batch] = batches
+    assert len(batch["labels"]) == 4
+    for ids, labels, mask in zip(*(batch[name] for name in ("input_ids", "labels", "attention_mask")), strict=True):
+        row = by_tokens[tuple(ids[mask.bool()].tolist())]
+        learned = (labels != -100).nonzero().flatten().tolist()
+        assert learned == list(range(0 if loss_on == "all" else row["prompt_tokens"], row["tokens"]))
+        assert labels.tolist().count(loaded.tokenizer.eos_token_id) == 1
+    trained = [name for name, weights in loaded.model.named_parameters() if weights.requires_grad]
+    assert len(trained) == 2 * 7 * 2 and all("lora_" in name for name in trained), "the adapter alone"
+    recomputes = any(getattr(module, "gradient_checkpointing", False) for module in loaded.model.modules())
+    assert recomputes == (checkpointing == "unsloth")
+
+
+def test_unknown_target_modules_are_named(config, tmp_path):
+    with pytest.raises(UserError, match="nope_proj"):
+        finetune_r1.train_run(dataclasses.replace(config, target_modules="q_proj,nope_proj"), Run(tmp_path / "run"))
+
+
+def test_a_qwen_trains_and_answers_too(config, tiny_qwen, tmp_path):
+    """The other family of R1's distillations."""
+    config = dataclasses.replace(config, model=str(tiny_qwen), max_seq_length=1024, load_in_4bit=False, max_steps=2)
+    loaded, _ = finetune_r1.train_run(config, Run(tmp_path / "run"))
+    assert [answer["question"] for answer in loaded.generate(["Why?", "When?"], config)] == ["Why?", "When?"]
+
+
+# ------------------------------------------------------------------------------------------------ what goes wrong
+
+
+def test_out_of_memory_halves_the_rows_at_once_and_changes_no_loss(config, unsloth, tmp_path, monkeypatch, capsys):
+    """The fault is raised where a GPU raises it, in the fourth step's computation, as a CPU has none of its own."""
+    import torch
+    import trl
+
+    calls, compute_loss = [], trl.SFTTrainer.compute_loss
+
+    def fails_once(trainer, *arguments, **options):
+        if trainer.model.training:
+            calls.append(trainer.state.global_step)
+            if calls == [0, 0, 1, 1, 2, 2, 3, 3]:
+                raise torch.OutOfMemoryError("injected")
+        return compute_loss(trainer, *arguments, **options)
+
+    plain, disturbed = Run(tmp_path / "plain"), Run(tmp_path / "disturbed")
+    finetune_r1.train_run(config, plain)
+    monkeypatch.setattr(trl.SFTTrainer, "compute_loss", fails_once)
+    finetune_r1.train_run(config, disturbed)
+    record = disturbed.record
+    assert record["status"] == "finished" and record["out_of_memory_at"] == 3
+    assert (record["plan"]["micro_batch"], record["plan"]["accumulation"]) == (1, 4)
+    assert "out of memory after step 3: going on with 1 rows at once, 4 times" in capsys.readouterr().err
+    steps = [line["step"] for line in read_jsonl(disturbed / "metrics.jsonl") if "loss" in line]
+    assert steps == [1, 2, 3, 4, 5, 6]
+    assert losses(disturbed) == pytest.approx(losses(plain), abs=0.005)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), 0.0])
+def test_a_loss_that_is_no_number_or_nothing_stops_the_run_and_names_step_and_rows(
+    config, unsloth, tmp_path, monkeypatch, value
+):
+    import torch
+    import trl
+
+    training_step = trl.SFTTrainer.training_step
+
+    def breaks(trainer, *arguments):
+        loss = training_step(trainer, *arguments)
+        return torch.full_like(loss, value) if trainer.state.global_step == 4 else loss
+
+    monkeypatch.setattr(trl.SFTTrainer, "training_step", breaks)
+    run = Run(tmp_path / "run")
+    with pytest.raises(UserError, match=rf"step 5 had a loss of {value}; its rows ask: \w+"):
+        finetune_r1.train_run(config, run)
+    assert run.record["status"] == "failed" and run.last_step == 4, "the last checkpoint is kept"
+
+
+def test_weights_that_are_no_numbers_are_never_a_checkpoint(config, unsloth, tmp_path, monkeypatch):
+    import torch
+
+    def breaks(optimizer, closure=None):
+        for group in optimizer.param_groups:
+            for weights in group["params"]:
+                weights.data.fill_(float("inf"))
+
+    run, config = Run(tmp_path / "run"), dataclasses.replace(config, optim="adamw_torch", max_steps=1)
+    monkeypatch.setattr(torch.optim.AdamW, "step", breaks)
+    with pytest.raises(UserError, match="step 1 left weights that are no numbers"):
+        finetune_r1.train_run(config, run)
+    assert not run.checkpoints and not (run / "adapter").exists()
+
+
+# ------------------------------------------------------------------------------------------------------- tracking
+
+
+def test_w_and_b_gets_the_run_when_asked_to_keep_it_offline(config, tmp_path, monkeypatch):
+    import wandb
+
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    config, run = dataclasses.replace(config, wandb=True), Run(tmp_path)
+    with run.track_status(config, resume=False), finetune_r1.track_in_wandb(config, run) as tracked:
+        assert tracked and wandb.run.project == config.wandb_project and wandb.run.config["lora_r"] == 16
+        assert wandb.run.id == run.record["wandb_id"], "so that a run that goes on is one run there too"
+    assert wandb.run is None and list(tmp_path.glob("wandb/offline-run-*/*.wandb"))
+
+
+def test_w_and_b_gets_the_history_of_a_run_trained_by_the_command_line(tiny_r1, cli, tmp_path):
+    options = ["--split", "train[:12]", "--eval-rows", 2, "--max-steps", 3, "--logging-steps", 1, "--max-new-tokens", 4]
+    with WandbServer(keys={"k" * 40: "alice"}) as server:
+        done = cli("train", "--model", tiny_r1, "--dataset", SAMPLE, *options, "--warmup-steps", 1, "--json",
+                   WANDB_BASE_URL=server.url, WANDB_API_KEY="k" * 40)  # fmt: skip
+    assert done.code == 0, done.err
+    [sent] = server.runs.values()
+    assert sent.project == TrainConfig().wandb_project and sent.finished and sent.exitcode == 0
+    history = {line["train/global_step"]: line["train/loss"] for line in sent.history if "train/loss" in line}
+    assert history == losses(Run(tmp_path / json.loads(done.out)["run"])) and list(history) == [1, 2, 3]
+    assert sent.config["lora_r"] == 16 and "k" * 40 not in done.out + done.err
+
+
+def test_w_and_b_is_left_alone_without_a_key(config, tmp_path):
+    with finetune_r1.track_in_wandb(dataclasses.replace(config, wandb=True), Run(tmp_path)) as tracked:
+        assert not tracked
+    assert not list(tmp_path.iterdir())
