@@ -30,7 +30,7 @@ sys.dont_write_bytecode = False
 # Before any library reads them. The endpoint is a port that nothing listens on.
 os.environ |= {
     "HOME": str(HOME),
-    "XDG_CACHE_HOME": str(HOME / "cache"),
+    "XDG_CACHE_HOME": str(SHARED / "cache"),  # the demo model is unpacked once
     "HF_HOME": str(HOME / "hf"),
     "NETRC": str(HOME / "netrc"),
     "HF_ENDPOINT": "http://127.0.0.1:9",

@@ -1,4 +1,4 @@
-"""prompts.py: one template, byte for byte; the same tokens in training and at inference; no forged structure."""
+"""prompts.py: one template, byte for byte; the same tokens in training as at inference; no forged tags."""
 
 import pytest
 from hypothesis import given, settings
@@ -7,13 +7,15 @@ from hypothesis import strategies as st
 import prompts
 from prompts import build_example, build_prompt, find_marker, split_response
 
-ENGLISH = """Below is an instruction that describes a task, paired with an input that provides further context.\x20
+ENGLISH = """Below is an instruction that describes a task, paired with an input that provides further \
+context.\x20
 Write a response that appropriately completes the request.\x20
-Before answering, think carefully about the question and create a step-by-step chain of thoughts to ensure a logical \
-and accurate response.
+Before answering, think carefully about the question and create a step-by-step chain of thoughts to ensure a \
+logical and accurate response.
 
 ### Instruction:
-You are a medical expert with advanced knowledge in clinical reasoning, diagnostics, and treatment planning.\x20
+You are a medical expert with advanced knowledge in clinical reasoning, diagnostics, and treatment \
+planning.\x20
 Please answer the following medical question.\x20
 
 ### Question:
