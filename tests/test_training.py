@@ -43,9 +43,30 @@ def test_the_defaults_are_the_recipes():
 # ---------------------------------------------------------------------------------------------------- the plan
 
 R1 = Memory(limit=140 * GIB, resident=6.2 * GIB, layers=32, token_in_layer=2 * (3 * 14336 + 3.3 * 4096))
-REAL_LENGTHS = [512, 540, 600, 660, 700, 750, 777, 800, 850, 900, 950, 1101]  # mean 762, as the dataset's rows
+REAL_LENGTHS = [
+    512,
+    540,
+    600,
+    660,
+    700,
+    750,
+    777,
+    800,
+    850,
+    900,
+    950,
+    1101,
+]  # mean 762, as the dataset's rows
 # Rows at once, layers kept, and GiB allocated at most: an H200, the 8B's shape, 4-bit, rows of the dataset.
-MEASURED = [(8, 0, 7.14), (8, 16, 18.07), (8, 32, 29.55), (4, 16, 12.53), (4, 32, 18.74), (2, 32, 13.39), (1, 0, 6.34)]
+MEASURED = [
+    (8, 0, 7.14),
+    (8, 16, 18.07),
+    (8, 32, 29.55),
+    (4, 16, 12.53),
+    (4, 32, 18.74),
+    (2, 32, 13.39),
+    (1, 0, 6.34),
+]
 
 
 @pytest.mark.parametrize(("size", "kept", "measured"), MEASURED)
@@ -92,7 +113,10 @@ def test_what_the_user_names_is_not_planned_anew():
     config = TrainConfig(micro_batch=2, gradient_checkpointing="unsloth")
     plan = finetune_r1.make_plan(REAL_LENGTHS, config, R1)
     assert (plan["micro_batch"], plan["accumulation"], plan["kept_layers"]) == (2, 4, 0)
-    assert finetune_r1.make_plan(REAL_LENGTHS, TrainConfig(gradient_checkpointing="none"), R1)["kept_layers"] == 32
+    assert (
+        finetune_r1.make_plan(REAL_LENGTHS, TrainConfig(gradient_checkpointing="none"), R1)["kept_layers"]
+        == 32
+    )
 
 
 def test_an_old_gpu_keeps_keys_and_values_of_all_heads_too(config, monkeypatch):
@@ -105,7 +129,9 @@ def test_an_old_gpu_keeps_keys_and_values_of_all_heads_too(config, monkeypatch):
 
 
 def test_too_little_room_for_checkpoints_is_said_before_training(config, tmp_path, monkeypatch):
-    monkeypatch.setattr(finetune_r1.shutil, "disk_usage", lambda folder: shutil._ntuple_diskusage(10, 9, 100_000))
+    monkeypatch.setattr(
+        finetune_r1.shutil, "disk_usage", lambda folder: shutil._ntuple_diskusage(10, 9, 100_000)
+    )
     with pytest.raises(UserError, match="are needed"):
         finetune_r1.train_run(config, run := Run(tmp_path / "run"))
     assert not run.checkpoints and run.record["status"] == "failed"
@@ -137,7 +163,9 @@ def test_loss_is_taken_where_it_is_asked_and_activations_are_recomputed_where_th
     by_tokens = {tuple(row["input_ids"]): row for row in known}
     [batch] = batches
     assert len(batch["labels"]) == 4
-    for ids, labels, mask in zip(*(batch[name] for name in ("input_ids", "labels", "attention_mask")), strict=True):
+    for ids, labels, mask in zip(
+        *(batch[name] for name in ("input_ids", "labels", "attention_mask")), strict=True
+    ):
         row = by_tokens[tuple(ids[mask.bool()].tolist())]
         learned = (labels != -100).nonzero().flatten().tolist()
         assert learned == list(range(0 if loss_on == "all" else row["prompt_tokens"], row["tokens"]))
@@ -150,12 +178,16 @@ def test_loss_is_taken_where_it_is_asked_and_activations_are_recomputed_where_th
 
 def test_unknown_target_modules_are_named(config, tmp_path):
     with pytest.raises(UserError, match="nope_proj"):
-        finetune_r1.train_run(dataclasses.replace(config, target_modules="q_proj,nope_proj"), Run(tmp_path / "run"))
+        finetune_r1.train_run(
+            dataclasses.replace(config, target_modules="q_proj,nope_proj"), Run(tmp_path / "run")
+        )
 
 
 def test_a_qwen_trains_and_answers_too(config, tiny_qwen, tmp_path):
     """The other family of R1's distillations."""
-    config = dataclasses.replace(config, model=str(tiny_qwen), max_seq_length=1024, load_in_4bit=False, max_steps=2)
+    config = dataclasses.replace(
+        config, model=str(tiny_qwen), max_seq_length=1024, load_in_4bit=False, max_steps=2
+    )
     loaded, _ = finetune_r1.train_run(config, Run(tmp_path / "run"))
     assert [answer["question"] for answer in loaded.generate(["Why?", "When?"], config)] == ["Why?", "When?"]
 
@@ -163,7 +195,9 @@ def test_a_qwen_trains_and_answers_too(config, tiny_qwen, tmp_path):
 # ------------------------------------------------------------------------------------------------ what goes wrong
 
 
-def test_out_of_memory_halves_the_rows_at_once_and_changes_no_loss(config, unsloth, tmp_path, monkeypatch, capsys):
+def test_out_of_memory_halves_the_rows_at_once_and_changes_no_loss(
+    config, unsloth, tmp_path, monkeypatch, capsys
+):
     """The fault is raised where a GPU raises it, in the fourth step's computation, as a CPU has none of its own."""
     import torch
     import trl
@@ -240,7 +274,18 @@ def test_w_and_b_gets_the_run_when_asked_to_keep_it_offline(config, tmp_path, mo
 
 
 def test_w_and_b_gets_the_history_of_a_run_trained_by_the_command_line(tiny_r1, cli, tmp_path):
-    options = ["--split", "train[:12]", "--eval-rows", 2, "--max-steps", 3, "--logging-steps", 1, "--max-new-tokens", 4]
+    options = [
+        "--split",
+        "train[:12]",
+        "--eval-rows",
+        2,
+        "--max-steps",
+        3,
+        "--logging-steps",
+        1,
+        "--max-new-tokens",
+        4,
+    ]
     with WandbServer(keys={"k" * 40: "alice"}) as server:
         done = cli("train", "--model", tiny_r1, "--dataset", SAMPLE, *options, "--warmup-steps", 1, "--json",
                    WANDB_BASE_URL=server.url, WANDB_API_KEY="k" * 40)  # fmt: skip

@@ -1,0 +1,232 @@
+"""A run folder: what lies in it, how it tells its state, and what is not taken for a run."""
+
+import contextlib
+import dataclasses
+import json
+import os
+import shutil
+import subprocess
+import sys
+
+import pytest
+from conftest import SAMPLE, SCRIPT
+
+import finetune_r1
+import prompts
+from finetune_r1 import Run, TrainConfig, UserError, read_json, read_jsonl
+
+
+@pytest.fixture(scope="module")
+def config(tiny_r1):
+    return TrainConfig(
+        model=str(tiny_r1), dataset=str(SAMPLE), split="train[:24]", eval_rows=4, max_seq_length=768, max_steps=7,
+        effective_batch=4, micro_batch=2, warmup_steps=1, learning_rate=2e-2, logging_steps=2, eval_steps=3,
+        save_steps=2, max_new_tokens=8, wandb=False,
+    )  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def finished(config, tmp_path_factory):
+    run = Run(tmp_path_factory.mktemp("runs") / "run")
+    finetune_r1.train_run(config, run)
+    return run
+
+
+@pytest.fixture
+def run(finished, tmp_path):
+    """A copy, to be spoilt."""
+    return Run(shutil.copytree(finished.folder, tmp_path / "run"))
+
+
+# ------------------------------------------------------------------------------------- what a training leaves
+
+
+def test_all_that_a_training_makes_lies_in_it_and_nothing_half_written(finished):
+    names = {path.name for path in finished.folder.iterdir()}
+    assert names >= {
+        "run.json",
+        "config.json",
+        "metrics.jsonl",
+        "loss.png",
+        "samples.jsonl",
+        "adapter",
+        "README.md",
+    }
+    assert not [path for path in finished.folder.rglob("*") if "partial" in path.name]
+    assert not list((finished / "adapter").glob("model*")), "adapter and weights never mix"
+
+
+def test_run_json_tells_how_it_ended_and_with_what(finished):
+    record = finished.record
+    assert record["status"] == "finished"
+    assert record["rows"] == {"read": 24, "used": 20, "held_out": 4, "shortened": 0, "dropped": {}}
+    plan = record["plan"]
+    assert plan["effective_batch"] == plan["micro_batch"] * plan["accumulation"] == 4
+    assert record["versions"]["unsloth"] and record["prompt_hash"] and record["seconds"]["train"] > 0
+    assert record["losses"]["last"] < record["losses"]["first"] - 0.1, "it learned something"
+
+
+def test_config_json_gives_the_settings_back(finished, config):
+    assert finished.config == config
+
+
+def test_metrics_have_each_logged_step_once_and_the_held_out_loss_before_during_and_after(finished):
+    lines = read_jsonl(finished / "metrics.jsonl")
+    assert [line["step"] for line in lines if "loss" in line] == [1, 2, 4, 6, 7]
+    held_out = {line["step"]: line["eval_loss"] for line in lines if "eval_loss" in line}
+    assert list(held_out) == [0, 3, 6, 7] and held_out[7] < held_out[0]
+
+
+def test_samples_hold_the_question_before_and_after(finished):
+    [pair] = read_jsonl(finished / "samples.jsonl")
+    assert pair["question"] == prompts.BEFORE_AFTER["en"]
+    assert pair["base"]["tokens"] == pair["tuned"]["tokens"] == 8
+    assert pair["base"]["thought"] != pair["tuned"]["thought"]
+
+
+def test_the_adapter_names_the_base_it_belongs_to(finished, config):
+    assert read_json(finished / "adapter" / "adapter_config.json")["base_model_name_or_path"] == config.model
+
+
+def test_the_card_names_no_folder_that_the_rows_came_from(run, tmp_path):
+    (tmp_path / "rows").mkdir()
+    finetune_r1.write_json(
+        run / "config.json", read_json(run / "config.json") | {"dataset": str(tmp_path / "rows")}
+    )
+    finetune_r1.write_card(run)
+    card = (run / "README.md").read_text()
+    assert str(tmp_path) not in card and "datasets:" not in card
+
+
+# ------------------------------------------------------------------------------------------------ checkpoints
+
+
+def test_the_newest_checkpoints_are_kept_with_all_that_going_on_takes(finished):
+    assert [path.name for path in finished.checkpoints] == ["checkpoint-6", "checkpoint-7"]
+    assert finished.last_step == 7 and len(list((finished / "checkpoints").glob("*/"))) == 2
+    wanted = {
+        "adapter_model.safetensors",
+        "optimizer.pt",
+        "scheduler.pt",
+        "rng_state.pth",
+        "trainer_state.json",
+    }
+    for path in finished.checkpoints:
+        assert wanted <= {file.name for file in path.iterdir()}
+
+
+@pytest.mark.parametrize("state", ["missing", "empty", "torn"])
+def test_a_checkpoint_counts_only_when_its_last_file_is_whole(run, state):
+    path = run / "checkpoints" / "checkpoint-7" / "trainer_state.json"
+    text = path.read_text()
+    path.unlink()
+    if state != "missing":
+        path.write_text(text[: len(text) // 2] if state == "torn" else "")
+    assert [path.name for path in run.checkpoints] == ["checkpoint-6"] and run.last_step == 6
+
+
+def test_checkpoints_come_by_time_too(config, tmp_path, monkeypatch):
+    monkeypatch.setattr(finetune_r1, "CHECKPOINT_SECONDS", 0)
+    run = Run(tmp_path / "run")
+    finetune_r1.train_run(dataclasses.replace(config, save_steps=None, keep_checkpoints=9, max_steps=3), run)
+    assert [path.name for path in run.checkpoints] == ["checkpoint-1", "checkpoint-2", "checkpoint-3"]
+
+
+# --------------------------------------------------------------------------------------------- status and lock
+
+
+@pytest.mark.parametrize(
+    ("error", "status"),
+    [(ValueError("boom"), "failed"), (KeyboardInterrupt(), "interrupted"), (None, "stopped")],
+)
+def test_the_record_says_that_it_is_running_and_how_it_ended(config, tmp_path, error, status):
+    run = Run(tmp_path / "run")
+    with contextlib.suppress(ValueError, KeyboardInterrupt), run.track_status(config, resume=False):
+        assert run.record["status"] == "running"
+        if error:
+            raise error
+    assert run.record["status"] == status and run.record["ended"] >= run.record["started"]
+    assert ("error" in run.record) == bool(error)
+
+
+def test_a_folder_with_something_in_it_is_left_alone(config, tmp_path):
+    (tmp_path / "mine.txt").write_text("keep me")
+    with pytest.raises(UserError, match="not empty"), Run(tmp_path).track_status(config, resume=False):
+        pass
+    assert [path.name for path in tmp_path.iterdir()] == ["mine.txt"]
+
+
+def test_a_folder_in_use_is_refused_until_the_other_process_has_ended(tmp_path):
+    code = (
+        "import sys, finetune_r1 as f\nwith f.Run(f.Path(sys.argv[1])).lock(): print(1, flush=True); input()"
+    )
+    command = [sys.executable, "-c", code, tmp_path]
+    holder = subprocess.Popen(command, cwd=SCRIPT.parent, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+    assert holder.stdout is not None and holder.stdout.readline() == b"1\n"
+    with pytest.raises(Exception) as caught, Run(tmp_path).lock():
+        pass
+    assert "another process" in str(finetune_r1.advice(caught.value))
+    holder.kill()
+    holder.wait()
+    with Run(tmp_path).lock():
+        pass
+
+
+# ------------------------------------------------------------------------------------------ whole or not at all
+
+
+def test_what_fails_half_way_leaves_the_old_file_and_nothing_half_written(tmp_path):
+    finetune_r1.write_text(tmp_path / "card", "old")
+    with pytest.raises(ValueError), finetune_r1.atomic_path(tmp_path / "card") as partial:
+        partial.write_text("ne")
+        raise ValueError
+    assert {path.name: path.read_text() for path in tmp_path.iterdir()} == {"card": "old"}
+
+
+def test_what_a_killed_process_left_is_removed_by_the_next_and_a_living_ones_is_not(tmp_path):
+    dead = subprocess.Popen(["true"])
+    dead.wait()
+    (tmp_path / f".a[1].json.partial-{dead.pid}").mkdir()
+    (tmp_path / f".a[1].json.partial-{os.getppid()}").touch()
+    finetune_r1.write_text(tmp_path / "a[1].json", "{}")
+    assert {path.name for path in tmp_path.iterdir()} == {"a[1].json", f".a[1].json.partial-{os.getppid()}"}
+
+
+# ------------------------------------------------------------------------------------------------ spoilt folders
+
+
+def spoil_json(path, **entries):
+    path.write_text(json.dumps(read_json(path) | entries))
+
+
+SPOILT = {
+    "an adapter of another base": (
+        lambda run: spoil_json(run / "adapter" / "adapter_config.json", base_model_name_or_path="other/base"),
+        "is of another run: rank 16, of other/base",
+    ),
+    "an adapter of another rank": (
+        lambda run: spoil_json(run / "adapter" / "adapter_config.json", r=64), "rank 64"
+    ),
+    "a run of another version": (
+        lambda run: spoil_json(run / "config.json", packing=True), "config.json is not of this version: .*'packing'"
+    ),
+    "no adapter": (lambda run: shutil.rmtree(run / "adapter"), "no adapter is in it; its status is finished"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("spoilt", SPOILT)
+def test_a_run_that_was_spoilt_is_refused_by_name(run, spoilt):
+    spoil, said = SPOILT[spoilt]
+    spoil(run)
+    with pytest.raises(UserError, match=said):
+        finetune_r1.save(run=run.folder)
+    with pytest.raises(UserError, match=said):
+        finetune_r1.eval_(finetune_r1.GenerationConfig(), run=run.folder)
+
+
+@pytest.mark.parametrize("damaged", ["run.json", "adapter/adapter_model.safetensors"])
+def test_a_truncated_file_ends_in_advice_and_no_traceback(run, damaged):
+    (run / damaged).write_bytes((run / damaged).read_bytes()[:-100])
+    with pytest.raises(Exception) as caught:
+        finetune_r1.eval_(finetune_r1.GenerationConfig(), run=run.folder)
+    assert "damaged" in str(finetune_r1.advice(caught.value))
