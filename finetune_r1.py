@@ -450,7 +450,7 @@ class Run:
         """The runs under runs/ with one of these statuses, oldest first; foreign folders are skipped."""
         found: list[tuple[str, Path]] = []
         for path in RUNS.glob("*/run.json"):
-            with contextlib.suppress(ValueError):
+            with contextlib.suppress(UserError):
                 record = cls(path.parent).record
                 if record["status"] in statuses:
                     found.append((record.get("ended", record["started"]), path.parent))
@@ -479,7 +479,12 @@ class Run:
     @property
     def record(self) -> dict[str, Any]:
         """The content of run.json."""
-        return {"status": "unknown", "started": "", **read_json(self / "run.json")}
+        try:
+            return {"status": "unknown", "started": "", **read_json(self / "run.json")}
+        except (TypeError, ValueError) as error:
+            raise UserError(
+                f"{self / 'run.json'} is damaged: {error}", "name another, or `train` anew"
+            ) from error
 
     @main_process_only
     def update(self, **entries: Any) -> None:
@@ -499,6 +504,11 @@ class Run:
             with contextlib.suppress(ValueError, FileNotFoundError):
                 complete.append((read_json(path / "trainer_state.json")["global_step"], path))
         return [path for _, path in sorted(complete)]
+
+    def remove_torn_checkpoints(self) -> None:
+        """Removes what is left of checkpoints that were not written to their end."""
+        for path in set((self / "checkpoints").glob("*")).difference(self.checkpoints):
+            remove(path)
 
     @property
     def last_step(self) -> int:
@@ -541,6 +551,7 @@ class Run:
                 record.pop(name, None)
             record |= {"status": "running", "command": [Path(sys.argv[0]).name, *sys.argv[1:]]}
             record["versions"] = versions()
+            self.remove_torn_checkpoints()
             if resume:
                 record["resumed_at"] = [*record.get("resumed_at", ()), self.last_step]
             write_json(self / "config.json", dataclasses.asdict(config))  # it takes both to make a run
@@ -555,8 +566,7 @@ class Run:
                 status = "interrupted" if isinstance(error, KeyboardInterrupt) else "failed"
                 if self.last_step:
                     log(f"{self} is kept up to step {self.last_step}: `train --resume {self}` goes on")
-                for partial in {*(self / "checkpoints").glob("*")} - {*self.checkpoints}:
-                    remove(partial)  # on a full disk this makes room for the record
+                self.remove_torn_checkpoints()  # on a full disk this makes room for the record
                 self.update(error=f"{type(error).__name__}: {error}")
                 raise
             finally:
@@ -604,7 +614,8 @@ def read_records(config: DataConfig) -> Any:
             records.data.validate(full=True)
         except Exception as error:  # each reader has its own; the cause tells the row, counted from 0
             cause = "it is empty" if isinstance(error, StopIteration) else str(error.__cause__ or error)
-            fault = re.sub(r"in row (\d+)", lambda match: f"in row {int(match[1]) + 1}", cause)
+            counted = r"(?:in row|at string index) (\d+)"
+            fault = re.sub(counted, lambda match: f"in row {int(match[1]) + 1}", cause)
             way_out = "check path and --split; .jsonl, .json, .csv and .parquet are read, and text as UTF-8"
             raise UserError(f"{flags}: {fault}", way_out) from error
     else:
@@ -1008,8 +1019,7 @@ class LoadedModel:
         if longest > most:  # Unsloth would cut off its end
             fault = f"a question has {longest} tokens with its prompt, the model takes {most}."
             raise UserError(fault, "shorten the question, or `train` with a larger --max-seq-length")
-        # Bytes: keys and values of 2 each. Unsloth grows their memory by quarters, and keeps that of two
-        # batches.
+        # Bytes: keys and values of 2 each, in memory that grows by quarters and is kept for two batches.
         token = 2 * 2 * shape.num_hidden_layers * shape.num_key_value_heads * head_size(shape)
         answer = 2 * 1.25 * (longest + config.max_new_tokens) * token
         # Where there is room, 4 bits become the same numbers in 16, or each step would work them out again.
@@ -1031,7 +1041,8 @@ class LoadedModel:
         for question in questions:
             marker = prompts.find_marker(question, prompts.special_tokens(tokenizer))
             if marker:
-                raise UserError(f"a question holds {marker}, a sign to the model.", "leave it out")
+                fault = f"a question holds {marker}, which means something else to the model."
+                raise UserError(fault, "leave it out")
         import_unsloth().for_inference(model)
         sampling: dict[str, Any] = {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}
         if config.temperature:
@@ -1171,8 +1182,7 @@ def make_plan(lengths: Sequence[int], config: TrainConfig, memory: Memory) -> di
     """
     batch, layers = config.effective_batch // WORLD, memory.layers
     tokens = sum(lengths) / len(lengths) * batch
-    # As in the training, rows are drawn by chance, epoch after epoch; up to 20,000 tell the largest
-    # micro-batch.
+    # The longest micro-batch: rows are drawn by chance as in the training, up to 20,000 of them.
     chance, wanted = random.Random(config.seed), min(config.max_steps * config.effective_batch, 20_000)
     drawn: list[int] = []
     while len(drawn) < wanted:
@@ -1249,8 +1259,7 @@ class TrainingLog(LibraryClass):  # type: ignore[misc]
 
 
 class NanCheckingTrainer(LibraryClass):  # type: ignore[misc]
-    """A trl.SFTTrainer that stops at a loss that is no number, and runs out of memory in all processes at
-    once.
+    """A trl.SFTTrainer that stops at a NaN loss, and runs out of memory in all processes at once.
 
     Losses are looked at when a line is logged or a checkpoint due, as each look waits for the GPU.
     """
@@ -1320,9 +1329,8 @@ def stop_after_step() -> Iterator[list[int]]:
 
     def note(number: int, frame: Any) -> None:
         nonlocal noted
-        if stop and (
-            WORLD == 1 or time.monotonic() - noted > 1
-        ):  # torchrun repeats the one from the terminal
+        repeated = WORLD > 1 and time.monotonic() - noted < 1  # torchrun repeats the terminal's
+        if stop and not repeated:
             interrupt(number)
         noted = time.monotonic()
         stop.append(number)
@@ -1341,8 +1349,7 @@ def train_steps(
 ) -> None:
     """Trains from the newest checkpoint, if any.
 
-    Out of memory, it goes on from the last good step with at most half the rows at once, which changes no
-    loss.
+    Out of memory, it goes on from the last good step with half the rows at once, which changes no loss.
     """
     if run.last_step == config.max_steps:
         return loaded.load_adapter(run.checkpoints[-1])
@@ -1422,6 +1429,7 @@ def train_run(config: TrainConfig, run: Run, resume: bool = False) -> tuple[Load
 
     with run.track_status(config, resume), track_in_wandb(config, run) as tracked:
         # What has to be the same when the run goes on, and what `eval` needs if the dataset changes.
+        broadcast()  # the first process has made the folder
         template = hashlib.sha256(prompts.TEMPLATES[config.lang].encode()).hexdigest()
         for name, value in {"prompt_hash": template, "dataset_fingerprint": rows.fingerprint}.items():
             before = run.record.get(name, value)
@@ -1503,8 +1511,7 @@ def row_losses(loaded: LoadedModel, rows: Any) -> dict[str, list[float]]:
     """Mean losses of each row, in nats per token: of thought and answer, of the answer, and its relevance.
 
     Relevance is how much more the answer costs after the next row's question and thought than after its own.
-    Where those are too long to stand before it, their beginning is left out: Unsloth would cut the answer
-    off.
+    Where those are too long to stand before it, their beginning is left out: Unsloth would cut off its end.
     """
     loaded.model.eval()
     prefixes = [prompts.build_lead(row["question"], row["thought"], loaded.lang) for row in rows]
@@ -1523,21 +1530,14 @@ def row_losses(loaded: LoadedModel, rows: Any) -> dict[str, list[float]]:
             losses.append(torch.nn.functional.cross_entropy(logits, tokens[0, start:], reduction="none"))
         own = float(losses[0][-len(answer) :].mean())
         found.append((float(losses[0].mean()), own, float(losses[1].mean()) - own))
-    return dict(
-        zip(("loss", "answer_loss", "relevance"), map(list, zip(*gather(found), strict=True)), strict=True)
-    )
+    loss, answer_loss, relevance = zip(*gather(found), strict=True)
+    return {"loss": list(loss), "answer_loss": list(answer_loss), "relevance": list(relevance)}
 
 
 def evaluate(
-    loaded: LoadedModel,
-    run: Run,
-    rows: Any,
-    choices: Sequence[tuple[str, str]],
-    answers: int,
-    config: GenerationConfig,
+    loaded: LoadedModel, run: Run, rows: Any, choices: Sequence[Any], answers: int, config: GenerationConfig
 ) -> dict[str, Any]:
-    """Compares base and tuned, on held-out `rows` or on multiple `choices`, and writes the report into the
-    run.
+    """Compares base and tuned on held-out `rows` or multiple `choices`; writes the report into the run.
 
     Of rows there are losses, and answers to the first few. A choice is a question and the right letter; where
     a thought was not closed there is no answer to it. The report is returned without the texts.
@@ -1577,9 +1577,10 @@ def draw_measures(summary: dict[str, Any], path: Path) -> None:
     unit = measures.index.map(lambda name: units.get(name.split("_")[-1], "share of answers"))
     figure, axes = pyplot.subplots(1, unit.nunique(), figsize=(12, 4), layout="constrained", squeeze=False)
     for panel, (label, group) in zip(axes[0], measures.groupby(unit, sort=False), strict=True):
-        group.rename(lambda name: name.replace("_", "\n")).plot.bar(ax=panel, rot=0, ylabel=label, grid=True)
+        group.rename(lambda name: name.replace("_", "\n")).plot.bar(ax=panel, rot=0, ylabel=label)
         for bars in panel.containers:
             panel.bar_label(bars, fmt="{:.3g}", fontsize=8)
+    figure.suptitle(f"{summary['rows']} rows: {summary['verdict']}")
     with atomic_path(path) as partial:
         figure.savefig(partial, dpi=120, format="png")
     pyplot.close(figure)
@@ -1821,6 +1822,14 @@ class Secret(NamedTuple):
     def __repr__(self) -> str:
         return f"Secret from {self.source}"
 
+    def check(self) -> Self:
+        """Raises for letters that no token has; the HTTP client's own error would show it."""
+        if not re.fullmatch(r"[!-~]+", self.value):
+            raise UserError(
+                f"{self.source} holds a space or a letter that no token has.", "copy it once more"
+            )
+        return self
+
 
 @functools.cache
 def load_dotenv() -> frozenset[str]:
@@ -1829,37 +1838,38 @@ def load_dotenv() -> frozenset[str]:
         if name.startswith(LIBRARY_ENV_PREFIXES) and not os.environ[name].strip():
             del os.environ[name]  # HF_TOKEN="" would hide the one in .env, and wandb fails on WANDB_MODE=""
     path = dotenv.find_dotenv(usecwd=True)
+    found = {}
     try:
-        entries = dotenv.dotenv_values(path)
+        for name, value in dotenv.dotenv_values(path).items():
+            if value and value.strip() and name not in os.environ:
+                os.environ[name] = found[name] = value
     except ValueError as error:
         raise UserError(f"{path} is not plain text.", "save it as UTF-8") from error
-    found = {name: value for name, value in entries.items() if value and name not in os.environ}
-    os.environ.update(found)
     return frozenset(found)
 
 
 def find_secret(names: Sequence[str]) -> Secret | None:
     """A secret from the environment, .env or Kaggle, set in the environment under the first of `names`."""
-    found, from_dotenv = None, load_dotenv()
-    for name in reversed(names):
-        if os.environ.get(name):
-            place = ".env" if name in from_dotenv else "the environment"
-            found = Secret(os.environ[name].strip(), f"{name} in {place}")
-    if not found and importlib.util.find_spec("kaggle_secrets"):
-        for name in names:
-            try:
-                value = kaggle_secrets.UserSecretsClient().get_secret(name)
-                found = Secret(value, f"{name} in Kaggle's secrets")
+    found, faults = [], set()
+    for name in names:
+        if os.environ.get(name, "").strip():
+            place = ".env" if name in load_dotenv() else "the environment"
+            found.append(Secret(os.environ[name].strip(), f"{name} in {place}"))
+    for name in names if not found and importlib.util.find_spec("kaggle_secrets") else ():
+        try:
+            value = (kaggle_secrets.UserSecretsClient().get_secret(name) or "").strip()
+            found += [Secret(value, f"{name} in Kaggle's secrets")] if value else []
+        except Exception as error:  # it has kinds of its own, and none of them may stop a training
+            faults.add(type(error).__name__)
+            if isinstance(error, ConnectionError):  # it takes 40 s each time
                 break
-            except Exception as error:  # it has kinds of its own, and none of them may stop a training
-                log(f"note: Kaggle gave no {name} ({type(error).__name__}): attach it in Add-ons > Secrets")
-                if isinstance(error, ConnectionError):  # it takes 40 s each time
-                    break
-    if found and not re.fullmatch(r"[!-~]+", found.value):  # the HTTP client's own error would show it
-        raise UserError(f"{found.source} holds a space or a letter that no token has.", "copy it once more")
-    if found:
-        os.environ[names[0]] = found.value
-    return found
+    if faults and not found:
+        way_out = "attach it under Add-ons > Secrets, and turn Internet on"
+        log(f"note: Kaggle's secrets gave no {names[0]} ({', '.join(sorted(faults))}): {way_out}")
+    if not found:
+        return None
+    os.environ[names[0]] = found[0].check().value
+    return found[0]
 
 
 @functools.cache
@@ -1871,6 +1881,7 @@ def use_hub_token() -> Secret | None:
 
 def hub_account(secret: Secret, repo: str = "") -> dict[str, Any]:
     """Who the token belongs to, and whether it may push, to `repo` or at all; raises without an answer."""
+    secret.check()
     session = huggingface_hub.get_session()
     session.timeout = 5  # it has none of its own, which an upload's last request may need
     try:
@@ -2216,7 +2227,7 @@ def infer(
     loaded = LoadedModel.load_run(found, base) if found else LoadedModel.load(settings)
     if output:
         made_of = (rows, dataclasses.asdict(settings), dataclasses.asdict(config), compare)
-        identity = fingerprint(*made_of, file_sizes(adapter) if adapter else None)
+        identity = fingerprint(*made_of, found.record.get("ended") if found and adapter else None)
         return answer_file(loaded, rows, settings, config, compare, output, identity)
     for asked in typed_questions() if typed else [str(question)]:
         if compare:
