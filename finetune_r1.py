@@ -254,7 +254,7 @@ class UserError(Exception):
 
 def interrupt(number: int, frame: Any = None) -> None:
     """Ends what is going on as Ctrl-C does, for a signal; raises always."""
-    raise KeyboardInterrupt(signal.Signals(number))
+    raise KeyboardInterrupt(signal.Signals(number).name)
 
 
 def harmless(text: object) -> str:
@@ -338,7 +338,8 @@ def friendly_errors() -> Iterator[None]:
         yield
     except (KeyboardInterrupt, typer.Abort) as error:
         log("interrupted")
-        raise typer.Exit(128 + (error.args or (signal.SIGINT,))[0]) from None  # as a shell would
+        name = error.args[0] if error.args else "SIGINT"
+        raise typer.Exit(128 + signal.Signals[name]) from None  # as a shell would
     except Exception as error:
         next_step = advice(error)
         if next_step is None:
@@ -417,15 +418,20 @@ def check_unmixed(folder: Path) -> None:
         raise UserError(fault, "move the two files of the adapter (adapter_*) to a folder of their own")
 
 
-def check_room(path: Path, size: int, way_out: str) -> None:
-    """Raises if `size` bytes don't fit on the disk of `path`."""
-    folder = path.absolute()
-    while not folder.exists():
-        folder = folder.parent
-    free = shutil.disk_usage(folder).free
-    if size > free:
-        fault = f"the disk of {folder} has {free / 1e9:.1f} GB free, and {size / 1e9:.1f} GB are needed."
-        raise UserError(fault, way_out)
+def check_room(needs: dict[Path, int], way_out: str) -> None:
+    """Raises if a disk would overflow; `needs` has bytes by path, and what lies on one disk is added up."""
+    wanted: dict[int, int] = {}
+    for path, size in needs.items():
+        folder = path.absolute()
+        while not folder.exists():
+            folder = folder.parent
+        disk, free = folder.stat().st_dev, shutil.disk_usage(folder).free
+        wanted[disk] = wanted.get(disk, 0) + size
+        if wanted[disk] > free:
+            fault = (
+                f"the disk of {folder} has {free / 1e9:.1f} GB free, {wanted[disk] / 1e9:.1f} GB are needed."
+            )
+            raise UserError(fault, way_out)
 
 
 def file_sizes(folder: Path) -> dict[str, int]:
@@ -1407,9 +1413,9 @@ def train_run(config: TrainConfig, run: Run, resume: bool = False) -> tuple[Load
     """Trains a new run, or goes on with one; returns the model with its adapter, and the held-out rows."""
     # What can be refused is refused before anything large is imported or downloaded.
     check_config(config)
+    check_model(config)
     records = read_records(config)
     check_columns(records[0], config)
-    check_model(config)
     if not resume and RANK == 0:
         run.check_new()
 
@@ -1453,7 +1459,8 @@ def train_run(config: TrainConfig, run: Run, resume: bool = False) -> tuple[Load
         loaded.add_adapter(config, plan["kept_layers"])
         trained = sum(weights.numel() for weights in loaded.model.parameters() if weights.requires_grad)
         checkpoint = trained * (4 + (2 if "8bit" in config.optim else 8))  # adapter and optimizer
-        check_room(run.folder, checkpoint * (config.keep_checkpoints + 2), "name a --run-dir on another disk")
+        size = checkpoint * (config.keep_checkpoints + 2)
+        check_room({run.folder: size}, "name a --run-dir on another disk")
 
         # The training. The adapter names the model asked for, not the quantized copy that was loaded.
         started = time.perf_counter()
@@ -1627,8 +1634,7 @@ def merged_weights(run: Run, output: Path | None = None) -> tuple[Path, dict[str
     size, missing = weights_size(name)
     log(f"merging into {name} ({size / 1e9:.1f} GB, {missing / 1e9:.1f} of it to download), writing as much")
     way_out = "the adapter needs no room: `push --adapter-only`; or set --output and HF_HOME"
-    check_room(folder, size, way_out)
-    check_room(Path(hub_constants.HF_HUB_CACHE), missing + size, way_out)
+    check_room({folder: size, Path(hub_constants.HF_HUB_CACHE): missing}, way_out)
     tokenizer = load_tokenizer(adapter)
     source = download_model(name, revision=run.record.get("model_revisions", {}).get(name))
     auto_model = transformers.AutoModelForCausalLM
@@ -1850,10 +1856,10 @@ def load_dotenv() -> frozenset[str]:
 
 def find_secret(names: Sequence[str]) -> Secret | None:
     """A secret from the environment, .env or Kaggle, set in the environment under the first of `names`."""
-    found, faults = [], set()
+    found, faults, from_dotenv = [], set(), load_dotenv()
     for name in names:
         if os.environ.get(name, "").strip():
-            place = ".env" if name in load_dotenv() else "the environment"
+            place = ".env" if name in from_dotenv else "the environment"
             found.append(Secret(os.environ[name].strip(), f"{name} in {place}"))
     for name in names if not found and importlib.util.find_spec("kaggle_secrets") else ():
         try:
