@@ -23,7 +23,8 @@ THINK_OPEN, THINK_CLOSE = "<think>", "</think>"
 
 TEMPLATES: dict[Lang, str] = {
     "en": (
-        "Below is an instruction that describes a task, paired with an input that provides further context. \n"
+        "Below is an instruction that describes a task,"
+        " paired with an input that provides further context. \n"
         "Write a response that appropriately completes the request. \n"
         "Before answering, think carefully about the question and create a step-by-step chain of thoughts"
         " to ensure a logical and accurate response.\n"
@@ -58,10 +59,11 @@ TEMPLATES: dict[Lang, str] = {
 
 # Asked before and after training: the recipe's question.
 BEFORE_AFTER: dict[Lang, str] = {
-    "en": "A 61-year-old woman with a long history of involuntary urine loss during activities like coughing or "
-    "sneezing but no leakage at night undergoes a gynecological exam and Q-tip test. Based on these findings, what "
-    "would cystometry most likely reveal about her residual volume and detrusor contractions?",
-    "zh": "一位 61 岁的女性,长期在咳嗽或打喷嚏等活动中出现非自愿性尿失禁,但夜间没有漏尿。她接受了妇科检查和棉签测试。"
+    "en": "A 61-year-old woman with a long history of involuntary urine loss during activities like coughing "
+    "or sneezing but no leakage at night undergoes a gynecological exam and Q-tip test. Based on these "
+    "findings, what would cystometry most likely reveal about her residual volume and detrusor contractions?",
+    "zh": "一位 61 岁的女性,长期在咳嗽或打喷嚏等活动中出现非自愿性尿失禁,但夜间没有漏尿。"
+    "她接受了妇科检查和棉签测试。"
     "根据这些发现,膀胱测压术最有可能揭示她的残余体积和逼尿肌收缩情况如何?",
 }
 
@@ -78,8 +80,8 @@ MODEL_CARD = """---
 {sample}
 ## Use
 
-Merged 16-bit weights are at the root; the LoRA adapter alone is in `adapter/`. The model goes on after the prompt
-below, which ends in `<think>`; its answer follows `</think>`.
+Merged 16-bit weights are at the root; the LoRA adapter alone is in `adapter/`. The model goes on after the
+prompt below, which ends in `<think>`; its answer follows `</think>`.
 
 ```python
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -89,14 +91,15 @@ tokenizer = AutoTokenizer.from_pretrained("{repo}")
 # The adapter alone: PeftModel.from_pretrained(base_model, "{repo}", subfolder="adapter")
 
 prompt = '''{prompt}'''
-batch = tokenizer(prompt.replace("{{question}}", "What widens the anion gap?"), return_tensors="pt").to(model.device)
+text = prompt.replace("{{question}}", "What widens the anion gap?")
+batch = tokenizer(text, return_tensors="pt").to(model.device)
 print(tokenizer.decode(model.generate(**batch, max_new_tokens={tokens})[0]))
 ```
 
 ## Limits
 
-A model for study. It is not a medical device, what it says can be wrong, and nobody's health should be decided by
-it. It was tuned on few rows and knows what its base model knows; a fluent thought is no proof of a right answer.
+A model for study, and no medical device: what it says can be wrong, and nobody's health should be decided by
+it. It was tuned on few rows and knows what its base model knows; a fluent thought proves no answer right.
 
 ## Training and evaluation
 
@@ -111,8 +114,8 @@ it. It was tuned on few rows and knows what its base model knows; a fluent thoug
 class Row(NamedTuple):
     """A record as it is taught.
 
-    `status` is "used", "shortened", or the reason why it is dropped; `input_ids` are the tokens of its whole
-    text, of which the first `prompt_tokens` are the prompt's.
+    `status` is "used", "shortened", or the reason why it is dropped. Of the text's tokens, `input_ids`, the
+    first `prompt_tokens` are the prompt's.
     """
 
     question: str = ""
@@ -147,7 +150,7 @@ def build_lead(question: str, thought: str, lang: Lang = "en") -> str:
 
 
 def build_example(question: str, thought: str, answer: str, eos: str, lang: Lang = "en") -> str:
-    """One training row. Starts with `build_prompt(question)`, as text and, the thought being stripped, as tokens."""
+    """One training row; it starts with `build_prompt(question)`, as text and as tokens."""
     return f"{build_lead(question, thought, lang)}{answer.strip()}{eos}"
 
 
@@ -163,8 +166,10 @@ def marker_pattern(special_tokens: tuple[str, ...]) -> re.Pattern[str]:
 
 
 def find_marker(text: str, special_tokens: Sequence[str] = ()) -> str | None:
-    """The first thing inside `text` that could forge a row's structure: a think tag, a special token, half a
-    surrogate pair, which no tokenizer takes. None if clean."""
+    """The first thing in `text` that could forge a row's structure; None if there is none.
+
+    It is a think tag, a special token, or half a surrogate pair, which no tokenizer takes.
+    """
     # Two searches, as one for both would be a hundred times slower.
     found = marker_pattern(tuple(special_tokens)).search(text) or re.search("[\ud800-\udfff]", text)
     return found[0].encode(errors="backslashreplace").decode() if found else None
@@ -180,20 +185,20 @@ USER, ASSISTANT = ("user", "human"), ("assistant", "gpt")
 
 
 def one_turn(messages: Sequence[Any], speakers: Sequence[str]) -> dict[str, Any]:
-    """The one message that any of `speakers` has in a conversation; empty if there is none, or more than one."""
-    said = [
-        turn for turn in messages if isinstance(turn, dict) and turn.get("role", turn.get("from")) in speakers
-    ]
-    return {**said[0], "text": said[0].get("content", said[0].get("value"))} if len(said) == 1 else {}
+    """The one message of `speakers` in a conversation; empty if there is none, or more than one."""
+    said = []
+    for turn in messages:
+        if isinstance(turn, dict) and turn.get("role", turn.get("from")) in speakers:
+            said.append({**turn, "text": turn.get("content", turn.get("value"))})
+    return said[0] if len(said) == 1 else {}
 
 
 def read_fields(record: dict[str, Any], columns: Sequence[str]) -> list[Any]:
     """Question, thought and answer, whatever their types, out of the three `columns` of a record.
 
-    A column may hold a conversation; and thought and answer may be one text with think tags, their columns
-    being one.
+    A column may hold a conversation. Where one column is named for thought and answer, think tags divide it.
     """
-    question, thought, answer = (record.get(column) for column in columns)
+    question, thought, answer = map(record.get, columns)
     if isinstance(question, list):
         question = one_turn(question, USER).get("text")
     if isinstance(answer, list):
@@ -211,12 +216,13 @@ def read_record(record: dict[str, Any], columns: Sequence[str], special_tokens: 
     for column, text in zip(columns, fields, strict=True):
         if not isinstance(text, str) or not text.strip():
             several = isinstance(record.get(column), list)
-            return Row(
-                status=f"{column} is {'not one question and one answer' if several else 'empty, or no text'}"
-            )
-        if marker := find_marker(text, special_tokens):
+            fault = "not one question and one answer" if several else "empty, or no text"
+            return Row(status=f"{column} is {fault}")
+        marker = find_marker(text, special_tokens)
+        if marker:
             return Row(status=f"{marker} inside {column}")
-    return Row(*(text.strip() for text in fields))
+    question, thought, answer = map(str.strip, fields)
+    return Row(question, thought, answer)
 
 
 def drop(statuses: Sequence[str], questions: Sequence[str]) -> dict[str, list[int]]:
@@ -238,11 +244,7 @@ def special_tokens(tokenizer: Any) -> tuple[str, ...]:
 
 
 def encode(rows: Sequence[Row], tokenizer: Any, lang: Lang) -> list[Row]:
-    """Adds tokens to rows; one whose tokens are not as the template's gets a reason to drop it as its status.
-
-    BOS is the tokenizer's own, EOS the last token. Prompts and texts are tokenized in one call each, which is
-    quick.
-    """
+    """Adds tokens to rows, in two calls; one that does not have the template's structure is to be dropped."""
     eos, special = tokenizer.eos_token, set(tokenizer.added_tokens_decoder)
     texts = [build_example(row.question, row.thought, row.answer, eos, lang) for row in rows]
     heads = tokenizer([build_prompt(row.question, lang) for row in rows])["input_ids"] if rows else []
@@ -263,12 +265,12 @@ def encode(rows: Sequence[Row], tokenizer: Any, lang: Lang) -> list[Row]:
 
 
 def same_text(one: str, other: str) -> bool:
-    """Whether two texts are equal but for how accents are composed, which some tokenizers (Qwen 2's) settle."""
+    """Whether two texts are equal but for how accents are composed, which Qwen 2's tokenizer settles."""
     return one == other or unicodedata.normalize("NFC", one) == unicodedata.normalize("NFC", other)
 
 
 def shorten(row: Row, tokenizer: Any, lang: Lang, limit: int) -> Row:
-    """Cuts a row's thought at a sentence until the row has at most `limit` tokens; nothing else is ever cut."""
+    """Cuts a row's thought at a sentence, until the row has at most `limit` tokens; nothing else is cut."""
     offsets = tokenizer(row.thought, add_special_tokens=False, return_offsets_mapping=True)["offset_mapping"]
     keep, excess = len(offsets), len(row.input_ids) - limit
     while excess > 0:  # again, where the tokens around the cut came out as more than before
@@ -291,10 +293,11 @@ def whole_sentences(text: str) -> str:
 
 def guess_columns(record: dict[str, Any]) -> list[str] | None:
     """The columns that question, thought and answer seem to be in; None if there is no telling."""
-    names = {
-        name.lower().partition(" (")[0]: name for name in record
-    }  # "reasoning (reasoning_content)" is one
-    guess = [next((names[usual] for usual in choices if usual in names), "") for choices in USUAL_COLUMNS]
+    names = {name.lower().partition(" (")[0]: name for name in record}  # "reasoning (…)" is a reasoning
+    guess = [""] * 3
+    for i, choices in enumerate(USUAL_COLUMNS):
+        for usual in reversed(choices):
+            guess[i] = names.get(usual, guess[i])
     for name, value in record.items():
         if isinstance(value, list) and one_turn(value, ASSISTANT):
             guess = [name] * 3
@@ -304,40 +307,38 @@ def guess_columns(record: dict[str, Any]) -> list[str] | None:
 
 
 def build_modelfile(eos: str, context: int, lang: Lang = "en") -> str:
-    """An Ollama Modelfile for the folder it lies in: the training prompt, and `eos` to stop at. `context` in tokens."""
+    """An Ollama Modelfile for the folder it lies in: training prompt, stop at `eos`, `context` in tokens."""
     template = TEMPLATES[lang].replace("{question}", "{{ .Prompt }}")
     return f'FROM .\nTEMPLATE """{template}"""\nPARAMETER stop "{eos}"\nPARAMETER num_ctx {context}\n'
 
 
 def measure(answer: dict[str, Any]) -> dict[str, float]:
-    """What can be counted in an answer that `generate` made. `repetition` is the share of its runs of four
-    words that stood in it before, `bullets` the share of the answer's lines that are list items."""
+    """What can be counted in an answer; `repetition` is the share of runs of four words that came before."""
     words = f"{answer['thought']} {answer['answer']}".split()
-    runs = [tuple(words[i : i + 4]) for i in range(len(words) - 3)]
-    lines = [line.strip() for line in answer["answer"].splitlines() if line.strip()]
+    runs = list(zip(words, words[1:], words[2:], words[3:], strict=False))
+    lines = re.findall(r"^\s*\S.*$", answer["answer"], re.MULTILINE)
+    bullets = re.findall(r"^\s*(?:[-*•]|\d+[.)])", answer["answer"], re.MULTILINE)
     return {
         "closed": float(answer["closed"]),
         "stopped": float(answer["stopped"]),
         "thought_words": len(answer["thought"].split()),
         "answer_words": len(answer["answer"].split()),
-        "bullets": sum(bool(re.match(r"[-*•]|\d+[.)]", line)) for line in lines) / max(len(lines), 1),
+        "bullets": len(bullets) / max(len(lines), 1),
         "repetition": 1 - len(set(runs)) / len(runs) if runs else 0.0,
     }
 
 
 def as_choice(record: dict[str, Any]) -> tuple[str, str]:
-    """A multiple-choice record in MedQA's columns: its question with the options below, and the right one's letter."""
+    """A multiple-choice record in MedQA's columns: the question with its options, and the right letter."""
     options, key = record["options"], record["answer_idx"]
     lettered = options if isinstance(options, dict) else dict(zip("ABCDEFGHIJ", options, strict=False))
-    question = record.get("question", record.get("Question"))
-    listed = "\n".join(f"{letter}. {text}" for letter, text in lettered.items())
-    return f"{question}\n{listed}\nSay which option is right.", key if isinstance(key, str) else list(
-        lettered
-    )[key]
+    question = str(record.get("question", record.get("Question")))
+    for letter, text in lettered.items():
+        question += f"\n{letter}. {text}"
+    return f"{question}\nSay which option is right.", key if isinstance(key, str) else list(lettered)[key]
 
 
-# "The answer is C"; "C." or "(C)" at the start; "option C". The last is taken, as one that is weighed comes
-# before.
+# "The answer is C"; "C." or "(C)" at the start; "option C". The last counts: others are weighed before it.
 CHOICES = (
     re.compile(r"(?i:answer)(?i:\s+is|:)?[\s*(]*(?i:option\s+)?([A-J])\b"),
     re.compile(r"^[\s*(]*([A-J])(?:[.):*]|\s*$)"),
@@ -347,10 +348,14 @@ CHOICES = (
 
 def chosen(answer: str) -> str | None:
     """The letter that an answer settles on; None if it does not say."""
-    found = (pattern.findall(answer) for pattern in CHOICES)
-    return next((str(letters[-1]) for letters in found if letters), None)
+    for pattern in CHOICES:
+        letters = pattern.findall(answer)
+        if letters:
+            return str(letters[-1])
+    return None
 
 
+Measures = dict[str, list[float]]  # by name, a number for each row or answer
 FEWEST_ROWS = 8  # for a verdict
 RESAMPLES = 2000  # of the bootstrap
 
@@ -359,22 +364,17 @@ def compare(base: Sequence[float], tuned: Sequence[float], seed: int) -> dict[st
     """Means of both sides over the same rows, and of tuned minus base with its 95% bootstrap interval."""
     differences = [after - before for before, after in zip(base, tuned, strict=True)]
     chance = random.Random(seed)
-    means = sorted(
-        statistics.fmean(chance.choices(differences, k=len(differences))) for _ in range(RESAMPLES)
-    )
+    means = []
+    for _ in range(RESAMPLES):
+        means.append(statistics.fmean(chance.choices(differences, k=len(differences))))
+    means.sort()
     low, high = means[round(0.025 * RESAMPLES)], means[round(0.975 * RESAMPLES)]
     numbers = {"base": statistics.fmean(base), "tuned": statistics.fmean(tuned)}
     numbers |= {"difference": statistics.fmean(differences), "low": low, "high": high}
     return {name: round(value, 4) for name, value in numbers.items()}
 
 
-def build_report(
-    base: dict[str, list[float]],
-    tuned: dict[str, list[float]],
-    pairs: list[dict[str, Any]],
-    rows: int,
-    seed: int,
-) -> dict[str, Any]:
+def build_report(base: Measures, tuned: Measures, pairs: list[Any], rows: int, seed: int) -> dict[str, Any]:
     """An evaluation: both sides' numbers by measure, and what can be counted in their answers, compared."""
     for pair in pairs:
         for side, numbers in (("base", base), ("tuned", tuned)):
@@ -382,13 +382,8 @@ def build_report(
                 numbers.setdefault(name, []).append(value)
             del pair[side]["seconds"]  # the same command gives the same report
     measures = {name: compare(base[name], tuned[name], seed) for name in base}
-    return {
-        "verdict": verdict(measures, rows),
-        "rows": rows,
-        "answers": len(pairs),
-        **measures,
-        "pairs": pairs,
-    }
+    report = {"verdict": verdict(measures, rows), "rows": rows, "answers": len(pairs)}
+    return {**report, **measures, "pairs": pairs}
 
 
 def verdict(report: dict[str, Any], rows: int) -> str:
@@ -399,13 +394,13 @@ def verdict(report: dict[str, Any], rows: int) -> str:
     """
     if rows < FEWEST_ROWS:
         return f"can't tell: {rows} {'row is' if rows == 1 else 'rows are'} too few, it takes {FEWEST_ROWS}"
-    if accuracy := report.get("accuracy"):
+    accuracy, closed = report.get("accuracy"), report.get("closed")
+    if accuracy:
         if accuracy["high"] < 0:
             return "worse: fewer answers are right"
-        more = accuracy["low"] > 0
-        return (
-            "better: more answers are right" if more else "can't tell: the interval of the accuracy holds 0"
-        )
+        if accuracy["low"] > 0:
+            return "better: more answers are right"
+        return "can't tell: the interval of the accuracy holds 0"
     loss, relevance = report["loss"], report["relevance"]
     if loss["low"] > 0:
         return "worse: the held-out loss rose"
@@ -413,7 +408,7 @@ def verdict(report: dict[str, Any], rows: int) -> str:
         return "worse: its answers depend less on the question than the base model's"
     if loss["high"] >= 0:
         return "can't tell: the interval of the loss holds 0"
-    if (closed := report.get("closed")) and closed["high"] < 0:
+    if closed and closed["high"] < 0:
         return "can't tell: the held-out loss fell, but fewer thoughts were closed within --max-new-tokens"
     unseen = "; but no thought was closed within --max-new-tokens, so there was no answer to see"
     better = "better: the held-out loss fell, and answers depend on their questions as before or more"
@@ -426,13 +421,11 @@ def as_report(evaluation: dict[str, Any]) -> str:
     text += "| measure | before | after | difference (95% interval) |\n|---|---|---|---|\n"
     for name, value in evaluation.items():
         if isinstance(value, dict):
-            interval = f"{value['difference']:+.3f} ({value['low']:+.3f} to {value['high']:+.3f})"
-            text += (
-                f"| {name.replace('_', ' ')} | {value['base']:.3f} | {value['tuned']:.3f} | {interval} |\n"
-            )
+            text += f"| {name.replace('_', ' ')} | {value['base']:.3f} | {value['tuned']:.3f} "
+            text += f"| {value['difference']:+.3f} ({value['low']:+.3f} to {value['high']:+.3f}) |\n"
     return f"""{text}
-Losses are in nats a token: of thought and answer, and of the answer alone. Relevance is how much likelier an answer is
-after its own question and thought than after another row's. The others are counted in {evaluation["answers"]} answers.
+Losses are in nats per token: of thought and answer, and of the answer alone. Relevance is how much better the
+model predicts an answer from its own question than from another's. The rest: {evaluation["answers"]} answers.
 """
 
 
