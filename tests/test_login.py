@@ -78,8 +78,8 @@ class Machine:
         self.work.mkdir(parents=True)
         self.hub_token.parent.mkdir(parents=True)
         self.environment = {
-            "HOME": str(self.home), "HF_HOME": str(self.home / "hf"), "NETRC": str(self.netrc), "PYTHONPATH": "",
-            "HF_ENDPOINT": hub.url, "WANDB_BASE_URL": wandb.url, "WANDB_MODE": "disabled",
+            "HOME": str(self.home), "HF_HOME": str(self.home / "hf"), "NETRC": str(self.netrc),
+            "PYTHONPATH": "", "HF_ENDPOINT": hub.url, "WANDB_BASE_URL": wandb.url, "WANDB_MODE": "disabled",
         }  # fmt: skip
 
     def on_kaggle(self, **state: str) -> None:
@@ -120,7 +120,7 @@ class Machine:
         return done.err
 
     def typed(self, *answers: tuple[str, str]) -> tuple[int, str]:
-        """`login` on a terminal, each answer typed when it was asked for: the exit code, and all that was shown."""
+        """`login` on a terminal, each answer typed when it is asked for: exit code, and all that was seen."""
         terminal, its_end = pty.openpty()
         everything = {**os.environ, **self.environment}
         process = subprocess.Popen(
@@ -243,7 +243,6 @@ def test_login_says_whether_the_token_may_push(machine, auth, role, can_push):
         (("user", None, WRITES), "alice/m", True),
         (("user", "alice", WRITES), "lab/m", False),
         (("org", "lab", WRITES), "lab/m", True),
-        (("org", "lab", WRITES), "alice/m", False),
         (("model", "alice/m", WRITES), "alice/m", True),
         (("model", "alice/other", WRITES), "alice/m", False),
         (("user", "alice", READS), "alice/m", False),
@@ -260,11 +259,11 @@ def test_a_fine_grained_token_may_push_where_its_scope_says_and_nowhere_else(mac
 
 
 def test_train_goes_on_with_a_token_and_without_a_network(machine):
-    """It looks whether the token may push, which offline there is no telling; what stops it is the missing model."""
+    """Whether the token may push there is no telling offline; what stops it is the missing model."""
     machine.plant("stored", token("stored"))
     rows = ["--dataset", str(SAMPLE), "--split", "train[:2]"]
     said = machine.refused("train", "--model", str(machine.work), *rows, HF_HUB_OFFLINE="1")
-    assert "a folder without config.json" in said
+    assert "has no config.json" in said
 
 
 # ----------------------------------------------------------------------------------------------------- Kaggle
@@ -313,23 +312,19 @@ def test_what_env_example_leaves_empty_stays_absent(machine):
     assert (who["hugging_face"]["token"], who["wandb"]["key"]) == SOURCES["stored"]
 
 
-def test_white_space_around_a_token_is_not_part_of_it(machine):
-    machine.plant("environment", f" {token('environment')}\r\n", f"\t{key('environment')} ")
+@pytest.mark.parametrize("source", ["environment", "kaggle"])
+def test_white_space_around_a_token_is_not_part_of_it(machine, source):
+    machine.plant(source, f" {token(source)}\r\n", f"\t{key(source)} ")
     who = machine.login(WANDB_MODE="online")
-    assert (who["hugging_face"]["name"], who["wandb"]["name"]) == ("environment", "environment")
+    assert (who["hugging_face"]["name"], who["wandb"]["name"]) == (source, source)
 
 
 @pytest.mark.parametrize(
-    "letter", [" ", "\n", "é", "\N{ZERO WIDTH SPACE}"], ids=["space", "newline", "é", "invisible"]
+    "letter", [" ", "\n", "é", "\N{ZERO WIDTH SPACE}"], ids=["space", "line", "é", "unseen"]
 )
 def test_a_token_with_a_letter_that_none_has_is_refused_by_its_source(machine, letter):
     machine.plant("environment", token(letter + "x"))
     assert SOURCES["environment"][0] in machine.refused()
-
-
-def test_so_is_a_key(machine):
-    machine.plant("environment", token("environment"), key("é"))
-    assert SOURCES["environment"][1] in machine.refused(WANDB_MODE="online") and not machine.netrc.exists()
 
 
 @pytest.mark.parametrize("source", ["dotenv", "kaggle", "stored"])
@@ -341,6 +336,11 @@ def test_so_it_is_wherever_the_token_came_from(machine, source):
 def test_so_it_is_when_it_was_typed(machine):
     code, shown = machine.typed(("settings/tokens", f"{token('é')}\n"))
     assert code == 1 and "the prompt" in shown and "next:" in shown
+
+
+def test_so_is_a_key(machine):
+    machine.plant("environment", token("environment"), key("é"))
+    assert SOURCES["environment"][1] in machine.refused(WANDB_MODE="online") and not machine.netrc.exists()
 
 
 @pytest.mark.parametrize("source", ["environment", "dotenv", "stored"])
@@ -374,25 +374,16 @@ def test_w_and_b_is_not_asked_in_its_other_modes(machine, mode):
 
 
 def test_a_line_of_dotenv_that_is_none_is_passed_over(machine):
-    lines = [
-        "\ufeff# by Windows",
-        "no entry",
-        "= =",
-        f"export HF_TOKEN={token('dotenv')} # mine",
-        "WANDB_MODE='open",
-    ]
+    entry = f"export HF_TOKEN={token('dotenv')} # mine"
+    lines = ["\ufeff# by Windows", "no entry", "= =", entry, "WANDB_MODE='open"]
     machine.dotenv.write_text("\r\n".join(lines), encoding="utf-8")
     assert machine.login()["hugging_face"]["name"] == "dotenv"
 
 
-@pytest.mark.parametrize("encoding", ["utf-16", "latin-1"])
-def test_a_dotenv_that_is_not_utf_8_gets_a_message(machine, encoding):
-    machine.dotenv.write_text(f"# clé\nHF_TOKEN={token('dotenv')}\n", encoding=encoding)
-    assert ".env" in machine.refused()
-
-
-def test_a_dotenv_with_a_zero_byte_gets_a_message(machine):
-    machine.dotenv.write_text(f"HF_TOKEN={token('dotenv')}\0\n")
+@pytest.mark.parametrize("encoding", ["utf-16", "latin-1", "zero byte"])
+def test_a_dotenv_that_is_no_plain_text_gets_a_message(machine, encoding):
+    text = f"# clé\nHF_TOKEN={token('dotenv')}"
+    machine.dotenv.write_bytes(f"{text}\0\n".encode() if encoding == "zero byte" else text.encode(encoding))
     assert ".env" in machine.refused()
 
 
@@ -409,8 +400,9 @@ def soon(run):
     raise AssertionError("more than 15 seconds, twice")
 
 
-def next_step(said: str) -> str:
-    return said.rpartition("next:")[2]
+def says_later(said: str) -> bool:
+    """Whether the next step is to try again in a while."""
+    return bool(re.search("later|again", said.rpartition("next:")[2]))
 
 
 TROUBLE = {
@@ -425,16 +417,17 @@ def test_a_hub_in_trouble_is_left_within_seconds_and_the_token_is_not_blamed(mac
     machine.plant("environment", token("environment"))
     machine.hub.faults = [fault] if fault else []
     said = soon(lambda: machine.refused(HF_ENDPOINT=machine.hub.url if fault else NOWHERE))
-    assert "again" in next_step(said) and "token" not in said.replace("HF_TOKEN", "")
+    assert says_later(said) and "token" not in said.replace("HF_TOKEN", "")
 
 
-@pytest.mark.parametrize("fault", TROUBLE.values(), ids=TROUBLE)
-def test_a_w_and_b_in_trouble_is_left_within_seconds_and_the_key_is_not_blamed(machine, fault):
+@pytest.mark.parametrize("kind", ["closed", "slow", "500"])
+def test_a_w_and_b_in_trouble_is_left_within_seconds_and_the_key_is_not_blamed(machine, kind):
+    fault = TROUBLE[kind]
     machine.plant("environment", token("environment"), key("environment"))
     machine.wandb.faults = [fault] if fault else []
     here = {"WANDB_MODE": "online", "WANDB_BASE_URL": machine.wandb.url if fault else NOWHERE}
     said = soon(lambda: machine.refused(**here))
-    assert "W&B" in said and "again" in next_step(said) and "did not take the key" not in said
+    assert "W&B" in said and says_later(said) and "did not take the key" not in said
     assert not machine.netrc.exists()
 
 
@@ -454,18 +447,14 @@ def test_a_page_instead_of_an_answer_is_not_taken_for_one(machine):
     machine.plant("environment", token("environment"))
     machine.hub.faults = [Fault("GET", "whoami", status=200, times=ALWAYS, body=b"<html>Welcome!</html>")]
     said = machine.refused()
-    assert "again" in next_step(said) and "JSON object a line" not in said
+    assert says_later(said) and "JSON object a line" not in said
 
 
-@pytest.mark.parametrize("answers", [1, 3])
-def test_a_w_and_b_that_fails_after_some_answers_gets_a_message(machine, answers):
+def test_a_w_and_b_that_fails_after_some_answers_gets_a_message(machine):
     machine.plant("environment", token("environment"), key("environment"))
-    served, failed = (
-        Fault("POST", "graphql", times=answers),
-        Fault("POST", "graphql", times=ALWAYS, status=500),
-    )
+    served, failed = Fault("POST", "graphql", times=3), Fault("POST", "graphql", times=ALWAYS, status=500)
     machine.wandb.faults = [served, failed]
-    assert "again" in next_step(machine.refused(WANDB_MODE="online"))
+    assert says_later(machine.refused(WANDB_MODE="online"))
 
 
 # --------------------------------------------------------------------------------------------- what is stored
@@ -602,7 +591,8 @@ class Commands(Machine):
         """As Ctrl-C does, once the command has said `after`."""
         process = subprocess.Popen(
             [sys.executable, SCRIPT, *map(str, arguments)], cwd=self.work, start_new_session=True, text=True,
-            env={**os.environ, **self.environment, **environment}, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+            env={**os.environ, **self.environment, **environment},
+            stdout=subprocess.PIPE, stderr=subprocess.PIPE,
         )  # fmt: skip
         said = ""
         while after not in said and (line := process.stderr.readline()):

@@ -44,7 +44,7 @@ def push(hub, run, monkeypatch, capfd):
     def command(*arguments, way: str = "lfs", token: str | None = WRITE) -> Done:
         monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", way == "lfs")
         monkeypatch.setenv("HF_TOKEN", token) if token else monkeypatch.delenv("HF_TOKEN", raising=False)
-        finetune_r1.hub_token.cache_clear()
+        finetune_r1.use_hub_token.cache_clear()
         with pytest.raises(SystemExit) as end:
             finetune_r1.app(["push", "--repo", REPO, "--run", str(run), "--json", *arguments])
         done = Done(end.value.code, *capfd.readouterr())
@@ -61,7 +61,7 @@ def files(hub):
 
 
 def expected(run):
-    """Every file that a push of the run must bring; the card and the adapter's settings are made for the repository."""
+    """Every file that a push of the run must bring; card and adapter's settings are made for the repository."""
     names = {path.name for path in (run / "merged").glob("[!.]*")} | {"README.md", "loss.png"}
     return names | {f"adapter/{path.name}" for path in (run / "adapter").glob("[!.]*")} | {".gitattributes"}
 
@@ -107,7 +107,12 @@ adapter = logits(PeftModel.from_pretrained(base(), "{REPO}", subfolder="adapter"
 assert torch.equal(adapter, logits(PeftModel.from_pretrained(base(), "{run}/adapter")))
 assert not torch.equal(adapter, logits(base()))
 """
-    environment = {"HF_ENDPOINT": hub.url, "HF_TOKEN": WRITE, "HF_HOME": str(tmp_path), "HF_HUB_DISABLE_XET": WAYS[way]}
+    environment = {
+        "HF_ENDPOINT": hub.url,
+        "HF_TOKEN": WRITE,
+        "HF_HOME": str(tmp_path),
+        "HF_HUB_DISABLE_XET": WAYS[way],
+    }
     done = subprocess.run(
         [sys.executable, "-c", code], env={**os.environ, **environment}, capture_output=True, text=True
     )
@@ -119,7 +124,7 @@ def test_a_dry_run_shows_the_files_and_sends_nothing(push, hub):
     report = json.loads(done.out)
     assert report["dry_run"] and report["visibility"] == "private, new" and report["repo"] == REPO
     assert "model.safetensors" in done.err and "adapter/adapter_config.json" in done.err
-    assert f"bytes: {report['bytes']}" in done.err and {method for method, _ in hub.requests} == {"GET"}
+    assert f"bytes={report['bytes']}" in done.err and {method for method, _ in hub.requests} == {"GET"}
 
 
 def test_a_push_again_sends_nothing_and_after_an_evaluation_the_card_alone(push, hub, run):
@@ -152,7 +157,10 @@ OTHERS = {
     "other weights": {"model.safetensors": b"other weights"},
     "more shards": {"model-00001-of-00002.safetensors": b"1", "model.safetensors.index.json": b"{}"},
     "pickles": {"pytorch_model.bin": b"pickled"},
-    "the recipe's adapter at the root": {"adapter_config.json": b"{}", "adapter_model.safetensors": b"adapter"},
+    "the recipe's adapter at the root": {
+        "adapter_config.json": b"{}",
+        "adapter_model.safetensors": b"adapter",
+    },
 }
 
 
@@ -161,7 +169,12 @@ def test_other_weights_are_replaced_only_by_force_and_then_all_of_them(push, hub
     hub.add_repo("model", REPO, {"notes.md": b"mine", **others})
     before = files(hub)
     done = push()
-    assert done.code == 1 and "--force" in done.err and "--create-pr" in done.err and next(iter(others)) in done.err
+    assert (
+        done.code == 1
+        and "--force" in done.err
+        and "--create-pr" in done.err
+        and next(iter(others)) in done.err
+    )
     assert files(hub) == before
     push("--force")
     assert set(files(hub)) == expected(run) - {".gitattributes"} | {"notes.md"}
@@ -202,7 +215,7 @@ def test_a_read_token_cannot_push_and_the_message_comes_before_any_work(push, hu
 
 def test_without_a_token_nothing_is_merged_or_sent(push, hub):
     done = push(token=None)
-    assert done.code == 1 and "`login` first" in done.err and not hub.requests
+    assert done.code == 1 and "`login`" in done.err and not hub.requests
 
 
 def test_a_folder_with_adapter_and_merged_weights_is_refused_with_the_reason(push, hub, run):
@@ -242,8 +255,8 @@ def test_the_card_has_metadata_that_the_hub_takes_and_all_that_a_reader_asks(pus
     card = yaml.safe_load(front)
     assert card["pipeline_tag"] == "text-generation" and card["library_name"] == "transformers"
     assert {"medical", "reasoning"} <= set(card["tags"]) and card["language"] == "en"
-    for part in ("Before", "After", f'from_pretrained("{REPO}"', 'subfolder="adapter"', "not a medical device",
-                 "learning_rate", '"dropped"', "![training loss](loss.png)", "Limits", "{question}"):  # fmt: skip
+    use = [f'from_pretrained("{REPO}"', 'subfolder="adapter"', "{question}", "Limits", "not a medical device"]
+    for part in [*use, "Before", "After", "![training loss](loss.png)", "learning_rate", '"dropped"']:
         assert part in text, part
 
 
@@ -286,13 +299,13 @@ REFUSED = {
     "commit 412": ("lfs", "POST", "/commit/", 412, "changed meanwhile"),
     "commit 429": ("lfs", "POST", "/commit/", 429, "wait"),
     "commit 503": ("lfs", "POST", "/commit/", 503, "later"),
-    "commit cut": ("lfs", "POST", "/commit/", "drop", "again"),
+    "commit cut": ("lfs", "POST", "/commit/", "drop", "later"),
     "xet token 401": ("xet", "GET", "/xet-write-token/", 401, "login"),
     "xet token 403": ("xet", "GET", "/xet-write-token/", 403, "write access"),
     "xet token 429": ("xet", "GET", "/xet-write-token/", 429, "wait"),
     "xet grant 403": ("xet", "POST", "/xorb-grants/", 403, "write access"),
     "xet shards 500": ("xet", "POST", "/shards", 500, "later"),
-    "xet shards cut": ("xet", "POST", "/shards", "drop", "again"),
+    "xet shards cut": ("xet", "POST", "/shards", "drop", "later"),
     "commit 412 by xet": ("xet", "POST", "/commit/", 412, "changed meanwhile"),
 }
 
@@ -304,7 +317,9 @@ def test_a_lasting_fault_leaves_the_repository_as_it_was_and_a_push_again_comple
     hub.faults.append(Fault(method, path, status, times=math.inf))
     done = push(way=way)
     assert done.code == 1 and said in done.err
-    assert files(hub) is None or set(files(hub)) == {".gitattributes"}, "a new repository may be left, but empty"
+    assert files(hub) is None or set(files(hub)) == {".gitattributes"}, (
+        "a new repository may be left, but empty"
+    )
     hub.faults.clear()
     assert push(way=way).code == 0 and set(files(hub)) == expected(run)
 
