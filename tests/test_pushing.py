@@ -61,7 +61,7 @@ def files(hub):
 
 
 def expected(run):
-    """Every file that a push of the run must bring; card and adapter's settings are made for the repository."""
+    """Every file that a push must bring; card and adapter's settings are made for the repository."""
     names = {path.name for path in (run / "merged").glob("[!.]*")} | {"README.md", "loss.png"}
     return names | {f"adapter/{path.name}" for path in (run / "adapter").glob("[!.]*")} | {".gitattributes"}
 
