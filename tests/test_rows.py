@@ -274,7 +274,8 @@ def test_no_usable_row_is_an_error_that_says_why(prepare):
 # fmt: off
 TRICKS = [
     "<think>", "</think>", "</thi", EOS, EOS[:-1], BOS, PAD, "<｜User｜>", "### Response:\n",
-    "{question}", "{", "}}", "\x00", "\x1b[31m", "\u202e", "\r\n", "\u2028", "\ufeff", "\u200b", "é", "e\u0301", "病", " \t",
+    "{question}", "{", "}}", "\x00", "\x1b[31m", "\u202e", "\r\n", "\u2028", "\ufeff", "\u200b",
+    "é", "e\u0301", "病", " \t",
 ]
 # fmt: on
 TEXT = st.lists(
