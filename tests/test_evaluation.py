@@ -1,40 +1,293 @@
-"""The measure can fail: what was not learned is not called better. Minutes long, so not in the daily suite."""
+"""Evaluation: base against tuned on the same rows, not trained on, and a verdict that can be bad."""
 
+import dataclasses
 import json
+import math
 import random
+import re
+import shutil
 import subprocess
 import sys
 
+import published
 import pytest
-from conftest import SAMPLE, SCRIPT
+from conftest import EOS, SAMPLE
+from servers.hub import HubServer
 
 import finetune_r1
-from finetune_r1 import DEMO, Run, TrainConfig, prepare_rows, read_dataset, read_rows
+import prompts
+from finetune_r1 import (
+    DEMO,
+    GenerationConfig,
+    LoadedModel,
+    Run,
+    TrainConfig,
+    UserError,
+    prepare_rows,
+    read_jsonl,
+)
+
+SHORT = GenerationConfig(max_new_tokens=4)
+
+
+@pytest.fixture(scope="module")
+def config(tiny_r1):
+    return TrainConfig(
+        model=str(tiny_r1), dataset=str(SAMPLE), split="train[:24]", eval_rows=4, max_seq_length=768,
+        max_steps=1, effective_batch=4, warmup_steps=0, learning_rate=2e-2, max_new_tokens=8, wandb=False,
+    )  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def untrained(config, unsloth):
+    """The base with an adapter that changes nothing yet."""
+    loaded = LoadedModel.load(config)
+    loaded.add_adapter(config, kept_layers=loaded.model.config.num_hidden_layers)
+    return loaded
+
+
+@pytest.fixture
+def run(tiny_run, tmp_path):
+    return Run(shutil.copytree(tiny_run, tmp_path / "run"))
+
+
+def named(*texts):
+    return dict(zip(finetune_r1.RECIPE_COLUMNS, texts, strict=True))
+
+
+# ----------------------------------------------------------------------------------------------------- losses
+
+
+def test_losses_are_means_over_the_tokens_they_name(config, untrained):
+    """By hand, from the model's own logits: of thought and answer, and of the answer alone."""
+    import torch
+
+    rows = prepare_rows(finetune_r1.read_records(config), untrained.tokenizer, config).held_out
+    found, row = finetune_r1.row_losses(untrained, rows), rows[0]
+    with torch.no_grad():
+        logits = untrained.model(input_ids=torch.tensor([row["input_ids"]])).logits[0].float()
+    learned = range(row["prompt_tokens"], row["tokens"])
+    each = [-float(logits[i - 1].log_softmax(-1)[row["input_ids"][i]]) for i in learned]
+    closing = f"\n</think>\n{row['answer']}{EOS}"
+    answer = len(untrained.tokenizer(closing, add_special_tokens=False)["input_ids"]) - 3
+    assert found["loss"][0] == pytest.approx(sum(each) / len(each), abs=1e-3)
+    assert found["answer_loss"][0] == pytest.approx(sum(each[-answer:]) / answer, abs=1e-3)
+
+
+def test_rows_that_only_just_fit_are_evaluated_and_nothing_is_cut_behind_our_back(
+    config, untrained, monkeypatch
+):
+    """Another row's question and thought before this answer would be longer than --max-seq-length; a GPU's
+    Unsloth then cuts off its end, where the answer is."""
+    long = [named("Why?", "It is so. " * 60, "So."), named("When?", "Now.", "It is then. " * 60)]
+    records = finetune_r1.datasets.Dataset.from_list(long)
+    rows = prepare_rows(records, untrained.tokenizer, dataclasses.replace(config, eval_rows=0)).usable
+    fed = []
+    noted = untrained.model.register_forward_pre_hook(
+        lambda _, __, given: fed.append(given["input_ids"].shape[1]), with_kwargs=True
+    )
+    plain = finetune_r1.row_losses(untrained, rows)
+    assert max(fed) > max(rows["tokens"])
+    fed.clear()
+    monkeypatch.setattr(untrained.model, "max_seq_length", max(rows["tokens"]))
+    found = finetune_r1.row_losses(untrained, rows)
+    noted.remove()
+    assert max(fed) == max(rows["tokens"]), "the other's beginning was left out"
+    assert found["loss"] == plain["loss"] and found["answer_loss"] == plain["answer_loss"]
+    assert all(math.isfinite(value) for values in found.values() for value in values)
+
+
+# ------------------------------------------------------------------------------------------------- the report
+
+
+def test_nothing_is_found_where_there_is_nothing(config, untrained, run):
+    held_out = prepare_rows(finetune_r1.read_records(config), untrained.tokenizer, config).held_out
+    report = finetune_r1.evaluate(untrained, run, held_out, [], 2, config)
+    assert report["rows"] == 4 and report["answers"] == 2
+    measures = {name: value for name, value in report.items() if isinstance(value, dict)}
+    assert measures.keys() >= {
+        "loss", "answer_loss", "relevance", "closed", "stopped", "repetition", "answer_words"
+    }  # fmt: skip
+    assert all(value["difference"] == value["low"] == value["high"] == 0 for value in measures.values())
+    assert math.isfinite(report["loss"]["base"]) and report["verdict"].startswith("can't tell")
+
+
+def test_the_same_evaluation_gives_the_same_report_again_with_a_picture_in_the_card(run, tmp_path):
+    finetune_r1.write_jsonl(tmp_path / "rows.jsonl", read_jsonl(SAMPLE)[8:14])
+
+    def evaluate():
+        finetune_r1.eval_(SHORT, run=run.folder, dataset=str(tmp_path / "rows.jsonl"), split="train")
+        return (run / "eval.json").read_bytes()
+
+    assert evaluate() == evaluate()
+    assert (run / "eval.png").stat().st_size > 10_000
+    assert "![before and after](eval.png)" in (run / "README.md").read_text()
+
+
+def test_a_finished_evaluation_waits_for_whoever_uses_the_run(config, untrained, run):
+    code = "import sys, time, pathlib, filelock\nwith filelock.FileLock(sys.argv[1]):"
+    code += "print(1, flush=True); time.sleep(1); pathlib.Path(sys.argv[2]).touch()"
+    command = [sys.executable, "-c", code, run / ".lock", run / "left"]
+    holder = subprocess.Popen(command, stdout=subprocess.PIPE)
+    assert holder.stdout is not None and holder.stdout.readline() == b"1\n"
+    finetune_r1.evaluate(untrained, run, None, [("Why?\nA. rest\nB. water", "B")], 1, SHORT)
+    assert (run / "left").exists() and (run / "eval-choice.json").exists()
+    holder.wait()
+
+
+# ---------------------------------------------------------------------------------- which rows, which columns
+
+
+def test_held_out_rows_stay_those_of_the_run_whatever_becomes_of_the_dataset(config, tmp_path, capsys):
+    data, rows = tmp_path / "rows.jsonl", read_jsonl(SAMPLE)
+    finetune_r1.write_jsonl(data, rows[:24])
+    config = dataclasses.replace(config, dataset=str(data), split="train")
+    finetune_r1.train_run(config, run := Run(tmp_path / "run"))
+    before = finetune_r1.eval_(SHORT, run=run.folder, answers=0)
+    finetune_r1.write_jsonl(data, rows[4:30])
+    assert finetune_r1.eval_(SHORT, run=run.folder, answers=0) == before and before["rows"] == 4
+    # The same rows by name: what was trained on is left out, and said.
+    capsys.readouterr()
+    report = finetune_r1.eval_(SHORT, run=run.folder, dataset=str(data), split="train", answers=0)
+    held_out = {row["Question"] for row in read_jsonl(run / "held_out.jsonl")}
+    trained = {row["Question"] for row in rows[:24]} - held_out
+    left_out = sum(row["Question"] in trained for row in rows[4:30])
+    assert report["rows"] == 26 - left_out < 26
+    assert f"{left_out} of 26 rows are left out" in capsys.readouterr().err
+    finetune_r1.write_jsonl(data, [row for row in rows if row["Question"] in trained])
+    with pytest.raises(UserError, match="all of these rows were trained on"):
+        finetune_r1.eval_(SHORT, run=run.folder, dataset=str(data), split="train")
+
+
+def test_a_run_that_held_no_rows_out_has_to_be_told_which(run):
+    with pytest.raises(UserError, match="held no rows out"):
+        finetune_r1.eval_(SHORT, run=run.folder)
+
+
+def test_rows_may_be_in_other_columns(run, tmp_path):
+    rows = [dict(zip(("q", "why", "a"), row.values(), strict=True)) for row in read_jsonl(SAMPLE)[30:33]]
+    finetune_r1.write_jsonl(tmp_path / "rows.jsonl", rows)
+    columns = {"question_col": "q", "cot_col": "why", "response_col": "a"}
+    asked = {"run": run.folder, "dataset": str(tmp_path / "rows.jsonl"), "split": "train"}
+    assert finetune_r1.eval_(SHORT, **asked, **columns, answers=0)["rows"] == 3
+    with pytest.raises(UserError, match="its columns: q, why, a"):
+        finetune_r1.eval_(SHORT, **asked)
+
+
+# -------------------------------------------------------------------------------------------- multiple choice
+
+
+def test_a_dataset_in_medqas_columns_is_graded_and_an_open_thought_counts_as_no_answer(run, tmp_path):
+    choice = {
+        "question": "What widens the anion gap?",
+        "options": {"A": "lactate", "B": "water"},
+        "answer_idx": "A",
+    }
+    finetune_r1.write_jsonl(tmp_path / "choice.jsonl", [choice] * 2)
+    asked = {"run": run.folder, "dataset": str(tmp_path / "choice.jsonl"), "split": "train"}
+    report = finetune_r1.eval_(SHORT, **asked, answers=5)
+    assert report["rows"] == report["answers"] == 2 and report["verdict"].startswith("can't tell")
+    assert report["accuracy"] == dict.fromkeys(("base", "tuned", "difference", "low", "high"), 0)
+    assert "accuracy | 0.000 | 0.000" in (run / "README.md").read_text()
+    with pytest.raises(UserError, match="--answers 0"):
+        finetune_r1.eval_(SHORT, **asked, answers=0)
+
+
+def test_medqa_is_graded_from_the_hub_by_the_command_line(run, cli):
+    """Its only configuration is taken, which has not the language's name."""
+    medqa = "GBaker/MedQA-USMLE-4-options"
+    asked = ["eval", "--run", run, "--max-new-tokens", 4, "--answers", 2, "--json"]
+    with HubServer() as hub:
+        hub.add_repo("dataset", medqa, published.medqa_repo())
+        done = cli(*asked, "--dataset", medqa, "--split", "test", HF_ENDPOINT=hub.url)
+    assert done.code == 0, done.err
+    assert json.loads(done.out)["rows"] == 2 and "accuracy" in json.loads(done.out)
+
+
+def test_right_answers_are_counted_for_each_side(config, untrained, run, monkeypatch):
+    def answer_both(loaded, questions, config):
+        written = {"thought": "", "closed": True, "stopped": True, "tokens": 1}
+        sides = {side: written | {"answer": answer} for side, answer in (("base", "A."), ("tuned", "B."))}
+        return [
+            {"question": question} | {n: s | {"seconds": 1} for n, s in sides.items()}
+            for question in questions
+        ]
+
+    monkeypatch.setattr(LoadedModel, "answer_both", answer_both)
+    report = finetune_r1.evaluate(untrained, run, None, [("Why?", "B")] * 9 + [("When?", "A")], 10, config)
+    assert (report["accuracy"]["base"], report["accuracy"]["tuned"]) == (0.1, 0.9)
+    assert report["verdict"] == "better: more answers are right"
+
+
+# ------------------------------------------------------------------------------------------------ the verdict
+
+
+def compared(base, tuned):
+    return prompts.compare(base, tuned, seed=1)
+
+
+FELL, ROSE = compared([3.0, 3.1, 2.9], [2.0, 2.2, 1.8]), compared([2.0, 2.2, 1.8], [3.0, 3.1, 2.9])
+EITHER = compared([1.0, 3.0], [3.0, 1.0])
+
+
+def test_a_comparison_has_both_means_and_an_interval_that_holds_the_difference():
+    assert (
+        FELL["base"] == 3
+        and FELL["tuned"] == 2
+        and FELL["low"] <= FELL["difference"] == -1 <= FELL["high"] < 0
+    )
+    assert EITHER["difference"] == 0 and (EITHER["low"], EITHER["high"]) == (-2, 2)
+    assert compared([0.0, 0.0, 1.0] * 9, [1.0, 0.0, 1.0] * 9)["low"] > 0
+
+
+@pytest.mark.parametrize(
+    ("loss", "relevance", "verdict"),
+    [
+        (FELL, ROSE, "better"),
+        (FELL, EITHER, "better"),
+        (FELL, FELL, "worse: its answers depend less"),  # it learned the style alone
+        (ROSE, ROSE, "worse: the held-out loss rose"),
+        (EITHER, EITHER, "can't tell"),
+    ],
+)
+def test_the_verdict_follows_the_intervals(loss, relevance, verdict):
+    assert prompts.verdict({"loss": loss, "relevance": relevance}, rows=8).startswith(verdict)
+
+
+@pytest.mark.parametrize(
+    "measures", [{"loss": FELL, "relevance": ROSE}, {"accuracy": ROSE}, {"accuracy": FELL}]
+)
+def test_a_few_rows_tell_nothing(measures):
+    assert prompts.verdict(measures, rows=7) == "can't tell: 7 rows are too few, it takes 8"
+    assert prompts.verdict(measures, rows=1).startswith("can't tell: 1 row is")
+    assert not prompts.verdict(measures, rows=8).startswith("can't")
+
+
+@pytest.mark.parametrize(
+    ("closed", "verdict"),
+    [
+        (compared([0.0, 0.0], [0.0, 1.0]), "better: .* before or more$"),
+        (compared([0.0, 0.0], [0.0, 0.0]), "better: .*; but no thought was closed"),
+        (compared([1.0, 1.0, 1.0], [0.0, 0.0, 0.0]), "can't tell: .* fewer thoughts were closed"),
+    ],
+)
+def test_a_model_that_closes_no_thought_is_not_called_better_without_a_word(closed, verdict):
+    assert re.match(verdict, prompts.verdict({"loss": FELL, "relevance": ROSE, "closed": closed}, rows=8))
 
 
 @pytest.mark.slow
 def test_a_model_tuned_on_shuffled_answers_is_not_called_better(smollm2, tmp_path):
-    rows = list(read_rows(SAMPLE))
+    rows = read_jsonl(SAMPLE)
     answers = [row["Response"] for row in rows]
     random.Random(1).shuffle(answers)
     shuffled = tmp_path / "shuffled.jsonl"
     finetune_r1.write_jsonl(shuffled, [{**row, "Response": a} for row, a in zip(rows, answers, strict=True)])
     config = TrainConfig(model=str(smollm2), **{**DEMO, "dataset": str(shuffled), "max_new_tokens": 1})
-    loaded, _ = finetune_r1.train_run(config, Run(tmp_path / "run"))
-    as_they_were = TrainConfig(model=str(smollm2), **DEMO)  # the same questions are held out, by the same seed
-    held_out = prepare_rows(read_dataset(as_they_were), loaded.tokenizer, as_they_were).held_out
-    report = loaded.evaluate(held_out, 0, config)
+    loaded, _ = finetune_r1.train_run(config, run := Run(tmp_path / "run"))
+    as_they_were = TrainConfig(
+        model=str(smollm2), **DEMO
+    )  # the same questions are held out, by the same seed
+    held_out = prepare_rows(finetune_r1.read_records(as_they_were), loaded.tokenizer, as_they_were).held_out
+    report = finetune_r1.evaluate(loaded, run, held_out, [], 0, config)
     assert report["loss"]["high"] < 0, "the style alone lowers the loss"
     assert report["verdict"].startswith(("worse", "can't tell"))
-
-
-@pytest.mark.parametrize("decoding", [[], pytest.param(["--new-tokens", "8"], marks=pytest.mark.slow)])
-def test_the_benchmark_runs_on_a_cpu_with_a_tiny_model(decoding):
-    command = [sys.executable, SCRIPT.parent / "tests" / "bench" / "speed.py", "--small", "--variants", "recipe"]
-    done = subprocess.run([*command, *decoding], capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    *lines, last = done.stdout.splitlines()
-    [run] = [json.loads(line) for line in lines if line.startswith("{")]
-    assert run["variant"] == "recipe" and run["s_per_step"] > 0
-    assert last.split()[0] == "recipe" and last.split()[-3:] == ["1.00x", "1.00x", "0.0000"]
-    assert done.stdout.count(" at once, up to 8 tokens: plain ") == (2 if decoding else 0)

@@ -19,9 +19,9 @@ from finetune_r1 import Run, TrainConfig, UserError, read_json, read_jsonl
 @pytest.fixture(scope="module")
 def config(tiny_r1):
     return TrainConfig(
-        model=str(tiny_r1), dataset=str(SAMPLE), split="train[:24]", eval_rows=4, max_seq_length=768, max_steps=7,
-        effective_batch=4, micro_batch=2, warmup_steps=1, learning_rate=2e-2, logging_steps=2, eval_steps=3,
-        save_steps=2, max_new_tokens=8, wandb=False,
+        model=str(tiny_r1), dataset=str(SAMPLE), split="train[:24]", eval_rows=4, max_seq_length=768,
+        max_steps=7, effective_batch=4, micro_batch=2, warmup_steps=1, learning_rate=2e-2, logging_steps=2,
+        eval_steps=3, save_steps=2, max_new_tokens=8, wandb=False,
     )  # fmt: skip
 
 
@@ -132,7 +132,7 @@ def test_checkpoints_come_by_time_too(config, tmp_path, monkeypatch):
     assert [path.name for path in run.checkpoints] == ["checkpoint-1", "checkpoint-2", "checkpoint-3"]
 
 
-# --------------------------------------------------------------------------------------------- status and lock
+# -------------------------------------------------------------------------------------------- status and lock
 
 
 @pytest.mark.parametrize(
@@ -172,7 +172,7 @@ def test_a_folder_in_use_is_refused_until_the_other_process_has_ended(tmp_path):
         pass
 
 
-# ------------------------------------------------------------------------------------------ whole or not at all
+# ---------------------------------------------------------------------------------------- whole or not at all
 
 
 def test_what_fails_half_way_leaves_the_old_file_and_nothing_half_written(tmp_path):
@@ -192,7 +192,7 @@ def test_what_a_killed_process_left_is_removed_by_the_next_and_a_living_ones_is_
     assert {path.name for path in tmp_path.iterdir()} == {"a[1].json", f".a[1].json.partial-{os.getppid()}"}
 
 
-# ------------------------------------------------------------------------------------------------ spoilt folders
+# --------------------------------------------------------------------------------------------- spoilt folders
 
 
 def spoil_json(path, **entries):
@@ -208,7 +208,8 @@ SPOILT = {
         lambda run: spoil_json(run / "adapter" / "adapter_config.json", r=64), "rank 64"
     ),
     "a run of another version": (
-        lambda run: spoil_json(run / "config.json", packing=True), "config.json is not of this version: .*'packing'"
+        lambda run: spoil_json(run / "config.json", packing=True),
+        "config.json is not of this version: .*'packing'",
     ),
     "no adapter": (lambda run: shutil.rmtree(run / "adapter"), "no adapter is in it; its status is finished"),
 }  # fmt: skip
@@ -229,4 +230,4 @@ def test_a_truncated_file_ends_in_advice_and_no_traceback(run, damaged):
     (run / damaged).write_bytes((run / damaged).read_bytes()[:-100])
     with pytest.raises(Exception) as caught:
         finetune_r1.eval_(finetune_r1.GenerationConfig(), run=run.folder)
-    assert "damaged" in str(finetune_r1.advice(caught.value))
+    assert "damaged" in f"{caught.value} {finetune_r1.advice(caught.value)}"

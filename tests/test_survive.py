@@ -21,9 +21,9 @@ SHORT = GenerationConfig(max_new_tokens=4)
 @pytest.fixture(scope="module")
 def config(tiny_r1):
     return TrainConfig(
-        model=str(tiny_r1), dataset=str(SAMPLE), split="train[:16]", eval_rows=4, eval_steps=100, max_seq_length=768,
-        max_steps=6, warmup_steps=1, effective_batch=2, learning_rate=1e-2, logging_steps=1, save_steps=2,
-        load_in_4bit=False, max_new_tokens=4, wandb=False,
+        model=str(tiny_r1), dataset=str(SAMPLE), split="train[:16]", eval_rows=4, eval_steps=100,
+        max_seq_length=768, max_steps=6, warmup_steps=1, effective_batch=2, learning_rate=1e-2,
+        logging_steps=1, save_steps=2, load_in_4bit=False, max_new_tokens=4, wandb=False,
     )  # fmt: skip
 
 
@@ -64,7 +64,7 @@ def resume(run):
 
 @pytest.fixture
 def killed(config, unsloth, tmp_path):
-    """Makes a run whose process is ended by kill -9 in the step after `step`, or while a checkpoint is written."""
+    """Makes a run that is ended by kill -9 in the step after `step`, or while its checkpoint is written."""
 
     def make(step, settings=config, within_checkpoint=False):
         import transformers
@@ -173,7 +173,7 @@ def test_a_poisoned_checkpoint_runs_nothing(stopped, tmp_path):
     assert not (tmp_path / "poisoned").exists()
 
 
-# ------------------------------------------------------------------------------------------------------ --max-time
+# ------------------------------------------------------------------------------------------------- --max-time
 
 
 def test_a_run_whose_time_is_over_has_an_adapter_that_can_be_asked_evaluated_and_saved(stopped, capsys):
@@ -203,7 +203,7 @@ def test_it_goes_on_in_its_folder_to_the_undisturbed_runs_end_without_what_was_m
     assert same(stopped, undisturbed) and stopped.record["status"] == "finished"
 
 
-# ------------------------------------------------------------------------------------------ what does not go on
+# ---------------------------------------------------------------------------------------- what does not go on
 
 
 def test_a_finished_run_is_not_trained_further(undisturbed, config, told, tmp_path):
@@ -248,7 +248,7 @@ def test_other_rows_or_another_prompt_are_refused(killed, config, tmp_path, monk
         resume(run)
 
 
-# ---------------------------------------------------------------------------------------- signals and full disks
+# ------------------------------------------------------------------------------------- signals and full disks
 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
@@ -287,7 +287,7 @@ def test_a_second_signal_leaves_at_once():
 def test_a_full_disk_stops_the_run_with_a_message_and_the_last_checkpoint_intact(
     config, undisturbed, tmp_path, monkeypatch
 ):
-    """No file may grow beyond some bytes from the fourth step on, which is how a full disk looks from here."""
+    """From the fourth step on no file may grow beyond some bytes, which is how a full disk looks here."""
     import resource
 
     import trl
@@ -312,7 +312,7 @@ def test_a_full_disk_stops_the_run_with_a_message_and_the_last_checkpoint_intact
     assert same(run, undisturbed)
 
 
-# ---------------------------------------------------------------------------------------------- other long work
+# -------------------------------------------------------------------------------------------- other long work
 
 
 @pytest.fixture(scope="module")
@@ -390,7 +390,7 @@ def test_a_save_killed_before_or_after_its_weights_have_their_name_can_be_repeat
     assert (finetune_r1.merged_weights(run)[0] / "model.safetensors").is_file()
 
 
-# --------------------------------------------------------------------------------------------- on the command line
+# ---------------------------------------------------------------------------------------- on the command line
 
 
 @pytest.mark.slow

@@ -1,15 +1,15 @@
-"""Training and decoding, ours beside the recipe's own configuration and plain TRL + PEFT + bitsandbytes (on a GPU).
+"""Training and decoding: ours, the recipe's own configuration, plain TRL + PEFT + bitsandbytes (on a GPU).
 
-    uv run tests/bench/speed.py --model FOLDER --dataset ROWS.jsonl [--steps 60] [--repeats 2] [--out speed.json]
+    uv run tests/bench/speed.py --model FOLDER --dataset ROWS.jsonl [--steps 60] [--repeats 2] [--out F.json]
     uv run tests/bench/speed.py --small               a tiny model on a CPU, to see that all this works
 
-Same rows in the same order, one after the other by turns, each in a process of its own. Steps before the third are left
-out of the pace (compilation, warm-up); the wall time counts everything from the start of the process to its end.
+Same rows in the same order, one after the other by turns, each in a process of its own. Steps before the
+third are left out of the pace (compilation, warm-up); the wall time counts all from the start of the process
+to its end.
 """
 
 import argparse
 import dataclasses
-import functools
 import itertools
 import json
 import os
@@ -40,6 +40,15 @@ VARIANTS: dict[str, list[str]] = {
 }
 
 
+def used_rows(config: TrainConfig, tokenizer: Any) -> Any:
+    """The rows that a training takes, as tokens."""
+    return finetune_r1.prepare_rows(finetune_r1.read_records(config), tokenizer, config).used
+
+
+def mean_tokens(rows: Any) -> float:
+    return statistics.fmean(rows["tokens"][:])
+
+
 def train_plainly(config: TrainConfig, folder: Path) -> None:
     """What one writes without Unsloth: nf4 by bitsandbytes, LoRA by PEFT, 2 rows at once, checkpointing."""
     import peft
@@ -49,7 +58,7 @@ def train_plainly(config: TrainConfig, folder: Path) -> None:
 
     gpu = torch.cuda.is_available()
     tokenizer = finetune_r1.load_tokenizer(config.model)
-    rows = finetune_r1.prepare_rows(finetune_r1.read_dataset(config), tokenizer, config).used
+    rows = used_rows(config, tokenizer)
     nf4 = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True}
     four_bit = transformers.BitsAndBytesConfig(**nf4, bnb_4bit_compute_dtype=torch.bfloat16)
     model = transformers.AutoModelForCausalLM.from_pretrained(
@@ -64,16 +73,18 @@ def train_plainly(config: TrainConfig, folder: Path) -> None:
     same_names = "max_steps warmup_steps learning_rate lr_scheduler_type weight_decay seed"
     arguments = trl.SFTConfig(
         **{name: getattr(config, name) for name in same_names.split()},
-        output_dir=str(run.unfinished_checkpoint), max_length=config.max_seq_length, bf16=gpu, use_cpu=not gpu,
+        output_dir=str(folder / "checkpoints"), max_length=config.max_seq_length, bf16=gpu, use_cpu=not gpu,
         per_device_train_batch_size=2, gradient_accumulation_steps=config.effective_batch // 2,
         optim=config.optim if gpu else "adamw_torch", logging_steps=1, report_to="none", save_strategy="no",
         disable_tqdm=True, completion_only_loss=False, gradient_checkpointing=True,
     )  # fmt: skip
     dataset = rows.select_columns(["input_ids", "completion_mask"])
-    trainer = trl.SFTTrainer(model, args=arguments, train_dataset=dataset, processing_class=tokenizer, peft_config=lora)
+    trainer = trl.SFTTrainer(
+        model, args=arguments, train_dataset=dataset, processing_class=tokenizer, peft_config=lora
+    )
     trainer.remove_callback(transformers.PrinterCallback)
-    tokens_per_step = finetune_r1.row_lengths(rows)["mean"] * config.effective_batch
-    trainer.add_callback(finetune_r1.training_log(run, config, tokens_per_step, []))
+    callback = finetune_r1.with_base(finetune_r1.TrainingLog, transformers.TrainerCallback)
+    trainer.add_callback(callback(run, config, round(mean_tokens(rows) * config.effective_batch), []))
     trainer.train()
     trainer.save_model(str(folder / "adapter"))
     finetune_r1.write_json(folder / "run.json", {"peak_memory_gib": finetune_r1.peak_memory_gib()})
@@ -81,8 +92,8 @@ def train_plainly(config: TrainConfig, folder: Path) -> None:
 
 def measure(name: str, common: list[str], folder: Path) -> dict[str, Any]:
     """One run in a process of its own: pace, peak, wall time, losses."""
-    command = [sys.executable, str(PROJECT / "finetune_r1.py"), "train", *common, *VARIANTS[name], "--no-wandb",
-               "--logging-steps", "1", "--max-new-tokens", "1", "--run-dir", str(folder)]  # fmt: skip
+    command = [sys.executable, str(PROJECT / "finetune_r1.py"), "train", *common, *VARIANTS[name]]
+    command += ["--no-wandb", "--logging-steps", "1", "--max-new-tokens", "1", "--run-dir", str(folder)]
     if name == "plain":
         command = [sys.executable, __file__, *common, "--plain", str(folder)]
     started = time.perf_counter()
@@ -90,7 +101,7 @@ def measure(name: str, common: list[str], folder: Path) -> dict[str, Any]:
     wall = time.perf_counter() - started
     if done.returncode:
         return {"variant": name, "failed": done.stderr.strip().splitlines()[-1:]}
-    lines = [line for line in finetune_r1.read_rows(folder / "metrics.jsonl") if "loss" in line]
+    lines = [line for line in finetune_r1.read_jsonl(folder / "metrics.jsonl") if "loss" in line]
     steps = [after["seconds"] - before["seconds"] for before, after in itertools.pairwise(lines[1:])]
     peak = finetune_r1.read_json(folder / "run.json")["peak_memory_gib"]
     losses = [line["loss"] for line in lines]
@@ -99,8 +110,10 @@ def measure(name: str, common: list[str], folder: Path) -> dict[str, Any]:
 
 
 def ending_like(generate: Any, lengths: list[int]) -> Any:
-    """`generate`, in which each answer ends after so many tokens, which random weights would not do; `lengths` are in
-    the order of the answers, batch after batch, and begin again."""
+    """`generate`, in which each answer ends after so many tokens, which random weights would not do.
+
+    `lengths` are in the order of the answers, batch after batch, and begin again.
+    """
     import torch
     import transformers
 
@@ -115,12 +128,17 @@ def ending_like(generate: Any, lengths: list[int]) -> Any:
             self.written += 1
             return self.written >= self.lengths
 
-    return lambda **options: generate(**options, stopping_criteria=transformers.StoppingCriteriaList([Ends()]))
+    return lambda **options: generate(
+        **options, stopping_criteria=transformers.StoppingCriteriaList([Ends()])
+    )
 
 
 def answer(kind: str, run: finetune_r1.Run, new_tokens: int, output: Path) -> None:
-    """Tokens a second of one question and of 32, after a warm-up of 8 tokens. Each answer ends where its row's does, or
-    after `new_tokens`. `plain` is Unsloth as the notebook has it, one batch by one `generate`."""
+    """Tokens a second of one question and of 32, after a warm-up of 8 tokens.
+
+    Each answer ends where its row's does, or after `new_tokens`. `plain` is Unsloth as the notebook has it, one
+    batch by one `generate`.
+    """
     import torch
 
     config = dataclasses.replace(run.config, max_new_tokens=new_tokens)
@@ -129,22 +147,20 @@ def answer(kind: str, run: finetune_r1.Run, new_tokens: int, output: Path) -> No
         model, _ = finetune_r1.import_unsloth().from_pretrained(
             str(run.adapter), max_seq_length=config.max_seq_length, load_in_4bit=config.load_in_4bit
         )
-        loaded = finetune_r1.Loaded(model, finetune_r1.load_tokenizer(run.adapter))
-        finetune_r1.import_unsloth().for_inference(model)
-        ask = functools.partial(loaded.answer_batch, streamer=None)
+        loaded = finetune_r1.LoadedModel(model, finetune_r1.load_tokenizer(run.adapter), config.lang, {}, 0.0)
+        vars(loaded)["plan_batches"] = lambda questions, _: [list(range(len(questions)))]
     else:
-        loaded = finetune_r1.Loaded.of_run(run)
-        ask = loaded.generate
-    rows = finetune_r1.prepare_rows(finetune_r1.read_dataset(config), loaded.tokenizer, config).used
+        loaded = finetune_r1.LoadedModel.load_run(run)
+    rows = used_rows(config, loaded.tokenizer)
     rows = sorted(rows.select(range(min(32, len(rows)))), key=lambda row: len(row["question"]))
     ends = [min(new_tokens, len(row["input_ids"]) - row["prompt_tokens"]) for row in rows]
     found, endless = {}, loaded.model.generate
     for count in (1, 32):
         loaded.model.generate = ending_like(endless, ends[:count])
         questions = [row["question"] for row in rows[:count]]
-        ask(questions, dataclasses.replace(config, max_new_tokens=8))
+        loaded.generate(questions, dataclasses.replace(config, max_new_tokens=8))
         started = time.perf_counter()
-        answers = ask(questions, config)
+        answers = loaded.generate(questions, config)
         pace = sum(ends[:count]) / (time.perf_counter() - started)
         texts = [answer["thought"] + answer["answer"] for answer in answers]
         found[count] = {"pace": pace, "longest": max(ends[:count]), "texts": texts}
@@ -157,13 +173,24 @@ def measure_decoding(run: Path, new_tokens: int) -> None:
     found = {}
     for kind in ("plain", "ours"):
         output = run.parent / f"answers-{kind}.json"
-        command = [sys.executable, __file__, "--answer", kind, str(run), str(output), "--new-tokens", str(new_tokens)]
+        command = [
+            sys.executable,
+            __file__,
+            "--answer",
+            kind,
+            str(run),
+            str(output),
+            "--new-tokens",
+            str(new_tokens),
+        ]
         subprocess.run(command, check=True, capture_output=True)
         found[kind] = finetune_r1.read_json(output)
     for count in ("1", "32"):
         plain, ours = found["plain"][count], found["ours"][count]
         same = sum(a == b for a, b in zip(plain["texts"], ours["texts"], strict=True))
-        paces = f"plain {plain['pace']:.1f}, ours {ours['pace']:.1f} tok/s, {ours['pace'] / plain['pace']:.2f}x"
+        paces = (
+            f"plain {plain['pace']:.1f}, ours {ours['pace']:.1f} tok/s, {ours['pace'] / plain['pace']:.2f}x"
+        )
         print(f"decoding {count:>2} at once, up to {ours['longest']} tokens: {paces}, same text in {same}")
     print(f"GiB: plain {found['plain']['peak_gib']:.1f}, ours {found['ours']['peak_gib']:.1f}")
 
@@ -186,8 +213,11 @@ def matmul_tflops() -> float:
 
 
 def report(results: list[dict[str, Any]], tokens: float, rows: int, ceiling: float) -> None:
-    """A table. `ratio` and `cold` are the recipe's pace and wall time over a variant's, `loss` is the most that a loss
-    differs from the recipe's, `matmul` the share of `ceiling` in TFLOP/s at the 8B's 30.9 GFLOP a token."""
+    """A table.
+
+    `ratio` and `cold` are the recipe's pace and wall time over a variant's, `loss` is the most that a loss differs
+    from the recipe's, `matmul` the share of `ceiling` in TFLOP/s at the 8B's 30.9 GFLOP a token.
+    """
     titles = ("s/step", "rows/s", "tok/s", "matmul", "GiB", "wall s", "ratio", "cold", "loss")
     print(f"\n{'':22}", *(f"{title:>8}" for title in titles))
     runs_of = {name: [r for r in results if r["variant"] == name and "failed" not in r] for name in VARIANTS}
@@ -214,14 +244,20 @@ def tiny_model(folder: Path) -> Path:
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--small", action="store_true")
     parser.add_argument("--model")
     parser.add_argument("--dataset", default=str(finetune_r1.DEMO_ROWS))
     parser.add_argument("--max-steps", "--steps", type=int, default=60)
     parser.add_argument("--repeats", type=int, default=2)
-    parser.add_argument("--variants", help=f"of {', '.join(VARIANTS)}; default: all, with --small the first two")
-    parser.add_argument("--new-tokens", type=int, default=0, help="an answer at most, to measure decoding too")
+    parser.add_argument(
+        "--variants", help=f"of {', '.join(VARIANTS)}; default: all, with --small the first two"
+    )
+    parser.add_argument(
+        "--new-tokens", type=int, default=0, help="an answer at most, to measure decoding too"
+    )
     parser.add_argument("--out", type=Path)
     parser.add_argument("--plain", type=Path, help=argparse.SUPPRESS)
     parser.add_argument("--answer", nargs=3, help=argparse.SUPPRESS)
@@ -246,11 +282,9 @@ if __name__ == "__main__":
         for number, name in enumerate(variants):
             results.append(measure(name, common, scratch / f"{repeat}-{number}"))
             print(json.dumps({k: v for k, v in results[-1].items() if k != "losses"}), flush=True)
-    lengths = finetune_r1.row_lengths(
-        finetune_r1.prepare_rows(finetune_r1.read_dataset(config), finetune_r1.load_tokenizer(asked.model), config).used
-    )
+    mean = mean_tokens(used_rows(config, finetune_r1.load_tokenizer(asked.model)))
     if asked.new_tokens and "failed" not in results[0]:
         measure_decoding(scratch / "0-0", asked.new_tokens)
-    report(results, lengths["mean"] * config.effective_batch, config.effective_batch, matmul_tflops())
+    report(results, mean * config.effective_batch, config.effective_batch, matmul_tflops())
     if asked.out:
         finetune_r1.write_json(asked.out, results)

@@ -1,10 +1,11 @@
-"""What is left after kill -9, Ctrl-C and SIGTERM at random moments: a tiny model, a CPU, everything else as it is.
+"""What is left after kill -9, Ctrl-C and SIGTERM at random moments: a tiny model, a CPU, all else as it is.
 
-    uv run tests/bench/survive.py kills [--times 35]     each command killed, begun again, and compared with undisturbed
-    uv run tests/bench/survive.py soak [--times 200]     short runs with random options and signals in one folder
+    uv run tests/bench/survive.py kills [--times 35]     each command killed, begun again, and compared
+    uv run tests/bench/survive.py soak [--times 200]     short runs, random options and signals, one folder
 
-Every command runs in a process of its own, forked from this one after the imports, so that it starts at once. After
-each, every file that has a name of its own has to be whole. Prints a line a command and in the end what was lost.
+Every command runs in a process of its own, forked from this one after the imports, so that it starts at once.
+After each, every file that has a name of its own has to be whole. Prints a line a command and in the end what
+was lost.
 """
 
 import argparse
@@ -22,7 +23,12 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-os.environ |= {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "HF_HUB_DISABLE_XET": "1", "NO_PROXY": "127.0.0.1"}
+os.environ |= {
+    "OMP_NUM_THREADS": "1",
+    "CUDA_VISIBLE_DEVICES": "",
+    "HF_HUB_DISABLE_XET": "1",
+    "NO_PROXY": "127.0.0.1",
+}
 PROJECT = Path(__file__).parents[2]
 sys.path[:0] = [str(PROJECT), str(PROJECT / "tests")]
 
@@ -30,11 +36,11 @@ from servers.hub import HubServer  # noqa: E402
 from speed import tiny_model  # noqa: E402
 
 import finetune_r1  # noqa: E402
-from finetune_r1 import Run, read_json, read_rows  # noqa: E402
+from finetune_r1 import Run, read_json, read_jsonl  # noqa: E402
 
 ROWS = PROJECT / "data" / "medical_sample.jsonl"
-SMALL = ["--max-seq-length", "512", "--effective-batch", "2", "--max-new-tokens", "4", "--learning-rate", "1e-2",
-         "--warmup-steps", "1", "--no-load-in-4bit", "--no-wandb", "--logging-steps", "1"]  # fmt: skip
+SMALL = ["--max-seq-length", "512", "--effective-batch", "2", "--max-new-tokens", "4", "--logging-steps", "1",
+         "--learning-rate", "1e-2", "--warmup-steps", "1", "--no-load-in-4bit", "--no-wandb"]  # fmt: skip
 
 
 def start(work: Callable[[], Any], log: Path) -> int:
@@ -99,7 +105,7 @@ def torn(folder: Path, since: float = 0) -> list[str]:
             elif path.suffix == ".png":
                 Image.open(path).load()
             elif path.suffix == ".jsonl":
-                finetune_r1.whole_lines(path)
+                read_jsonl(path)
         except Exception as error:
             broken.append(f"{path}: {type(error).__name__}: {error}")
     return broken
@@ -108,10 +114,11 @@ def torn(folder: Path, since: float = 0) -> list[str]:
 def told(folder: Path) -> dict[str, Any]:
     """What a run has come to, less times."""
     run = Run(folder)
-    losses = {line["step"]: line["loss"] for line in read_rows(run / "metrics.jsonl") if "loss" in line}
+    losses = {line["step"]: line["loss"] for line in read_jsonl(run / "metrics.jsonl") if "loss" in line}
     return {"losses": losses, "adapter": (run / "adapter" / "adapter_model.safetensors").read_bytes()}
 
 
+STATUSES = ("finished", *finetune_r1.UNFINISHED)
 USUAL = {"kills": 35, "soak": 200}
 Job = tuple[Callable[[Path], Callable[[], Any]], Callable[[Path], Any]]
 
@@ -128,11 +135,8 @@ def jobs(model: Path, hub: HubServer) -> dict[str, Job]:
         begun = (folder / "new" / "run.json").exists()
         return command("train", "--resume", "new") if begun else command(*train, "--run-dir", "new")
 
-    def with_a_cache_of_its_own(work: Callable[[], Any]) -> Callable[[Path], Callable[[], Any]]:
-        def in_folder(folder: Path) -> Callable[[], Any]:
-            return lambda: (os.environ.update(XDG_CACHE_HOME=str(folder / "cache")), work())
-
-        return in_folder
+    def unpacking(folder: Path) -> Callable[[], Any]:
+        return lambda: (os.environ.update(XDG_CACHE_HOME=str(folder / "cache")), finetune_r1.demo_model())
 
     return {
         "train": (training, lambda folder: told(folder / "new")),
@@ -146,28 +150,34 @@ def jobs(model: Path, hub: HubServer) -> dict[str, Job]:
         ),
         "eval": (
             lambda folder: command("eval", "--run", "done", "--answers", 4, "--max-new-tokens", 24),
-            lambda folder: {k: v for k, v in read_json(folder / "done" / "eval.json").items() if k != "pairs"},
+            lambda folder: {
+                k: v for k, v in read_json(folder / "done" / "eval.json").items() if k != "pairs"
+            },
         ),
         "infer --file": (
             lambda folder: command(*asked),
-            lambda folder: [{**line, "seconds": 0} for line in read_rows(folder / "a.jsonl")],
+            lambda folder: [{**line, "seconds": 0} for line in read_jsonl(folder / "a.jsonl")],
         ),
-        "format": (with_a_cache_of_its_own(command(*rows)), lambda folder: (folder / "rows.jsonl").read_text()),
+        "format": (lambda folder: command(*rows), lambda folder: (folder / "rows.jsonl").read_text()),
         "unpacking": (
-            with_a_cache_of_its_own(lambda: finetune_r1.demo_model()),
+            unpacking,
             lambda folder: sorted(finetune_r1.file_sizes(next((folder / "cache").rglob("SmolLM2*"))).items()),
         ),
     }
 
 
-def kills(times: int, model: Path, all_jobs: dict[str, Job], scratch: Path, chance: random.Random) -> list[str]:
-    """Every job is done undisturbed, and then killed once or twice at random and begun again until it is done."""
+def kills(
+    times: int, model: Path, all_jobs: dict[str, Job], scratch: Path, chance: random.Random
+) -> list[str]:
+    """Every job is done undisturbed, then killed once or twice at random and begun again until it is done."""
     lost: list[str] = []
     finished = scratch / "finished"
     finished.mkdir()
     os.chdir(finished)
     train = ["train", "--model", model, "--dataset", ROWS, *SMALL, "--max-steps", 4, "--eval-rows", 4]
-    assert ended(start(command(*train, "--run-dir", "done"), scratch / "log")) == 0, (scratch / "log").read_text()
+    assert ended(start(command(*train, "--run-dir", "done"), scratch / "log")) == 0, (
+        scratch / "log"
+    ).read_text()
     undisturbed = {}
     for name, (work, outcome) in all_jobs.items():
         shutil.copytree(finished, folder := scratch / name.replace(" ", "-"))
@@ -198,7 +208,7 @@ def kills(times: int, model: Path, all_jobs: dict[str, Job], scratch: Path, chan
 
 
 def soak(times: int, model: Path, scratch: Path, chance: random.Random) -> list[str]:
-    """Random commands, a third of them with a signal; then every run has to be finished, go on, or be refused."""
+    """Random commands, a third with a signal; then every run has to be finished, go on, or be refused."""
     os.chdir(scratch)
     lost, codes, log = [], Counter[str](), scratch / "log"
     base = ["train", "--model", model, "--dataset", ROWS, *SMALL]
@@ -207,17 +217,17 @@ def soak(times: int, model: Path, scratch: Path, chance: random.Random) -> list[
         return chance.choice(good) if chance.random() > 0.04 else bad
 
     def choose() -> list[Any]:
-        named = chance.choice([run.folder for run in Run.known()] or [Path("runs/none")])
+        named = chance.choice([run.folder for run in Run.all(*STATUSES)] or [Path("runs/none")])
         fresh = [*base, "--max-steps", chance.randint(1, 12), "--save-steps", chance.randint(1, 4),
                  "--lora-r", mostly(0, 2, 4), "--keep-checkpoints", chance.randint(1, 3),
                  "--eval-rows", mostly(200, 0, 2), "--overlong", mostly("error", "shorten-thought", "drop"),
                  "--lr-scheduler-type", chance.choice(["linear", "cosine", "constant"]),
-                 "--optim", mostly("adam", "adamw_8bit", "adamw_torch", "sgd"), "--micro-batch", mostly(3, 1, 2),
-                 "--split", mostly("train[:0]", "train[:12]", "train"),
+                 "--optim", mostly("adam", "adamw_8bit", "adamw_torch", "sgd"),
+                 "--micro-batch", mostly(3, 1, 2), "--split", mostly("train[:0]", "train[:12]", "train"),
                  "--run-dir", mostly(named, f"runs/{chance.randrange(10**6)}")]  # fmt: skip
         others: list[list[Any]] = [
-            ["train", "--resume"], ["train", "--resume", named, "--max-steps", 14],
-            ["train", "--resume", named, "--lora-r", 4], ["save", "--run", named], ["save", "--as", "adapter"],
+            ["train", "--resume"], ["train", "--resume", named, "--max-time", "1s"], ["save", "--run", named],
+            ["train", "--resume", named, "--lora-r", 4], ["save", "--as", "adapter"],
             ["eval", "--run", named, "--answers", 1, "--max-new-tokens", 2],
             ["infer", "Why?", "--run", named, "--max-new-tokens", 2],
             ["push", "--repo", "a/b", "--dry-run", "--run", named],
@@ -225,7 +235,10 @@ def soak(times: int, model: Path, scratch: Path, chance: random.Random) -> list[
         return chance.choice([fresh, chance.choice(others)])
 
     for number in range(times):
-        arguments, number_sent = choose(), chance.choice([None] * 4 + [signal.SIGKILL, signal.SIGINT, signal.SIGTERM])
+        arguments, number_sent = (
+            choose(),
+            chance.choice([None] * 4 + [signal.SIGKILL, signal.SIGINT, signal.SIGTERM]),
+        )
         moment = chance.uniform(0, 3) if number_sent else None
         before, began = log.stat().st_size if log.exists() else 0, time.time() - 1
         code = ended(start(command(*arguments), log), moment, number_sent or signal.SIGKILL)
@@ -236,12 +249,14 @@ def soak(times: int, model: Path, scratch: Path, chance: random.Random) -> list[
         lost += torn(scratch / "runs", since=began)
         options = arguments[len(base) :] if arguments[: len(base)] == base else arguments
         print(f"{number:4} {code:4} {number_sent and number_sent.name}", *options, flush=True)
-    for run in Run.known():
+    for run in Run.all(*STATUSES):
         if run.record["status"] != "finished":
             before = log.stat().st_size
             code = ended(start(command("train", "--resume", run.folder), log))
             said = log.read_text(errors="replace")[before:]
-            codes["unfinished, went on to its end" if code == 0 else "unfinished, refused with a message"] += 1
+            codes[
+                "unfinished, went on to its end" if code == 0 else "unfinished, refused with a message"
+            ] += 1
             if code not in (0, 1) or (code == 1 and "next:" not in said):
                 lost.append(f"{run} does not go on: {code}\n{said[-3000:]}")
         elif not told(run.folder)["adapter"]:
@@ -252,7 +267,9 @@ def soak(times: int, model: Path, scratch: Path, chance: random.Random) -> list[
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("what", choices=["kills", "soak"], nargs="+")
     parser.add_argument("--times", type=int)
     parser.add_argument("--only", help="of the jobs to kill, separated by commas")
@@ -266,19 +283,28 @@ if __name__ == "__main__":
         finetune_r1.import_unsloth()
         for module in ("peft", "trl", "wandb", "matplotlib.pyplot", "datasets"):
             __import__(module)
-        model = shutil.copytree(asked.model, scratch / "tiny") if asked.model else tiny_model(scratch / "tiny")
+        model = (
+            shutil.copytree(asked.model, scratch / "tiny") if asked.model else tiny_model(scratch / "tiny")
+        )
         all_jobs = {
-            name: job for name, job in jobs(model, hub).items() if not asked.only or name in asked.only.split(",")
+            name: job
+            for name, job in jobs(model, hub).items()
+            if not asked.only or name in asked.only.split(",")
         }
         lost = []
         for what in asked.what:
             (folder := scratch / what).mkdir()
             began, chance, times = time.monotonic(), random.Random(asked.seed), asked.times or USUAL[what]
             found = (
-                kills(times, model, all_jobs, folder, chance) if what == "kills" else soak(times, model, folder, chance)
+                kills(times, model, all_jobs, folder, chance)
+                if what == "kills"
+                else soak(times, model, folder, chance)
             )
             print(
-                *found, f"{what}: {times} in {time.monotonic() - began:.0f} s, lost: {len(found)}", sep="\n", flush=True
+                *found,
+                f"{what}: {times} in {time.monotonic() - began:.0f} s, lost: {len(found)}",
+                sep="\n",
+                flush=True,
             )
             lost += found
     os.chdir(PROJECT)

@@ -1,0 +1,36 @@
+"""The benchmarks run, in a short form, on a CPU with a tiny model."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+from conftest import SCRIPT
+
+BENCH = SCRIPT.parent / "tests" / "bench"
+
+
+def run(name, *options):
+    done = subprocess.run([sys.executable, BENCH / name, *map(str, options)], capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+@pytest.mark.parametrize("decoding", [[], pytest.param(["--new-tokens", "8"], marks=pytest.mark.slow)])
+def test_speed_of_training_and_decoding(decoding):
+    said = run("speed.py", "--small", "--variants", "recipe", *decoding)
+    *lines, last = said.splitlines()
+    [measured] = [json.loads(line) for line in lines if line.startswith("{")]
+    assert measured["variant"] == "recipe" and measured["s_per_step"] > 0
+    assert last.split()[0] == "recipe" and last.split()[-3:] == ["1.00x", "1.00x", "0.0000"]
+    assert said.count(" at once, up to 8 tokens: plain ") == (2 if decoding else 0)
+
+
+@pytest.mark.slow
+def test_speed_of_plain_training_beside_ours():
+    assert "plain " in run("speed.py", "--small", "--variants", "recipe,plain").splitlines()[-1]
+
+
+def test_nothing_is_lost_by_signals_at_random_moments(tiny_r1):
+    said = run("survive.py", "kills", "soak", "--times", 3, "--only", "infer --file", "--model", tiny_r1)
+    assert said.count("killed after") == 3 and said.count("lost: 0") == 2
