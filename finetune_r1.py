@@ -75,6 +75,10 @@ RUNS = Path("runs")
 STARTED = time.monotonic()
 RANK, WORLD = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))  # set by torchrun
 MULTI_PROCESS_COMMANDS = ("train", "eval", "infer")
+# Ctrl-C, what Kaggle and Slurm send, and a terminal that is closed, unless `nohup` has us ignore that.
+STOP_SIGNALS = [signal.SIGINT, signal.SIGTERM]
+if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:
+    STOP_SIGNALS.append(signal.SIGHUP)
 TIME = "%Y-%m-%dT%H:%M:%S%z"
 GIB = 1024**3
 HAVE_ADAPTER, UNFINISHED = ("finished", "stopped"), ("running", "interrupted", "failed", "stopped")
@@ -252,6 +256,24 @@ class UserError(Exception):
         self.next_step = next_step
 
 
+class LastingStream:
+    """A stream that goes nowhere once its pipe or its terminal is gone, so that no step is lost to that."""
+
+    def __init__(self, stream: Any):
+        self.stream = stream
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.stream, name)
+
+    def write(self, text: str) -> int:
+        try:
+            self.stream.write(text)
+            self.stream.flush()
+        except OSError:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), self.stream.fileno())
+        return len(text)
+
+
 def interrupt(number: int, frame: Any = None) -> None:
     """Ends what is going on as Ctrl-C does, for a signal; raises always."""
     raise KeyboardInterrupt(signal.Signals(number).name)
@@ -280,7 +302,7 @@ def log(*lines: object, end: str = "\n", faint: bool = False) -> None:
 @main_process_only
 def print_result(text: str, end: str = "\n") -> None:
     """Prints to stdout, which the libraries' chatter never reaches."""
-    print(harmless(text), end=end, file=sys.__stdout__, flush=True)
+    LastingStream(sys.__stdout__).write(harmless(text) + end)
 
 
 def log_header(title: str, values: dict[str, Any]) -> None:
@@ -295,7 +317,6 @@ NOT_REACHED = "the Hub was not reached: try later (`doctor` tells); local --mode
 ADVICE = {
     "GatedRepoError": "ask for access on the model's page, then `login`",
     "RepositoryNotFoundError": "check the name given to --model or --repo; a private one needs `login`",
-    "DatasetNotFoundError": "check --dataset, or give a local .jsonl, .json, .csv or .parquet file",
     "HTTP 401": "the token was refused: make a new one, then `login`",
     "HTTP 403": "the token may not do that: make one with write access to this repository, then `login`",
     "HTTP 409|HTTP 412": "the repository changed meanwhile: look at it, then `push` again",
@@ -466,7 +487,8 @@ class Run:
     def find(cls, folder: Path | None) -> Self:
         """The run asked for, or the newest finished one under runs/."""
         if folder and not (folder / "run.json").is_file():
-            raise UserError(f"{folder} is no run folder: it has no run.json.", "name one that `train` made")
+            fault = f"{folder} (--run or --resume) is no run folder: it has no run.json."
+            raise UserError(fault, "name one that `train` made")
         finished = cls.all(*HAVE_ADAPTER)
         if not folder and not finished:
             way_out = "`train` or `demo` makes one, --run DIR names one, `infer --base` asks the base model"
@@ -607,6 +629,8 @@ def read_records(config: DataConfig) -> Any:
     """The records of `--dataset`: a file (all `train`), a folder or a name on the Hub; at least one."""
     path, flags = Path(config.dataset), f"--dataset {config.dataset} --split {config.split}"
     reader = READERS.get(path.suffix.lower())
+    if path.is_file() and not reader:
+        raise UserError(f"--dataset {path}: not one of {', '.join(READERS)}.", "convert it, or name another")
     if path.exists() or reader:
         source: dict[str, Any] = {"path": reader, "data_files": str(path)} if reader else {"path": str(path)}
         if reader == "csv":  # text stays text, be it a number or "NA", and a column has one type throughout
@@ -642,6 +666,10 @@ def read_from_hub(config: DataConfig, flags: str) -> Any:
         if config.subset or config.lang in names or len(names) > 1:
             raise UserError(f"{flags}: {error}", "check --split and --subset") from error
         return read(name=names[0])
+    except FileNotFoundError as error:
+        raise UserError(
+            f"{flags}: {error}", "check the name; a file ends in " + ", ".join(READERS)
+        ) from error
 
 
 def check_columns(record: dict[str, Any], config: DataConfig) -> None:
@@ -1329,7 +1357,7 @@ class NanCheckingTrainer(LibraryClass):  # type: ignore[misc]
 
 @contextlib.contextmanager
 def stop_after_step() -> Iterator[list[int]]:
-    """Notes the first Ctrl-C or SIGTERM in a list, so that the step can end; a second one leaves at once."""
+    """Notes the first signal to stop in a list, so that the step can end; a second one leaves at once."""
     stop: list[int] = []
     noted = 0.0
 
@@ -1340,9 +1368,10 @@ def stop_after_step() -> Iterator[list[int]]:
             interrupt(number)
         noted = time.monotonic()
         stop.append(number)
-        os.write(2, b"\nstops after this step, with a checkpoint; once more to leave at once\n")
+        with contextlib.suppress(OSError):  # the terminal may be what has gone
+            os.write(2, b"\nstops after this step, with a checkpoint; once more to leave at once\n")
 
-    before = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
+    before = {number: signal.signal(number, note) for number in STOP_SIGNALS}
     try:
         yield stop
     finally:
@@ -1985,7 +2014,8 @@ class GroupedCommand(typer.core.TyperCommand):
 
 def prepare_environment() -> None:
     """Reads `.env`, takes one GPU, and quiets the libraries, before any of them reads its variables."""
-    signal.signal(signal.SIGTERM, interrupt)
+    for number in STOP_SIGNALS[1:]:
+        signal.signal(number, interrupt)
     load_dotenv()
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # of a CPU kernel that nothing here needs
     os.environ.pop("HF_HUB_ENABLE_HF_TRANSFER", None)  # set by Unsloth, and warned of in a child
@@ -2022,8 +2052,9 @@ def command(function: Callable[..., dict[str, Any] | None]) -> Callable[..., dic
         for extra, value in (("given", given), ("as_json", as_json)):
             if extra in signature.parameters:
                 values[extra] = value
-        with Path(os.devnull).open("w") as nowhere, friendly_errors():
-            with contextlib.redirect_stdout(nowhere if RANK else sys.stderr):
+        stderr: Any = LastingStream(sys.stderr)
+        with Path(os.devnull).open("w") as nowhere, contextlib.redirect_stderr(stderr), friendly_errors():
+            with contextlib.redirect_stdout(nowhere if RANK else stderr):
                 if WORLD > 1 and name not in MULTI_PROCESS_COMMANDS:
                     raise UserError("torchrun is for `train`, `eval` and `infer --file`.", "leave it out")
                 prepare_environment()
@@ -2173,7 +2204,10 @@ def train(
         unfinished = Run.all(*UNFINISHED)
         if not run and not unfinished:
             raise UserError(f"--resume: no run under {RUNS}/ is unfinished.", "`train` without it")
-        chosen = broadcast(Run.find(run) if run else unfinished[-1])
+        # A start that failed before its first checkpoint is no choice where there is another.
+        begun = [run for run in unfinished if run.last_step] or unfinished
+        chosen = broadcast(Run.find(run) if run else begun[-1])
+        log(f"resuming {chosen} after step {chosen.last_step}")
         config = resumed_config(chosen, config, given)
     else:
         name = f"{time.strftime('%Y%m%d-%H%M%S')}-r{config.lora_r}-s{config.max_steps}"
@@ -2357,7 +2391,7 @@ def eval_(
     if {"options", "answer_idx"} <= set(records.column_names):
         if not answers:
             raise UserError("--answers 0: multiple choice is graded by its answers.", "leave the option out")
-        rows, choices = [], list(map(prompts.as_choice, records.take(answers)))
+        rows, choices = [], list(map(prompts.as_choice, records.take(min(answers, len(records)))))
     else:
         check_columns(records[0], asked)
         rows, choices = prepare_rows(records, load_tokenizer(adapter), asked).usable, []
