@@ -1,4 +1,4 @@
-"""What the tests share: a home of their own, the small models, the CLI as a user runs it, and one demo for all.
+"""What the tests share: a home of their own, small models, the CLI as a user runs it, and one demo for all.
 
 Nothing here needs a network, a GPU or an account. Two workers (pytest-xdist) take file after file.
 """
@@ -68,7 +68,7 @@ def home() -> Path:
 
 @pytest.fixture
 def cli(tmp_path):
-    """Runs the script as a user does, in an empty folder: `cli("train", "--max-steps", "2", HF_TOKEN="…")`."""
+    """Runs the script as a user does, in an empty folder: `cli("train", "--max-steps", 2, HF_TOKEN="…")`."""
 
     def run(*arguments: object, cwd: Path = tmp_path, stdin: str = "", **environment: str) -> Done:
         command = [sys.executable, SCRIPT, *map(str, arguments)]
@@ -81,7 +81,7 @@ def cli(tmp_path):
 
 @pytest.fixture
 def told(unsloth, capfd, monkeypatch, tmp_path):
-    """The command line run in this process, which has the imports behind it: `told(["infer", "Why?"], cwd=folder)`."""
+    """The command line in this process, which has the imports behind it: `told(["infer", "Why?"])`."""
     import finetune_r1
 
     def run(arguments, cwd=tmp_path):
@@ -129,7 +129,7 @@ def demo():
 
 @pytest.fixture(scope="session")
 def unsloth():
-    """Unsloth has to be imported before transformers; whoever uses a model or a tokenizer asks for this first."""
+    """It has to be imported before transformers; whoever uses a model or a tokenizer asks for this first."""
     import finetune_r1
 
     return finetune_r1.import_unsloth()
@@ -151,7 +151,7 @@ def models(unsloth, tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def tiny_r1(models):
-    """A folder like the default model's repository, with two layers of random weights: trains in seconds."""
+    """A folder like the default model's repository, with two layers of random weights."""
     return published.write_model(models / "tiny-r1", "unsloth")
 
 
@@ -187,10 +187,10 @@ def tiny_run(tiny_r1, tmp_path_factory):
     import finetune_r1
 
     config = finetune_r1.TrainConfig(
-        model=str(tiny_r1), dataset=str(SAMPLE), split="train[:8]", max_seq_length=768, max_steps=3, effective_batch=2,
-        warmup_steps=0, learning_rate=1e-2, max_new_tokens=4, wandb=False,
+        model=str(tiny_r1), dataset=str(SAMPLE), split="train[:8]", max_seq_length=768, max_steps=3,
+        effective_batch=2, warmup_steps=0, learning_rate=1e-2, max_new_tokens=4, wandb=False,
     )  # fmt: skip
     folder = tmp_path_factory.mktemp("runs") / "run"
     loaded, _ = finetune_r1.train_run(config, finetune_r1.Run(folder))
-    assert any(type(module).__name__ == "Linear4bit" for module in loaded.model.modules()), "the base was 4-bit"
+    assert "Linear4bit" in {type(module).__name__ for module in loaded.model.modules()}
     return folder

@@ -1,14 +1,15 @@
 """Small repositories laid out like the published models, data sets and log-ins, made on the spot.
 
-As published, as far as is known: every file's name, what is in config.json (of transformers 4), generation_config.json,
-tokenizer_config.json and special_tokens_map.json, the parts of tokenizer.json, the added tokens with their order and
-which are special, what the chat template renders, the number and names of the weights' files, which modules the 4-bit
-repository leaves in 16 bit, the data sets' files, configs and columns, the fields of a log-in's answer.
-Not as published: a vocabulary of a thousand tokens, trained on the sample's rows and a little Chinese, so that all ids
-differ; two layers of 64 dimensions with random weights; the text of cards, rows and questions.
-From memory, with nothing at hand to check them by: Qwen's added tokens beside those named in R1's template, its config,
-the cards of the two layouts by DeepSeek (whose base model as a list is this module's choice; the Hub takes both), and
-what an OAuth log-in shows beside the lack of an accessToken.
+As published, as far as is known: every file's name, what is in config.json (of transformers 4),
+generation_config.json, tokenizer_config.json and special_tokens_map.json, the parts of tokenizer.json, the
+added tokens with their order and which are special, what the chat template renders, the number and names of
+the weights' files, which modules the 4-bit repository leaves in 16 bit, the data sets' files, configs and
+columns, the fields of a log-in's answer.
+Not as published: a vocabulary of a thousand tokens, trained on the sample's rows and a little Chinese, so
+that all ids differ; two layers of 64 dimensions with random weights; the text of cards, rows and questions.
+From memory, with nothing at hand to check them by: Qwen's added tokens beside those named in R1's template,
+its config, the cards of the two layouts by DeepSeek (whose base model as a list is this module's choice; the
+Hub takes both), and what an OAuth log-in shows beside the lack of an accessToken.
 
 Call `finetune_r1.import_unsloth()` first: Unsloth has to be imported before transformers.
 """
@@ -28,27 +29,35 @@ BOS, EOS, PAD = "<｜begin▁of▁sentence｜>", "<｜end▁of▁sentence｜>", 
 TURNS, TAGS = ["<｜User｜>", "<｜Assistant｜>"], ["<think>", "</think>"]
 RESERVED = [f"<|reserved_special_token_{number}|>" for number in range(248)]
 HEADERS = [f"<|{name}|>" for name in ("start_header_id", "end_header_id", "eom_id", "eot_id", "python_tag")]
-LLAMA_ADDED = [BOS, EOS, *RESERVED[:2], PAD, RESERVED[2], *HEADERS, *TURNS, *TAGS, "<｜▁pad▁｜>", *RESERVED[8:]]
+LLAMA_ADDED = [BOS, EOS, *RESERVED[:2], PAD, RESERVED[2], *HEADERS, *TURNS, *TAGS]
+LLAMA_ADDED += ["<｜▁pad▁｜>", *RESERVED[8:]]
 QUAD = ["<|quad_start|>", "<|quad_end|>"]
 VISION = [f"<|{name}|>" for name in ("vision_start", "vision_end", "vision_pad", "image_pad", "video_pad")]
-CODE = [f"<|{name}|>" for name in ("fim_prefix", "fim_middle", "fim_suffix", "fim_pad", "repo_name", "file_sep")]
+NAMES = ("fim_prefix", "fim_middle", "fim_suffix", "fim_pad", "repo_name", "file_sep")
+CODE = [f"<|{name}|>" for name in NAMES]
 CALL = ["<tool_call>", "</tool_call>"]
 QWEN_ADDED = [EOS, *TURNS, BOS, "<|EOT|>", *TAGS, *QUAD, *VISION, *CALL, *CODE]
 NOT_SPECIAL = {*TURNS, *TAGS, "<|EOT|>", *CALL, *CODE}  # skip_special_tokens keeps them
 
-DIGITS = {"unsloth": r"\p{N}{1,3}", "deepseek": r"\p{N}{1,3}", "qwen": r"\p{N}"}  # all else of the pattern is the same
-PATTERN = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|%s| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+# All of the pattern but the digits is the same.
+DIGITS = {"unsloth": r"\p{N}{1,3}", "deepseek": r"\p{N}{1,3}", "qwen": r"\p{N}"}
+PATTERN = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|%s"
+    r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
 TEMPLATE = (
     "{% set ns = namespace(system='') %}"
     "{% for turn in messages if turn.role == 'system' %}{% set ns.system = turn.content %}{% endfor %}"
     "{{ bos_token + ns.system }}{% for turn in messages %}"
     "{% if turn.role == 'user' %}{{ '<｜User｜>' + turn.content }}{% elif turn.role == 'assistant' %}"
-    "{{ '<｜Assistant｜>' + turn.content.split('</think>')[-1] + '<｜end▁of▁sentence｜>' }}{% endif %}{% endfor %}"
+    "{{ '<｜Assistant｜>' + turn.content.split('</think>')[-1] + '<｜end▁of▁sentence｜>' }}"
+    "{% endif %}{% endfor %}"
     "{% if add_generation_prompt %}{{ '<｜Assistant｜><think>\\n' }}{% endif %}"
 )
 TOKENIZER_CONFIG = {
-    "add_bos_token": True, "add_eos_token": False, "chat_template": TEMPLATE, "clean_up_tokenization_spaces": False,
-    "legacy": True, "sp_model_kwargs": {}, "tokenizer_class": "LlamaTokenizerFast", "unk_token": None,
+    "add_bos_token": True, "add_eos_token": False, "chat_template": TEMPLATE,
+    "clean_up_tokenization_spaces": False, "legacy": True, "sp_model_kwargs": {},
+    "tokenizer_class": "LlamaTokenizerFast", "unk_token": None,
 }  # fmt: skip
 
 SIZES = {  # of the stand-ins; all that is below is as published
@@ -56,28 +65,29 @@ SIZES = {  # of the stand-ins; all that is below is as published
     "num_key_value_heads": 2,
 }  # fmt: skip
 CONFIG = {
-    "attention_dropout": 0.0, "hidden_act": "silu", "initializer_range": 0.02, "max_position_embeddings": 131072,
-    "tie_word_embeddings": False, "torch_dtype": "bfloat16", "use_cache": True,
+    "attention_dropout": 0.0, "hidden_act": "silu", "initializer_range": 0.02,
+    "max_position_embeddings": 131072, "tie_word_embeddings": False, "torch_dtype": "bfloat16",
+    "use_cache": True,
 }  # fmt: skip
 LLAMA_CONFIG = {
     "architectures": ["LlamaForCausalLM"], "attention_bias": False, "head_dim": 16, "mlp_bias": False,
     "model_type": "llama", "pretraining_tp": 1, "rms_norm_eps": 1e-05, "rope_theta": 500000.0,
     "rope_scaling": {
-        "factor": 8.0, "high_freq_factor": 4.0, "low_freq_factor": 1.0, "original_max_position_embeddings": 8192,
-        "rope_type": "llama3",
+        "factor": 8.0, "high_freq_factor": 4.0, "low_freq_factor": 1.0,
+        "original_max_position_embeddings": 8192, "rope_type": "llama3",
     },
     "transformers_version": "4.49.0.dev0",
 }  # fmt: skip
 QWEN_CONFIG = {
-    "architectures": ["Qwen2ForCausalLM"], "max_window_layers": 28, "model_type": "qwen2", "rms_norm_eps": 1e-06,
-    "rope_theta": 10000, "sliding_window": 4096, "transformers_version": "4.44.0", "use_mrope": False,
-    "use_sliding_window": False,
+    "architectures": ["Qwen2ForCausalLM"], "max_window_layers": 28, "model_type": "qwen2",
+    "rms_norm_eps": 1e-06, "rope_theta": 10000, "sliding_window": 4096, "transformers_version": "4.44.0",
+    "use_mrope": False, "use_sliding_window": False,
 }  # fmt: skip
 GENERATION = {"_from_model_config": True, "do_sample": True, "temperature": 0.6, "top_p": 0.95}
 SHARDS = {"unsloth": (4, "-of-00004"), "deepseek": (2, "-of-000002"), "qwen": (2, "-of-000002")}
 SKIPPED = ["lm_head", "multi_modal_projector", "merger", "modality_projection", "model.layers.1.mlp"]
 CARDS = {
-    "unsloth": "license: llama3.1\nbase_model: deepseek-ai/DeepSeek-R1-Distill-Llama-8B\ntags:\n- unsloth\n- llama\n",
+    "unsloth": "license: llama3.1\nbase_model: deepseek-ai/DeepSeek-R1-Distill-Llama-8B\ntags:\n- unsloth\n",
     "deepseek": "license: mit\nbase_model:\n- meta-llama/Llama-3.1-8B\n",
     "qwen": "license: mit\nbase_model:\n- Qwen/Qwen2.5-Math-7B\n",
 }
@@ -90,13 +100,13 @@ CHINESE = [
     },
     {
         "Question": "一名三十岁女性出现心悸、消瘦和怕热，甲状腺弥漫性肿大。应做哪些检查？",
-        "Complex_CoT": "心悸、消瘦和怕热提示甲状腺功能亢进。弥漫性肿大提示格雷夫斯病。应先查甲状腺功能，再查抗体。",
+        "Complex_CoT": "心悸、消瘦和怕热提示甲状腺功能亢进。弥漫性肿大提示格雷夫斯病。先查功能，再查抗体。",
         "Response": "应查促甲状腺激素、游离甲状腺素和受体抗体，必要时做甲状腺超声检查。",
     },
 ]
 MEDQA = [
     ("Which vitamin's lack causes scurvy?", "Vitamin A", "Vitamin B12", "Vitamin C", "Vitamin D", "C"),
-    ("Which electrolyte is most often raised in renal failure?", "Potassium", "Sodium", "Chloride", "Calcium", "A"),
+    ("Which electrolyte is raised in renal failure?", "Potassium", "Sodium", "Chloride", "Calcium", "A"),
     ("Which drug reverses an overdose of morphine?", "Flumazenil", "Naloxone", "Atropine", "Protamine", "B"),
     ("Which valve is most often stenosed in old age?", "Mitral", "Tricuspid", "Pulmonary", "Aortic", "D"),
     ("Which organ makes erythropoietin?", "Liver", "Spleen", "Kidney", "Bone marrow", "C"),
@@ -119,43 +129,46 @@ def added_token(text: str, normalized: bool = False) -> dict[str, Any]:
 
 def byte_level_tokenizer(layout: Layout) -> Any:
     """Llama 3's or Qwen 2's parts, and DeepSeek's added tokens behind a small vocabulary."""
-    from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
+    from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, processors
+    from tokenizers import pre_tokenizers as pre
     from tokenizers.trainers import BpeTrainer
 
     is_qwen = layout == "qwen"
-    affixes = {"continuing_subword_prefix": "", "end_of_word_suffix": ""} if is_qwen else {"ignore_merges": True}
-    backend = Tokenizer(models.BPE(**affixes))
+    affixes = {"continuing_subword_prefix": "", "end_of_word_suffix": ""}
+    backend = Tokenizer(models.BPE(**affixes if is_qwen else {"ignore_merges": True}))
     if is_qwen:
         backend.normalizer = normalizers.NFC()
-    split = pre_tokenizers.Split(Regex(PATTERN % DIGITS[layout]), behavior="isolated")
-    byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
-    backend.pre_tokenizer = pre_tokenizers.Sequence([split, byte_level])
+    split = pre.Split(Regex(PATTERN % DIGITS[layout]), behavior="isolated")
+    byte_level = pre.ByteLevel(add_prefix_space=False, use_regex=False)
+    backend.pre_tokenizer = pre.Sequence([split, byte_level])
     backend.decoder = decoders.ByteLevel()
-    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    alphabet = pre.ByteLevel.alphabet()
     trainer = BpeTrainer(vocab_size=1000, initial_alphabet=alphabet, show_progress=False)
-    backend.train_from_iterator((text for row in [*sample_rows(), *CHINESE] for text in row.values()), trainer)
+    rows = [*sample_rows(), *CHINESE]
+    backend.train_from_iterator((text for row in rows for text in row.values()), trainer)
     for text in QWEN_ADDED if is_qwen else LLAMA_ADDED:
         backend.add_tokens([AddedToken(text, normalized=False, special=text not in NOT_SPECIAL)])
     backend.post_processor = processors.ByteLevel(trim_offsets=False)
-    if not is_qwen:  # whose file prepends no BOS: add_bos_token has to be heeded (swift-transformers issue 161)
+    if not is_qwen:  # whose file has no BOS: add_bos_token is to be heeded (swift-transformers issue 161)
         bos = [(BOS, backend.token_to_id(BOS))]
-        prepended = processors.TemplateProcessing(single=f"{BOS} $A", pair=f"{BOS} $A {BOS}:1 $B:1", special_tokens=bos)
+        both = f"{BOS} $A {BOS}:1 $B:1"
+        prepended = processors.TemplateProcessing(single=f"{BOS} $A", pair=both, special_tokens=bos)
         backend.post_processor = processors.Sequence([backend.post_processor, prepended])
     return backend
 
 
 def write_tokenizer(folder: Path, layout: Layout) -> Any:
-    """Writes the tokenizer's files, which call a byte-level tokenizer LlamaTokenizerFast; returns what is in them."""
+    """Writes a tokenizer's files, which call a byte-level one LlamaTokenizerFast; returns what is in them."""
     folder.mkdir(parents=True, exist_ok=True)
     backend = byte_level_tokenizer(layout)
     backend.save(str(folder / "tokenizer.json"))
     special = {"bos_token": BOS, "eos_token": EOS, "pad_token": PAD if layout == "unsloth" else EOS}
     if layout == "unsloth":
-        own = {"model_max_length": 131072, "padding_side": "left", "use_default_system_prompt": False, **special}
+        own = {"model_max_length": 131072, "padding_side": "left", "use_default_system_prompt": False}
         tokens = {text: added_token(text) for text in LLAMA_ADDED}
-        own["added_tokens_decoder"] = {
-            backend.token_to_id(text): {**token, "special": text not in NOT_SPECIAL} for text, token in tokens.items()
-        }
+        own |= special
+        decoder = {text: {**token, "special": text not in NOT_SPECIAL} for text, token in tokens.items()}
+        own["added_tokens_decoder"] = {backend.token_to_id(text): token for text, token in decoder.items()}
         named = {name: tokens[text] for name, text in special.items()}
         (folder / "special_tokens_map.json").write_bytes(as_json(named))
     else:
@@ -176,7 +189,8 @@ def write_model(folder: Path, layout: Layout) -> Path:
     size = backend.get_vocab_size()
     config, generation = CONFIG | SIZES, GENERATION | {"bos_token_id": bos, "eos_token_id": eos}
     if layout == "qwen":  # BOS is EOS in its config, and there are rows for more tokens than there are
-        config |= QWEN_CONFIG | {"bos_token_id": eos, "eos_token_id": eos, "vocab_size": (size // 128 + 1) * 128}
+        config |= QWEN_CONFIG | {"bos_token_id": eos, "eos_token_id": eos}
+        config["vocab_size"] = (size // 128 + 1) * 128
     else:
         config |= LLAMA_CONFIG | {"bos_token_id": bos, "eos_token_id": eos, "vocab_size": size}
     if layout == "unsloth":
@@ -193,7 +207,8 @@ def write_model(folder: Path, layout: Layout) -> Path:
         model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(folder), dtype=torch.bfloat16)
     state = model.state_dict()
     shards, end = SHARDS[layout]
-    places = {name: f"model-{at * shards // len(state) + 1:05}{end}.safetensors" for at, name in enumerate(state)}
+    shard = {name: at * shards // len(state) + 1 for at, name in enumerate(state)}
+    places = {name: f"model-{number:05}{end}.safetensors" for name, number in shard.items()}
     for file in sorted(set(places.values())):
         held = {name: state[name] for name, place in places.items() if place == file}
         save_file(held, folder / file, metadata={"format": "pt"})
@@ -204,7 +219,7 @@ def write_model(folder: Path, layout: Layout) -> Path:
 
 
 def write_four_bit(folder: Path, source: Path) -> Path:
-    """Writes the ready 4-bit repository of the model in `source`, as Unsloth publishes it: one MLP stays in 16 bit."""
+    """Writes the 4-bit repository of a model as Unsloth publishes it: one MLP stays in 16 bit."""
     import torch
     from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
@@ -224,24 +239,25 @@ def write_four_bit(folder: Path, source: Path) -> Path:
 
 def repo_files(folder: Path) -> dict[str, bytes]:
     """A folder's files, as HubServer.add_repo takes them."""
-    return {file.relative_to(folder).as_posix(): file.read_bytes() for file in folder.rglob("*") if file.is_file()}
+    files = [path for path in folder.rglob("*") if path.is_file()]
+    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in files}
 
 
 def medical_o1_repo(rows: Iterable[Row] | None = None) -> dict[str, bytes]:
-    """FreedomIntelligence/medical-o1-reasoning-SFT with these rows (the sample's unless given): no default config."""
+    """FreedomIntelligence/medical-o1-reasoning-SFT with these rows (or the sample's): no default config."""
     english = [{name: row[name] for name in CHINESE[0]} for row in (sample_rows() if rows is None else rows)]
     parts = {"en": ("", english), "zh": ("_Chinese", CHINESE)}
     parts |= {"en_mix": ("_mix", english), "zh_mix": ("_mix_Chinese", CHINESE)}
     configs = "".join(
         f"- config_name: {name}\n  data_files: medical_o1_sft{end}.json\n" for name, (end, _) in parts.items()
     )
-    card = f"---\nlicense: apache-2.0\nlanguage:\n- en\n- zh\ntags:\n- medical\nconfigs:\n{configs}---\n# A stand-in\n"
+    card = f"---\nlicense: apache-2.0\nlanguage:\n- en\n- zh\nconfigs:\n{configs}---\n# A stand-in\n"
     files = {f"medical_o1_sft{end}.json": as_json(part) for end, part in parts.values()}
     return {"README.md": card.encode(), **files}
 
 
 def medqa_repo() -> dict[str, bytes]:
-    """GBaker/MedQA-USMLE-4-options: four questions to train on and two to test, JSON lines, only a default config."""
+    """GBaker/MedQA-USMLE-4-options: four questions to train on, two to test, only a default config."""
     rows = [
         {
             "question": question, "answer": choices["ABCD".index(letter)],
@@ -253,13 +269,14 @@ def medqa_repo() -> dict[str, bytes]:
     lines = [json.dumps(row) + "\n" for row in rows]
     files = {"train": "".join(lines[:4]), "test": "".join(lines[4:])}
     card = b"---\nlicense: cc-by-4.0\nlanguage:\n- en\n---\n# A stand-in\n"
-    return {"README.md": card} | {f"phrases_no_exclude_{split}.jsonl": text.encode() for split, text in files.items()}
+    named = {f"phrases_no_exclude_{split}.jsonl": text.encode() for split, text in files.items()}
+    return {"README.md": card} | named
 
 
 def whoami_auth(role: str, scoped: Iterable[tuple[str, str | None, list[str]]] = ()) -> dict[str, Any]:
-    """`auth` of whoami-v2's answer for a token of role read, write or fineGrained, or "oauth" for a browser's log-in.
+    """`auth` of whoami-v2's answer to a token of role read, write, fineGrained or, from a browser, oauth.
 
-    A scope is an entity's type (user, org, model, dataset), its name (None: the Hub leaves it out) and what it permits:
+    A scope is an entity's type (user, org, model, dataset), its name (None: left out) and what it permits:
     `whoami_auth("fineGrained", [("user", "alice", ["repo.content.read"]), ("org", "lab", ["repo.write"])])`.
     """
     if role == "oauth":

@@ -235,8 +235,8 @@ def typed(line, folder, hub, **environment):
 
 @pytest.fixture(scope="module")
 def lines(hub, tmp_path_factory):
-    """What each line printed, the folder they were typed in, and the requests to anything but the Hub, which go
-    to a proxy that would keep them. Without a network there is what `train` left in the cache: the 4-bit copy."""
+    """What each line printed, the folder they were typed in, and the requests to anything but the Hub, which
+    go to a proxy that would keep them. Offline there is what `train` left in the cache: the 4-bit copy."""
     folder = tmp_path_factory.mktemp("user")
     offline, model = {"HF_HUB_OFFLINE": "1"}, f"--model {QWEN} --max-seq-length 1024"
     small = "--max-steps 2 --warmup-steps 1 --learning-rate 1e-2 --effective-batch 2 --max-new-tokens 4"
