@@ -5,10 +5,11 @@ import json
 import pytest
 from servers.hub import HubServer
 
-from finetune_r1 import read_json, read_rows
+from finetune_r1 import DEMO_MODEL, read_json, read_jsonl, write_jsonl
 from prompts import BEFORE_AFTER
 
-FILES = ["README.md", "adapter", "config.json", "eval.json", "loss.png", "merged", "metrics.jsonl", "run.json"]
+FILES = {"README.md", "config.json", "eval.json", "eval.png", "loss.png", "metrics.jsonl", "run.json"}
+FOLDERS = {"adapter", "merged"}
 
 
 def test_it_prints_one_json_object_and_nothing_else_on_stdout(demo):
@@ -24,7 +25,7 @@ def test_the_held_out_loss_falls_and_more_thoughts_are_closed(demo):
 
 def test_everything_lies_where_the_design_says(demo):
     names = {path.name for path in demo[1].iterdir()}
-    assert set(FILES) <= names and not [name for name in names if "partial" in name]
+    assert names >= FILES | FOLDERS and not [name for name in names if "partial" in name]
     assert read_json(demo[1] / "run.json")["status"] == "finished"
     assert not list((demo[1] / "merged").glob("adapter*"))
 
@@ -41,12 +42,13 @@ def test_the_card_has_the_hubs_metadata_and_names_no_folder_of_this_machine(demo
 
     text = (demo[1] / "README.md").read_text()
     metadata = yaml.safe_load(text.split("---")[1])
-    assert metadata["base_model"] == "HuggingFaceTB/SmolLM2-135M-Instruct" and metadata["license"] == "apache-2.0"
-    assert "not a medical device" in text and str(demo[0]) not in text and "/cache/" not in text
+    assert metadata["base_model"] == DEMO_MODEL and metadata["license"] == "apache-2.0"
+    assert "no medical device" in text and str(demo[0]) not in text and "/cache/" not in text
 
 
 def test_infer_asks_the_newest_run_thought_on_stderr_answer_on_stdout(demo, told):
-    done = told(["infer", "A child has a barking cough at night. What is it?", "--max-new-tokens", 160], cwd=demo[0])
+    question = "A child has a barking cough at night. What is it?"
+    done = told(["infer", question, "--max-new-tokens", 160], cwd=demo[0])
     assert done.code == 0, done.err
     assert "thought closed" in done.err and done.out.strip()
     assert "<|im_end|>" not in done.out + done.err and "</think>" not in done.err
@@ -54,13 +56,14 @@ def test_infer_asks_the_newest_run_thought_on_stderr_answer_on_stdout(demo, told
 
 def test_infer_compare_and_file_answer_from_both_sides(demo, told):
     questions = demo[0] / "questions.jsonl"
-    questions.write_text("".join(json.dumps({"Question": f"What is {word}?"}) + "\n" for word in ("croup", "gout")))
-    options = ("--compare", "--file", questions, "--output", "answers.jsonl", "--max-new-tokens", "5", "--json")
-    done = told(["infer", *options], cwd=demo[0])
+    write_jsonl(questions, [{"Question": f"What is {word}?"} for word in ("croup", "gout")])
+    options = ("--compare", "--file", questions, "--output", "answers.jsonl", "--max-new-tokens", 5)
+    done = told(["infer", *options, "--json"], cwd=demo[0])
     assert done.code == 0 and json.loads(done.out) == {"answers": 2, "written": "answers.jsonl"}
-    answers = read_rows(demo[0] / "answers.jsonl")
+    answers = read_jsonl(demo[0] / "answers.jsonl")
     assert [a["question"] for a in answers] == ["What is croup?", "What is gout?"]
-    assert all(a["base"]["tokens"] == a["tuned"]["tokens"] == 5 and not a["tuned"]["stopped"] for a in answers)
+    assert all(a["base"]["tokens"] == a["tuned"]["tokens"] == 5 for a in answers)
+    assert not any(a["tuned"]["stopped"] for a in answers)
 
 
 def test_eval_finds_the_same_held_out_loss_again(demo, told):

@@ -255,7 +255,7 @@ def test_the_card_has_metadata_that_the_hub_takes_and_all_that_a_reader_asks(pus
     card = yaml.safe_load(front)
     assert card["pipeline_tag"] == "text-generation" and card["library_name"] == "transformers"
     assert {"medical", "reasoning"} <= set(card["tags"]) and card["language"] == "en"
-    use = [f'from_pretrained("{REPO}"', 'subfolder="adapter"', "{question}", "Limits", "not a medical device"]
+    use = [f'from_pretrained("{REPO}"', 'subfolder="adapter"', "{question}", "Limits", "no medical device"]
     for part in [*use, "Before", "After", "![training loss](loss.png)", "learning_rate", '"dropped"']:
         assert part in text, part
 

@@ -2,8 +2,8 @@
 
     python3 tests/bench/by_name.py PUSHED BASE ROWS.jsonl FOUND.json
 
-Tokenizer (against the bare tokenizer.json of BASE, whatever a config calls it), merged weights, BASE with the adapter
-in adapter/. A part that fails is told, and the next one tried; FOUND.json is written after each.
+Tokenizer (against the bare tokenizer.json of BASE, whatever a config calls it), merged weights, BASE with the
+adapter in adapter/. A part that fails is told, and the next one tried; FOUND.json is written after each.
 """
 
 import contextlib
@@ -24,12 +24,15 @@ from tokenizers import Tokenizer
 import prompts
 
 pushed, base_name, rows, output = sys.argv[1:]
-ROUND_TRIP = "pH 7.21,\n\n  阴离子间隙升高：乳酸、酮体。 naïve café 🩺\n\tdef gap(na, cl):\n\t\treturn na - (cl + 24)\n"
+ROUND_TRIP = (
+    "pH 7.21,\n\n  阴离子间隙升高：乳酸、酮体。 naïve café 🩺\n\tdef gap(na, cl):\n\t\treturn na - cl\n"
+)
 QUESTIONS = {"recipe's": prompts.BEFORE_AFTER["en"], "the anion gap": "What widens the anion gap?"}
 row = json.loads(Path(rows).read_text().splitlines()[0])
 TAUGHT = prompts.build_example(row["Question"], row["Complex_CoT"], row["Response"], "")
 how: dict[str, Any] = {"dtype": torch.bfloat16, "device_map": {"": 0 if torch.cuda.is_available() else "cpu"}}
-found: dict[str, Any] = {"transformers": transformers.__version__, "failed": {}, "seconds": {}, "loss": {}, "texts": {}}
+found: dict[str, Any] = {"transformers": transformers.__version__}
+found |= {"failed": {}, "seconds": {}, "loss": {}, "texts": {}}
 
 
 @contextlib.contextmanager
@@ -86,7 +89,10 @@ with torch.no_grad():
     with part("merged"):
         merged = transformers.AutoModelForCausalLM.from_pretrained(pushed, **how)
         config, frequencies = merged.config.to_dict(), merged.model.rotary_emb.inv_freq
-        rope = config.get("rope_parameters") or {**(config["rope_scaling"] or {}), "rope_theta": config["rope_theta"]}
+        rope = config.get("rope_parameters") or {
+            **(config["rope_scaling"] or {}),
+            "rope_theta": config["rope_theta"],
+        }
         found["rope"] = {name: rope.get(name) for name in ("rope_theta", "rope_type", "factor")}
         found["frequencies"] = [round(float(frequencies[at]), 12) for at in (1, len(frequencies) // 2, -1)]
         merged_logits = logits(merged, "merged")
@@ -102,5 +108,7 @@ with torch.no_grad():
         found["adapter's share in merged"] = round(
             float(((merged_logits - base_logits) * effect).sum() / effect.square().sum()), 4
         )
-        found["merged is off by"] = round(float((merged_logits - tuned_logits).norm() / tuned_logits.norm()), 4)
+        found["merged is off by"] = round(
+            float((merged_logits - tuned_logits).norm() / tuned_logits.norm()), 4
+        )
         found["adapter's text"] = answer(tuned, QUESTIONS["recipe's"])

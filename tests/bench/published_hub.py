@@ -1,9 +1,10 @@
-"""A Hub on loopback that serves, by their names, the default model and dataset; and a proxy that serves nothing.
+"""A Hub on loopback that serves, by their names, the default model and dataset; and a proxy that serves none.
 
     TMPDIR=/dev/shm python3 tests/bench/published_hub.py WORK ROWS.jsonl NAME=FOLDER ...
 
-The folders' files are served from where they lie; what is pushed lands in TMPDIR. WORK/hub.json tells both addresses,
-once they answer; WORK/hub.log and elsewhere.log have a line a request. SIGUSR1 ends the Hub alone, SIGTERM both.
+The folders' files are served from where they lie; what is pushed lands in TMPDIR. WORK/hub.json tells both
+addresses, once they answer; WORK/hub.log and elsewhere.log have a line a request. SIGUSR1 ends the Hub alone,
+SIGTERM both.
 """
 
 import json
@@ -61,4 +62,5 @@ def main(work: Path, rows: Path, models: dict[str, Path]) -> None:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), Path(sys.argv[2]), {name: Path(at) for name, at in (it.split("=") for it in sys.argv[3:])})
+    named = dict(it.split("=") for it in sys.argv[3:])
+    main(Path(sys.argv[1]), Path(sys.argv[2]), {name: Path(at) for name, at in named.items()})

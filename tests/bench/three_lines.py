@@ -1,15 +1,15 @@
-"""The three lines that a user types, as typed, against what is published; a Hub on loopback serves it, by its names.
+"""The three lines that a user types, as typed, against what is published, which a Hub on loopback serves.
 
-    python3 tests/bench/three_lines.py [PHASE ...] [--ram FOLDER] [--out FOLDER] [--old FOLDER] [--seconds 560]
+    python3 tests/bench/three_lines.py [PHASE ...] [--ram FOLDER] [--out FOLDER] [--old FOLDER] [--seconds S]
     .venv/bin/python tests/bench/three_lines.py --tiny      a tiny model on a CPU, to see that all this works
 
-`make` and `serve` put up the Hub: the default model, in 16 bit and as the 4-bit copy that Unsloth takes, and the
-dataset. `train`, `infer` and `push` are typed in a fresh home; a proxy notes each request that goes elsewhere. `check`
-loads by name what was pushed (by_name.py), from an empty cache, `check-old` with the transformers in --old. When the
-Hub is gone (`unplug`) the `offline` ones train and ask again, at last with no more in the cache than the first two
-lines had fetched. Phases not named are all that were not done before: a second call goes on where the first ended, as
-the Hub is a process of its own. No phase begins that may not be done by --seconds. What was said is in log.txt, all
-else in state.json.
+`make` and `serve` put up the Hub: the default model, in 16 bit and as the 4-bit copy that Unsloth takes, and
+the dataset. `train`, `infer` and `push` are typed in a fresh home; a proxy notes each request that goes
+elsewhere. `check` loads by name what was pushed (by_name.py), from an empty cache, `check-old` with the
+transformers in --old. When the Hub is gone (`unplug`) the `offline` ones train and ask again, at last with no
+more in the cache than the first two lines had fetched. Phases not named are all that were not done before: a
+second call goes on where the first ended, as the Hub is a process of its own. No phase begins that may not be
+done by --seconds. What was said is in log.txt, all else in state.json.
 """
 
 import argparse
@@ -32,11 +32,13 @@ from typing import Any
 PROJECT = Path(__file__).resolve().parents[2]
 BASE, PUSHED, TOKEN = "unsloth/DeepSeek-R1-Distill-Llama-8B", "alice/DeepSeek-R1-Medical-COT", "hf_writetoken"
 LOGS = ("hub.log", "elsewhere.log")
-NOT_INHERITED = re.compile(r"(HF_|HUGGING|TRANSFORMERS_|WANDB_|UNSLOTH_|KAGGLE_|XDG_|NETRC)|.*_proxy$", re.IGNORECASE)
+NOT_INHERITED = re.compile(
+    r"(HF_|HUGGING|TRANSFORMERS_|WANDB_|UNSLOTH_|KAGGLE_|XDG_|NETRC)|.*_proxy$", re.IGNORECASE
+)
 FACTS = {  # as printed, the first and the last of each
-    "s/step": r"([\d.]+) s/step", "loss": r"step \d+/\d+.*  loss ([\d.]+) ", "peak GiB": r"peak_memory_gib: ([\d.]+)",
-    "answer": r"(\d+ tokens in [\d.]+ s)", "merge": r"(\{'adapter_share.*?\})", "verified": r"verified: (.*)",
-    "next": r"next: (.*)",
+    "s/step": r"([\d.]+) s/step", "loss": r"step \d+/\d+.*  loss ([\d.]+) ",
+    "peak GiB": r"peak_memory_gib: ([\d.]+)", "answer": r"(\d+ tokens in [\d.]+ s)",
+    "verified": r"verified: (.*)", "next": r"next: (.*)",
 }  # fmt: skip
 
 
@@ -65,14 +67,23 @@ class Place:
         home.mkdir(parents=True, exist_ok=True)
         kept = {name: value for name, value in os.environ.items() if not NOT_INHERITED.match(name)}
         kept |= {name: self.state["hub"]["elsewhere"] for name in ("http_proxy", "https_proxy")}
-        kept |= {"HOME": str(home), "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}", "HF_TOKEN": TOKEN}
+        kept |= {
+            "HOME": str(home),
+            "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
+            "HF_TOKEN": TOKEN,
+        }
         return kept | {"no_proxy": "127.0.0.1", "HF_ENDPOINT": self.state["hub"]["url"]} | more
 
     def run(self, name: str, line: str, environment: dict[str, str], limit: float) -> dict[str, Any]:
         """A line typed in the user's folder: how it ended, after how long, and what it said."""
         began = time.monotonic()
         with (self.work / f"{name}.out").open("w") as out, (self.work / f"{name}.err").open("w") as err:
-            how: dict[str, Any] = {"stdin": subprocess.DEVNULL, "stdout": out, "stderr": err, "start_new_session": True}
+            how: dict[str, Any] = {
+                "stdin": subprocess.DEVNULL,
+                "stdout": out,
+                "stderr": err,
+                "start_new_session": True,
+            }
             process = subprocess.Popen(["bash", "-c", line], cwd=self.user, env=environment, **how)
             for number, patience in ((None, limit), (signal.SIGTERM, 10), (signal.SIGKILL, 10)):
                 if number:
@@ -118,9 +129,10 @@ def most_used(place: Place) -> Iterator[list[float]]:
         thread.join()
 
 
-# -------------------------------------------------------------------------------------------------------------- phases
+# ---------------------------------------------------------------------------------------------------- phases
 
-Phase = Callable[[Place, str, float], dict[str, Any]]  # place, the phase's own name, the most seconds it may take
+# Of a place, the phase's own name, and the most seconds it may take.
+Phase = Callable[[Place, str, float], dict[str, Any]]
 
 
 def make(place: Place, name: str, limit: float) -> dict[str, Any]:
@@ -128,7 +140,9 @@ def make(place: Place, name: str, limit: float) -> dict[str, Any]:
     place.user.mkdir(parents=True, exist_ok=True)
     kind = "--tiny" if place.tiny else f"--four-bit {place.ram}/r1-4bit"
     maker = f"{sys.executable} {place.gpu}/make_8b.py --vocabulary {place.gpu}/tokenizer.model"
-    return place.run(name, f"{maker} --out {place.ram}/r1 {kind}", {**os.environ, "HF_HUB_OFFLINE": "1"}, limit)
+    return place.run(
+        name, f"{maker} --out {place.ram}/r1 {kind}", {**os.environ, "HF_HUB_OFFLINE": "1"}, limit
+    )
 
 
 def serve(place: Place, name: str, limit: float) -> dict[str, Any]:
@@ -137,10 +151,22 @@ def serve(place: Place, name: str, limit: float) -> dict[str, Any]:
     ready.unlink(missing_ok=True)
     models = {place.base: place.ram / "r1", f"{place.base}-unsloth-bnb-4bit": place.ram / "r1-4bit"}
     served = [f"{model}={folder}" for model, folder in models.items() if folder.exists()]
-    command = [PROJECT / "tests/bench/published_hub.py", place.work, place.gpu / "medical_o1_en.jsonl", *served]
+    command = [
+        PROJECT / "tests/bench/published_hub.py",
+        place.work,
+        place.gpu / "medical_o1_en.jsonl",
+        *served,
+    ]
     with (place.work / "served.err").open("w") as log:
-        how: dict[str, Any] = {"stdin": subprocess.DEVNULL, "stdout": log, "stderr": log, "start_new_session": True}
-        process = subprocess.Popen([sys.executable, *command], env={**os.environ, "TMPDIR": str(place.ram)}, **how)
+        how: dict[str, Any] = {
+            "stdin": subprocess.DEVNULL,
+            "stdout": log,
+            "stderr": log,
+            "start_new_session": True,
+        }
+        process = subprocess.Popen(
+            [sys.executable, *command], env={**os.environ, "TMPDIR": str(place.ram)}, **how
+        )
     while not ready.exists():
         if process.poll() is not None or time.monotonic() > until:
             raise RuntimeError((place.work / "served.err").read_text()[-1000:] or "no Hub in time")
@@ -179,7 +205,8 @@ def typed(line: str, tiny: str = "", home: str = "home") -> Phase:
 def check(place: Place, name: str, limit: float) -> dict[str, Any]:
     """Both versions share one download, and the user's of the base, which need not be there twice."""
     home = Path(place.state.setdefault("check", str(roomy(20e9, place.ram, place.work) / "check")))
-    base, environment = f".cache/huggingface/hub/models--{place.base.replace('/', '--')}", place.environment(home)
+    base = f".cache/huggingface/hub/models--{place.base.replace('/', '--')}"
+    environment = place.environment(home)
     if (place.user / "home" / base).exists() and not (home / base).exists():
         (home / base).parent.mkdir(parents=True)
         (home / base).symlink_to(place.user / "home" / base)
@@ -197,8 +224,12 @@ def check(place: Place, name: str, limit: float) -> dict[str, Any]:
     if name == "check-old":
         new = json.loads((place.work / "check.json").read_text())
         there = {f"{title}, there": new["texts"].get(title, "") for title in facts["texts"]}
-        same |= {title: shared_start(facts["texts"][title.removesuffix(", there")], it) for title, it in there.items()}
-        problems += ["loss"] if abs(facts["loss"].get("merged", 0) - new["loss"].get("merged", 9)) > 0.02 else []
+        same |= {
+            title: shared_start(facts["texts"][title.removesuffix(", there")], it)
+            for title, it in there.items()
+        }
+        if abs(facts["loss"].get("merged", 0) - new["loss"].get("merged", 9)) > 0.02:
+            problems.append("loss")
     told = {"problems": problems, "as in 4 bit, and in the newer": same}
     return {**record, "ok": record["ok"] and not problems, "facts": facts | told}
 
@@ -236,7 +267,10 @@ def perform(place: Place, name: str, limit: float) -> None:
             record = PHASES[name][0](place, name, limit)
         except Exception as error:
             record = {"ok": False, "facts": {"harness": f"{type(error).__name__}: {error}"}}
-    asked = {log: path.read_text()[before[log] :].splitlines() if path.exists() else [] for log, path in logs.items()}
+    asked = {
+        log: path.read_text()[before[log] :].splitlines() if path.exists() else []
+        for log, path in logs.items()
+    }
     # That name datasets makes of the endpoint's: it is the Hub's.
     elsewhere = [line for line in asked["elsewhere.log"] if "http://datasets-server.127.0.0.1" not in line]
     fetched = [re.search(r"20\d GET /((?!api|xet).*)/resolve/[^/]+/(.*)", line) for line in asked["hub.log"]]
@@ -251,30 +285,42 @@ def perform(place: Place, name: str, limit: float) -> None:
 def report(place: Place) -> None:
     for name, record in place.state["phases"].items():
         disk, memory = record["gigabytes"]
-        how = f"{'ok' if record['ok'] else 'NOT OK':7}{record['seconds']:7} s  disk {disk:5} GB  memory {memory:5} GB"
+        how = f"{'ok' if record['ok'] else 'NOT OK':7}{record['seconds']:7} s  "
+        how += f"disk {disk:5} GB  memory {memory:5} GB"
         print(f"{name:26}{how}  elsewhere: {record['elsewhere'] or 'nothing'}")
         for title, value in record.get("facts", {}).items():
             if value:
-                print(f"    {title}: {value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)}")
+                text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+                print(f"    {title}: {text}")
     print("left:", *[name for name in PHASES if name not in place.state["phases"]] or ["nothing"], flush=True)
 
 
 if __name__ == "__main__":
     began = time.monotonic()
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("phases", nargs="*", help=f"of {', '.join(PHASES)}")
     parser.add_argument("--tiny", action="store_true")
     parser.add_argument("--gpu", type=Path, default=PROJECT / ".gpu", help="what shared/gpu/pack.sh packed")
-    parser.add_argument("--old", type=Path, help="a folder with transformers 4.57, tokenizers and huggingface_hub")
-    parser.add_argument("--ram", type=Path, default="/dev/shm/three-lines", help="for the Hub and the checks: 72 GB")
+    parser.add_argument(
+        "--old", type=Path, help="a folder with transformers 4.57, tokenizers and huggingface_hub"
+    )
+    parser.add_argument(
+        "--ram", type=Path, default="/dev/shm/three-lines", help="for the Hub and the checks: 72 GB"
+    )
     parser.add_argument("--work", type=Path, default="/tmp/three-lines", help="for the user's files: 46 GB")
-    parser.add_argument("--out", type=Path, default="/tmp/three-lines/out", help="gets logs and results, as they come")
+    parser.add_argument(
+        "--out", type=Path, default="/tmp/three-lines/out", help="gets logs and results, as they come"
+    )
     parser.add_argument("--seconds", type=float, default=3600)
     asked = parser.parse_args()
     for name in ("gpu", "old", "ram", "work", "out"):
         setattr(asked, name, (path := getattr(asked, name)) and path.resolve())
     place = Place(asked)
-    room = {str(disk): f"{shutil.disk_usage(disk).free / 1e9:.0f} GB free" for disk in (place.work, place.ram)}
+    room = {
+        str(disk): f"{shutil.disk_usage(disk).free / 1e9:.0f} GB free" for disk in (place.work, place.ram)
+    }
     print(room, "user:", place.user, flush=True)
     for name in asked.phases or [name for name in PHASES if name not in place.state["phases"]]:
         left = asked.seconds - (time.monotonic() - began)

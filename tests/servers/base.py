@@ -28,7 +28,7 @@ class Fault:
 
     status: answer with it at once; the request then has no effect.
     status="drop": close the connection without an answer, and without an effect either. With `after`, let the
-        request take effect and cut the answer's body after that many bytes: the commit lands, its answer is lost.
+        request take effect and cut the answer's body after that many bytes: the commit lands unheard.
     delay: seconds to wait first; with no status the request is served as usual after that.
     """
 
@@ -42,7 +42,8 @@ class Fault:
     after: int | None = None
 
     def matches(self, request: "Request") -> bool:
-        return self.times > 0 and self.method in ("*", request.method) and bool(re.search(self.path, request.path))
+        fits = self.method in ("*", request.method) and re.search(self.path, request.path)
+        return self.times > 0 and bool(fits)
 
 
 @dataclass
@@ -109,7 +110,7 @@ class Request:
     """One request: `params` are the route's named groups, unquoted; the body is read at most once."""
 
     def __init__(self, handler: BaseHTTPRequestHandler) -> None:
-        # Whole, not only its path: what a client sends to us as its proxy stays recognizable and matches no route.
+        # Whole, not only its path: what a client sends to us as its proxy matches no route.
         self.path, _, query = handler.path.partition("?")
         self.method, self.query = handler.command, parse_qs(query)
         self.headers = handler.headers

@@ -1,13 +1,13 @@
-"""A small Hugging Face Hub on loopback, for the unmodified huggingface_hub client, with Xet or HF_HUB_DISABLE_XET=1.
+"""A small Hugging Face Hub on loopback, for the unmodified client, with Xet or with HF_HUB_DISABLE_XET=1.
 
-Serves models and datasets: whoami, create_repo, repo_info, refs, list_repo_tree, paths-info, commits (regular, Xet and
-LFS files, deletions), pull requests by those who may write, README.md's YAML, downloads with Range, and with them
-snapshot_download and datasets.load_dataset. Large files go over Xet (xet.py) or LFS as the client asks for; what
-add_repo puts in a repo is there over both, what came by LFS, and files that add_repo was given by their paths, go by
-plain HTTP.
-Doesn't serve branches other than main, tags, discussions, merges, copies from another repo, gated repos, paged
-listings, redirects to a CDN or `expand`. Those answer 501 or are left out. Of a card's YAML, only license and tags are
-looked at.
+Serves models and datasets: whoami, create_repo, repo_info, list_repo_tree, paths-info, commits (regular, Xet
+and LFS files, deletions), pull requests made by a commit, README.md's YAML, downloads with Range, and with
+them snapshot_download and datasets.load_dataset. Large files go over Xet (xet.py) or LFS as the client asks
+for; what add_repo puts in a repo is there over both; what came by LFS, and files that add_repo was given by
+their paths, go by plain HTTP.
+Doesn't serve branches other than main, tags, refs, discussions, uploads in parts, merges, copies from another
+repo, gated repos, paged listings, redirects to a CDN or `expand`. Those answer 501 or are left out. Of a
+card's YAML, only license and tags are looked at.
 
     from servers.base import Fault
     from servers.hub import HubServer
@@ -36,7 +36,9 @@ from .repos import Commit, File, Repo, card_errors, listing
 from .xet import Scope, XetStorage
 
 LFS_SUFFIXES = {".bin", ".gguf", ".gz", ".model", ".onnx", ".parquet", ".pt", ".safetensors", ".zip"}
-GITATTRIBUTES = "".join(f"*{suffix} filter=lfs diff=lfs merge=lfs -text\n" for suffix in sorted(LFS_SUFFIXES)).encode()
+GITATTRIBUTES = "".join(
+    f"*{suffix} filter=lfs diff=lfs merge=lfs -text\n" for suffix in sorted(LFS_SUFFIXES)
+).encode()
 
 API = r"/api/(?P<type>model|dataset)s/(?P<repo>[^/]+/[^/]+)"
 GIT = r"/(?P<datasets>datasets/)?(?P<repo>[^/]+/[^/]+)"
@@ -50,22 +52,17 @@ def on_xet(handler: Callable[[XetStorage, Request], Reply]) -> Callable[["HubSer
 
 
 class HubServer(LoopbackServer):
-    """`tokens` maps a token to (user, role); every user may write to its own namespace and to `orgs`.
-
-    With `part_size`, larger LFS uploads go in parts of so many bytes.
-    """
+    """`tokens` maps a token to (user, role); every user may write to its own namespace and to `orgs`."""
 
     def __init__(
         self,
         tokens: dict[str, tuple[str, str]] | None = None,
         orgs: Iterable[str] = (),
         lfs_above: int = 10_000_000,
-        part_size: int | None = None,
     ) -> None:
         super().__init__()
-        self.tokens, self.orgs, self.lfs_above, self.part_size = tokens or {}, list(orgs), lfs_above, part_size
+        self.tokens, self.orgs, self.lfs_above = tokens or {}, list(orgs), lfs_above
         self.repos: dict[tuple[str, str], Repo] = {}
-        self._parts: dict[tuple[str, int], Path] = {}
         self._folder = TemporaryDirectory(prefix="hub-", ignore_cleanup_errors=True)
         self.xet = XetStorage(self.url + XET, self.save)
 
@@ -77,7 +74,9 @@ class HubServer(LoopbackServer):
         self, type: str, id: str, files: Mapping[str, bytes | Path] | None = None, private: bool = False
     ) -> Repo:
         """Creates a repo with one commit, for a test to start from; a Path is served from where it lies."""
-        tree = {path: self.seed(path, data) for path, data in (files or {}).items() if isinstance(data, bytes)}
+        tree = {
+            path: self.seed(path, data) for path, data in (files or {}).items() if isinstance(data, bytes)
+        }
         paths = {path: file for path, file in (files or {}).items() if isinstance(file, Path)}
         with ThreadPoolExecutor() as threads:
             tree |= zip(paths, threads.map(self.link, paths, paths.values()), strict=True)
@@ -163,7 +162,9 @@ class HubServer(LoopbackServer):
         with self.lock:
             exists = (type, id) in self.repos
             if not exists:
-                self.add_repo(type, id, {".gitattributes": GITATTRIBUTES}, asked.get("visibility") == "private")
+                self.add_repo(
+                    type, id, {".gitattributes": GITATTRIBUTES}, asked.get("visibility") == "private"
+                )
         url = {"url": f"{self.url}/{self.repos[type, id].path}"}
         error = {"error": f"You already created this {type} repo"} if exists else {}
         return Reply({**url, **error}, 409 if exists else 200)
@@ -180,32 +181,6 @@ class HubServer(LoopbackServer):
         info = {"id": repo.id, "author": repo.id.split("/")[0], "sha": commit.oid, "private": repo.private}
         dates = {"lastModified": commit.date, "createdAt": repo.commits[0].date}
         return Reply({**info, **dates, "gated": False, "disabled": False, "tags": [], "siblings": siblings})
-
-    def refs(self, request: Request) -> Reply:
-        repo = self.repo(request)
-        head = {"name": "main", "ref": "refs/heads/main", "targetCommit": repo.at("main").oid}
-        pulls = [{"name": pr.ref, "ref": pr.ref, "targetCommit": pr.commits[-1].oid} for pr in repo.pull_requests]
-        shown = {"pullRequests": pulls} if "include_prs" in request.query else {}
-        return Reply({"branches": [head], "tags": [], "converts": [], **shown})
-
-    def open_discussion(self, request: Request) -> Reply:
-        """Opens a pull request without a commit of its own yet, as upload_folder(create_pr=True) does first."""
-        repo, asked = self.repo(request, write=True), request.json()
-        if not asked["pullRequest"]:
-            raise HttpError(501, "the test server serves no discussions but pull requests")
-        with self.lock:
-            opened = repo.open(self.author(request), asked["title"], asked.get("description") or "", [*repo.commits])
-        return Reply({"num": opened.num, "pullRequest": True})
-
-    def discussion(self, request: Request) -> Reply:
-        repo, num = self.repo(request), int(request.params["num"])
-        found = next((pr for pr in repo.pull_requests if pr.num == num), None)
-        if found is None:
-            raise HttpError(404, "Discussion not found")
-        about = {"num": num, "title": found.title, "status": "draft", "isPullRequest": True, "events": []}
-        where = {"repo": {"name": repo.id, "type": repo.type}, "changes": {"base": "refs/heads/main"}}
-        dates = {"author": {"name": found.author}, "createdAt": found.commits[-1].date, "filesWithConflicts": []}
-        return Reply({**about, **where, **dates})
 
     def tree(self, request: Request) -> Reply:
         rows = listing(self.repo(request).at(request.params["rev"]))
@@ -235,36 +210,15 @@ class HubServer(LoopbackServer):
         folder = self.url + request.path.removesuffix("/batch")
         for asked in objects:
             if asked["oid"] not in repo.lfs:
-                upload = self.lfs_upload(f"{folder}/{asked['oid']}", asked["size"])
+                upload = {"href": f"{folder}/{asked['oid']}"}
                 asked["actions"] = {"upload": upload, "verify": {"href": f"{folder}/verify"}}
         return Reply({"transfer": "basic", "objects": objects})
 
-    def lfs_upload(self, url: str, size: int) -> dict[str, Any]:
-        if self.part_size is None or size <= self.part_size:
-            return {"href": url}
-        parts = {str(part): f"{url}/{part}" for part in range(1, -(-size // self.part_size) + 1)}
-        return {"href": f"{url}/complete", "header": {"chunk_size": str(self.part_size), **parts}}
-
-    def lfs_put_part(self, request: Request) -> Reply:
-        part = self.save(request.chunks(), lfs=True)
-        self._parts[request.params["oid"], int(request.params["part"])] = part.blob
-        return Reply(headers={"ETag": f'"{part.sha256}"'})
-
-    def lfs_complete(self, request: Request) -> Reply:
-        oid = request.params["oid"]
-        parts = [self._parts.get((oid, part["partNumber"])) for part in request.json()["parts"]]
-        if None in parts:
-            raise HttpError(400, "not all parts were uploaded")
-        return self.lfs_keep(request, (part.read_bytes() for part in parts if part))
-
     def lfs_put(self, request: Request) -> Reply:
-        return self.lfs_keep(request, request.chunks())
-
-    def lfs_keep(self, request: Request, chunks: Iterable[bytes]) -> Reply:
         # The client sends no token here, as the real upload goes to signed addresses of a storage service.
         params = request.params
         repo = self.repos["dataset" if params["datasets"] else "model", params["repo"]]
-        if self.save(chunks, lfs=True).sha256 != params["oid"]:
+        if self.save(request.chunks(), lfs=True).sha256 != params["oid"]:
             raise HttpError(400, "the content's sha256 isn't the oid")
         repo.lfs.add(params["oid"])
         return Reply(headers={"ETag": f'"{params["oid"]}"'})
@@ -283,7 +237,11 @@ class HubServer(LoopbackServer):
         scope: Scope = "write" if request.params["scope"] == "write" else "read"
         token = self.xet.hand_out(self.repo(request, scope == "write"), scope)
         expires = int(time.time()) + 3600
-        headers = {"X-Xet-Cas-Url": self.xet.url, "X-Xet-Access-Token": token, "X-Xet-Token-Expiration": str(expires)}
+        headers = {
+            "X-Xet-Cas-Url": self.xet.url,
+            "X-Xet-Access-Token": token,
+            "X-Xet-Token-Expiration": str(expires),
+        }
         return Reply({"casUrl": self.xet.url, "accessToken": token, "exp": expires}, headers=headers)
 
     def commit(self, request: Request) -> Reply:
@@ -321,7 +279,9 @@ class HubServer(LoopbackServer):
             raise HttpError(400, f"LFS object of {path} was never uploaded")
         elif key in ("deletedFile", "deletedFolder"):
             folder = path.rstrip("/") + "/"
-            gone = [name for name in tree if (name == path if key == "deletedFile" else name.startswith(folder))]
+            gone = [
+                name for name in tree if (name == path if key == "deletedFile" else name.startswith(folder))
+            ]
             if not gone:
                 raise HttpError(404, "A file with this name doesn't exist", X_Error_Code="EntryNotFound")
             for name in gone:
@@ -348,9 +308,6 @@ class HubServer(LoopbackServer):
         ("POST", "/api/validate-yaml", validate_yaml),
         ("POST", "/api/repos/create", create_repo),
         ("GET", API + f"(/revision{REV})?", repo_info),
-        ("GET", API + "/refs", refs),
-        ("POST", API + "/discussions", open_discussion),
-        ("GET", API + r"/discussions/(?P<num>\d+)", discussion),
         ("GET", API + f"/tree{REV}(/(?P<path>.+))?", tree),
         ("POST", API + f"/paths-info{REV}", paths_info),
         ("POST", API + f"/preupload{REV}", preupload),
@@ -359,8 +316,6 @@ class HubServer(LoopbackServer):
         ("POST", GIT + r"\.git/info/lfs/objects/batch", lfs_batch),
         ("POST", GIT + r"\.git/info/lfs/objects/verify", lfs_verify),
         ("PUT", GIT + LFS_OBJECT, lfs_put),
-        ("PUT", GIT + LFS_OBJECT + r"/(?P<part>\d+)", lfs_put_part),
-        ("POST", GIT + LFS_OBJECT + "/complete", lfs_complete),
         ("GET", GIT + f"/resolve{REV}/(?P<path>.+)", resolve),
         *((method, XET + path, on_xet(handler)) for method, path, handler in XetStorage.routes),
     )

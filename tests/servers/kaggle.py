@@ -1,6 +1,6 @@
 """The secrets service of Kaggle's notebooks on loopback, for a client with KAGGLE_URL_BASE set to its `url`.
 
-Serves a secret by its label to whoever shows the notebook's token. Doesn't serve the tokens of Google's services.
+Serves a secret by its label to whoever shows the notebook's token; no tokens of Google's services.
 """
 
 from .base import HttpError, LoopbackServer, Reply, Request

@@ -32,7 +32,8 @@ class File:
 
     @property
     def pointer(self) -> bytes:
-        return f"version https://git-lfs.github.com/spec/v1\noid sha256:{self.sha256}\nsize {self.size}\n".encode()
+        version = "version https://git-lfs.github.com/spec/v1"
+        return f"{version}\noid sha256:{self.sha256}\nsize {self.size}\n".encode()
 
     @property
     def oid(self) -> str:
@@ -43,13 +44,14 @@ class File:
         return self.sha256 if self.lfs else self.oid
 
     def entry(self, path: str) -> dict[str, Any]:
-        lfs = {"lfs": {"oid": self.sha256, "size": self.size, "pointerSize": len(self.pointer)}} if self.lfs else {}
+        about = {"oid": self.sha256, "size": self.size, "pointerSize": len(self.pointer)} if self.lfs else {}
+        lfs = {"lfs": about} if self.lfs else {}
         xet = {"xetHash": self.xet_hash} if self.xet_hash else {}
         return {"type": "file", "path": path, "size": self.size, "oid": self.oid, **lfs, **xet}
 
 
 class Contents(Mapping[str, bytes]):
-    """path → bytes, read from disk when asked for: a model of 300 MB stays out of memory until a test wants it."""
+    """path → bytes, read from disk when asked for: 300 MB stay out of memory until a test wants them."""
 
     def __init__(self, tree: dict[str, File]) -> None:
         self.tree = tree
@@ -74,7 +76,9 @@ class Commit:
 
     @property
     def oid(self) -> str:
-        return hashlib.sha1(repr((self.parent, self.title, sorted(self.tree.items()), self.date)).encode()).hexdigest()
+        return hashlib.sha1(
+            repr((self.parent, self.title, sorted(self.tree.items()), self.date)).encode()
+        ).hexdigest()
 
     @property
     def files(self) -> Contents:
@@ -137,7 +141,10 @@ class Repo:
 def listing(commit: Commit) -> dict[str, dict[str, Any]]:
     """Every file and folder of a commit as the tree and paths-info endpoints describe it."""
     folders = {str(parent) for path in commit.tree for parent in PurePosixPath(path).parents} - {"."}
-    rows = {path: {"type": "directory", "path": path, "size": 0, "oid": git_oid(path.encode())} for path in folders}
+    rows = {
+        path: {"type": "directory", "path": path, "size": 0, "oid": git_oid(path.encode())}
+        for path in folders
+    }
     rows |= {path: file.entry(path) for path, file in commit.tree.items()}
     return dict(sorted(rows.items()))
 

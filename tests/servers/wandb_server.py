@@ -1,7 +1,7 @@
-"""A small Weights & Biases server on loopback, for the unmodified wandb client with WANDB_BASE_URL set to its `url`.
+"""A small Weights & Biases server on loopback, for the unmodified client whose WANDB_BASE_URL is its `url`.
 
 Serves wandb.login(verify=True) and online runs: init (also with resume), log, summary, files, finish.
-Doesn't serve artifacts, media, sweeps, reports, the public API, or telemetry (404, which the client shrugs off).
+Doesn't serve artifacts, media, sweeps, reports, the public API, or telemetry (404, which is shrugged off).
 
     from servers.wandb_server import WandbServer
 
@@ -28,7 +28,7 @@ class Run:
     display_name: str
     raw_config: dict[str, Any] = field(default_factory=dict)  # {"lr": {"value": 1}}, as it travels
     lines: dict[str, dict[int, str]] = field(default_factory=dict)  # streamed file → line number → line
-    files: dict[str, bytes] = field(default_factory=dict)  # uploaded files: config.yaml, wandb-metadata.json, ...
+    files: dict[str, bytes] = field(default_factory=dict)  # uploaded: config.yaml, wandb-metadata.json, ...
     finished: bool = False
     exitcode: int | None = None
 
@@ -47,14 +47,17 @@ class Run:
 
     def bucket(self) -> dict[str, Any]:
         """The run as GraphQL shows it; the line counts and tails let a resumed run go on where it stopped."""
-        project = {"id": self.project, "name": self.project, "entity": {"id": self.entity, "name": self.entity}}
+        entity = {"id": self.entity, "name": self.entity}
+        project = {"id": self.project, "name": self.project, "entity": entity}
         files = {"history": "wandb-history.jsonl", "events": "wandb-events.jsonl", "log": "output.log"}
         counts = {f"{kind}LineCount": len(self.lines.get(file, {})) for kind, file in files.items()}
-        tails = {f"{kind}Tail": json.dumps(list(self.lines.get(files[kind], {}).values())[-1:]) for kind in files}
+        lasts = {kind: list(self.lines.get(file, {}).values())[-1:] for kind, file in files.items()}
+        tails = {f"{kind}Tail": json.dumps(last) for kind, last in lasts.items()}
         texts = {"config": json.dumps(self.raw_config), "summaryMetrics": json.dumps(self.summary)}
-        texts["wandbConfig"] = json.dumps({"t": 1})  # the client takes a run without it for one that never began
+        texts["wandbConfig"] = json.dumps({"t": 1})  # without it the client believes that the run never began
         names = {"id": self.name, "name": self.name, "displayName": self.display_name, "description": ""}
-        return {**names, "project": project, "sweepName": None, "tags": [], "notes": "", **counts, **tails, **texts}
+        about: dict[str, Any] = {"project": project, "sweepName": None, "tags": [], "notes": ""}
+        return {**names, **about, **counts, **tails, **texts}
 
 
 class WandbServer(LoopbackServer):
@@ -132,7 +135,9 @@ class WandbServer(LoopbackServer):
         "Viewer": viewer,
         "GetViewer": viewer,
         "ServerFeaturesQuery": lambda server, user, variables: {"serverInfo": {"features": []}},
-        "OrganizationCoreWeaveOrganizationID": lambda server, user, variables: {"entity": {"organization": None}},
+        "OrganizationCoreWeaveOrganizationID": lambda server, user, variables: {
+            "entity": {"organization": None}
+        },
         "UpsertBucket": upsert_run,
         "RunResumeStatus": resume_status,
         "CreateRunFiles": create_files,

@@ -1,9 +1,9 @@
 """The Hub's Xet storage service on loopback, for the unmodified hf_xet client.
 
-Serves xorb uploads (by grants, as hf_xet 1.8 does, and direct, as older ones do), shards and reconstructions (each v1
-and v2) and the signed addresses that xorbs are fetched from. Xorbs stay on disk as they were sent. A file whose shard
-arrives is put together once, and refused if its sha256 isn't the one that the shard claims.
-Doesn't serve dedup across clients (every chunk query answers 404), and doesn't check BLAKE3 hashes or CRC-64 sums.
+Serves xorb uploads (by grants, as hf_xet 1.8 does, and direct, as older ones do), shards and reconstructions
+(each v1 and v2) and the signed addresses that xorbs are fetched from. Xorbs stay on disk as they were sent. A
+file whose shard arrives is put together once, and refused if its sha256 isn't the one that the shard claims.
+Doesn't serve dedup across clients (every chunk query answers 404), nor check BLAKE3 hashes or CRC-64 sums.
 
 The formats are described at huggingface.co/docs/xet.
 """
@@ -103,7 +103,11 @@ class Term:
         return cls(hex_hash(xorb), size, start, stop)
 
     def entry(self) -> dict[str, Any]:
-        return {"hash": self.xorb, "unpacked_length": self.size, "range": {"start": self.start, "end": self.stop}}
+        return {
+            "hash": self.xorb,
+            "unpacked_length": self.size,
+            "range": {"start": self.start, "end": self.stop},
+        }
 
 
 @dataclass(frozen=True)
@@ -137,7 +141,8 @@ class Shard:
 
     @classmethod
     def parse(cls, data: bytes) -> "Shard":
-        rows = iter([data[start : start + ROW] for start in range(ROW, len(data), ROW)])  # from after the header
+        # From after the header.
+        rows = iter([data[start : start + ROW] for start in range(ROW, len(data), ROW)])
         files = [parse_file(row, rows) for row in takewhile(is_entry, rows)]
         return cls(files, [parse_xorb(row, rows) for row in takewhile(is_entry, rows)])
 
@@ -178,7 +183,7 @@ def merged(terms: list[Term], xorb: str) -> list[list[int]]:
 
 
 class XetStorage:
-    """Keeps xorbs and files for a server at `url`; `save` writes chunks to a file on disk named by its sha256."""
+    """Keeps xorbs and files for a server at `url`; `save` writes chunks to a file named by its sha256."""
 
     def __init__(self, url: str, save: Callable[[Iterable[bytes], bool], File]) -> None:
         self.url, self.save = url, save
@@ -244,7 +249,9 @@ class XetStorage:
         for hash in shard.xorbs:
             self.xorb(hash)
         for file in shard.files:
-            chunks = (data for term in file.terms for data in self.xorb(term.xorb).data(term.start, term.stop))
+            chunks = (
+                data for term in file.terms for data in self.xorb(term.xorb).data(term.start, term.stop)
+            )
             if self.save(chunks, True).sha256 != file.sha256:
                 raise HttpError(400, "the content's sha256 isn't the shard's")
             self.files[file.hash] = file
@@ -253,7 +260,7 @@ class XetStorage:
         return Reply({"result": 1} if request.params["version"] == "1" else {"type": "result"})
 
     def adopt(self, file: File) -> str:
-        """Makes a file of the server's own downloadable; its hashes are no BLAKE3, which hf_xet doesn't mind."""
+        """Makes a file of the server's own downloadable; its hashes are no BLAKE3, which is taken."""
         terms = []
         with file.blob.open("rb") as content:
             while chunks := list(islice(iter(lambda: content.read(MAX_CHUNK), b""), CHUNKS)):
@@ -274,9 +281,16 @@ class XetStorage:
             raise HttpError(404, "no such file")
         start, stop = byte_range(request.headers.get("Range", "bytes=0-"), file.size)
         offset, terms = file.part(start, stop)
-        key, source = ("fetch_info", self.source_v1) if request.params["version"] == "1" else ("xorbs", self.source_v2)
-        sources = {xorb: [source(xorb, *run) for run in merged(terms, xorb)] for xorb in {term.xorb for term in terms}}
-        return Reply({"offset_into_first_range": offset, "terms": [term.entry() for term in terms], key: sources})
+        key, source = (
+            ("fetch_info", self.source_v1) if request.params["version"] == "1" else ("xorbs", self.source_v2)
+        )
+        sources = {
+            xorb: [source(xorb, *run) for run in merged(terms, xorb)]
+            for xorb in {term.xorb for term in terms}
+        }
+        return Reply(
+            {"offset_into_first_range": offset, "terms": [term.entry() for term in terms], key: sources}
+        )
 
     def source_v1(self, hash: str, start: int, stop: int) -> dict[str, Any]:
         """Where to fetch a run of a xorb's chunks."""
