@@ -126,7 +126,7 @@ MISTAKES = {
     "folder that cannot be made": (f"{TRAIN} --run-dir empty.jsonl/run", ["path"]),
     "training where a run is": (f"{TRAIN} --run-dir runs/unfinished", ["--run-dir", "--resume"]),
     "a run without saying what to do with it": ("train runs/unfinished", ["train --resume runs/unfinished"]),
-    "resuming what is not there": ("train --resume runs/nope", ["runs/nope is no run folder"]),
+    "resuming what is not there": ("train --resume runs/nope", ["runs/nope", "--resume", "no run folder"]),
     "resuming another training": ("train --resume runs/unfinished --lora-r 8", ["--lora-r was 16, now 8"]),
     "resuming another version's run": ("train --resume runs/old", ["runs/old", "packing"]),
     # questions
@@ -144,8 +144,8 @@ MISTAKES = {
     ),
     "answers over something": ("infer --file q.jsonl -o full/mine.txt", ["--output", "there already"]),
     # a run's adapter
-    "no run there": ("save --run full", ["full is no run folder", "train"]),
-    "evaluating no run": ("eval --run full", ["full is no run folder"]),
+    "no run there": ("save --run full", ["full", "--run", "no run folder"]),
+    "evaluating no run": ("eval --run full", ["full", "--run", "no run folder"]),
     "run without adapter": ("save --run runs/unfinished --as adapter", ["--run", "no adapter", "failed"]),
     "saving over something": ("save -o full", ["--output", "there already"]),
     "a Modelfile for an adapter": ("save --as adapter --modelfile", ["--modelfile", "--as"]),
