@@ -70,6 +70,27 @@ def test_a_saved_tokenizer_is_the_same_to_plain_transformers_and_has_what_4_and_
     assert template is None or template == (tmp_path / "chat_template.jinja").read_text()
 
 
+def without_eos(folder):
+    settings = read_json(folder / "tokenizer_config.json")
+    del settings["eos_token"]
+    finetune_r1.write_json(folder / "tokenizer_config.json", settings)
+
+
+@pytest.mark.parametrize(
+    ("damage", "said"),
+    [
+        (lambda folder: (folder / "config.json").unlink(), "has no config.json"),
+        (lambda folder: (folder / "tokenizer.json").unlink(), "has no tokenizer.json"),
+        (without_eos, "has no end-of-text token"),
+        (lambda folder: [path.unlink() for path in folder.glob("*.safetensors")], "safetensors"),
+    ],
+)
+def test_a_folder_that_lacks_a_part_is_refused_with_its_name(tiny_deepseek, told, tmp_path, damage, said):
+    damage(shutil.copytree(tiny_deepseek, tmp_path / "model"))
+    done = told(["load", "--model", "model"])
+    assert done.code == 1 and said in done.err and "error: " in done.err and "next: " in done.err
+
+
 def test_a_tokenizer_that_loses_text_is_refused(tiny_r1, tmp_path):
     """As transformers 5 leaves it, saved and loaded again."""
     from transformers import AutoTokenizer
