@@ -20,9 +20,10 @@ SHORT = GenerationConfig(max_new_tokens=4)
 
 @pytest.fixture(scope="module")
 def config(tiny_r1):
+    """Three steps are an epoch, and two micro-batches a step."""
     return TrainConfig(
-        model=str(tiny_r1), dataset=str(SAMPLE), split="train[:16]", eval_rows=4, eval_steps=100,
-        max_seq_length=768, max_steps=6, warmup_steps=1, effective_batch=2, learning_rate=1e-2,
+        model=str(tiny_r1), dataset=str(SAMPLE), split="train[:10]", eval_rows=4, eval_steps=100,
+        max_seq_length=768, max_steps=6, warmup_steps=1, effective_batch=2, micro_batch=1, learning_rate=1e-2,
         logging_steps=1, save_steps=2, load_in_4bit=False, max_new_tokens=4, wandb=False,
     )  # fmt: skip
 
@@ -213,6 +214,15 @@ def test_a_finished_run_is_not_trained_further(undisturbed, config, told, tmp_pa
     assert "no run under runs/ is unfinished" in told(["train", "--resume"]).err
 
 
+def test_the_newest_run_that_has_begun_is_taken_and_named(stopped, told):
+    """One that failed before its first checkpoint is newer, and no choice."""
+    empty = Run(shutil.copytree(stopped.folder, stopped.folder.parent / "failed"))
+    shutil.rmtree(empty / "checkpoints")
+    empty.update(status="failed", ended="2999-01-01T00:00:00+0000")
+    resumed = told(["train", "--resume", "--lora-r", 8], stopped.folder.parent.parent)
+    assert "resuming runs/stopped after step 3" in resumed.err and "was 16, now 8" in resumed.err
+
+
 @pytest.mark.parametrize(
     ("changed", "said"),
     [
@@ -228,7 +238,7 @@ def test_another_training_is_refused_with_the_difference_named(timed_out, config
 
 
 def test_how_often_it_is_saved_logged_and_how_long_it_runs_may_change(timed_out, config):
-    changed = {"save_steps": 3, "logging_steps": 2, "max_time": 60.0, "keep_checkpoints": 1, "micro_batch": 1}
+    changed = {"save_steps": 3, "logging_steps": 2, "max_time": 60.0, "keep_checkpoints": 1, "micro_batch": 2}
     goes_on = finetune_r1.resumed_config(
         timed_out, dataclasses.replace(config, **changed, lora_r=8), set(changed)
     )
@@ -251,16 +261,21 @@ def test_other_rows_or_another_prompt_are_refused(killed, config, tmp_path, monk
 # ------------------------------------------------------------------------------------- signals and full disks
 
 
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+# Ctrl-C, what Kaggle and Slurm send, and a terminal that is closed.
+SIGNALS = [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGHUP, 129)]
+
+
+@pytest.mark.parametrize(("number", "code"), SIGNALS)
 def test_a_signal_ends_the_step_and_leaves_a_checkpoint(
     config, undisturbed, tmp_path, monkeypatch, number, code
 ):
     import trl
 
-    training_step, run = trl.SFTTrainer.training_step, Run(tmp_path / "run")
+    training_step, run, sent = trl.SFTTrainer.training_step, Run(tmp_path / "run"), []
 
     def disturbed(trainer, *arguments):
-        if trainer.state.global_step == 2:
+        if trainer.state.global_step == 2 and not sent:
+            sent.append(number)
             os.kill(os.getpid(), number)
         return training_step(trainer, *arguments)
 
@@ -282,6 +297,14 @@ def test_a_second_signal_leaves_at_once():
         os.kill(os.getpid(), signal.SIGTERM)
         assert stop == [signal.SIGTERM]
         os.kill(os.getpid(), signal.SIGTERM)
+
+
+def test_a_lost_pipe_or_terminal_costs_nothing():
+    reader, writer = os.pipe()
+    os.close(reader)
+    with os.fdopen(writer, "w") as pipe:
+        for _ in range(3):
+            assert finetune_r1.LastingStream(pipe).write("step 00001\n") == 11
 
 
 def test_a_full_disk_stops_the_run_with_a_message_and_the_last_checkpoint_intact(

@@ -136,8 +136,8 @@ def ending_like(generate: Any, lengths: list[int]) -> Any:
 def answer(kind: str, run: finetune_r1.Run, new_tokens: int, output: Path) -> None:
     """Tokens a second of one question and of 32, after a warm-up of 8 tokens.
 
-    Each answer ends where its row's does, or after `new_tokens`. `plain` is Unsloth as the notebook has it, one
-    batch by one `generate`.
+    Each answer ends where its row's does, or after `new_tokens`. `plain` is Unsloth as the notebook has it,
+    one batch by one `generate`.
     """
     import torch
 
@@ -215,8 +215,8 @@ def matmul_tflops() -> float:
 def report(results: list[dict[str, Any]], tokens: float, rows: int, ceiling: float) -> None:
     """A table.
 
-    `ratio` and `cold` are the recipe's pace and wall time over a variant's, `loss` is the most that a loss differs
-    from the recipe's, `matmul` the share of `ceiling` in TFLOP/s at the 8B's 30.9 GFLOP a token.
+    `ratio` and `cold` are the recipe's pace and wall time over a variant's, `loss` is the most that a loss
+    differs from the recipe's, `matmul` the share of `ceiling` in TFLOP/s at the 8B's 30.9 GFLOP a token.
     """
     titles = ("s/step", "rows/s", "tok/s", "matmul", "GiB", "wall s", "ratio", "cold", "loss")
     print(f"\n{'':22}", *(f"{title:>8}" for title in titles))
