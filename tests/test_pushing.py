@@ -106,15 +106,9 @@ adapter = logits(PeftModel.from_pretrained(base(), "{REPO}", subfolder="adapter"
 assert torch.equal(adapter, logits(PeftModel.from_pretrained(base(), "{run}/adapter")))
 assert not torch.equal(adapter, logits(base()))
 """
-    environment = {
-        "HF_ENDPOINT": hub.url,
-        "HF_TOKEN": WRITE,
-        "HF_HOME": str(tmp_path),
-        "HF_HUB_DISABLE_XET": "0",
-    }
-    done = subprocess.run(
-        [sys.executable, "-c", code], env={**os.environ, **environment}, capture_output=True, text=True
-    )
+    here = {"HF_ENDPOINT": hub.url, "HF_TOKEN": WRITE, "HF_HOME": str(tmp_path), "HF_HUB_DISABLE_XET": "0"}
+    how = {"env": {**os.environ, **here}, "capture_output": True, "text": True}
+    done = subprocess.run([sys.executable, "-c", code], **how)
     assert done.returncode == 0, done.stderr
 
 
