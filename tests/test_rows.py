@@ -170,6 +170,11 @@ def test_an_empty_folder_an_absent_file_and_one_of_another_kind_are_named(tmp_pa
         questions(tmp_path / name)
 
 
+def test_a_folder_that_is_not_there_and_can_be_no_name_on_the_hub_is_told_so(told):
+    done = told(["format", "--dataset", "my rows", "--split", "train"])
+    assert done.code == 1 and "my rows" in done.err and done.err.splitlines()[-1].startswith("next:  ")
+
+
 def test_a_broken_file_stops_the_commands_with_one_line_each_for_what_and_what_next(told, tiny_r1, tmp_path):
     (tmp_path / "latin.jsonl").write_bytes((GOOD_LINE + '{"Question": "naïve"}').encode("latin-1"))
     for command in ("format", "train"):
