@@ -317,6 +317,7 @@ NOT_REACHED = "the Hub was not reached: try later (`doctor` tells); local --mode
 ADVICE = {
     "GatedRepoError": "ask for access on the model's page, then `login`",
     "RepositoryNotFoundError": "check the name given to --model or --repo; a private one needs `login`",
+    "HFValidationError": "check the name: OWNER/NAME on the Hub, or a path that is there",
     "HTTP 401": "the token was refused: make a new one, then `login`",
     "HTTP 403": "the token may not do that: make one with write access to this repository, then `login`",
     "HTTP 409|HTTP 412": "the repository changed meanwhile: look at it, then `push` again",
@@ -606,7 +607,10 @@ def versions() -> dict[str, str]:
     line = "git rev-parse -q --verify HEAD"
     commit = subprocess.run(line, shell=True, cwd=PROJECT, capture_output=True, text=True).stdout.strip()
     found = {"finetune_r1": commit or "no git checkout", "python": sys.version.split()[0]}
-    return found | {name: metadata.version(name) for name in PACKAGES.split()}
+    for name in PACKAGES.split():
+        known = next(iter(metadata.Distribution.discover(name=name)), None)
+        found[name] = known.version if known else "missing"
+    return found
 
 
 # ------------------------------------------------------------------------------------------------------ rows
@@ -633,12 +637,14 @@ def read_records(config: DataConfig) -> Any:
         raise UserError(f"--dataset {path}: not one of {', '.join(READERS)}.", "convert it, or name another")
     if path.exists() or reader:
         source: dict[str, Any] = {"path": reader, "data_files": str(path)} if reader else {"path": str(path)}
-        if reader == "csv":  # text stays text, be it a number or "NA", and a column has one type throughout
+        # Text in CSV stays text, be it a number or "NA", and a column has one type throughout.
+        if reader == "csv" or (path.is_dir() and any(path.rglob("*.csv"))):
             source |= {"converters": dict.fromkeys(config.columns, str), "keep_default_na": False}
             source["chunksize"] = 10**9
         elif reader == "json" and path.exists():  # in one piece, or an error would tell the wrong row
             source["chunksize"] = min(path.stat().st_size + 1, GIB)
         datasets.disable_progress_bars()
+        logging.getLogger("datasets").setLevel(logging.CRITICAL if reader else logging.WARNING)
         try:
             records = datasets.load_dataset(**source, split=config.split)
             records.data.validate(full=True)
@@ -796,12 +802,12 @@ def download_model(name: str, weights: bool = True, revision: str | None = None)
 
     What the cache lacks is downloaded, without `weights` only the small files. Weights are safetensors alone.
     """
-    if Path(name).is_dir():
-        return Path(name)
-    use_hub_token()
-    patterns = ["*.json", "*.jinja"] + (["model*.safetensors"] if weights else [])
-    wanted = {"allow_patterns": patterns, "ignore_patterns": "*/*"}
-    folder = Path(huggingface_hub.snapshot_download(name, revision=revision, **wanted))
+    folder = Path(name)
+    if not folder.is_dir():
+        use_hub_token()
+        patterns = ["*.json", "*.jinja"] + (["model*.safetensors"] if weights else [])
+        wanted = {"allow_patterns": patterns, "ignore_patterns": "*/*"}
+        folder = Path(huggingface_hub.snapshot_download(name, revision=revision, **wanted))
     if weights and not any(folder.glob("model*.safetensors")):
         way_out = "name a model that has: .bin and .pt files are pickles, which can run code"
         raise UserError(f"--model {name} has no weights as safetensors.", way_out)
