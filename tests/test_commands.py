@@ -64,6 +64,8 @@ def folder(tmp_path, tiny_r1):
         "mixed/adapter_config.json": "{}",
         "mixed/model.safetensors": "{}",
         "bad_model/config.json": '{"model_type": "lla',
+        "bad_model/model.safetensors": "{}",
+        "no_weights/config.json": "{}",
         "runs/unfinished/run.json": '{"status": "failed"}',
         "runs/unfinished/config.json": "{}",
         "runs/old/run.json": '{"status": "failed"}',
@@ -93,6 +95,7 @@ MISTAKES = {
     "folder without model": ("load --model no_model", ["--model", "config.json"]),
     "a model and an adapter in one folder": ("load --model mixed", ["twice", "move"]),
     "a model whose config is cut": ("load --model bad_model", ["config.json"]),
+    "a model without weights": ("load --model no_weights", ["--model no_weights", "safetensors"]),
     # the rows
     "no such file": ("train --model tiny --dataset nope.jsonl", ["--dataset nope.jsonl"]),
     "empty file": (f"{FORMAT} empty.jsonl", ["--dataset empty.jsonl", "is empty"]),
