@@ -654,15 +654,16 @@ def read_records(config: DataConfig) -> Any:
         raise UserError(f"--dataset {path}: not one of {', '.join(READERS)}.", "convert it, or name another")
     if path.exists() or reader:
         source: dict[str, Any] = {"path": reader, "data_files": str(path)} if reader else {"path": str(path)}
-        tables = [path] if reader == "csv" and path.exists() else sorted(path.rglob("*.[ct]sv"))
-        for table in tables:  # text stays text, be it a number or "NA", and a column has one type throughout
-            source |= {"converters": dict.fromkeys(config.columns, str), "keep_default_na": False}
-            source |= {"chunksize": 10**9, "sep": check_csv(table)}
-        if reader == "json" and path.exists():  # in one piece, or an error would tell the wrong row
-            source["chunksize"] = min(path.stat().st_size + 1, GIB)
         datasets.disable_progress_bars()
         logging.getLogger("datasets").setLevel(logging.CRITICAL if reader else logging.WARNING)
         try:
+            tables = [path] if reader == "csv" else sorted(path.rglob("*.[ct]sv"))
+            for table in tables:
+                # Text stays text, be it a number or "NA", and a column has one type throughout.
+                source |= {"converters": dict.fromkeys(config.columns, str), "keep_default_na": False}
+                source |= {"chunksize": 10**9, "sep": check_csv(table)}
+            if reader == "json":  # in one piece, or an error would tell the wrong row
+                source["chunksize"] = min(path.stat().st_size + 1, GIB)
             records = datasets.load_dataset(**source, split=config.split)
             records.data.validate(full=True)
         except Exception as error:  # each reader has its own; the cause tells the row, counted from 0
@@ -681,17 +682,15 @@ def read_records(config: DataConfig) -> Any:
 def check_csv(path: Path) -> str:
     """The delimiter of a CSV file; raises for a row that has more or fewer fields than the header."""
     csv.field_size_limit(sys.maxsize)
-    with path.open(encoding="utf-8-sig", errors="replace", newline="") as file:
+    with path.open(encoding="utf-8-sig", newline="") as file:
         delimiter = max(",;\t", key=file.readline().count)
         file.seek(0)
         rows = csv.reader(file, delimiter=delimiter)
         header = next(rows, [])
         for row in rows:
             if row and len(row) != len(header):
-                fault = (
-                    f"--dataset {path}: line {rows.line_num} has {len(row)} fields, the header {len(header)}."
-                )
-                raise UserError(fault, f"put quotes around a field that holds {delimiter!r} or a line end")
+                fault = f"line {rows.line_num} has {len(row)} fields, the header {len(header)}"
+                raise ValueError(f"{fault}; quote a field that holds {delimiter!r} or a line end")
     return delimiter
 
 
@@ -1614,7 +1613,13 @@ def row_losses(loaded: LoadedModel, rows: Any) -> dict[str, list[float]]:
 
 
 def evaluate(
-    loaded: LoadedModel, run: Run, rows: Any, choices: Any, answers: int, config: GenerationConfig, name: str
+    loaded: LoadedModel,
+    run: Run,
+    rows: Any,
+    choices: Any,
+    answers: int,
+    config: GenerationConfig,
+    name: str = "eval",
 ) -> dict[str, Any]:
     """Compares base and tuned on held-out `rows` or multiple `choices`; writes `name`.json into the run.
 
@@ -2036,7 +2041,7 @@ def track_in_wandb(config: TrainConfig, run: Run) -> Iterator[bool]:
 # JSON; `command` sees to both, to the environment and to errors.
 
 plain: Any = {"rich_markup_mode": None, "pretty_exceptions_enable": False}
-app = typer.Typer(no_args_is_help=True, context_settings={"help_option_names": ["-h", "--help"]}, **plain)
+app = typer.Typer(no_args_is_help=True, context_settings={"help_option_names": ["--help", "-h"]}, **plain)
 
 RunOption = Annotated[Path | None, typer.Option("--run", help="Run folder (default: the newest).")]
 RunDirOption = Annotated[Path | None, typer.Option(help="New run folder (default: runs/ and the time).")]
@@ -2136,7 +2141,7 @@ def demo(run_dir: RunDirOption = None) -> dict[str, Any]:
     config = TrainConfig(model=str(demo_model()), **DEMO)
     run = Run(run_dir or RUNS / f"{time.strftime('%Y%m%d-%H%M%S')}-demo")
     loaded, held_out = train_run(config, run)
-    report = evaluate(loaded, run, held_out, [], 8, config, "eval")
+    report = evaluate(loaded, run, held_out, [], 8, config)
     # In a process of its own, as Unsloth has patched this one's model classes; if it fails, it says why.
     line = [sys.executable, __file__, "save", "--run", str(run), "--json"]
     saved = subprocess.run(line, stdout=subprocess.PIPE, text=True)
