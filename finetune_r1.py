@@ -354,7 +354,7 @@ def advice(error: BaseException | None) -> str | None:
         return error.next_step
     in_text = re.search(r"HTTP status \w+ error \((\d+)", str(error))  # hf_xet raises a bare ConnectionError
     status = in_text[1] if in_text else getattr(getattr(error, "response", None), "status_code", "")
-    signs = " ".join(kind.__name__ for kind in type(error).__mro__) + f" HTTP {status} {error}"
+    signs = f"{type(error).__mro__} HTTP {status} {error}"
     for sign, next_step in ADVICE.items():
         if re.search(sign, signs):
             return next_step
@@ -501,7 +501,7 @@ class Run:
         if folder and not folder.exists():
             folder = RUNS / folder  # by its name
         if folder and not (folder / "run.json").is_file():
-            known = [path.parent.name for path in RUNS.glob("*/run.json")]
+            known = [path.name for path in RUNS.glob("*")]
             near = difflib.get_close_matches(folder.name, known, cutoff=0.5)
             fault = f"{folder} (--run or --resume) is no run folder: it has no run.json."
             raise UserError(
@@ -580,7 +580,7 @@ class Run:
         """Raises if something is in the folder."""
         if (self / "run.json").exists():
             raise UserError(f"--run-dir {self}: a run is in it.", f"`train --resume {self}`, or a new folder")
-        if self.folder.exists() and {path.name for path in self.folder.iterdir()} - {".lock"}:
+        if self.folder.exists() and set(self.folder.iterdir()) - {self / ".lock"}:
             raise UserError(f"--run-dir {self}: the folder is not empty.", "name a new one")
 
     @contextlib.contextmanager
@@ -746,8 +746,8 @@ def tokenize(batch: dict[str, list[Any]], tokenizer: Any, config: DataConfig) ->
     for values in zip(*batch.values(), strict=True):
         rows.append(prompts.read_record(dict(zip(batch, values, strict=True)), config.columns, special))
     # All that are whole are tokenized at once.
-    whole = [i for i, row in enumerate(rows) if row.status == "used"]
-    for i, row in zip(whole, prompts.encode([rows[i] for i in whole], tokenizer, config.lang), strict=True):
+    whole = {i: row for i, row in enumerate(rows) if row.status == "used"}
+    for i, row in zip(whole, prompts.encode(list(whole.values()), tokenizer, config.lang), strict=True):
         rows[i], length = row, len(row.input_ids)
         if row.status == "used" and length > config.max_seq_length:
             if config.overlong == "error":
@@ -783,7 +783,7 @@ def prepare_rows(records: Any, tokenizer: Any, config: DataConfig) -> Rows:
     )  # fmt: skip
     # Of rows with the same question the first one counts, so that none is both trained on and held out.
     dropped = prompts.drop(table["status"][:], table["question"][:])
-    counts = {reason: len(positions) for reason, positions in dropped.items()}
+    counts = dict(zip(dropped, map(len, dropped.values()), strict=True))
     usable = table.select(sorted(set(range(len(table))).difference(*dropped.values())))
     if len(usable) <= config.eval_rows:
         fault = f"{len(usable)} usable rows of {len(table)}, --eval-rows {config.eval_rows}"
@@ -928,8 +928,8 @@ def save_config(folder: Path) -> None:
     settings = read_json(folder / "config.json")
     rope = settings.get("rope_parameters")
     if rope and "rope_theta" in rope:  # Gemma's are by kind of layer, which transformers 4 has no name for
-        settings["rope_scaling"] = {name: value for name, value in rope.items() if name != "rope_theta"}
-        settings["rope_theta"] = rope["rope_theta"]
+        settings["rope_scaling"] = dict(rope)
+        settings["rope_theta"] = settings["rope_scaling"].pop("rope_theta")
         if rope.get("rope_type") == "default":
             settings["rope_scaling"] = None
     settings["torch_dtype"] = settings["dtype"]
@@ -1046,7 +1046,10 @@ class LoadedModel:
         if torch.cuda.is_available():
             vars(importlib.import_module("unsloth.models.llama"))["SDPA_HAS_GQA"] = False
         places = {name: named, weights: folder}  # in the Hub's cache a folder is named by its commit
-        found = {name: place.name for name, place in places.items() if place.parent.name == "snapshots"}
+        found = {}
+        for name, place in places.items():
+            if place.parent.name == "snapshots":
+                found[name] = place.name
         return cls(model, tokenizer, lang, found, memory_limit(config))
 
     @classmethod
@@ -1113,7 +1116,8 @@ class LoadedModel:
         An answer has question, thought, answer, whether the thought was closed, whether the model stopped by
         itself, tokens, and the whole batch's seconds.
         """
-        model, tokenizer, answers = self.model, self.tokenizer, {}
+        model, tokenizer = self.model, self.tokenizer
+        answers: list[Any] = [None] * len(questions)
         for question in questions:
             marker = prompts.find_marker(question, prompts.special_tokens(tokenizer))
             if marker:
@@ -1142,7 +1146,7 @@ class LoadedModel:
                 response = prompts.split_response(tokenizer.decode(ids, skip_special_tokens=False))
                 answers[i] = {"question": questions[i], **response._asdict(), "stopped": stopped}
                 answers[i] |= {"tokens": len(ids), "seconds": seconds}
-        return [answers[i] for i in range(len(questions))]
+        return answers
 
     def answer_both(self, questions: Sequence[str], config: GenerationConfig) -> list[Any]:
         """Base and tuned answers to the same questions, with the same seed, from the one model in memory."""
@@ -1642,7 +1646,8 @@ def evaluate(
         tuned.setdefault("accuracy", []).append(float(prompts.chosen(pair["tuned"]["answer"]) == key))
 
     report = prompts.build_report(base, tuned, pairs, len(choices or rows), config.seed)
-    summary = {name: value for name, value in report.items() if name != "pairs"}
+    summary = dict(report)
+    del summary["pairs"]
     log("", prompts.as_report(report))
     if RANK == 0:
         with run.lock(timeout=-1):  # what took minutes is not thrown away: another process is waited for
@@ -1654,7 +1659,8 @@ def evaluate(
 
 def draw_measures(summary: dict[str, Any], path: Path) -> None:
     """Draws before beside after: losses, shares and numbers of words, each kind in a panel of its own."""
-    measures = pandas.DataFrame({name: value for name, value in summary.items() if isinstance(value, dict)}).T
+    compared = {name: value for name, value in summary.items() if isinstance(value, dict)}
+    measures = pandas.DataFrame(compared).T
     measures = measures[["base", "tuned"]].set_axis(["before", "after"], axis=1)
     units = {"words": "words", "loss": "nats per token", "relevance": "nats per token"}
     unit = measures.index.map(lambda name: units.get(name.split("_")[-1], "share of answers"))
@@ -1688,8 +1694,11 @@ def weights_size(model: str) -> tuple[int, int]:
         files = weights_of(model, dry_run=True)
     except hub_errors.DryRunError:  # no network: what was downloaded before has to do
         return weights_size(weights_of(model, local_files_only=True))
-    size = sum(file.file_size for file in files)
-    return size, sum(file.file_size for file in files if file.will_download)
+    size = missing = 0
+    for file in files:
+        size += file.file_size
+        missing += file.file_size if file.will_download else 0
+    return size, missing
 
 
 def merged_weights(run: Run, output: Path | None = None) -> tuple[Path, dict[str, Any]]:
@@ -1796,8 +1805,9 @@ def write_card(run: Run, repo: str = "OWNER/NAME") -> None:
     """Writes the model card, README.md: Hub metadata, verdict, before and after, how to use it, numbers."""
     config, record, base = run.config, run.record, public_name(run.config.model)
     is_local = Path(config.dataset).exists() or Path(config.dataset).suffix.lower() in READERS
+    licence = {key: value for key, value in base_card(config.model).items() if key.startswith("license")}
     metadata = huggingface_hub.ModelCardData(
-        **{key: value for key, value in base_card(config.model).items() if key.startswith("license")},
+        **licence,
         base_model=base if "/" in base else None, datasets=None if is_local else [config.dataset],
         language=config.lang, library_name="transformers", pipeline_tag="text-generation",
         tags=["medical", "reasoning", "chain-of-thought", "lora", "unsloth"],
@@ -1848,15 +1858,15 @@ class Repository:
 
     def other_weights(self, adds: Sequence[Any]) -> list[str]:
         """The weights that are there and are not those of `adds`."""
-        others = {name for name in self.files if name.endswith(WEIGHTS)}
-        return sorted(others.difference(add.path_in_repo for add in adds if self.has(add)))
+        same = {add.path_in_repo for add in adds if self.has(add)}
+        return [name for name in self.files if name.endswith(WEIGHTS) and name not in same]
 
     def upload(self, adds: list[Any], private: bool | None, create_pr: bool) -> dict[str, Any]:
         """Commits what differs, removes other weights, and reads all back, even if the answer was lost."""
         api, failure, revision = huggingface_hub.HfApi(), None, None
-        gone = set(self.other_weights(adds)).difference(add.path_in_repo for add in adds)
         changes = [add for add in adds if not self.has(add)]
-        changes += map(huggingface_hub.CommitOperationDelete, sorted(gone))
+        for name in set(self.other_weights(adds)).difference(add.path_in_repo for add in adds):
+            changes.append(huggingface_hub.CommitOperationDelete(name))
         try:
             if self.info is None:
                 api.create_repo(self.name, private=private is not False)
@@ -2194,7 +2204,7 @@ def demo_model() -> Path:
 @command
 def doctor(config: ModelConfig) -> dict[str, Any]:
     """Check whether this machine is ready, and say what to mend."""
-    gpus = [torch.cuda.get_device_properties(i) for i in range(torch.cuda.device_count())]
+    gpus = list(map(torch.cuda.get_device_properties, range(torch.cuda.device_count())))
     free, problems = shutil.disk_usage(".").free / GIB, []
     plan: Any = "told by `train`"
     try:
@@ -2329,9 +2339,9 @@ def train(
         unfinished = Run.all(*UNFINISHED)
         if not run and not unfinished:
             raise UserError(f"--resume: no run under {RUNS}/ is unfinished.", "`train` without it")
-        # A start that failed before its first checkpoint is no choice where there is another.
-        begun = [run for run in unfinished if run.last_step] or unfinished
-        chosen = broadcast(Run.find(run) if run else begun[-1])
+        # A start that failed before its first checkpoint comes after all that have begun.
+        unfinished.sort(key=lambda run: run.last_step > 0)
+        chosen = broadcast(Run.find(run) if run else unfinished[-1])
         log(f"resuming {chosen} after step {chosen.last_step}")
         config = resumed_config(chosen, config, given)
     else:
@@ -2339,8 +2349,8 @@ def train(
         chosen = broadcast(Run(run_dir or RUNS / name))
     train_run(config, chosen, resume)
     record = {} if RANK else chosen.record
-    shown = ("rows", "losses", "seconds", "peak_memory_gib")
-    return {"run": str(chosen)} | {name: record.get(name) for name in shown}
+    summary = {"run": str(chosen), "rows": record.get("rows"), "losses": record.get("losses")}
+    return summary | {"seconds": record.get("seconds"), "peak_memory_gib": record.get("peak_memory_gib")}
 
 
 def resumed_config(run: Run, config: TrainConfig, given: set[str]) -> TrainConfig:
@@ -2480,7 +2490,7 @@ def answer_file(
                 write_jsonl(kept, [{"row": i, **answer} for i, answer in answers.items()])
             log(f"answered {len(answers)} of {len(questions)}")
         if RANK == 0:
-            write_jsonl(output, [answers[i] for i in range(len(questions))])
+            write_jsonl(output, map(answers.__getitem__, range(len(questions))))
             remove(kept)
     remove(lock)
     return {"answers": len(answers), "written": str(output)}
