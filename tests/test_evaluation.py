@@ -117,11 +117,11 @@ def test_the_same_evaluation_gives_the_same_report_again_with_a_picture_in_the_c
 
     def evaluate():
         finetune_r1.eval_(SHORT, run=run.folder, dataset=str(tmp_path / "rows.jsonl"), split="train")
-        return (run / "eval.json").read_bytes()
+        return (run / "eval-rows-train.json").read_bytes()
 
     assert evaluate() == evaluate()
-    assert (run / "eval.png").stat().st_size > 10_000
-    assert "![before and after](eval.png)" in (run / "README.md").read_text()
+    assert (run / "eval-rows-train.png").stat().st_size > 10_000
+    assert "![before and after](eval-rows-train.png)" in (run / "README.md").read_text()
 
 
 def test_a_finished_evaluation_waits_for_whoever_uses_the_run(config, untrained, run):
@@ -131,8 +131,48 @@ def test_a_finished_evaluation_waits_for_whoever_uses_the_run(config, untrained,
     holder = subprocess.Popen(command, stdout=subprocess.PIPE)
     assert holder.stdout is not None and holder.stdout.readline() == b"1\n"
     finetune_r1.evaluate(untrained, run, None, [("Why?\nA. rest\nB. water", "B")], 1, SHORT)
-    assert (run / "left").exists() and (run / "eval-choice.json").exists()
+    assert (run / "left").exists() and (run / "eval.json").exists()
     holder.wait()
+
+
+@pytest.fixture
+def file_of(run, tmp_path, monkeypatch):
+    """The name of the file that `eval` would write: `file_of(split="train[8:]")`."""
+    rows = [row | {"Short": "So."} for row in read_jsonl(SAMPLE)[8:60]]  # not trained on
+    finetune_r1.write_jsonl(tmp_path / "mine.jsonl", rows)
+    settings = finetune_r1.read_json(run / "config.json")
+    settings |= {"dataset": str(tmp_path / "mine.jsonl"), "split": "train"}
+    finetune_r1.write_json(run / "config.json", settings)
+    monkeypatch.setattr(LoadedModel, "load_run", lambda *_: None)
+    monkeypatch.setattr(finetune_r1, "evaluate", lambda *given: {"name": given[-1]})
+    return lambda **asked: finetune_r1.eval_(SHORT, run=run.folder, **asked)["name"]
+
+
+def test_an_evaluation_is_named_by_its_rows(file_of, tmp_path):
+    mine = str(tmp_path / "mine.jsonl")
+    assert file_of(split="train[20:30]") == "eval-train-20-30"
+    assert file_of(dataset=mine, split="train") == "eval-mine-train"
+    assert file_of(dataset=mine, split="train[4:6]") == "eval-mine-train-4-6"
+
+
+def test_no_two_evaluations_have_one_file(file_of, tmp_path):
+    mine = str(tmp_path / "mine.jsonl")
+    slices = ["train[:20]", "train[20:]", "train[-20:]", "train[:20%]", "train[:2]+train[20:]"]
+    names = [file_of(dataset=mine, split=split) for split in slices]
+    names += [file_of(subset="zh"), file_of(response_col="Short"), "eval"]
+    assert len(set(names)) == len(names), names
+
+
+def test_the_card_shows_the_largest_evaluation_of_each_kind(run):
+    kinds = {"eval": ("loss", 12), "eval-mine-train": ("loss", 9), "eval-train-8-10": ("loss", 2),
+             "eval-medqa-test": ("accuracy", 100), "eval-other-test": ("accuracy", 40)}  # fmt: skip
+    for name, (measure, rows) in kinds.items():
+        values = {measure: [0.5] * rows, "relevance": [0.5] * rows}
+        finetune_r1.write_json(run / f"{name}.json", prompts.build_report(values, values, [], rows, seed=1))
+    finetune_r1.write_card(run)
+    card = (run / "README.md").read_text()
+    assert re.findall(r"On (\d+) held-out", card) == ["12", "100"]
+    assert re.findall(r"\((eval\S*)\.png\)", card) == ["eval", "eval-medqa-test"]
 
 
 # ---------------------------------------------------------------------------------- which rows, which columns
@@ -148,7 +188,9 @@ def test_held_out_rows_stay_those_of_the_run_whatever_becomes_of_the_dataset(con
     assert finetune_r1.eval_(SHORT, run=run.folder, answers=0) == before and before["rows"] == 4
     # The same rows by name: what was trained on is left out, and said.
     capsys.readouterr()
+    written = (run / "eval.json").read_bytes()
     report = finetune_r1.eval_(SHORT, run=run.folder, dataset=str(data), split="train", answers=0)
+    assert (run / "eval.json").read_bytes() == written, "it has a file of its own"
     held_out = {row["Question"] for row in read_jsonl(run / "held_out.jsonl")}
     trained = {row["Question"] for row in rows[:24]} - held_out
     left_out = sum(row["Question"] in trained for row in rows[4:30])

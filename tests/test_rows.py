@@ -121,6 +121,35 @@ def test_what_is_in_a_csv_is_text_be_it_a_number_or_na(tmp_path):
     assert read["Response"][:] == answers
 
 
+SEPARATED = [("a.csv", ","), ("a.csv", ";"), ("a.csv", "\t"), ("a.tsv", "\t"), ("A.TSV", "\t")]
+
+
+@pytest.mark.parametrize(("name", "delimiter"), SEPARATED)
+def test_a_csv_is_read_as_it_is_separated_and_its_text_comes_back_unchanged(tmp_path, name, delimiter):
+    """Quoted separators and line ends too; a column's name may hold another separator."""
+    texts = [*TRICKS, "one, two; three\tfour", 'a\nb\r\nc "quoted" \n', "007"]
+    rows = [{**GOOD, "a, b; c": "x", "Response": text} for text in texts]
+    with (tmp_path / name).open("w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, rows[0], delimiter=delimiter)
+        writer.writeheader()
+        writer.writerows(rows)
+    assert read_records(DataConfig(dataset=str(tmp_path / name), split="train")).to_list() == rows
+
+
+def test_in_a_folder_of_csv_files_text_is_text_too(tmp_path):
+    for name, answer in (("a.csv", "NA"), ("b.csv", "007")):
+        (tmp_path / name).write_text(f"{HEAD}Why, so?,Hm.,{answer}\n".replace(",", ";").replace("y;", "y,"))
+    read = read_records(DataConfig(dataset=str(tmp_path), split="train"))
+    assert (read["Question"][:], read["Response"][:]) == (["Why, so?"] * 2, ["NA", "007"])
+
+
+def test_a_table_beside_a_folders_rows_is_in_nobodys_way(tmp_path):
+    for name in ("a.jsonl", "b.jsonl"):
+        write_jsonl(tmp_path / name, [GOOD])
+    (tmp_path / "notes.csv").write_text("a,b\n1,2,3\n")
+    assert questions(tmp_path) == ["Why?"] * 2
+
+
 def test_a_large_file_may_change_its_other_columns_half_way(tmp_path):
     """The readers take it in pieces, and would have the first piece's types for all."""
     lines = [f"Why {i}?,Hm.,So.,{i}\n" for i in range(11_000)] + ["Why?,Hm.,So.,about 7\n"]
@@ -143,7 +172,10 @@ BROKEN = {
     "latin.csv": ((HEAD + "a,b,c\nnaïve,b,c\n").encode("latin-1"), "utf-8"),
     "utf16.csv": ((HEAD + "a,b,c\n").encode("utf-16"), "utf-8"),
     "open.csv": (HEAD + 'a,b,"c\n', "EOF inside string"),
-    "ragged.csv": (HEAD + "a,b,c\na,b,c,d\n", "line 3"),
+    "more.csv": (HEAD + "a,b,c\na,b, and c,d\n", "line 3 has 4 fields, the header 3; quote"),
+    "fewer.csv": (HEAD + "a,b,c\na,b\n", "line 3 has 2 fields, the header 3"),
+    "after.csv": (HEAD + 'a,"b\nb\n",c\na,b,c,d\n', "line 5"),
+    "semicolons.csv": (HEAD.replace(",", ";") + "a;b; and c;d\n", "line 2.*quote a field that holds ';'"),
     "cut.parquet": ("PAR1 and no more", "not a parquet file"),
     "empty.jsonl": ("", "it is empty"),
     "blank.jsonl": ("\n\n", "no data"),
@@ -269,6 +301,13 @@ def test_no_usable_row_is_an_error_that_says_why(prepare):
     with pytest.raises(UserError, match="0 usable rows of 1") as error:
         prepare([{**GOOD, "Response": ""}])
     assert "Response is empty, or no text" in error.value.next_step
+
+
+@pytest.mark.parametrize(("chinese", "lang", "noted"), [(2, "en", True), (1, "en", False), (2, "zh", False)])
+def test_rows_mostly_in_chinese_under_an_english_prompt_are_noted(prepare, capsys, chinese, lang, noted):
+    rows = [*published.CHINESE[:chinese], *records({}, {})[: 3 - chinese]]
+    assert prepare(rows, lang=lang).account["used"] == 3
+    assert ("--lang zh" in capsys.readouterr().err) == noted
 
 
 # -------------------------------------------------------------------------------------- no forged structure

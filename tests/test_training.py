@@ -138,6 +138,25 @@ def test_too_little_room_for_checkpoints_is_said_before_training(config, tmp_pat
     assert not run.checkpoints and run.record["status"] == "failed"
 
 
+@pytest.mark.parametrize(
+    ("options", "warmup"),
+    [
+        (["--max-steps", 60], 5),
+        (["--max-steps", 3], 1),
+        (["--max-steps", 1], 0),
+        (["--max-steps", 3, "--warmup-steps", 3], 3),
+        (["--max-steps", 3, "--warmup-steps", 5], "error: --warmup-steps 5 is more than --max-steps 3"),
+    ],
+)
+def test_warmup_is_at_most_half_of_the_steps_unless_it_was_given(told, monkeypatch, options, warmup):
+    def train_run(config, *_):
+        finetune_r1.check_config(config)
+        raise UserError(config.warmup_steps, "")
+
+    monkeypatch.setattr(finetune_r1, "train_run", train_run)
+    assert (warmup if isinstance(warmup, str) else f"error: {warmup}\n") in told(["train", *options]).err
+
+
 # -------------------------------------------------------------------------------------------- what is trained
 
 
@@ -266,27 +285,18 @@ def test_w_and_b_gets_the_run_when_asked_to_keep_it_offline(config, tmp_path, mo
 
 
 def test_w_and_b_gets_the_history_of_a_run_trained_by_the_command_line(tiny_r1, cli, tmp_path):
-    options = [
-        "--split",
-        "train[:12]",
-        "--eval-rows",
-        2,
-        "--max-steps",
-        3,
-        "--logging-steps",
-        1,
-        "--max-new-tokens",
-        4,
-    ]
+    options = ["--dataset", SAMPLE, "--split", "train[:12]", "--eval-rows", 2, "--max-steps", 3,
+               "--logging-steps", 1, "--max-new-tokens", 4, "--json"]  # fmt: skip
+    account = {"WANDB_API_KEY": "k" * 40}
     with WandbServer(keys={"k" * 40: "alice"}) as server:
-        done = cli("train", "--model", tiny_r1, "--dataset", SAMPLE, *options, "--warmup-steps", 1, "--json",
-                   WANDB_BASE_URL=server.url, WANDB_API_KEY="k" * 40)  # fmt: skip
+        done = cli("train", "--model", tiny_r1, *options, WANDB_BASE_URL=server.url, **account)
     assert done.code == 0, done.err
     [sent] = server.runs.values()
     assert sent.project == TrainConfig().wandb_project and sent.finished and sent.exitcode == 0
     history = {line["train/global_step"]: line["train/loss"] for line in sent.history if "train/loss" in line}
     assert history == losses(Run(tmp_path / json.loads(done.out)["run"])) and list(history) == [1, 2, 3]
-    assert sent.config["lora_r"] == 16 and "k" * 40 not in done.out + done.err
+    assert sent.config["lora_r"] == 16 and sent.config["warmup_steps"] == 1, "half of the steps, not 5"
+    assert "k" * 40 not in done.out + done.err
 
 
 def test_w_and_b_is_left_alone_without_a_key(config, tmp_path):
