@@ -1,14 +1,17 @@
 """Loading a model and asking it; nothing that comes with it is run, or steers the terminal."""
 
 import dataclasses
+import io
 import itertools
 import json
 import os
 import pickle
 import shutil
+import sys
 
 import pytest
 from conftest import EOS, SAMPLE
+from terminal import typed
 
 import finetune_r1
 import prompts
@@ -99,6 +102,73 @@ def test_as_many_answers_are_written_at_once_as_memory_holds(loaded, config, mon
     assert len(batches[0]) == at_once and sorted(itertools.chain(*batches)) == list(range(20))
 
 
+# --------------------------------------------------------------------------------------- where they come from
+
+
+@pytest.fixture
+def infer(told, tiny_r1):
+    """`infer`, of at most four tokens by the small model, or by the `model` given."""
+
+    def run(*arguments, model=tiny_r1):
+        return told(["infer", *arguments, "--model", model, "--max-new-tokens", 4, "--json"])
+
+    return run
+
+
+def test_what_is_piped_is_asked(infer, monkeypatch):
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO("¿What helps?\nToday.\n".encode())))
+    done = infer()
+    assert done.code == 0 and json.loads(done.out)["question"] == "¿What helps?\nToday."
+
+
+FILES = {
+    "Q.txt": "\ufeffWhat helps?\r\n\n  Why?\n",
+    "q.jsonl": '{"question": "What helps?", "Response": "Rest."}\n{"Question": "Why?"}\n',
+}
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_a_file_has_one_question_a_line(infer, tmp_path, name):
+    (tmp_path / name).write_bytes(FILES[name].encode())
+    done = infer("--file", name, "-o", "answers.jsonl")
+    answers = finetune_r1.read_jsonl(tmp_path / "answers.jsonl")
+    assert done.code == 0 and [answer["question"] for answer in answers] == ["What helps?", "Why?"]
+    assert answers[0].get("reference") == ("Rest." if name == "q.jsonl" else None)
+
+
+def test_usual_fields_are_asked_where_the_runs_column_is_missing(tmp_path):
+    rows = [{"case": "A?", "question": "no"}, {"question": "B?", "Question": "no"}, {"Question": "C?"}]
+    finetune_r1.write_jsonl(tmp_path / "q.jsonl", rows)
+    assert [row["case"] for row in finetune_r1.read_questions(tmp_path / "q.jsonl", "case")] == [
+        "A?", "B?", "C?",
+    ]  # fmt: skip
+
+
+def test_on_a_terminal_ctrl_c_ends_an_answer_and_exit_the_session(tiny_r1, tmp_path):
+    ask, begun = "question: ", r"Why\?\r\n[\s\S]*\x1b\[2m[\s\S]*"
+    code, shown = typed(
+        tmp_path, ["infer", "--model", str(tiny_r1), "--max-new-tokens", "400"],
+        ("`exit` or Ctrl-D ends[\\s\\S]*" + ask, "\n"), (ask, "Why?\n"), (begun, "\x03"),
+        (ask, "When? </think>\n"), (ask, "\x1b[A\x1b[A\n"), (ask, "exit\n"), TERM="dumb",
+    )  # fmt: skip
+    assert code == 0 and "a question holds </think>" in shown
+    assert shown.count(" tokens in ") == 1, "the first answer was ended, the second was not"
+    assert shown.count("Why?") == 2, "found again with the arrow"
+
+
+@pytest.mark.parametrize("end", ["exit", "quit", EOFError])
+def test_on_a_terminal_questions_are_asked_until_the_end_but_for_empty_lines(monkeypatch, end):
+    lines = iter(["", " Why? ", "  ", "exit?", end, "not this"])
+
+    def read(prompt):
+        if (line := next(lines)) is EOFError:
+            raise EOFError  # what Ctrl-D is
+        return line
+
+    monkeypatch.setattr("builtins.input", read)
+    assert list(finetune_r1.typed_questions()) == ["Why?", "exit?"]
+
+
 # ----------------------------------------------------------------------------------------- how it is computed
 
 
@@ -136,3 +206,21 @@ def test_the_heads_weights_are_read_once_for_a_batch_and_not_once_a_row(loaded):
     with finetune_r1.torch.profiler.profile() as profile, finetune_r1.torch.inference_mode():
         head(rows.view(4, 1, -1))  # as Unsloth hands it over
     assert "aten::bmm" not in {event.key for event in profile.key_averages()}
+
+
+@pytest.mark.parametrize(("fits", "four_bit"), [(True, False), (False, True)])
+def test_a_saved_model_is_asked_as_it_was_saved_where_it_fits(infer, monkeypatch, fits, four_bit):
+    kinds, load = [], LoadedModel.load
+
+    def watch(*settings):
+        loaded = load(*settings)
+        kinds.append("Linear4bit" in {type(module).__name__ for module in loaded.model.modules()})
+        return loaded
+
+    monkeypatch.setattr(LoadedModel, "load", watch)
+    monkeypatch.setattr(finetune_r1, "memory_limit", lambda config: 1e12 if fits else 1e3)
+    assert infer("Why?").code == 0 and kinds == [four_bit]
+
+
+def test_a_model_saved_in_4_bit_is_asked_in_4_bit(infer, tiny_four_bit):
+    assert infer("Why?", model=tiny_four_bit).code == 0

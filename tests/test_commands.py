@@ -2,19 +2,25 @@
 
 import contextlib
 import gc
+import io
 import json
 import os
+import re
 import shlex
+import shutil
 import subprocess
 import sys
+import tomllib
+from types import SimpleNamespace
 
 import pytest
+import yaml
 from conftest import SAMPLE, SCRIPT
 from servers.hub import HubServer
 
-from finetune_r1 import Lazy
+from finetune_r1 import VERSION, Lazy
 
-COMMANDS = ["login", "doctor", "load", "format", "train", "infer", "eval", "save", "push", "demo"]
+COMMANDS = ["demo", "doctor", "login", "load", "format", "train", "infer", "eval", "save", "push"]
 HEADINGS = ["Options", "Model", "Data", "Answers", "LoRA", "Training", "Run", "Tracking"]
 HEAVY = {"torch", "transformers", "unsloth", "trl", "peft", "datasets", "bitsandbytes", "wandb"}
 
@@ -34,6 +40,36 @@ except SystemExit as end:
     lines = done.stdout.splitlines()
     assert lines[0].startswith("Usage: finetune_r1.py") and lines[-1].split() == ["0"]
     assert max(map(len, lines)) <= 80, max(lines, key=len)
+
+
+def test_the_list_of_commands_begins_with_the_demo_and_tells_of_each_in_one_whole_line(cli):
+    lines = cli("--help", COLUMNS="80").out.partition("Commands:\n")[2].splitlines()
+    assert [line.split()[0] for line in lines] == COMMANDS
+    assert all(line.endswith(".") and not line.endswith("..") for line in lines)
+
+
+@pytest.mark.parametrize("command", [[], ["train"]], ids=["", "train"])
+def test_help_has_a_short_name(cli, command):
+    done = cli(*command, "-h")
+    assert done == cli(*command, "--help") and done.code == 0 and "--help" in done.out
+
+
+def test_the_version_is_told(cli):
+    project = tomllib.loads((SCRIPT.parent / "pyproject.toml").read_text())["project"]
+    assert cli("--version") == (0, f"{project['version']}\n", "") and project["version"] == VERSION
+
+
+def test_doctor_takes_what_it_judges_by(cli):
+    options = re.findall(r"^  (?:-\w, )?(--[\w-]+)", cli("doctor", "--help").out, re.MULTILINE)
+    settings = {"--model", "--max-seq-length", "--load-in-4bit", "--dtype", "--gpu-memory-gib"}
+    assert set(options) == settings | {"--json", "--help"}
+
+
+def test_without_the_packages_the_next_step_is_told():
+    done = subprocess.run([sys.executable, "-S", SCRIPT, "demo"], capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (1, "")
+    error, next_step = done.stderr.splitlines()
+    assert error.startswith("error: the packages") and next_step.startswith("next:  `uv run finetune_r1.py`")
 
 
 def test_the_settings_stand_under_headings_in_the_order_of_their_use(cli):
@@ -129,7 +165,7 @@ MISTAKES = {
     "folder that cannot be made": (f"{TRAIN} --run-dir empty.jsonl/run", ["path"]),
     "training where a run is": (f"{TRAIN} --run-dir runs/unfinished", ["--run-dir", "--resume"]),
     "a run without saying what to do with it": ("train runs/unfinished", ["train --resume runs/unfinished"]),
-    "resuming what is not there": ("train --resume runs/nope", ["runs/nope", "--resume", "no run folder"]),
+    "resuming what is not there": ("train --resume runs/nope", [": runs/nope", "--resume", "no run folder"]),
     "resuming another training": ("train --resume runs/unfinished --lora-r 8", ["--lora-r was 16, now 8"]),
     "resuming another version's run": ("train --resume runs/old", ["runs/old", "packing"]),
     # questions
@@ -147,6 +183,12 @@ MISTAKES = {
     ),
     "answers over something": ("infer --file q.jsonl -o full/mine.txt", ["--output", "there already"]),
     # a run's adapter
+    "a run's name mistyped": ("infer Why? --run unfinishd", ["unfinishd", "such as unfinished"]),
+    "a run's path mistyped": ("save --run runs/unfinishd", [": runs/unfinishd", "such as unfinished"]),
+    "a name mistyped for train": ("train --resume unfinishd", ["unfinishd", "such as unfinished"]),
+    "a name like no other": ("save --run xyz", ["xyz", "next:  name the folder of a training\n"]),
+    "a run by its name": ("save --run unfinished --as adapter", ["--run runs/unfinished", "no adapter"]),
+    "a run by its name to go on with": ("train --resume old", ["runs/old", "packing"]),
     "no run there": ("save --run full", ["full", "--run", "no run folder"]),
     "evaluating no run": ("eval --run full", ["full", "--run", "no run folder"]),
     "run without adapter": ("save --run runs/unfinished --as adapter", ["--run", "no adapter", "failed"]),
@@ -156,7 +198,9 @@ MISTAKES = {
     "a repository that leads elsewhere": ("push --repo ../x", ["--repo ../x"]),
     "a repository in a repository": ("push --repo user/a/b", ["--repo user/a/b"]),
     "a repository with a space": ("push --repo 'user/my model'", ["--repo user/my model"]),
-    "a push without a token": ("push --repo user/model", ["no Hugging Face token", "login"]),
+    "a push without a token": (
+        "push --repo user/model", ["no Hugging Face token", "`python finetune_r1.py login`"]
+    ),
 }  # fmt: skip
 # What the parser refuses by itself; it points to --help.
 MISTYPED = {
@@ -183,14 +227,16 @@ MISTYPED = {
 
 
 @pytest.mark.parametrize(("line", "said"), MISTAKES.values(), ids=MISTAKES)
-def test_a_mistake_gets_a_message_and_the_next_step(told, folder, line, said):
+def test_a_mistake_gets_a_message_and_the_next_step(told, folder, monkeypatch, line, said):
     """`pytest -rP -k mistake` shows all the messages."""
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b" \n")))  # a pipe with nothing in it
     before = sorted(folder.rglob("*"))
     done = told(shlex.split(line), cwd=folder)
     print(done.err)
     assert done.code == 1 and "next:" in done.err
     assert all(text in done.err for text in said)
     assert "Traceback" not in done.err and done.out == ""
+    assert not re.search(f"`({'|'.join(COMMANDS)})", done.err.rpartition("next:")[2]), "can't be pasted"
     assert sorted(folder.rglob("*")) == before, "nothing was made and nothing was lost"
 
 
@@ -206,6 +252,12 @@ def test_and_so_it_is_for_a_user_at_a_terminal(cli, folder, line):
     done = cli(*shlex.split(line))
     assert done.code == (2 if "rank" in line else 1) and line.split()[-2] in done.err
     assert "Traceback" not in done.err and done.out == ""
+
+
+@pytest.mark.parametrize("program", ["python finetune_r1.py", "uv run finetune_r1.py"])
+def test_the_next_step_is_typed_as_the_program_was_started(cli, program):
+    done = cli("train", "runs/a", **({"UV": "/bin/uv"} if "uv" in program else {}))
+    assert f"next:  `{program} train --resume runs/a`" in done.err
 
 
 @pytest.mark.parametrize("module", ["json", "no_such_module"])
@@ -244,7 +296,21 @@ def test_load_says_what_it_loaded(told, tiny_r1):
 
 
 def test_doctor_says_what_is_missing_and_what_train_would_do(cli):
+    """The default model is too large for a CPU."""
     done = cli("doctor", "--json")
     report = json.loads(done.out)
-    assert done.code == 0 and report["gpus"] == [] and "no CUDA GPU" in report["verdict"]
+    assert done.code == 1 and report["gpus"] == [] and "no CUDA GPU" in report["verdict"]
     assert report["versions"]["unsloth"] != "missing" and report["hub"].startswith("not reached")
+
+
+@pytest.mark.parametrize("as_json", [False, True])
+@pytest.mark.parametrize(
+    ("model", "free", "verdict"),
+    [("tiny", 20, "ready"), ("tiny", 5, "disk"), ("no_model", 20, "config.json"), ("a/x-70b", 20, "70.0 b")],
+)
+def test_doctor_judges_the_model_asked_for(told, folder, monkeypatch, as_json, model, free, verdict):
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=free * 2**30))
+    done = told(["doctor", "--model", model, *["--json"] * as_json], cwd=folder)
+    report = json.loads(done.out) if as_json else yaml.safe_load(done.out)
+    assert verdict in report["verdict"] and "versions" in report and "error:" not in done.err
+    assert done.code == (0 if report["verdict"] == "ready" else 1)

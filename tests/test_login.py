@@ -9,7 +9,6 @@ import contextlib
 import json
 import math
 import os
-import pty
 import re
 import secrets
 import signal
@@ -28,6 +27,7 @@ from servers.base import Fault
 from servers.hub import HubServer
 from servers.kaggle import KaggleServer
 from servers.wandb_server import WandbServer
+from terminal import typed
 
 MARK = f"leak{secrets.token_hex(6)}"  # new each time, so that nothing else on this machine holds it
 STAND_INS = Path(__file__).parent / "stand_ins"
@@ -111,28 +111,10 @@ class Machine:
 
     def typed(self, *answers: tuple[str, str]) -> tuple[int, str]:
         """`login` on a terminal, each answer typed when it is asked for: exit code, and all that was seen."""
-        terminal, its_end = pty.openpty()
-        everything = {**os.environ, **self.environment}
-        process = subprocess.Popen(
-            [sys.executable, SCRIPT, "login"], cwd=self.work, env=everything,
-            preexec_fn=lambda: os.login_tty(its_end),
-        )  # fmt: skip
-        os.close(its_end)
-        limit = threading.Timer(60, process.kill)
-        limit.start()
-        shown, waiting = "", list(answers)
-        while True:
-            try:
-                shown += os.read(terminal, 4096).decode()
-            except OSError:  # the other end is closed
-                break
-            if waiting and re.search(waiting[0][0] + ".*: $", shown):
-                os.write(terminal, waiting.pop(0)[1].encode())
-        os.close(terminal)
-        limit.cancel()
-        print(shown)
-        assert not waiting and MARK not in shown and "Traceback" not in shown
-        return process.wait(), shown
+        prompts = [(asked + ".*: ", answer) for asked, answer in answers]
+        code, shown = typed(self.work, ["login"], *prompts, **self.environment)
+        assert MARK not in shown
+        return code, shown
 
 
 @pytest.fixture
@@ -585,7 +567,7 @@ class Commands(Machine):
     def ask(self) -> None:
         infer = ["infer", "Why?", *self.run_a, "--max-new-tokens", 4]
         evaluate = ["eval", *self.run_a, "--answers", 1, "--max-new-tokens", 4]
-        others = [["load", *self.model], ["format", *self.rows], ["doctor"], ["login"]]
+        others = [["load", *self.model], ["format", *self.rows], ["doctor", *self.model], ["login"]]
         self.do_all("the rest", infer, evaluate, *others, **self.online)
 
     def publish(self) -> None:

@@ -208,7 +208,7 @@ def test_a_read_token_cannot_push_and_the_message_comes_before_any_work(push, hu
 
 def test_without_a_token_nothing_is_merged_or_sent(push, hub):
     done = push(token=None)
-    assert done.code == 1 and "`login`" in done.err and not hub.requests
+    assert done.code == 1 and "finetune_r1.py login`" in done.err and not hub.requests
 
 
 def test_a_folder_with_adapter_and_merged_weights_is_refused_with_the_reason(push, hub, run):
@@ -280,7 +280,7 @@ REFUSED = {
     "whoami 500": ("lfs", "GET", "whoami", 500, "later"),
     "no look at the repository": ("lfs", "GET", API, 503, "later"),
     "create 403": ("lfs", "POST", "/repos/create", 403, "write access"),
-    "create 409": ("lfs", "POST", "/repos/create", 409, "`push` again"),
+    "create 409": ("lfs", "POST", "/repos/create", 409, "finetune_r1.py push` again"),
     "create 500": ("lfs", "POST", "/repos/create", 500, "later"),
     "preupload 403": ("lfs", "POST", "/preupload/", 403, "write access"),
     "batch 403": ("lfs", "POST", "/objects/batch", 403, "write access"),
