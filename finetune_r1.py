@@ -314,6 +314,11 @@ def print_result(text: str, end: str = "\n") -> None:
     LastingStream(sys.__stdout__).write(harmless(text) + end)
 
 
+def is_interactive() -> bool:
+    """Whether there is a person at the terminal to be asked."""
+    return bool(sys.stdin and sys.stdin.isatty())
+
+
 def log_header(title: str, values: dict[str, Any]) -> None:
     """Prints settings or numbers before the work begins."""
     line = f"{title:8}" + "  ".join(f"{name}={value}" for name, value in values.items())
@@ -362,6 +367,12 @@ def advice(error: BaseException | None) -> str | None:
     return None
 
 
+def pasteable(text: str) -> str:
+    """Puts the program's name before the commands in backticks, so that they can be pasted."""
+    names = "|".join(command.name or "" for command in app.registered_commands)
+    return re.sub(rf"`({names})\b", rf"`{PROGRAM} \1", text)
+
+
 @contextlib.contextmanager
 def friendly_errors() -> Iterator[None]:
     """Shows a message and the next step instead of a traceback, where there is one to show."""
@@ -377,9 +388,9 @@ def friendly_errors() -> Iterator[None]:
             raise
         if RANK:
             time.sleep(3)  # if the first process has the same error, torchrun ends this one before it speaks
-        names = "|".join(command.name or "" for command in app.registered_commands)
-        next_step = re.sub(rf"`({names})\b", rf"`{PROGRAM} \1", next_step)  # to be pasted
-        print(f"error: {harmless(error)}\nnext:  {harmless(next_step)}", file=sys.stderr, flush=True)
+        print(
+            f"error: {harmless(error)}\nnext:  {harmless(pasteable(next_step))}", file=sys.stderr, flush=True
+        )
         raise typer.Exit(1) from None
 
 
@@ -484,6 +495,11 @@ class Run:
     def __str__(self) -> str:
         return str(self.folder)
 
+    @property
+    def resume_line(self) -> str:
+        """The command that goes on with the run."""
+        return f"`train --resume {shlex.quote(str(self))}`"
+
     @classmethod
     def all(cls, *statuses: str) -> list[Self]:
         """The runs under runs/ with one of these statuses, oldest first; foreign folders are skipped."""
@@ -498,10 +514,10 @@ class Run:
     @classmethod
     def find(cls, folder: Path | None) -> Self:
         """The run asked for, or the newest finished one under runs/."""
-        if folder and not folder.exists():
-            folder = RUNS / folder  # by its name
+        if folder and not (folder / "run.json").is_file() and (RUNS / folder / "run.json").is_file():
+            folder = RUNS / folder  # it was named only
         if folder and not (folder / "run.json").is_file():
-            known = [path.name for path in RUNS.glob("*")]
+            known = [path.parent.name for path in RUNS.glob("*/run.json")]
             near = difflib.get_close_matches(folder.name, known, cutoff=0.5)
             fault = f"{folder} (--run or --resume) is no run folder: it has no run.json."
             raise UserError(
@@ -567,7 +583,7 @@ class Run:
         folder, config = self / "adapter", self.config
         if not (folder / "adapter_model.safetensors").is_file():
             fault = f"--run {self}: no adapter is in it; its status is {self.record['status']}."
-            raise UserError(fault, f"`train --resume {self}`")
+            raise UserError(fault, self.resume_line)
         check_unmixed(folder)
         settings = read_json(folder / "adapter_config.json")
         rank, base = settings["r"], settings["base_model_name_or_path"]
@@ -579,7 +595,7 @@ class Run:
     def check_new(self) -> None:
         """Raises if something is in the folder."""
         if (self / "run.json").exists():
-            raise UserError(f"--run-dir {self}: a run is in it.", f"`train --resume {self}`, or a new folder")
+            raise UserError(f"--run-dir {self}: a run is in it.", f"{self.resume_line}, or a new folder")
         if self.folder.exists() and set(self.folder.iterdir()) - {self / ".lock"}:
             raise UserError(f"--run-dir {self}: the folder is not empty.", "name a new one")
 
@@ -607,11 +623,11 @@ class Run:
                 yield
                 if self.last_step < config.max_steps:
                     status = "stopped"
-                    log(f"--max-time: stopped after step {self.last_step}; `train --resume {self}` goes on")
+                    log(f"--max-time: stopped after step {self.last_step}; {self.resume_line} goes on")
             except BaseException as error:
                 status = "interrupted" if isinstance(error, KeyboardInterrupt) else "failed"
                 if self.last_step:
-                    log(f"{self} is kept up to step {self.last_step}: `train --resume {self}` goes on")
+                    log(f"{self} is kept up to step {self.last_step}: {self.resume_line} goes on")
                 self.remove_torn_checkpoints()  # on a full disk this makes room for the record
                 self.update(error=f"{type(error).__name__}: {error}")
                 raise
@@ -657,11 +673,14 @@ def read_records(config: DataConfig) -> Any:
         datasets.disable_progress_bars()
         logging.getLogger("datasets").setLevel(logging.CRITICAL if reader else logging.WARNING)
         try:
-            tables = [path] if reader == "csv" else sorted(path.rglob("*.[ct]sv"))
-            for table in tables:
-                # Text stays text, be it a number or "NA", and a column has one type throughout.
+            files = sorted(path.rglob("*")) if path.is_dir() else [path]
+            files = [file for file in files if file.suffix.lower() in READERS]
+            kinds = {READERS[file.suffix.lower()] for file in files}
+            if kinds == {
+                "csv"
+            }:  # text stays text, be it a number or "NA", and a column has one type throughout
                 source |= {"converters": dict.fromkeys(config.columns, str), "keep_default_na": False}
-                source |= {"chunksize": 10**9, "sep": check_csv(table)}
+                source |= {"chunksize": 10**9, "sep": check_csv(files)}
             if reader == "json":  # in one piece, or an error would tell the wrong row
                 source["chunksize"] = min(path.stat().st_size + 1, GIB)
             records = datasets.load_dataset(**source, split=config.split)
@@ -679,19 +698,27 @@ def read_records(config: DataConfig) -> Any:
     return records
 
 
-def check_csv(path: Path) -> str:
-    """The delimiter of a CSV file; raises for a row that has more or fewer fields than the header."""
+def check_csv(files: Sequence[Path]) -> str:
+    """The delimiter of CSV files; raises for a row that has more or fewer fields than its file's header."""
     csv.field_size_limit(sys.maxsize)
-    with path.open(encoding="utf-8-sig", newline="") as file:
-        delimiter = max(",;\t", key=file.readline().count)
-        file.seek(0)
-        rows = csv.reader(file, delimiter=delimiter)
-        header = next(rows, [])
-        for row in rows:
-            if row and len(row) != len(header):
-                fault = f"line {rows.line_num} has {len(row)} fields, the header {len(header)}"
-                raise ValueError(f"{fault}; quote a field that holds {delimiter!r} or a line end")
-    return delimiter
+    delimiters = set()
+    for path in files:
+        with path.open(encoding="utf-8-sig", newline="") as file:
+            delimiter = max(",;\t", key=file.readline().count)
+            delimiters.add(delimiter)
+            file.seek(0)
+            header: list[str] = []
+            rows = csv.reader(file, delimiter=delimiter)
+            for row in filter("".join, rows):
+                header = header or row
+                if len(row) != len(header):
+                    fault = (
+                        f"{path.name}, line {rows.line_num} has {len(row)} fields, the header {len(header)}"
+                    )
+                    raise ValueError(f"{fault}; quote a field that holds {delimiter!r} or a line end")
+    if len(delimiters) > 1:
+        raise ValueError("the files of a folder have to be separated alike")
+    return delimiters.pop()
 
 
 def read_from_hub(config: DataConfig, flags: str) -> Any:
@@ -2050,7 +2077,7 @@ def track_in_wandb(config: TrainConfig, run: Run) -> Iterator[bool]:
 # What a user types. A command's settings come from a dataclass above, what it returns is printed as YAML or
 # JSON; `command` sees to both, to the environment and to errors.
 
-plain: Any = {"rich_markup_mode": None, "pretty_exceptions_enable": False}
+plain: Any = {"add_completion": False, "rich_markup_mode": None, "pretty_exceptions_enable": False}
 app = typer.Typer(no_args_is_help=True, context_settings={"help_option_names": ["--help", "-h"]}, **plain)
 
 RunOption = Annotated[Path | None, typer.Option("--run", help="Run folder (default: the newest).")]
@@ -2162,7 +2189,7 @@ def demo(run_dir: RunDirOption = None) -> dict[str, Any]:
         summary[f"held_out_{name}"] = f"{report[name]['base']} before, {report[name]['tuned']} after"
     summary |= {"adapter": str(run / "adapter"), "card": str(run / "README.md")}
     summary["merged"] = json.loads(saved.stdout)
-    follow_up = f'{PROGRAM} infer --run {run} "What widens the anion gap?"'
+    follow_up = f'{PROGRAM} infer --run {shlex.quote(str(run))} "What widens the anion gap?"'
     return summary | {"seconds": round(time.perf_counter() - started), "next": follow_up}
 
 
@@ -2212,7 +2239,7 @@ def doctor(config: ModelConfig) -> dict[str, Any]:
     try:
         check_model(config)
     except (UserError, httpx.HTTPError, OSError) as error:
-        problems.append(f"{error} ({advice(error)})")
+        problems.append(f"{error} ({pasteable(str(advice(error)))})")
     if free < 8:
         problems.append("too little free disk: the 8B in 4-bit takes 6 GiB and a run about 1")
     if gpus and config.model == ModelConfig.model:
@@ -2236,7 +2263,7 @@ def doctor(config: ModelConfig) -> dict[str, Any]:
 def login() -> dict[str, Any]:
     """Find, verify and store the Hugging Face and W&B tokens."""
     secret = use_hub_token()
-    if secret is None and sys.stdin.isatty():
+    if secret is None and is_interactive():
         typed = typer.prompt("Hugging Face token (huggingface.co/settings/tokens)", hide_input=True, err=True)
         secret = Secret(typed.strip(), "the prompt")
     if secret is None:
@@ -2253,7 +2280,7 @@ def login() -> dict[str, Any]:
         return {"hugging_face": account, "wandb": {"name": f"nobody: W&B is {mode}"}}
     key = find_secret(WANDB_KEYS)
     name, place = wandb_account(key), key.source if key else "an earlier log-in"
-    if name is None and sys.stdin.isatty():
+    if name is None and is_interactive():
         name, place = wandb_account(None, ask=True), "the prompt"
     netrc = Path(os.environ.get("NETRC", "~/.netrc")).expanduser()
     if netrc.exists():
@@ -2388,12 +2415,12 @@ def infer(
     if compare and (base or model):
         raise UserError("--compare asks base and tuned; --base and --model ask one.", "leave one of them out")
     if bool(file) != bool(output) or (file and question is not None):
-        raise UserError("--file and --output go together, alone.", "infer --file Q.jsonl -o A.jsonl")
-    typed = question is None and sys.stdin.isatty()
+        raise UserError("--file and --output go together, alone.", "`infer --file Q.jsonl -o A.jsonl`")
+    typed = question is None and is_interactive()
     if question is None and not typed and not file:
-        question = sys.stdin.read()
+        question = sys.stdin.read() if sys.stdin else ""
     if not file and not typed and not (question or "").strip():
-        raise UserError("the question is empty.", 'infer "What widens the anion gap?"')
+        raise UserError("the question is empty.", '`infer "What widens the anion gap?"`')
     found = None if model or (base and not run and not Run.all(*HAVE_ADAPTER)) else Run.find(run)
     settings = found.config if found else TrainConfig(model=model or TrainConfig.model)
     if model and Path(model).is_dir():  # as it was saved, if that fits
@@ -2408,19 +2435,23 @@ def infer(
         identity = fingerprint(*made_of, found.record.get("ended") if found and adapter else None)
         return answer_file(loaded, rows, settings, config, compare, output, identity)
     for asked in typed_questions() if typed else [str(question).strip()]:
-        answer = None
-        with contextlib.suppress(KeyboardInterrupt) if typed else contextlib.nullcontext():
+        try:
             if compare:
                 [answer] = loaded.answer_both([asked], config)
             else:
                 printer = with_base(AnswerPrinter, transformers.TextStreamer)
                 streamer = printer(loaded.tokenizer, skip_prompt=True, skip_special_tokens=False)
                 [answer] = loaded.generate([asked], config, None if as_json else streamer)
-        if answer and as_json:
+        except (KeyboardInterrupt, UserError) as error:
+            if not typed:
+                raise
+            log("", str(error) or "ended")
+            continue
+        if as_json:
             return dict(answer)
-        if answer and compare:
+        if compare:
             print_pair(answer, print_result)
-        elif answer:
+        else:
             ended = f"{prompts.how_it_ended(answer)}; {answer['tokens']} tokens in {answer['seconds']} s"
             log(f"({ended})", faint=True)
     return None
@@ -2435,7 +2466,8 @@ def read_questions(file: Path, column: str) -> list[dict[str, Any]]:
             ]
         rows = read_jsonl(file)
     except (ValueError, OSError) as error:
-        raise UserError(f"--file {file}: {error}", "write one JSON object a line") from error
+        way_out = "write one JSON object a line, or in a .txt file one question a line, as UTF-8"
+        raise UserError(f"--file {file}: {error}", way_out) from error
     for row in rows:
         text = row.get(column, row.get("question", row.get("Question"))) if isinstance(row, dict) else None
         if not isinstance(text, str):
@@ -2446,14 +2478,19 @@ def read_questions(file: Path, column: str) -> list[dict[str, Any]]:
 
 def typed_questions() -> Iterator[str]:
     """What is typed on the terminal, until `exit` or Ctrl-D."""
-    importlib.import_module("readline")  # for editing and history
+    importlib.import_module("readline")  # for editing and history, if the prompt goes to the terminal itself
+    terminal = sys.__stdout__ if sys.__stdout__ and sys.__stdout__.isatty() else sys.stdout
     log("ask away; `exit` or Ctrl-D ends, Ctrl-C ends an answer")
-    with contextlib.suppress(EOFError):
-        question = ""
-        while question not in ("exit", "quit"):
-            if question:
-                yield question
-            question = input("question: ").strip()
+    while True:
+        try:
+            with contextlib.redirect_stdout(terminal):
+                question = input("question: ").strip()
+        except EOFError:
+            return
+        if question in ("exit", "quit"):
+            return
+        if question:
+            yield question
 
 
 def answer_file(
@@ -2533,9 +2570,10 @@ def eval_(
     if not changed and not settings.eval_rows:
         raise UserError(f"{found} held no rows out.", 'name others, such as --split "train[500:520]"')
     name = "eval"
-    if dataset or split:  # each evaluation has a file of its own
-        name += re.sub(r"\W+", "-", f"-{Path(dataset).stem if dataset else ''}-{split or ''}").rstrip("-")
-    if not changed:
+    if changed:  # an evaluation has a file of its own
+        words = ("eval", Path(dataset or "").stem, subset or "", split or "", fingerprint(changed)[:4])
+        name = re.sub(r"\W+", "-", " ".join(words))
+    else:
         changed = {"dataset": str(found / "held_out.jsonl"), "split": "train"}
         changed |= dict(zip(("question_col", "cot_col", "response_col"), RECIPE_COLUMNS, strict=True))
     asked = dataclasses.replace(settings, **changed, eval_rows=0)
@@ -2610,7 +2648,7 @@ def push(
     """Upload merged weights, adapter and model card."""
     # Before minutes go into merging: is it a name, may the token push, do the options fit the repository.
     if not is_hub_name(repo):
-        raise UserError(f"--repo {repo}: not OWNER/NAME.", "push --repo user/DeepSeek-R1-Medical-COT")
+        raise UserError(f"--repo {repo}: not OWNER/NAME.", "`push --repo user/DeepSeek-R1-Medical-COT`")
     secret = use_hub_token()
     if not secret and not dry_run:
         raise UserError("there is no Hugging Face token to push with.", "`login`, or look with --dry-run")
