@@ -117,11 +117,14 @@ def test_the_same_evaluation_gives_the_same_report_again_with_a_picture_in_the_c
 
     def evaluate():
         finetune_r1.eval_(SHORT, run=run.folder, dataset=str(tmp_path / "rows.jsonl"), split="train")
-        return (run / "eval-rows-train.json").read_bytes()
+        [report] = run.folder.glob("eval*.json")
+        return report, report.read_bytes()
 
-    assert evaluate() == evaluate()
-    assert (run / "eval-rows-train.png").stat().st_size > 10_000
-    assert "![before and after](eval-rows-train.png)" in (run / "README.md").read_text()
+    first = evaluate()
+    assert evaluate() == first
+    picture = first[0].with_suffix(".png")
+    assert picture.stat().st_size > 10_000 and picture.name.startswith("eval-rows-train-")
+    assert f"![before and after]({picture.name})" in (run / "README.md").read_text()
 
 
 def test_a_finished_evaluation_waits_for_whoever_uses_the_run(config, untrained, run):
@@ -150,9 +153,14 @@ def file_of(run, tmp_path, monkeypatch):
 
 def test_an_evaluation_is_named_by_its_rows(file_of, tmp_path):
     mine = str(tmp_path / "mine.jsonl")
-    assert file_of(split="train[20:30]") == "eval-train-20-30"
-    assert file_of(dataset=mine, split="train") == "eval-mine-train"
-    assert file_of(dataset=mine, split="train[4:6]") == "eval-mine-train-4-6"
+    for name, asked in {
+        "eval-train-20-30": {"split": "train[20:30]"},
+        "eval-mine-train": {"dataset": mine, "split": "train"},
+        "eval-mine-zh-train-4-6": {"dataset": mine, "split": "train[4:6]", "subset": "zh"},
+    }.items():
+        assert re.fullmatch(f"{name}-[0-9a-f]{{4}}", file_of(**asked)) and file_of(**asked) == file_of(
+            **asked
+        )
 
 
 def test_no_two_evaluations_have_one_file(file_of, tmp_path):
@@ -164,15 +172,15 @@ def test_no_two_evaluations_have_one_file(file_of, tmp_path):
 
 
 def test_the_card_shows_the_largest_evaluation_of_each_kind(run):
-    kinds = {"eval": ("loss", 12), "eval-mine-train": ("loss", 9), "eval-train-8-10": ("loss", 2),
-             "eval-medqa-test": ("accuracy", 100), "eval-other-test": ("accuracy", 40)}  # fmt: skip
+    kinds = {"eval": ("loss", 12), "eval-mine-4f2a": ("loss", 9), "eval-train-8-10-90b1": ("loss", 2),
+             "eval-medqa-test-77e0": ("accuracy", 100), "eval-other-3c3c": ("accuracy", 40)}  # fmt: skip
     for name, (measure, rows) in kinds.items():
         values = {measure: [0.5] * rows, "relevance": [0.5] * rows}
         finetune_r1.write_json(run / f"{name}.json", prompts.build_report(values, values, [], rows, seed=1))
     finetune_r1.write_card(run)
     card = (run / "README.md").read_text()
     assert re.findall(r"On (\d+) held-out", card) == ["12", "100"]
-    assert re.findall(r"\((eval\S*)\.png\)", card) == ["eval", "eval-medqa-test"]
+    assert re.findall(r"\((eval\S*)\.png\)", card) == ["eval", "eval-medqa-test-77e0"]
 
 
 # ---------------------------------------------------------------------------------- which rows, which columns
@@ -188,9 +196,10 @@ def test_held_out_rows_stay_those_of_the_run_whatever_becomes_of_the_dataset(con
     assert finetune_r1.eval_(SHORT, run=run.folder, answers=0) == before and before["rows"] == 4
     # The same rows by name: what was trained on is left out, and said.
     capsys.readouterr()
-    written = (run / "eval.json").read_bytes()
+    written = {path: path.read_bytes() for path in run.folder.glob("eval*")}
     report = finetune_r1.eval_(SHORT, run=run.folder, dataset=str(data), split="train", answers=0)
-    assert (run / "eval.json").read_bytes() == written, "it has a file of its own"
+    assert {path: path.read_bytes() for path in written} == written, "this one has files of its own"
+    assert len(list(run.folder.glob("eval*"))) == 2 * len(written) == 4
     held_out = {row["Question"] for row in read_jsonl(run / "held_out.jsonl")}
     trained = {row["Question"] for row in rows[:24]} - held_out
     left_out = sum(row["Question"] in trained for row in rows[4:30])

@@ -139,8 +139,13 @@ def test_a_csv_is_read_as_it_is_separated_and_its_text_comes_back_unchanged(tmp_
 def test_in_a_folder_of_csv_files_text_is_text_too(tmp_path):
     for name, answer in (("a.csv", "NA"), ("b.csv", "007")):
         (tmp_path / name).write_text(f"{HEAD}Why, so?,Hm.,{answer}\n".replace(",", ";").replace("y;", "y,"))
-    read = read_records(DataConfig(dataset=str(tmp_path), split="train"))
-    assert (read["Question"][:], read["Response"][:]) == (["Why, so?"] * 2, ["NA", "007"])
+    for _ in range(2):
+        read = read_records(DataConfig(dataset=str(tmp_path), split="train"))
+        assert (read["Question"][:], read["Response"][:]) == (["Why, so?"] * 2, ["NA", "007"])
+        (tmp_path / "dataset_infos.json").write_text("{}")  # which is none of its rows
+    (tmp_path / "c.csv").write_text(HEAD + "Why?,Hm.,So.\n")
+    with pytest.raises(UserError, match="separated alike"):
+        questions(tmp_path)
 
 
 def test_a_table_beside_a_folders_rows_is_in_nobodys_way(tmp_path):

@@ -191,7 +191,7 @@ def test_it_goes_on_in_its_folder_to_the_undisturbed_runs_end_without_what_was_m
 ):
     (stopped / "merged").mkdir()
     stopped.update(saved={"folder": "merged", "files": {}, "checked": {}})
-    for name in ("eval.json", "eval.png", "eval-medqa-test.json"):
+    for name in ("eval.json", "eval.png", "eval-medqa-test-77e0.json"):
         (stopped / name).touch()
     again = told(["train", "--resume", "--max-time", "1s"], stopped.folder.parent.parent)
     assert again.code == 0, again.err
