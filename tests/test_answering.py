@@ -149,7 +149,7 @@ def test_on_a_terminal_ctrl_c_ends_an_answer_and_exit_the_session(tiny_r1, tmp_p
     code, shown = typed(
         tmp_path, ["infer", "--model", str(tiny_r1), "--max-new-tokens", "400"],
         ("`exit` or Ctrl-D ends[\\s\\S]*" + ask, "\n"), (ask, "Why?\n"), (begun, "\x03"),
-        (ask, "When? </think>\n"), (ask, "\x1b[A\x1b[A\n"), (ask, "exit\n"), TERM="dumb",
+        (ask, "No </think>\n"), (ask, "\x1b[A\x1b[A\n"), (ask, "exit\n"), TERM="dumb",
     )  # fmt: skip
     assert code == 0 and "a question holds </think>" in shown
     assert shown.count(" tokens in ") == 1, "the first answer was ended, the second was not"

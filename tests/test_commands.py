@@ -104,6 +104,9 @@ def folder(tmp_path, tiny_r1):
         "no_weights/config.json": "{}",
         "runs/unfinished/run.json": '{"status": "failed"}',
         "runs/unfinished/config.json": "{}",
+        "unfinished/notes.txt": "no run, but named like one",
+        "runs/unfinishd.txt": "no run either",
+        "runs/my run/run.json": '{"status": "failed"}',
         "runs/old/run.json": '{"status": "failed"}',
         "runs/old/config.json": '{"packing": true}',
     }
@@ -164,6 +167,9 @@ MISTAKES = {
     "folder with something in it": (f"{TRAIN} --run-dir full", ["--run-dir", "not empty"]),
     "folder that cannot be made": (f"{TRAIN} --run-dir empty.jsonl/run", ["path"]),
     "training where a run is": (f"{TRAIN} --run-dir runs/unfinished", ["--run-dir", "--resume"]),
+    "training where a run with a space is": (
+        "train --run-dir 'runs/my run'", ["`python finetune_r1.py train --resume 'runs/my run'`"]
+    ),
     "a run without saying what to do with it": ("train runs/unfinished", ["train --resume runs/unfinished"]),
     "resuming what is not there": ("train --resume runs/nope", [": runs/nope", "--resume", "no run folder"]),
     "resuming another training": ("train --resume runs/unfinished --lora-r 8", ["--lora-r was 16, now 8"]),
@@ -183,9 +189,9 @@ MISTAKES = {
     ),
     "answers over something": ("infer --file q.jsonl -o full/mine.txt", ["--output", "there already"]),
     # a run's adapter
-    "a run's name mistyped": ("infer Why? --run unfinishd", ["unfinishd", "such as unfinished"]),
-    "a run's path mistyped": ("save --run runs/unfinishd", [": runs/unfinishd", "such as unfinished"]),
-    "a name mistyped for train": ("train --resume unfinishd", ["unfinishd", "such as unfinished"]),
+    "a run's name mistyped": ("infer Why? --run unfinishd", ["unfinishd", "such as unfinished\n"]),
+    "a run's path mistyped": ("save --run runs/unfinishd", [": runs/unfinishd", "such as unfinished\n"]),
+    "a name mistyped for train": ("train --resume unfinishd", ["unfinishd", "such as unfinished\n"]),
     "a name like no other": ("save --run xyz", ["xyz", "next:  name the folder of a training\n"]),
     "a run by its name": ("save --run unfinished --as adapter", ["--run runs/unfinished", "no adapter"]),
     "a run by its name to go on with": ("train --resume old", ["runs/old", "packing"]),
@@ -238,6 +244,12 @@ def test_a_mistake_gets_a_message_and_the_next_step(told, folder, monkeypatch, l
     assert "Traceback" not in done.err and done.out == ""
     assert not re.search(f"`({'|'.join(COMMANDS)})", done.err.rpartition("next:")[2]), "can't be pasted"
     assert sorted(folder.rglob("*")) == before, "nothing was made and nothing was lost"
+
+
+def test_a_pipe_that_is_closed_holds_no_question(told, monkeypatch):
+    monkeypatch.setattr(sys, "stdin", None)
+    done = told(["infer", "--model", "tiny"])
+    assert done.code == 1 and "question is empty" in done.err
 
 
 @pytest.mark.parametrize(("line", "said"), MISTYPED.values(), ids=MISTYPED)
@@ -300,6 +312,7 @@ def test_doctor_says_what_is_missing_and_what_train_would_do(cli):
     done = cli("doctor", "--json")
     report = json.loads(done.out)
     assert done.code == 1 and report["gpus"] == [] and "no CUDA GPU" in report["verdict"]
+    assert "`python finetune_r1.py demo`" in report["verdict"]
     assert report["versions"]["unsloth"] != "missing" and report["hub"].startswith("not reached")
 
 
