@@ -673,14 +673,14 @@ def read_records(config: DataConfig) -> Any:
         datasets.disable_progress_bars()
         logging.getLogger("datasets").setLevel(logging.CRITICAL if reader else logging.WARNING)
         try:
-            files = sorted(path.rglob("*")) if path.is_dir() else [path]
-            files = [file for file in files if file.suffix.lower() in READERS]
-            kinds = {READERS[file.suffix.lower()] for file in files}
-            if kinds == {
-                "csv"
-            }:  # text stays text, be it a number or "NA", and a column has one type throughout
+            files: dict[str, list[Path]] = {}
+            for file in sorted(path.rglob("*.*")) if path.is_dir() else [path]:
+                if file.suffix != ".json":  # in a folder of tables it holds settings
+                    files.setdefault(READERS.get(file.suffix.lower(), ""), []).append(file)
+            if "csv" in files and not {"json", "parquet"} & files.keys():
+                # Text stays text, be it a number or "NA", and a column has one type throughout.
                 source |= {"converters": dict.fromkeys(config.columns, str), "keep_default_na": False}
-                source |= {"chunksize": 10**9, "sep": check_csv(files)}
+                source |= {"chunksize": 10**9, "sep": check_csv(files["csv"])}
             if reader == "json":  # in one piece, or an error would tell the wrong row
                 source["chunksize"] = min(path.stat().st_size + 1, GIB)
             records = datasets.load_dataset(**source, split=config.split)
