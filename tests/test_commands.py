@@ -168,9 +168,9 @@ MISTAKES = {
     "folder that cannot be made": (f"{TRAIN} --run-dir empty.jsonl/run", ["path"]),
     "training where a run is": (f"{TRAIN} --run-dir runs/unfinished", ["--run-dir", "--resume"]),
     "training where a run with a space is": (
-        "train --run-dir 'runs/my run'", ["`python finetune_r1.py train --resume 'runs/my run'`"]
+        f"{TRAIN} --run-dir 'runs/my run'", ["`python finetune_r1.py train --resume 'runs/my run'`"]
     ),
-    "a run without saying what to do with it": ("train runs/unfinished", ["train --resume runs/unfinished"]),
+    "a run without saying what to do with it": ("train 'runs/my run'", ["train --resume 'runs/my run'`"]),
     "resuming what is not there": ("train --resume runs/nope", [": runs/nope", "--resume", "no run folder"]),
     "resuming another training": ("train --resume runs/unfinished --lora-r 8", ["--lora-r was 16, now 8"]),
     "resuming another version's run": ("train --resume runs/old", ["runs/old", "packing"]),
