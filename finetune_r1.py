@@ -2353,7 +2353,8 @@ def train(
 ) -> dict[str, Any]:
     """Fine-tune, and answer one question before and after."""
     if run and not resume:
-        raise UserError(f"RUN {run} needs --resume.", f"`train --resume {run}`, or --run-dir for a new run")
+        way_out = f"{Run(run).resume_line}, or --run-dir for a new run"
+        raise UserError(f"RUN {run} needs --resume.", way_out)
     with contextlib.suppress(httpx.HTTPError, hub_errors.OfflineModeIsEnabled, UserError):
         secret = use_hub_token()
         if secret and not hub_account(secret)["can_push"]:  # said now rather than after a long training
