@@ -708,7 +708,7 @@ def check_csv(files: Sequence[Path]) -> str:
             delimiters.add(delimiter)
             file.seek(0)
             header: list[str] = []
-            rows = csv.reader(file, delimiter=delimiter)
+            rows = csv.reader(file, delimiter=delimiter, strict=True)
             for row in filter("".join, rows):
                 header = header or row
                 if len(row) != len(header):
