@@ -176,7 +176,7 @@ BROKEN = {
     "cut.json": ('[{"Question": "Why?"},\n{"Question"', "position 34"),
     "latin.csv": ((HEAD + "a,b,c\nnaïve,b,c\n").encode("latin-1"), "utf-8"),
     "utf16.csv": ((HEAD + "a,b,c\n").encode("utf-16"), "utf-8"),
-    "open.csv": (HEAD + 'a,b,"c\n', "EOF inside string"),
+    "open.csv": (HEAD + 'a,b,"c\n', "unexpected end of data"),
     "more.csv": (HEAD + "a,b,c\na,b, and c,d\n", "line 3 has 4 fields, the header 3; quote"),
     "fewer.csv": (HEAD + "a,b,c\na,b\n", "line 3 has 2 fields, the header 3"),
     "after.csv": (HEAD + 'a,"b\nb\n",c\na,b,c,d\n', "line 5"),
