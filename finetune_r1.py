@@ -388,9 +388,8 @@ def friendly_errors() -> Iterator[None]:
             raise
         if RANK:
             time.sleep(3)  # if the first process has the same error, torchrun ends this one before it speaks
-        print(
-            f"error: {harmless(error)}\nnext:  {harmless(pasteable(next_step))}", file=sys.stderr, flush=True
-        )
+        message = f"error: {error}\nnext:  {pasteable(next_step)}"
+        print(harmless(message), file=sys.stderr, flush=True)
         raise typer.Exit(1) from None
 
 
@@ -520,9 +519,8 @@ class Run:
             known = [path.parent.name for path in RUNS.glob("*/run.json")]
             near = difflib.get_close_matches(folder.name, known, cutoff=0.5)
             fault = f"{folder} (--run or --resume) is no run folder: it has no run.json."
-            raise UserError(
-                fault, f"name the folder of a training{', such as ' if near else ''}{', '.join(near)}"
-            )
+            hint = f", such as {', '.join(near)}" if near else ""
+            raise UserError(fault, f"name the folder of a training{hint}")
         finished = cls.all(*HAVE_ADAPTER)
         if not folder and not finished:
             way_out = "`train` or `demo` makes one, --run DIR names one, `infer --base` asks the base model"
@@ -1644,14 +1642,9 @@ def row_losses(loaded: LoadedModel, rows: Any) -> dict[str, list[float]]:
 
 
 def evaluate(
-    loaded: LoadedModel,
-    run: Run,
-    rows: Any,
-    choices: Any,
-    answers: int,
-    config: GenerationConfig,
-    name: str = "eval",
-) -> dict[str, Any]:
+    loaded: LoadedModel, run: Run, rows: Any, choices: Any, answers: int,
+    config: GenerationConfig, name: str = "eval",
+) -> dict[str, Any]:  # fmt: skip
     """Compares base and tuned on held-out `rows` or multiple `choices`; writes `name`.json into the run.
 
     Of rows there are losses, and answers to the first few. A choice is a question and the right letter; where
@@ -1741,25 +1734,26 @@ def merged_weights(run: Run, output: Path | None = None) -> tuple[Path, dict[str
     if folder.exists():
         raise UserError(f"{folder} was not made by `save`.", "move it away; the adapter is untouched")
 
-    # Base and adapter, and how they act together.
-    name, adapter = sixteen_bit(run.config.model), run.adapter
-    size, missing = weights_size(name)
-    log(f"merging into {name} ({size / 1e9:.1f} GB, {missing / 1e9:.1f} of it to download), writing as much")
-    way_out = "the adapter needs no room: `push --adapter-only`; or set --output and HF_HOME"
-    check_room({folder: size, Path(hub_constants.HF_HUB_CACHE): missing}, way_out)
-    tokenizer = load_tokenizer(adapter)
-    source = download_model(name, revision=run.record.get("model_revisions", {}).get(name))
-    auto_model = transformers.AutoModelForCausalLM
-    load = functools.partial(auto_model.from_pretrained, dtype="auto", use_safetensors=True)
-    base = load(source)
-    if getattr(base.config, "quantization_config", None):
-        raise UserError(f"{name} is quantized: no 16-bit weights can be made of it.", "`save --as adapter`")
-    base_logits = probe(base, tokenizer)
-    model = peft.PeftModel.from_pretrained(base, adapter).eval()
-    tuned_logits = probe(model, tokenizer)
-
-    # Merged, and read back as a stranger would: all that config.json asks for has to be there, and no more.
     with run.lock(), atomic_path(folder) as partial:
+        # Base and adapter, and how they act together.
+        name, adapter = sixteen_bit(run.config.model), run.adapter
+        size, missing = weights_size(name)
+        log(f"merging into {name}: {size / 1e9:.1f} GB, {missing / 1e9:.1f} of it to download")
+        way_out = "the adapter needs no room: `push --adapter-only`; or set --output and HF_HOME"
+        check_room({folder: size, Path(hub_constants.HF_HUB_CACHE): missing}, way_out)
+        transformers.utils.logging.disable_progress_bar()  # what takes seconds; downloads keep theirs
+        tokenizer = load_tokenizer(adapter)
+        source = download_model(name, revision=run.record.get("model_revisions", {}).get(name))
+        auto_model = transformers.AutoModelForCausalLM
+        load = functools.partial(auto_model.from_pretrained, dtype="auto", use_safetensors=True)
+        base = load(source)
+        if getattr(base.config, "quantization_config", None):
+            raise UserError(f"{name} is quantized: there are no 16-bit weights of it.", "`save --as adapter`")
+        base_logits = probe(base, tokenizer)
+        model = peft.PeftModel.from_pretrained(base, adapter).eval()
+        tuned_logits = probe(model, tokenizer)
+
+        # Merged, and read back as a stranger would: what config.json asks for has to be there, and no more.
         base.config.pad_token_id = base.generation_config.pad_token_id = tokenizer.pad_token_id
         model.merge_and_unload().save_pretrained(partial, max_shard_size="2GB")
         save_tokenizer(tokenizer, partial)
@@ -1767,7 +1761,7 @@ def merged_weights(run: Run, output: Path | None = None) -> tuple[Path, dict[str
         del base, model  # two copies of the 8B would not fit beside each other
         merged, report = load(partial, output_loading_info=True)
         if any(report.values()):
-            raise UserError(f"the merged weights are no whole model: {report}.", "nothing was saved; tell us")
+            raise UserError(f"the merged weights are no whole model: {report}", "nothing was saved; tell us")
         merged_logits = probe(merged, transformers.AutoTokenizer.from_pretrained(partial))
         checked = check_merge(base_logits, tuned_logits, merged_logits)
         # Noted before the folder has its name: one that has it is known, whenever the process ends.
@@ -1814,12 +1808,8 @@ def base_card(model: str) -> dict[str, Any]:
     local = Path(model) / "README.md"
     try:
         return dict(huggingface_hub.ModelCard.load(local if local.parent.is_dir() else model).data.to_dict())
-    except (
-        httpx.HTTPError,
-        OSError,
-        ValueError,
-    ):  # the card lacks a licence then, which is better than no card
-        return {}
+    except (httpx.HTTPError, OSError, ValueError):
+        return {}  # the card lacks a licence then, which is better than no card
 
 
 def public_name(model: str) -> str:
