@@ -2114,8 +2114,8 @@ def command(function: Callable[..., dict[str, Any] | None]) -> Callable[..., dic
     parameters = [p for p in signature.parameters.values() if p.name not in ("config", "as_json", "given")]
     for entry in fields:
         heading = HEADINGS.get(entry.name, heading)
-        limits = {key: value for key, value in entry.metadata.items() if key != "flags"}
-        flag = typer.Option(*entry.metadata["flags"], rich_help_panel=heading, **limits)
+        limits = dict(entry.metadata)
+        flag = typer.Option(*limits.pop("flags"), rich_help_panel=heading, **limits)
         kind: Any = Annotated[entry.type, flag]
         parameters.append(inspect.Parameter(entry.name, keyword, default=entry.default, annotation=kind))
     as_json = Annotated[bool, typer.Option("--json", help="Print one JSON object and nothing else.")]
@@ -2366,7 +2366,14 @@ def train(
     train_run(config, chosen, resume)
     record = {} if RANK else chosen.record
     summary = {"run": str(chosen), "rows": record.get("rows"), "losses": record.get("losses")}
-    return summary | {"seconds": record.get("seconds"), "peak_memory_gib": record.get("peak_memory_gib")}
+    summary |= {"seconds": record.get("seconds"), "peak_memory_gib": record.get("peak_memory_gib")}
+    which = f"--run {shlex.quote(str(chosen))}"
+    ask, check = (
+        f'{PROGRAM} infer {which} "What widens the anion gap?"',
+        "eval" if config.eval_rows else "save",
+    )
+    summary["next"] = [ask, f"{PROGRAM} {check} {which}", f"{PROGRAM} push {which} --repo OWNER/NAME"]
+    return summary
 
 
 def resumed_config(run: Run, config: TrainConfig, given: set[str]) -> TrainConfig:
@@ -2657,14 +2664,16 @@ def push(
 
     # What would be pushed, and what is in its way.
     files = files_to_push(found, adapter_only, dry_run, repo)
-    sizes = {name: len(it) if isinstance(it, bytes) else it.stat().st_size for name, it in files.items()}
-    for name, size in sizes.items():
+    adds, total = [], 0
+    for name, content in files.items():
+        size = len(content) if isinstance(content, bytes) else content.stat().st_size
         log(f"{size:>16,}  {name}")
+        adds.append(huggingface_hub.CommitOperationAdd(name, content))
+        total += size
     hidden = remote.info.private if remote.info else private is not False
     visibility = ("private" if hidden else "public") + ("" if remote.info else ", new")
-    report = {"repo": repo, "visibility": visibility, "files": len(files), "bytes": sum(sizes.values())}
+    report = {"repo": repo, "visibility": visibility, "files": len(files), "bytes": total}
     log_header("push", report)
-    adds = [huggingface_hub.CommitOperationAdd(name, content) for name, content in files.items()]
     others = remote.other_weights(adds)
     if others and not (force or create_pr):
         way_out = "name another --repo, offer yours with --create-pr, or replace them with --force"

@@ -297,6 +297,9 @@ def test_w_and_b_gets_the_history_of_a_run_trained_by_the_command_line(tiny_r1, 
     assert history == losses(Run(tmp_path / json.loads(done.out)["run"])) and list(history) == [1, 2, 3]
     assert sent.config["lora_r"] == 16 and sent.config["warmup_steps"] == 1, "half of the steps, not 5"
     assert "k" * 40 not in done.out + done.err
+    report = json.loads(done.out)
+    what_next = [line.split()[2:5] for line in report["next"]]
+    assert what_next == [[name, "--run", report["run"]] for name in ("infer", "eval", "push")]
 
 
 def test_w_and_b_is_left_alone_without_a_key(config, tmp_path):
