@@ -50,9 +50,7 @@ from prompts import Lang
 try:
     import typer
 except ModuleNotFoundError:
-    sys.exit(
-        "error: the packages are not installed.\nnext:  `uv run finetune_r1.py` does it (see the README)"
-    )
+    sys.exit("error: the packages are missing.\nnext:  `uv run finetune_r1.py` brings them (see the README)")
 
 
 class Lazy:
@@ -69,6 +67,7 @@ accelerate, accelerate_utils = Lazy("accelerate"), Lazy("accelerate.utils")
 datasets, dotenv, filelock, httpx = Lazy("datasets"), Lazy("dotenv"), Lazy("filelock"), Lazy("httpx")
 huggingface_hub, hub_constants = Lazy("huggingface_hub"), Lazy("huggingface_hub.constants")
 hub_errors, hub_utils = Lazy("huggingface_hub.errors"), Lazy("huggingface_hub.utils")
+hub_sha = Lazy("huggingface_hub.utils.sha")
 kaggle_secrets, pandas, peft, psutil = Lazy("kaggle_secrets"), Lazy("pandas"), Lazy("peft"), Lazy("psutil")
 pyplot, tokenizers, torch = Lazy("matplotlib.pyplot"), Lazy("tokenizers"), Lazy("torch")
 transformers, trl, unsloth = Lazy("transformers"), Lazy("trl"), Lazy("unsloth")
@@ -325,8 +324,7 @@ def log_header(title: str, values: dict[str, Any]) -> None:
     log(textwrap.fill(line, 110, subsequent_indent=" " * 8, break_long_words=False, break_on_hyphens=False))
 
 
-# What to do about errors that are no bugs: by class, HTTP status or words of the message; the first that
-# fits.
+# What to do about errors that are no bugs, by class, HTTP status or words of the message; the first fits.
 NOT_REACHED = "the Hub was not reached: try later (`doctor` tells); local --model and --dataset need no Hub"
 ADVICE = {
     "GatedRepoError": "ask for access on the model's page, then `login`",
@@ -447,11 +445,10 @@ def read_jsonl(path: Path) -> list[Any]:
     return [json.loads(line) for line in path.read_text(encoding="utf-8-sig").split("\n") if line.strip()]
 
 
-def check_output(output: Path | None) -> Path | None:
+def check_output(output: Path | None) -> None:
     """Raises if `--output` is there already: nothing is written over."""
     if output and output.exists():
         raise UserError(f"--output {output}: it is there already.", "name another; nothing was changed")
-    return output
 
 
 def check_unmixed(folder: Path) -> None:
@@ -1573,7 +1570,8 @@ def train_run(config: TrainConfig, run: Run, resume: bool = False) -> tuple[Load
             save_tokenizer(loaded.tokenizer, partial)
             remove(partial / "README.md")  # PEFT's empty form; the run has a card of its own
             # What was made of an earlier state must not pass for what is made of this one.
-            for path in (run / "adapter", run / "merged", *run.folder.glob("eval*")):
+            reports = (*run.folder.glob("eval*.json"), *run.folder.glob("eval*.png"))
+            for path in (run / "adapter", run / "merged", *reports):
                 remove(path)
         seconds["train"] = round(time.perf_counter() - started, 1)
         losses = draw_losses(run)
@@ -1870,8 +1868,7 @@ class Repository:
         if entry.lfs:
             return bool(entry.lfs.sha256 == add.upload_info.sha256.hex())
         with add.as_file() as file:
-            content = file.read()
-        return bool(entry.blob_id == hashlib.sha1(b"blob %d\0" % len(content) + content).hexdigest())
+            return bool(entry.blob_id == hub_sha.git_hash(file.read()))
 
     def other_weights(self, adds: Sequence[Any]) -> list[str]:
         """The weights that are there and are not those of `adds`."""
@@ -2368,11 +2365,12 @@ def train(
     summary = {"run": str(chosen), "rows": record.get("rows"), "losses": record.get("losses")}
     summary |= {"seconds": record.get("seconds"), "peak_memory_gib": record.get("peak_memory_gib")}
     which = f"--run {shlex.quote(str(chosen))}"
-    ask, check = (
+    check = "eval" if config.eval_rows else "save"
+    summary["next"] = [
         f'{PROGRAM} infer {which} "What widens the anion gap?"',
-        "eval" if config.eval_rows else "save",
-    )
-    summary["next"] = [ask, f"{PROGRAM} {check} {which}", f"{PROGRAM} push {which} --repo OWNER/NAME"]
+        f"{PROGRAM} {check} {which}",
+        f"{PROGRAM} push {which} --repo OWNER/NAME",
+    ]
     return summary
 
 

@@ -190,6 +190,7 @@ def test_it_goes_on_in_its_folder_to_the_undisturbed_runs_end_without_what_was_m
     stopped, undisturbed, told
 ):
     (stopped / "merged").mkdir()
+    (stopped / "evaluated by hand.txt").touch()
     stopped.update(saved={"folder": "merged", "files": {}, "checked": {}})
     for name in ("eval.json", "eval.png", "eval-medqa-test-77e0.json"):
         (stopped / name).touch()
@@ -197,7 +198,8 @@ def test_it_goes_on_in_its_folder_to_the_undisturbed_runs_end_without_what_was_m
     assert again.code == 0, again.err
     assert "--max-time: stopped after step 4; `train --resume runs/stopped` goes on" in again.err
     assert stopped.record["status"] == "stopped" and stopped.record["resumed_at"] == [3]
-    assert not (stopped / "merged").exists() and not list(stopped.folder.glob("eval*"))
+    assert not (stopped / "merged").exists() and not list(stopped.folder.glob("eval*.*[gn]"))
+    assert (stopped / "evaluated by hand.txt").exists(), "the user's own"
     assert not stopped.record.get("saved")
     done = told(["train", "--resume", "--max-time", "12h"], stopped.folder.parent.parent)
     assert done.code == 0, done.err
