@@ -424,8 +424,9 @@ def as_report(evaluation: dict[str, Any]) -> str:
             text += f"| {name.replace('_', ' ')} | {value['base']:.3f} | {value['tuned']:.3f} "
             text += f"| {value['difference']:+.3f} ({value['low']:+.3f} to {value['high']:+.3f}) |\n"
     return f"""{text}
-Losses are in nats per token: of thought and answer, and of the answer alone. Relevance is how much better the
-model predicts an answer from its own question than from another's. The rest: {evaluation["answers"]} answers.
+Losses are in nats per token: of thought and answer, and of the answer alone. Relevance is how much better
+the model predicts an answer from its own question than from another's. All else is counted in
+{evaluation["answers"]} answers.
 """
 
 
