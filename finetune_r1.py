@@ -3,14 +3,21 @@
     python finetune_r1.py demo                            the whole job on a CPU: a small model, no account
     python finetune_r1.py doctor                          is this machine ready, and what would train do
     python finetune_r1.py login                           find and check the Hugging Face and W&B tokens
+    python finetune_r1.py load                            download the base model, and see that it runs
+    python finetune_r1.py format --dataset rows.csv       would my own rows do
     python finetune_r1.py train --max-steps 60            the published recipe; saves an adapter
+    python finetune_r1.py train --epochs 1 --eval-rows 20 --dry-run
+    python finetune_r1.py train --resume                  go on with what was interrupted
     python finetune_r1.py infer "question"                ask the newest finished run
+    python finetune_r1.py infer --file questions.jsonl -o answers.jsonl
     python finetune_r1.py eval --split "train[500:520]"   base against tuned on rows not trained on
+    python finetune_r1.py runs                            what was trained, and how it went
     python finetune_r1.py save                            merge the adapter into 16-bit weights, and verify
     python finetune_r1.py push --repo user/DeepSeek-R1-Medical-COT
 
 The sections follow a user's way: constants, settings, console and errors, run folder, rows, model, training,
-evaluation, saving, pushing, log-in, commands. Results go to stdout, everything else to stderr.
+evaluation, saving, pushing, log-in, commands. Results go to stdout, everything else to stderr. A command's
+`--help` shows its lines above.
 """
 
 import contextlib
@@ -68,10 +75,11 @@ datasets, dotenv, filelock, httpx = Lazy("datasets"), Lazy("dotenv"), Lazy("file
 huggingface_hub, hub_constants = Lazy("huggingface_hub"), Lazy("huggingface_hub.constants")
 hub_errors, hub_utils = Lazy("huggingface_hub.errors"), Lazy("huggingface_hub.utils")
 hub_sha = Lazy("huggingface_hub.utils.sha")
-kaggle_secrets, pandas, peft, psutil = Lazy("kaggle_secrets"), Lazy("pandas"), Lazy("peft"), Lazy("psutil")
-pyplot, tokenizers, torch = Lazy("matplotlib.pyplot"), Lazy("tokenizers"), Lazy("torch")
-transformers, trl, unsloth = Lazy("transformers"), Lazy("trl"), Lazy("unsloth")
-wandb, yaml = Lazy("wandb"), Lazy("yaml")
+kaggle_secrets, numpy, pandas = Lazy("kaggle_secrets"), Lazy("numpy"), Lazy("pandas")
+peft, psutil = Lazy("peft"), Lazy("psutil")
+pyplot, rich_console, rich_table = Lazy("matplotlib.pyplot"), Lazy("rich.console"), Lazy("rich.table")
+tokenizers, torch, transformers = Lazy("tokenizers"), Lazy("torch"), Lazy("transformers")
+trl, unsloth, wandb, yaml = Lazy("trl"), Lazy("unsloth"), Lazy("wandb"), Lazy("yaml")
 
 # ------------------------------------------------------------------------------------------------- constants
 # Names, places and measured numbers. Hyper-parameters are not here but in the settings below.
@@ -107,7 +115,9 @@ CHECKPOINT_SECONDS = 300
 WORKSPACE = 0.35 * GIB  # memory that the libraries hold
 MICRO_BATCH_TOKENS = 2000  # what a micro-batch costs beside its own tokens
 RECOMPUTE = 0.4  # what recomputing all activations costs, as a share of a step
-R1_TOKENS, R1_MEMORY = 777, (6.2 * GIB, 32, 113_000)  # the recipe's mean row, and its model's `Memory`
+FOUR_BIT = 0.52  # bytes of a weight, with its share of the tables
+EFFICIENCY = 0.5  # of the speed of a large product, which a step reaches
+R1_TOKENS = 777  # the recipe's mean row
 
 LIBRARY_ENV_PREFIXES = ("HF_", "HUGGING", "WANDB_")
 HUB_TOKENS = ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "HUGGINGFACE_TOKEN")  # the last is the recipe's on Kaggle
@@ -200,6 +210,7 @@ class TrainConfig(GenerationConfig, DataConfig):
     micro_batch: int | None = option(None, "Rows at once (default: all that fit).", *MICRO_BATCH_FLAGS, min=1)
     gradient_checkpointing: Checkpointing = option("auto", "Recompute activations: as needed, all, or none.")
     max_steps: int = option(60, "Optimizer steps.", min=1)
+    epochs: float | None = option(None, "Instead of --max-steps: times to go over the rows.", min=0.01)
     warmup_steps: int = option(5, "Steps until the learning rate is reached.", min=0)
     learning_rate: float = option(2e-4, "Peak learning rate.", min=0.0, max=1.0)
     lr_scheduler_type: Schedule = option("linear", "How the learning rate falls.")
@@ -243,12 +254,22 @@ def check_config(config: TrainConfig) -> None:
         problems.append(f"--effective-batch {batch} cannot be divided among {WORLD} processes, {near}")
     elif share % micro:
         problems.append(f"--micro-batch {micro} does not divide the {share} rows that a process has per step")
-    if config.warmup_steps > config.max_steps:
+    if config.warmup_steps > config.max_steps and not config.epochs:
         problems.append(f"--warmup-steps {config.warmup_steps} is more than --max-steps {config.max_steps}")
     if not all(map(str.strip, config.target_modules.split(","))):
         problems.append(f"--target-modules {config.target_modules!r} has an empty name")
     if problems:
         raise UserError("; ".join(problems), "`train --help` tells what each takes")
+
+
+def not_the_default(config: Any) -> str:
+    """The settings that are not the recipe's, as text; with --verbose all of them."""
+    shown = []
+    for entry in dataclasses.fields(config):
+        value = getattr(config, entry.name)
+        if Console.verbose or value != entry.default:
+            shown.append(f"{entry.name}={value}")
+    return "  ".join(shown) or "the published recipe's"
 
 
 # ---------------------------------------------------------------------------------------- console and errors
@@ -287,6 +308,12 @@ def interrupt(number: int, frame: Any = None) -> None:
     raise KeyboardInterrupt(signal.Signals(number).name)
 
 
+class Console:
+    """How much is printed, as --quiet and --verbose set it."""
+
+    quiet = verbose = False
+
+
 def harmless(text: object) -> str:
     """Spells out control characters, so that what a model or a dataset says can't steer the terminal."""
     control = "[\0-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]"
@@ -298,13 +325,51 @@ def main_process_only(function: Callable[..., None]) -> Callable[..., None]:
     return function if RANK == 0 else lambda *_, **__: None
 
 
+def painted(text: str, color: str) -> str:
+    """The text in a color (such as "31" for red, "2" for faint), if it goes to a terminal."""
+    return f"\033[{color}m{text}\033[0m" if sys.stderr.isatty() and text else text
+
+
 @main_process_only
 def log(*lines: object, end: str = "\n", faint: bool = False) -> None:
     """Prints lines to stderr; faint ones are dimmed on a terminal."""
     text = "\n".join(map(harmless, lines))
-    if faint and sys.stderr.isatty():
-        text = f"\033[2m{text}\033[0m"
-    print(text, end=end, file=sys.stderr, flush=True)
+    if sys.stderr.isatty() and end != "":
+        end = f"\033[K{end}"  # a shorter line leaves nothing of the progress that it takes the place of
+    if not Console.quiet:
+        print(painted(text, "2") if faint else text, end=end, file=sys.stderr, flush=True)
+
+
+def clock(seconds: float) -> str:
+    """Minutes and seconds, and hours if there are some."""
+    minutes, rest = divmod(round(seconds), 60)
+    return f"{minutes // 60}:{minutes % 60:02d}:{rest:02d}" if minutes >= 60 else f"{minutes:02d}:{rest:02d}"
+
+
+def progress(values: Sequence[Any], label: str) -> Iterator[Any]:
+    """Yields the values; says how many are done and how long the others take, each second or half minute."""
+    every = 1 if sys.stderr.isatty() else 30
+    started = said = time.monotonic()
+    for done, value in enumerate(values):
+        now = time.monotonic()
+        if done and now - said > every:
+            left = clock((now - started) / done * (len(values) - done))
+            log(f"{label} {done}/{len(values)}, {left} left", end="\r" if sys.stderr.isatty() else "\n")
+            said = now
+        yield value
+
+
+def as_table(headings: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """An aligned table as wide as the terminal, or 80 columns where there is none; long cells are wrapped."""
+    table = rich_table.Table(box=None, padding=(0, 1, 0, 0), header_style="")
+    for heading, *cells in zip(headings, *rows, strict=True):
+        table.add_column(heading, overflow="fold", no_wrap=max(map(len, cells)) <= 20)
+    for row in rows:
+        table.add_row(*row)
+    console = rich_console.Console(color_system=None, markup=False, highlight=False)
+    with console.capture() as captured:
+        console.print(table)
+    return "\n".join(map(str.rstrip, captured.get().splitlines()))
 
 
 @main_process_only
@@ -318,10 +383,11 @@ def is_interactive() -> bool:
     return bool(sys.stdin and sys.stdin.isatty())
 
 
-def log_header(title: str, values: dict[str, Any]) -> None:
-    """Prints settings or numbers before the work begins."""
-    line = f"{title:8}" + "  ".join(f"{name}={value}" for name, value in values.items())
-    log(textwrap.fill(line, 110, subsequent_indent=" " * 8, break_long_words=False, break_on_hyphens=False))
+def log_header(title: str, text: str) -> None:
+    """Prints what is about to be done, under a title, before it begins."""
+    width = min(110, shutil.get_terminal_size().columns)
+    options: Any = {"break_long_words": False, "break_on_hyphens": False, "subsequent_indent": " " * 10}
+    log(textwrap.fill(f"{title:10}{text}", width, **options))
 
 
 # What to do about errors that are no bugs, by class, HTTP status or words of the message; the first fits.
@@ -386,8 +452,10 @@ def friendly_errors() -> Iterator[None]:
             raise
         if RANK:
             time.sleep(3)  # if the first process has the same error, torchrun ends this one before it speaks
-        message = f"error: {error}\nnext:  {pasteable(next_step)}"
-        print(harmless(message), file=sys.stderr, flush=True)
+        for label, text in (("error: ", str(error)), ("next:  ", pasteable(next_step))):
+            print(
+                painted(label, "31" if label == "error: " else "36"), harmless(text), sep="", file=sys.stderr
+            )
         raise typer.Exit(1) from None
 
 
@@ -498,12 +566,12 @@ class Run:
 
     @classmethod
     def all(cls, *statuses: str) -> list[Self]:
-        """The runs under runs/ with one of these statuses, oldest first; foreign folders are skipped."""
+        """The runs under runs/, or those with one of these statuses, oldest first; no foreign folders."""
         found: list[tuple[str, Path]] = []
         for path in RUNS.glob("*/run.json"):
             with contextlib.suppress(UserError):
                 record = cls(path.parent).record
-                if record["status"] in statuses:
+                if record["status"] in statuses or not statuses:
                     found.append((record.get("ended", record["started"]), path.parent))
         return [cls(folder) for _, folder in sorted(found)]
 
@@ -629,6 +697,36 @@ class Run:
             finally:
                 self.update(status=status, ended=time.strftime(TIME))
 
+    @property
+    def evaluation(self) -> dict[str, Any]:
+        """The report of its evaluation on the most rows; empty without one."""
+        reports = list(map(read_json, self.folder.glob("eval*.json")))
+        return max(reports, key=lambda report: int(report["rows"]), default={})
+
+    @property
+    def summary(self) -> dict[str, str]:
+        """How it went, for a table."""
+        record, losses = self.record, self.record.get("losses")
+        row = {"run": self.folder.name, "started": record["started"][:16], "status": record["status"]}
+        row |= {"model": "", "rows": str(record.get("rows", {}).get("used", "")), "steps": ""}
+        with contextlib.suppress(UserError):  # the settings may be another version's
+            config = self.config
+            done = config.max_steps if row["status"] == "finished" else self.last_step
+            row |= {"model": Path(config.model).name, "steps": f"{done}/{config.max_steps}"}
+        row["loss"] = f"{losses['first']:.2f}→{losses['last']:.2f}" if losses else ""
+        row["verdict"] = self.evaluation.get("verdict", "").partition(":")[0]
+        return row | {"size": file_size(folder_size(self.folder))}
+
+
+def folder_size(folder: Path) -> int:
+    """Bytes of all files in a folder."""
+    return sum(path.lstat().st_size for path in folder.rglob("*") if path.is_file())
+
+
+def file_size(size: float) -> str:
+    """Bytes in MB or GB."""
+    return f"{size / 1e9:.1f} GB" if size >= 1e9 else f"{size / 1e6:.0f} MB"
+
 
 def versions() -> dict[str, str]:
     """Versions of Python and of the main packages, and this script's commit, if git knows it."""
@@ -733,13 +831,16 @@ def read_from_hub(config: DataConfig, flags: str) -> Any:
         ) from error
 
 
-def check_columns(record: dict[str, Any], config: DataConfig) -> None:
+def check_columns(records: Any, config: DataConfig) -> None:
     """Raises if a column that was named is missing, and tells which may be meant."""
     flags = ("--question-col", "--cot-col", "--response-col")
+    record = records[0]
     missing = sorted(set(config.columns) - record.keys())
+    if record.get("input") and "instruction" in config.columns:
+        log("note: the column `input` is not taught; join it to `instruction` if the questions need it")
     if missing:
         way_out = f"name its columns with {', '.join(flags)}"
-        guess = prompts.guess_columns(record)
+        guess = prompts.guess_columns(records[: min(100, len(records))])
         if guess:
             way_out = "if they are meant:"
             for flag, name in zip(flags, guess, strict=True):
@@ -870,6 +971,19 @@ def download_model(name: str, weights: bool = True, revision: str | None = None)
         way_out = "name a model that has: .bin and .pt files are pickles, which can run code"
         raise UserError(f"--model {name} has no weights as safetensors.", way_out)
     return folder
+
+
+def weights_name(config: ModelConfig) -> str:
+    """The model whose weights are loaded: Unsloth's ready 4-bit copy where it has one.
+
+    Its list is run as a file, as importing it would import all of Unsloth.
+    """
+    name = config.model
+    if not config.load_in_4bit or Path(name).is_dir() or name.endswith("-bnb-4bit"):
+        return name
+    package: Any = importlib.util.find_spec("unsloth")
+    mapper = runpy.run_path(str(Path(package.origin).parent / "models" / "mapper.py"))
+    return str(mapper["FLOAT_TO_INT_MAPPER"].get(name.lower(), name))
 
 
 def load_tokenizer(folder: str | Path) -> Any:
@@ -1045,12 +1159,7 @@ class LoadedModel:
             torch.cuda.set_per_process_memory_fraction(min(1.0, config.gpu_memory_gib / total))
         fast_model, name, known = import_unsloth(), config.model, revisions or {}
 
-        # Unsloth's ready 4-bit copy is taken where it has one. Its list is run as a file: imported as a
-        # module on a CPU, it would bring code for GPUs along.
-        weights = name
-        if config.load_in_4bit and not Path(name).is_dir() and not name.endswith("-bnb-4bit"):
-            mapper = runpy.run_path(str(Path(unsloth.__file__).parent / "models" / "mapper.py"))
-            weights = mapper["FLOAT_TO_INT_MAPPER"].get(name.lower(), name)
+        weights = weights_name(config)
         named = download_model(name, weights=False, revision=known.get(name))
         folder = download_model(weights, revision=known.get(weights))
         model, _ = fast_model.from_pretrained(
@@ -1149,14 +1258,16 @@ class LoadedModel:
         sampling: dict[str, Any] = {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}
         if config.temperature:
             sampling = {"do_sample": True, "temperature": config.temperature}
-        for positions in self.plan_batches(questions, config):
+        for number, positions in enumerate(self.plan_batches(questions, config)):
             texts = [prompts.build_prompt(questions[i], self.lang) for i in positions]
             batch = tokenizer(texts, return_tensors="pt", padding=True).to(model.device)
             started = time.perf_counter()
+            ending = f"of {len(questions)} answers" + (f", batch {number + 1}" if number else "")
+            counter = TokenCounter(f"{len(positions)} {ending}: token", config.max_new_tokens)
             with torch.random.fork_rng([torch.cuda.current_device()] if torch.cuda.is_available() else []):
                 torch.manual_seed(config.seed)
                 output = model.generate(
-                    **batch, **sampling, streamer=streamer, use_cache=True, max_length=None,
+                    **batch, **sampling, streamer=streamer or counter, use_cache=True, max_length=None,
                     max_new_tokens=config.max_new_tokens,
                     eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id,
                 )  # fmt: skip
@@ -1177,6 +1288,20 @@ class LoadedModel:
         tuned = self.generate(questions, config)
         pairs = zip(questions, base, tuned, strict=True)
         return [{"question": question, "base": before, "tuned": after} for question, before, after in pairs]
+
+
+class TokenCounter:
+    """A streamer, as transformers calls it, that says how far the answers of a batch are."""
+
+    def __init__(self, label: str, tokens: int):
+        self.steps = progress(range(1 + tokens), label)
+
+    def put(self, tokens: Any) -> None:
+        """Counts one token of each answer; the first call has the prompts."""
+        next(self.steps, None)
+
+    def end(self) -> None:
+        """Does nothing."""
 
 
 LibraryClass: Any = object  # stands in for a library's class until that is imported
@@ -1231,6 +1356,21 @@ def gather(values: list[Any]) -> list[Any]:
     return list(accelerate_utils.gather_object(values)) if WORLD > 1 else values
 
 
+def adapter_parameters(model: Any, config: TrainConfig) -> int:
+    """How many parameters the adapter will have, of a model that has none yet."""
+    modules, parameters = config.target_modules.split(","), 0
+    for name, module in model.named_modules():
+        if name.rpartition(".")[2] in modules:
+            parameters += config.lora_r * (module.in_features + module.out_features)
+    return parameters
+
+
+def run_size(parameters: int, config: TrainConfig) -> int:
+    """Bytes that a run's folder comes to: adapter, and checkpoints of adapter and optimizer."""
+    checkpoint = parameters * (4 + (2 if "8bit" in config.optim else 8))
+    return checkpoint * (config.keep_checkpoints + 2)
+
+
 @functools.cache
 def cpu_group() -> Any:
     """A group of the processes' CPUs, so that no GPU has to be waited for."""
@@ -1257,14 +1397,11 @@ class Memory(NamedTuple):
     token_in_loss: float = 0.0
 
 
-def measure_memory(loaded: LoadedModel, config: TrainConfig) -> Memory:
-    """The memory there is for a training; to be measured before the adapter is added."""
-    shape, modules, trained = loaded.model.config, config.target_modules.split(","), 0
-    for name, module in loaded.model.named_modules():
-        if name.rpartition(".")[2] in modules:
-            trained += config.lora_r * (module.in_features + module.out_features)
-    # Adapter, gradients and optimizer.
-    held = trained * (4 + 4 + (2 if "8bit" in config.optim else 8)) + WORKSPACE
+def measure_memory(model: Any, weights: float, config: TrainConfig) -> Memory:
+    """The memory there is for a training of `model`, without an adapter yet, whose weights take `weights`."""
+    shape, trained = model.config, adapter_parameters(model, config)
+    # Weights, adapter, gradients and optimizer.
+    held = weights + trained * (4 + 4 + (2 if "8bit" in config.optim else 8)) + WORKSPACE
     # Numbers that a layer keeps of a token for the way back, as measured. On an old GPU Unsloth also spells
     # out keys and values for all heads that share them.
     numbers = 3 * shape.intermediate_size + 3.3 * shape.hidden_size
@@ -1272,9 +1409,9 @@ def measure_memory(loaded: LoadedModel, config: TrainConfig) -> Memory:
         numbers += 2 * (shape.num_attention_heads - shape.num_key_value_heads) * head_size(shape)
     limit, layers = memory_limit(config), shape.num_hidden_layers
     if torch.cuda.is_available():
-        return Memory(limit, held + torch.cuda.memory_allocated(), layers, 2 * numbers)
+        return Memory(limit, held, layers, 2 * numbers)
     loss = 3 * 4 * shape.vocab_size  # logits, softmax and gradient, of which Unsloth holds little on a GPU
-    return Memory(limit, held + loaded.model.get_memory_footprint(), layers, 4 * numbers, False, loss)
+    return Memory(limit, held, layers, 4 * numbers, False, loss)
 
 
 def make_plan(lengths: Sequence[int], config: TrainConfig, memory: Memory) -> dict[str, Any]:
@@ -1306,6 +1443,50 @@ def make_plan(lengths: Sequence[int], config: TrainConfig, memory: Memory) -> di
     plan |= {"expected_peak_gib": round(peak / GIB, 1), "steps": config.max_steps}
     epochs = round(config.max_steps * config.effective_batch / len(lengths), 2)
     return {**plan, "epochs": epochs, "tokens_per_step": round(tokens * WORLD)}
+
+
+def plan_text(plan: dict[str, Any]) -> str:
+    """A plan in words."""
+    at_once = f"{plan['micro_batch']} at once" + (f" on each of {WORLD} processes" if WORLD > 1 else "")
+    text = f"{plan['steps']} steps of {plan['effective_batch']} rows ({at_once}), {plan['epochs']} epochs, "
+    text += (
+        f"{plan['tokens_per_step']:,} tokens a step; {plan['kept_layers']} of {plan['layers']} layers keep "
+    )
+    return text + f"their activations; {plan['expected_peak_gib']} GiB expected at the peak"
+
+
+def expect(config: TrainConfig, lengths: Sequence[int]) -> dict[str, Any]:
+    """What a training on rows of `lengths` tokens would take, in memory, time and disk, without weights."""
+    folder = download_model(config.model, weights=False)
+    shape = transformers.AutoConfig.from_pretrained(folder, trust_remote_code=False)
+    with torch.device("meta"):
+        model = transformers.AutoModelForCausalLM.from_config(shape)
+    in_layers = 0
+    for module in model.modules():
+        if isinstance(module, torch.nn.Linear) and module is not model.get_output_embeddings():
+            in_layers += module.weight.numel()
+    weights = in_layers * (FOUR_BIT if config.load_in_4bit else 2) + 2 * (model.num_parameters() - in_layers)
+    plan = make_plan(lengths, config, measure_memory(model, weights, config))
+
+    # A step is four products of tokens and weights, two of them on the way back; some are computed again.
+    size, device = (8192, "cuda") if torch.cuda.is_available() else (1024, "cpu")
+    factor = torch.ones(size, size, dtype=getattr(torch, precision(config)), device=device)
+    float((factor @ factor)[0, 0])  # the first one is slow
+    started = time.perf_counter()
+    for _ in range(10):
+        product = factor @ factor
+    float(product[0, 0])  # waits for the GPU
+    speed = EFFICIENCY * 10 * 2 * size**3 / (time.perf_counter() - started)
+    again = 1 + RECOMPUTE * (1 - plan["kept_layers"] / plan["layers"])
+    seconds = 4 * in_layers * plan["tokens_per_step"] / WORLD * again / speed
+    time_needed = f"about {seconds:.2g} s a step, {clock(seconds * config.max_steps)} in all, and loading"
+
+    download = "unknown, as the Hub was not reached"
+    with contextlib.suppress(httpx.HTTPError, OSError):
+        download = f"{weights_size(weights_name(config))[1] / 1e9:.1f} GB to download"
+    run = run_size(adapter_parameters(model, config), config)
+    disk = f"{download}, {run / 1e9:.1f} GB for the run; {shutil.disk_usage('.').free / 1e9:.0f} GB are free"
+    return {"plan": plan_text(plan), "time": time_needed, "disk": disk}
 
 
 class TrainingLog(LibraryClass):  # type: ignore[misc]
@@ -1345,19 +1526,19 @@ class TrainingLog(LibraryClass):  # type: ignore[misc]
         if RANK == 0:
             write_jsonl(self.run / "metrics.jsonl", state.log_history)
         if "loss" in logs:
-            log(f"{self.progress(state)}  loss {logs['loss']:.4f}  lr {logs['learning_rate']:.1e}")
+            losses = f"  loss {logs['loss']:.4f}  lr {logs['learning_rate']:.1e}"
+            log(self.progress(state, losses))
         else:
             log(f"step {state.global_step:05d}/{state.max_steps:05d}  held-out loss {logs['eval_loss']:.4f}")
 
-    def progress(self, state: Any) -> str:
-        """Step, pace and time left."""
-        line = f"step {state.global_step:05d}/{state.max_steps:05d}"
-        if state.global_step == self.first_step:
+    def progress(self, state: Any, losses: str = "") -> str:
+        """Step, losses, pace and time left."""
+        line = f"step {state.global_step:05d}/{state.max_steps:05d}{losses}"
+        if state.global_step <= self.first_step:
             return line
         pace = (time.monotonic() - self.first_step_done) / (state.global_step - self.first_step)
-        minutes, seconds = divmod(round(pace * (state.max_steps - state.global_step)), 60)
-        speed = f"{pace:6.2f} s/step  {self.tokens_per_step / pace:6.0f} tok/s"
-        return f"{line}  {speed}  eta {minutes:02d}:{seconds:02d}"
+        left = clock(pace * (state.max_steps - state.global_step))
+        return f"{line}  {pace:.2f} s/step  {self.tokens_per_step / pace:.0f} tok/s  {left} left"
 
 
 class NanCheckingTrainer(LibraryClass):  # type: ignore[misc]
@@ -1512,7 +1693,7 @@ def train_run(config: TrainConfig, run: Run, resume: bool = False) -> tuple[Load
     check_config(config)
     check_model(config)
     records = read_records(config)
-    check_columns(records[0], config)
+    check_columns(records, config)
     if not resume and RANK == 0:
         run.check_new()
 
@@ -1521,9 +1702,10 @@ def train_run(config: TrainConfig, run: Run, resume: bool = False) -> tuple[Load
     revisions = run.record.get("model_revisions", {}) if resume else {}
     folder = download_model(config.model, weights=False, revision=revisions.get(config.model))
     rows = prepare_rows(records, load_tokenizer(folder), config)
-    log_header("config", dataclasses.asdict(config))
-    log_header("rows", rows.account)
-    log_header("run", {"folder": run})
+    config = with_steps(config, len(rows.used))
+    log_header("run", str(run))
+    log_header("settings", not_the_default(config))
+    log_header("rows", prompts.as_words(rows.account))
     if WORLD == 1 and torch.cuda.is_available():  # one process takes one GPU
         gpus = subprocess.run("nvidia-smi -L", shell=True, capture_output=True, text=True).stdout.splitlines()
         if len(gpus) > 1:
@@ -1548,19 +1730,23 @@ def train_run(config: TrainConfig, run: Run, resume: bool = False) -> tuple[Load
 
         # The model, and how a step fits into memory.
         started = time.perf_counter()
+        log("loading the model")
         loaded = LoadedModel.load(config, config.lang, broadcast(revisions))
         seconds = {"load": round(time.perf_counter() - started, 1)}
-        plan = broadcast(make_plan(rows.used["tokens"][:], config, measure_memory(loaded, config)))
-        log_header("plan", plan)
+        weights = loaded.model.get_memory_footprint()
+        if torch.cuda.is_available():
+            weights = torch.cuda.memory_allocated()
+        memory = measure_memory(loaded.model, weights, config)
+        plan = broadcast(make_plan(rows.used["tokens"][:], config, memory))
+        log_header("plan", plan_text(plan))
         run.update(model_revisions=loaded.revisions, device=device_name(), plan=plan)
-        loaded.add_adapter(config, plan["kept_layers"])
-        trained = sum(weights.numel() for weights in loaded.model.parameters() if weights.requires_grad)
-        checkpoint = trained * (4 + (2 if "8bit" in config.optim else 8))  # adapter and optimizer
-        size = checkpoint * (config.keep_checkpoints + 2)
+        size = run_size(adapter_parameters(loaded.model, config), config)
         check_room({run.folder: size}, "name a --run-dir on another disk")
+        loaded.add_adapter(config, plan["kept_layers"])
 
         # The training. The adapter names the model asked for, not the quantized copy that was loaded.
         started = time.perf_counter()
+        log("training; the first step takes longest, as kernels are compiled")
         train_steps(loaded, rows, config, plan, run, tracked)
         if RANK:
             return loaded, rows.held_out
@@ -1589,6 +1775,14 @@ def train_run(config: TrainConfig, run: Run, resume: bool = False) -> tuple[Load
     return loaded, rows.held_out
 
 
+def with_steps(config: TrainConfig, rows: int) -> TrainConfig:
+    """The settings with the steps that `--epochs` over so many rows come to."""
+    if not config.epochs:
+        return config
+    steps = max(1, math.ceil(config.epochs * rows / config.effective_batch))
+    return dataclasses.replace(config, max_steps=steps, warmup_steps=min(config.warmup_steps, steps // 2))
+
+
 def draw_losses(run: Run) -> dict[str, float]:
     """Draws loss.png from metrics.jsonl; returns the first and the last training loss."""
     metrics = pandas.DataFrame(read_jsonl(run / "metrics.jsonl")).set_index("step")
@@ -1597,7 +1791,8 @@ def draw_losses(run: Run) -> dict[str, float]:
         losses = metrics[name].dropna() if name in metrics else pandas.Series(dtype=float)
         [line] = axes.plot(losses, marker=".", alpha=0.4 if len(losses) > 9 else 1, label=label)
         if len(losses) > 9:
-            axes.plot(losses.ewm(alpha=0.2).mean(), color=line.get_color(), label=f"{label}, smoothed")
+            smooth = losses.rolling(5, center=True, min_periods=1).mean()
+            axes.plot(smooth, color=line.get_color(), label=f"{label}, mean of 5")
     axes.set(xlabel="step", ylabel="loss (nats per token)", title=run.folder.name)
     axes.legend()
     with atomic_path(run / "loss.png") as partial:
@@ -1612,7 +1807,7 @@ def draw_losses(run: Run) -> dict[str, float]:
 # counted in answers to some. prompts.py grades, compares and says in words what came out.
 
 
-def row_losses(loaded: LoadedModel, rows: Any) -> dict[str, list[float]]:
+def row_losses(loaded: LoadedModel, rows: Any, label: str = "losses") -> dict[str, list[float]]:
     """Mean losses of each row, in nats per token: of thought and answer, of the answer, and its relevance.
 
     Relevance is how much more the answer costs after the next row's question and thought than after its own.
@@ -1622,7 +1817,7 @@ def row_losses(loaded: LoadedModel, rows: Any) -> dict[str, list[float]]:
     prefixes = [prompts.build_lead(row["question"], row["thought"], loaded.lang) for row in rows]
     prefixes = loaded.tokenizer(prefixes)["input_ids"]
     found: list[tuple[float, float, float]] = []
-    for number in my_share(range(len(rows))):
+    for number in progress(my_share(range(len(rows))), f"{label}: row"):
         row, prefix, other = rows[number], prefixes[number], prefixes[(number + 1) % len(rows)]
         answer = row["input_ids"][len(prefix) :]
         excess = max(0, len(other) + len(answer) - loaded.model.max_seq_length)
@@ -1652,12 +1847,12 @@ def evaluate(
     tuned: dict[str, list[float]] = {}
     questions = [question for question, _ in choices] or rows["question"][:answers]
     if not choices:
-        log("", f"evaluating on {len(rows)} held-out rows: losses, tuned and base")
-        tuned = row_losses(loaded, rows)
+        log("", f"losses on {len(rows)} held-out rows, after and before training")
+        tuned = row_losses(loaded, rows, "after")
         with loaded.model.disable_adapter():
-            base = row_losses(loaded, rows)
+            base = row_losses(loaded, rows, "before")
 
-    log(f"answers to {len(questions)} questions, base and tuned, of at most {config.max_new_tokens} tokens")
+    log(f"answers to {len(questions)} questions, before and after, of at most {config.max_new_tokens} tokens")
     pairs = gather(loaded.answer_both(my_share(questions), config))
     for pair, (_, key) in zip(pairs, choices, strict=False):
         base.setdefault("accuracy", []).append(float(prompts.chosen(pair["base"]["answer"]) == key))
@@ -1666,7 +1861,6 @@ def evaluate(
     report = prompts.build_report(base, tuned, pairs, len(choices or rows), config.seed)
     summary = dict(report)
     del summary["pairs"]
-    log("", prompts.as_report(report))
     if RANK == 0:
         with run.lock(timeout=-1):  # what took minutes is not thrown away: another process is waited for
             write_json(run / f"{name}.json", report)
@@ -1676,21 +1870,36 @@ def evaluate(
 
 
 def draw_measures(summary: dict[str, Any], path: Path) -> None:
-    """Draws before beside after: losses, shares and numbers of words, each kind in a panel of its own."""
-    compared = {name: value for name, value in summary.items() if isinstance(value, dict)}
-    measures = pandas.DataFrame(compared).T
-    measures = measures[["base", "tuned"]].set_axis(["before", "after"], axis=1)
+    """Draws before beside after: losses, shares and numbers of words, each kind in a panel of its own.
+
+    The line on a bar after training is the change's 95% interval.
+    """
+    measures = pandas.DataFrame({name: value for name, value in summary.items() if isinstance(value, dict)}).T
     units = {"words": "words", "loss": "nats per token", "relevance": "nats per token"}
     unit = measures.index.map(lambda name: units.get(name.split("_")[-1], "share of answers"))
-    figure, axes = pyplot.subplots(1, unit.nunique(), figsize=(12, 4), layout="constrained", squeeze=False)
+    figure, axes = pyplot.subplots(1, unit.nunique(), figsize=(12, 4.5), layout="constrained", squeeze=False)
     for panel, (label, group) in zip(axes[0], measures.groupby(unit, sort=False), strict=True):
-        group.rename(lambda name: name.replace("_", "\n")).plot.bar(ax=panel, rot=0, ylabel=label)
-        for bars in panel.containers:
-            panel.bar_label(bars, fmt="{:.3g}", fontsize=8)
-    figure.suptitle(f"{summary['rows']} rows: {summary['verdict']}")
+        places = numpy.arange(len(group))
+        for side, title, place in (("base", "before", places - 0.2), ("tuned", "after", places + 0.2)):
+            bars = panel.bar(place, group[side], width=0.4, label=title)
+            panel.bar_label(bars, fmt="{:.3g}", fontsize=8, padding=3)
+        interval = [group["difference"] - group["low"], group["high"] - group["difference"]]
+        panel.errorbar(place, group["tuned"], yerr=interval, fmt="none", ecolor="0.6", capsize=3)
+        panel.set_xticks(places, map(prompts.axis_label, group.index), fontsize=9)
+        panel.set_ylabel(label)
+    axes[0][0].legend(fontsize=9)
+    axes[0][0].set_xlabel("(in brackets: what is better)", fontsize=9)
+    figure.suptitle(f"{summary['rows']} rows: {summary['verdict']}", fontsize=10)
     with atomic_path(path) as partial:
         figure.savefig(partial, dpi=120, format="png")
     pyplot.close(figure)
+
+
+def print_report(report: dict[str, Any], out: Callable[[str], None] = print_result) -> None:
+    """Prints an evaluation as a table, under its verdict."""
+    out(textwrap.fill(f"On {report['rows']} held-out rows: {report['verdict']}.", 80) + "\n")
+    out(as_table(prompts.REPORT_HEADINGS, prompts.report_rows(report)))
+    log("", textwrap.fill(prompts.report_note(report), 80))
 
 
 # ---------------------------------------------------------------------------------------------------- saving
@@ -1736,7 +1945,8 @@ def merged_weights(run: Run, output: Path | None = None) -> tuple[Path, dict[str
         # Base and adapter, and how they act together.
         name, adapter = sixteen_bit(run.config.model), run.adapter
         size, missing = weights_size(name)
-        log(f"merging into {name}: {size / 1e9:.1f} GB, {missing / 1e9:.1f} of it to download")
+        download = f"downloads {missing / 1e9:.1f} GB and " if missing else ""
+        log(f"merging the adapter into a copy of {name}: {download}writes {size / 1e9:.1f} GB")
         way_out = "the adapter needs no room: `push --adapter-only`; or set --output and HF_HOME"
         check_room({folder: size, Path(hub_constants.HF_HUB_CACHE): missing}, way_out)
         transformers.utils.logging.disable_progress_bar()  # what takes seconds; downloads keep theirs
@@ -1747,16 +1957,19 @@ def merged_weights(run: Run, output: Path | None = None) -> tuple[Path, dict[str
         base = load(source)
         if getattr(base.config, "quantization_config", None):
             raise UserError(f"{name} is quantized: there are no 16-bit weights of it.", "`save --as adapter`")
+        log("1/3 base and adapter on fixed prompts")
         base_logits = probe(base, tokenizer)
         model = peft.PeftModel.from_pretrained(base, adapter).eval()
         tuned_logits = probe(model, tokenizer)
 
         # Merged, and read back as a stranger would: what config.json asks for has to be there, and no more.
+        log("2/3 merging and writing")
         base.config.pad_token_id = base.generation_config.pad_token_id = tokenizer.pad_token_id
         model.merge_and_unload().save_pretrained(partial, max_shard_size="2GB")
         save_tokenizer(tokenizer, partial)
         save_config(partial)
         del base, model  # two copies of the 8B would not fit beside each other
+        log("3/3 what was written on the same prompts")
         merged, report = load(partial, output_loading_info=True)
         if any(report.values()):
             raise UserError(f"the merged weights are no whole model: {report}", "nothing was saved; tell us")
@@ -1853,11 +2066,17 @@ def write_card(run: Run, repo: str = "OWNER/NAME") -> None:
 class Repository:
     """A model repository on the Hub, as it is now; `info` is None where there is none."""
 
-    def __init__(self, name: str, revision: str | None = None):
+    def __init__(self, name: str, revision: str | None = None, dry_run: bool = False):
         self.name = name
         self.info: Any = None
-        with contextlib.suppress(hub_errors.RepositoryNotFoundError):
+        try:
             self.info = huggingface_hub.model_info(name, revision=revision, files_metadata=True, timeout=60)
+        except hub_errors.RepositoryNotFoundError:
+            pass
+        except (httpx.HTTPError, OSError) as error:
+            if not dry_run:
+                raise
+            log(f"note: the Hub was not reached, so what is in {name} is unknown ({error})")
         self.files = {entry.rfilename: entry for entry in self.info.siblings or ()} if self.info else {}
 
     def has(self, add: Any) -> bool:
@@ -2073,7 +2292,7 @@ OutputOption = Annotated[Path | None, typer.Option("--output", "-o", help="Outpu
 
 
 class GroupedCommand(typer.core.TyperCommand):
-    """A command whose help lists the options under headings."""
+    """A command whose help lists the options under headings, and this file's examples of it."""
 
     def format_options(self, ctx: Any, formatter: Any) -> None:
         groups: dict[str, list[Any]] = {}
@@ -2084,6 +2303,14 @@ class GroupedCommand(typer.core.TyperCommand):
         for heading, records in groups.items():
             with formatter.section(heading):
                 formatter.write_dl(records)
+
+    def format_epilog(self, ctx: Any, formatter: Any) -> None:
+        lines = re.findall(rf"python finetune_r1.py ({self.name}\b.*)", str(__doc__))
+        with formatter.section("Examples"):
+            for line in lines:
+                example, _, comment = line.partition("   ")
+                formatter.write_text(f"{PROGRAM} {example}")
+                formatter.write(f"{'':8}{comment.strip()}\n" if comment else "")
 
 
 def prepare_environment() -> None:
@@ -2100,8 +2327,24 @@ def prepare_environment() -> None:
         os.environ.setdefault(name, value)
 
 
-def command(function: Callable[..., dict[str, Any] | None]) -> Callable[..., dict[str, Any] | None]:
-    """Registers a command: each field of its `config` becomes an option, what it returns is printed."""
+def print_yaml(report: dict[str, Any]) -> None:
+    """Prints what a command returns."""
+    print_result(yaml.safe_dump(report, sort_keys=False, allow_unicode=True, width=1e6).rstrip())
+
+
+def print_runs(report: dict[str, Any]) -> None:
+    """Prints what `runs` returns: a table, or what was removed."""
+    if "runs" in report:
+        rows = pandas.DataFrame(report["runs"]).drop(columns="started", errors="ignore")  # a name tells it
+        print_result(as_table(rows.columns, rows.values.tolist()))
+    else:
+        print_yaml(report)
+
+
+def command(
+    function: Callable[..., dict[str, Any] | None], show: Callable[[dict[str, Any]], None] = print_yaml
+) -> Callable[..., dict[str, Any] | None]:
+    """Registers a command: each field of its `config` becomes an option, what it returns is shown."""
     name, signature = function.__name__.rstrip("_"), inspect.signature(function)
     config: Any = signature.parameters["config"].annotation if "config" in signature.parameters else None
     fields = dataclasses.fields(config) if config else ()
@@ -2115,11 +2358,17 @@ def command(function: Callable[..., dict[str, Any] | None]) -> Callable[..., dic
         flag = typer.Option(*limits.pop("flags"), rich_help_panel=heading, **limits)
         kind: Any = Annotated[entry.type, flag]
         parameters.append(inspect.Parameter(entry.name, keyword, default=entry.default, annotation=kind))
-    as_json = Annotated[bool, typer.Option("--json", help="Print one JSON object and nothing else.")]
-    parameters.append(inspect.Parameter("as_json", keyword, default=False, annotation=as_json))
+    everywhere = {
+        "as_json": typer.Option("--json", help="Print the result as one JSON object."),
+        "quiet": typer.Option("--quiet", "-q", help="Print the result and errors alone."),
+        "verbose": typer.Option("--verbose", "-v", help="Print every setting, and what the libraries say."),
+    }
+    for extra, flag in everywhere.items():
+        parameters.append(inspect.Parameter(extra, keyword, default=False, annotation=Annotated[bool, flag]))
     parameters.append(inspect.Parameter("context", keyword, annotation=typer.Context))
 
-    def run(context: typer.Context, as_json: bool, **values: Any) -> None:
+    def run(context: typer.Context, as_json: bool, quiet: bool, verbose: bool, **values: Any) -> None:
+        Console.quiet, Console.verbose = quiet, verbose
         given = {name for name in values if str(context.get_parameter_source(name)).endswith("COMMANDLINE")}
         if config:
             values["config"] = config(**{entry.name: values.pop(entry.name) for entry in fields})
@@ -2128,7 +2377,7 @@ def command(function: Callable[..., dict[str, Any] | None]) -> Callable[..., dic
                 values[extra] = value
         stderr: Any = LastingStream(sys.stderr)
         with Path(os.devnull).open("w") as nowhere, contextlib.redirect_stderr(stderr), friendly_errors():
-            with contextlib.redirect_stdout(nowhere if RANK else stderr):
+            with contextlib.redirect_stdout(stderr if verbose and RANK == 0 else nowhere):
                 if WORLD > 1 and name not in MULTI_PROCESS_COMMANDS:
                     raise UserError("torchrun is for `train`, `eval` and `infer --file`.", "leave it out")
                 prepare_environment()
@@ -2136,7 +2385,7 @@ def command(function: Callable[..., dict[str, Any] | None]) -> Callable[..., dic
             if report is not None and as_json:
                 print_result(json.dumps(report, ensure_ascii=False))
             elif report is not None:
-                print_result(yaml.safe_dump(report, sort_keys=False, allow_unicode=True, width=1e6).rstrip())
+                show(report)
             if WORLD > 1:
                 processes().destroy_process_group()
             if name == "doctor" and report and report["verdict"] != "ready":
@@ -2159,23 +2408,27 @@ def show_version(
 
 
 @command
-def demo(run_dir: RunDirOption = None) -> dict[str, Any]:
+def demo(as_json: bool, run_dir: RunDirOption = None) -> dict[str, Any]:
     """See the whole job in minutes, on a CPU, without an account."""
     started = time.perf_counter()
     config = TrainConfig(model=str(demo_model()), **DEMO)
     run = Run(run_dir or RUNS / f"{time.strftime('%Y%m%d-%H%M%S')}-demo")
     loaded, held_out = train_run(config, run)
     report = evaluate(loaded, run, held_out, [], 8, config)
+    log("", "")
+    print_report(report, log)
     # In a process of its own, as Unsloth has patched this one's model classes; if it fails, it says why.
     line = [sys.executable, __file__, "save", "--run", str(run), "--json"]
     saved = subprocess.run(line, stdout=subprocess.PIPE, text=True)
     if saved.returncode:
         raise typer.Exit(saved.returncode)
     summary = {"run": str(run), "verdict": report["verdict"]}
-    for name in ("loss", "relevance", "closed", "stopped"):
-        summary[f"held_out_{name}"] = f"{report[name]['base']} before, {report[name]['tuned']} after"
-    summary |= {"adapter": str(run / "adapter"), "card": str(run / "README.md")}
-    summary["merged"] = json.loads(saved.stdout)
+    summary |= {"measures": report, "saved": json.loads(saved.stdout)} if as_json else {}
+    summary |= {
+        "adapter": str(run / "adapter"),
+        "merged": str(run / "merged"),
+        "card": str(run / "README.md"),
+    }
     follow_up = f'{PROGRAM} infer --run {shlex.quote(str(run))} "What widens the anion gap?"'
     return summary | {"seconds": round(time.perf_counter() - started), "next": follow_up}
 
@@ -2218,20 +2471,18 @@ def doctor(config: ModelConfig) -> dict[str, Any]:
     """Check whether this machine is ready, and say what to mend."""
     gpus = list(map(torch.cuda.get_device_properties, range(torch.cuda.device_count())))
     free, problems = shutil.disk_usage(".").free / GIB, []
-    plan: Any = "told by `train`"
+    expected: Any = "unknown"
     try:
         hub = f"answers {httpx.head(hub_constants.ENDPOINT, timeout=5).status_code}"
     except httpx.HTTPError as error:
         hub = f"not reached: {error}"
     try:
         check_model(config)
+        expected = expect(TrainConfig(**dataclasses.asdict(config)), [R1_TOKENS] * 500)
     except (UserError, httpx.HTTPError, OSError) as error:
         problems.append(f"{error} ({pasteable(str(advice(error)))})")
     if free < 8:
         problems.append("too little free disk: the 8B in 4-bit takes 6 GiB and a run about 1")
-    if gpus and config.model == ModelConfig.model:
-        memory = Memory(memory_limit(config), *R1_MEMORY)
-        plan = make_plan([R1_TOKENS] * 500, TrainConfig(**dataclasses.asdict(config)), memory)
     token, key = use_hub_token(), find_secret(WANDB_KEYS)
     return {
         "versions": versions(),
@@ -2239,9 +2490,9 @@ def doctor(config: ModelConfig) -> dict[str, Any]:
         "precision": precision(config),
         "free_disk": f"{free:.0f} GiB; merging the 8B takes 40, pushing its adapter alone nothing",
         "hugging_face_token": token.source if token else "none; public models need none",
-        "wandb_key": key.source if key else "none, unless of an earlier log-in",
+        "wandb_key": key.source if key else "not found; W&B is optional",
         "hub": hub,
-        "plan": plan,
+        "train": expected,
         "verdict": "; ".join(problems) or "ready",
     }
 
@@ -2294,11 +2545,7 @@ def format_(config: DataConfig, as_json: bool, output: OutputOption = None) -> d
     check_output(output)
     if output and output.suffix != ".jsonl":
         raise UserError(f"--output {output}: rows are written as JSONL.", "end the name in .jsonl")
-    records = read_records(config)
-    check_columns(records[0], config)
-    check_model(config)
-    tokenizer = load_tokenizer(download_model(config.model, weights=False))
-    rows = prepare_rows(records, tokenizer, config)
+    rows, tokenizer = tokenized_rows(config)
     examples = []
     for row in rows.usable.select_columns(["question", "thought", "answer"]):
         texts = row["question"], row["thought"], row["answer"]
@@ -2322,12 +2569,28 @@ def format_(config: DataConfig, as_json: bool, output: OutputOption = None) -> d
     if as_json:
         report["first_row"] = {"text": examples[0]["text"], "tokens": pieces, "loss_from": start}
         return report | {"dropped": rows.dropped, "fingerprint": rows.fingerprint}
-    log(examples[0]["text"], "", f"without loss, {start} tokens:", "│".join(pieces[:start]), "")
+    log(
+        "THE FIRST ROW",
+        examples[0]["text"],
+        "",
+        f"without loss, {start} tokens:",
+        "│".join(pieces[:start]),
+        "",
+    )
     log(f"with loss, {len(pieces) - start} tokens:", "│".join(pieces[start:]), "")
     for reason, positions in rows.dropped.items():
         some = ", ".join(str(position + 1) for position in positions[:5])
         log(f"dropped {len(positions)}: {reason} (row {some}{', …' if len(positions) > 5 else ''})")
     return report
+
+
+def tokenized_rows(config: DataConfig) -> tuple[Rows, Any]:
+    """The rows of `--dataset`, and the tokenizer of `--model`."""
+    records = read_records(config)
+    check_columns(records, config)
+    check_model(config)
+    tokenizer = load_tokenizer(download_model(config.model, weights=False))
+    return prepare_rows(records, tokenizer, config), tokenizer
 
 
 @command
@@ -2337,13 +2600,18 @@ def train(
     run: Annotated[Path | None, typer.Argument(help="With --resume: this run (default: the newest).")] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on from a run's last checkpoint.")] = False,
     run_dir: RunDirOption = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Show plan, time and disk, and stop.")] = False,
 ) -> dict[str, Any]:
     """Fine-tune, and answer one question before and after."""
     if run and not resume:
+        if str(run).isdigit():
+            raise UserError(f"`{run}` isn't a run.", f"did you mean `train --max-steps {run}`?")
         way_out = f"{Run(run).resume_line}, or --run-dir for a new run"
         raise UserError(f"RUN {run} needs --resume.", way_out)
+    if config.epochs and "max_steps" in given:
+        raise UserError("--epochs and --max-steps both say how long to train.", "give one of them")
     with contextlib.suppress(httpx.HTTPError, hub_errors.OfflineModeIsEnabled, UserError):
-        secret = use_hub_token()
+        secret = None if dry_run else use_hub_token()
         if secret and not hub_account(secret)["can_push"]:  # said now rather than after a long training
             log(f"note: the token from {secret.source} can read, not write: `push` will need another")
     if "warmup_steps" not in given:
@@ -2358,8 +2626,15 @@ def train(
         log(f"resuming {chosen} after step {chosen.last_step}")
         config = resumed_config(chosen, config, given)
     else:
-        name = f"{time.strftime('%Y%m%d-%H%M%S')}-r{config.lora_r}-s{config.max_steps}"
+        length = f"e{config.epochs:g}" if config.epochs else f"s{config.max_steps}"
+        name = f"{time.strftime('%Y%m%d-%H%M%S')}-r{config.lora_r}-{length}"
         chosen = broadcast(Run(run_dir or RUNS / name))
+    if dry_run:
+        check_config(config)
+        rows, _ = tokenized_rows(config)
+        config = with_steps(config, len(rows.used))
+        settings = {"settings": not_the_default(config), "rows": prompts.as_words(rows.account)}
+        return settings | expect(config, rows.used["tokens"][:])
     train_run(config, chosen, resume)
     record = {} if RANK else chosen.record
     summary = {"run": str(chosen), "rows": record.get("rows"), "losses": record.get("losses")}
@@ -2528,14 +2803,15 @@ def answer_file(
 
 
 def print_pair(pair: dict[str, Any], out: Callable[[str], None]) -> None:
-    """Prints both thoughts faintly on stderr, and both answers to `out`."""
-    log("", f"question: {pair['question']}")
-    for side, title in (("base", "before"), ("tuned", "after")):
-        log("", pair[side]["thought"], faint=True)
-        out(f"{title} ({prompts.how_it_ended(pair[side])}): {pair[side]['answer']}")
+    """Prints both thoughts faintly on stderr, and both answers to `out`, with repetitions counted."""
+    log("", "QUESTION", pair["question"])
+    for side, title in (("base", "BEFORE TRAINING"), ("tuned", "AFTER TRAINING")):
+        log("", f"{title}: {prompts.how_it_ended(pair[side])}")
+        log(prompts.fold(pair[side]["thought"]), "", faint=True)
+        out(f"{title}, the answer:\n{prompts.fold(pair[side]['answer']) or '(none)'}")
 
 
-@command
+@functools.partial(command, show=print_report)
 def eval_(
     config: GenerationConfig,
     run: RunOption = None,
@@ -2580,7 +2856,7 @@ def eval_(
             raise UserError("--answers 0: multiple choice is graded by its answers.", "leave the option out")
         rows, choices = [], list(map(prompts.as_choice, records.take(min(answers, len(records)))))
     else:
-        check_columns(records[0], asked)
+        check_columns(records, asked)
         rows, choices = prepare_rows(records, load_tokenizer(adapter), asked).usable, []
         trained = set(read_json(found / "trained.json"))
         new = [i for i, question in enumerate(rows["question"]) if question_hash(question) not in trained]
@@ -2589,10 +2865,68 @@ def eval_(
         if len(new) < len(rows):
             log(f"note: {len(rows) - len(new)} of {len(rows)} rows are left out: the run was trained on them")
         rows = rows.select(new)
-    return {
-        "run": str(found),
-        **evaluate(LoadedModel.load_run(found), found, rows, choices, answers, config, name),
-    }
+    log(f"evaluating {found}")
+    report = evaluate(LoadedModel.load_run(found), found, rows, choices, answers, config, name)
+    log(f"written: {found / name}.json, .png, and the model card", "")
+    return {"run": str(found), **report}
+
+
+@functools.partial(command, show=print_runs)
+def runs(
+    run: Annotated[list[Path] | None, typer.Argument(help="Two runs to compare.")] = None,
+    clean: Annotated[bool, typer.Option("--clean", help="Offer to remove what no command needs.")] = False,
+    yes: Annotated[bool, typer.Option("--yes", help="With --clean: don't ask.")] = False,
+) -> dict[str, Any]:
+    """List what was trained, compare two runs, or make room."""
+    if clean:
+        return clean_runs(yes)
+    if run and len(run) != 2:
+        raise UserError("RUN: it takes two to compare.", "`runs` lists them, `runs A B` compares two")
+    if run:
+        return {"runs": compare_runs(Run.find(run[0]), Run.find(run[1]))}
+    if not Run.all():
+        raise UserError(f"there is no run under {RUNS}/.", "`demo` or `train` makes one")
+    return {"runs": [found.summary for found in Run.all()]}
+
+
+def compare_runs(one: Run, other: Run) -> list[dict[str, str]]:
+    """What differs between two runs: settings, then how they went, then what was measured after training."""
+    sides = []
+    for run in (one, other):
+        values = dataclasses.asdict(run.config) | run.summary
+        for name, value in run.evaluation.items():
+            if isinstance(value, dict):
+                values[f"{name}, after"] = value["tuned"]
+        sides.append(values)
+    table = []
+    for name in dict.fromkeys([*sides[0], *sides[1]]):
+        before, after = (str(values.get(name, "")) for values in sides)
+        if before != after and name not in ("run", "started"):
+            table.append({"": name, one.folder.name: before, other.folder.name: after})
+    return table
+
+
+def clean_runs(yes: bool) -> dict[str, Any]:
+    """Removes checkpoints of finished runs and starts without a checkpoint, when told to; no adapter."""
+    useless = []
+    for run in Run.all():
+        if run.record["status"] == "finished":
+            useless += [(run, path) for path in (run / "checkpoints",) if path.exists()]
+        elif not run.last_step and not (run / "adapter").exists():
+            useless.append((run, run.folder))
+    size = sum(folder_size(path) for _, path in useless)
+    for run, path in useless:
+        log(f"{file_size(folder_size(path)):>10}  {path} ({run.record['status']})")
+    if not useless:
+        return {"removed": 0}
+    if not yes and not is_interactive():
+        raise UserError(f"nothing was removed: {file_size(size)} could go.", "`runs --clean --yes`")
+    if not yes and not typer.confirm(f"Remove these {file_size(size)}?", err=True):
+        return {"removed": 0}
+    for run, path in useless:
+        with run.lock():  # a run that is at work keeps its files
+            remove(path)
+    return {"removed": len(useless), "freed": file_size(size)}
 
 
 @command
@@ -2653,7 +2987,7 @@ def push(
         but = f", only to {', '.join(account['writes_to'])}" if account.get("writes_to") else ""
         way_out = "make one with write access (huggingface.co/settings/tokens), then `login`"
         raise UserError(f"the token from {secret.source} can read, not write to {repo}{but}.", way_out)
-    found, remote = Run.find(run), Repository(repo)
+    found, remote = Run.find(run), Repository(repo, dry_run=dry_run)
     if remote.info is None and create_pr:
         raise UserError(f"--create-pr: there is no {repo}, or the token may not see it.", "check --repo")
     if remote.info and private not in (None, remote.info.private):
@@ -2671,7 +3005,7 @@ def push(
     hidden = remote.info.private if remote.info else private is not False
     visibility = ("private" if hidden else "public") + ("" if remote.info else ", new")
     report = {"repo": repo, "visibility": visibility, "files": len(files), "bytes": total}
-    log_header("push", report)
+    log_header("push", f"{len(files)} files, {file_size(total)}, to {repo} ({visibility})")
     others = remote.other_weights(adds)
     if others and not (force or create_pr):
         way_out = "name another --repo, offer yours with --create-pr, or replace them with --force"

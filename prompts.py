@@ -206,7 +206,8 @@ def read_fields(record: dict[str, Any], columns: Sequence[str]) -> list[Any]:
         answer = turn.get("text")
         thought = next((turn[name] for name in USUAL_COLUMNS[1] if turn.get(name)), answer)
     if columns[1] == columns[2] and thought == answer and isinstance(answer, str):
-        thought, answer, _ = split_response(answer.strip().removeprefix(THINK_OPEN))
+        before, tag, after = answer.strip().removeprefix(THINK_OPEN).partition(THINK_CLOSE)
+        thought, answer = (before, after) if tag else (None, answer)
     return [question, thought, answer]
 
 
@@ -215,9 +216,11 @@ def read_record(record: dict[str, Any], columns: Sequence[str], special_tokens: 
     fields = read_fields(record, columns)
     for column, text in zip(columns, fields, strict=True):
         if not isinstance(text, str) or not text.strip():
-            several = isinstance(record.get(column), list)
-            fault = "not one question and one answer" if several else "empty, or no text"
-            return Row(status=f"{column} is {fault}")
+            if isinstance(record.get(column), list):
+                return Row(status=f"{column} is not one question and one answer")
+            if record.get(column) and columns[1] == columns[2] == column:
+                return Row(status=f"no thought between think tags in {column}")
+            return Row(status=f"{column} is empty, or no text")
         marker = find_marker(text, special_tokens)
         if marker:
             return Row(status=f"{marker} inside {column}")
@@ -236,6 +239,16 @@ def drop(statuses: Sequence[str], questions: Sequence[str]) -> dict[str, list[in
         else:
             seen.add(same)
     return dropped
+
+
+def as_words(account: dict[str, Any]) -> str:
+    """An account of rows, as a sentence."""
+    text = f"{account['read']} read, {account['used']} to train on, {account['held_out']} held out"
+    if account["shortened"]:
+        text += f", {account['shortened']} shortened"
+    for reason, number in account["dropped"].items():
+        text += f"; dropped {number}: {reason}"
+    return text
 
 
 def special_tokens(tokenizer: Any) -> tuple[str, ...]:
@@ -291,14 +304,19 @@ def whole_sentences(text: str) -> str:
     return text[: ends[-1]].strip() if ends else ""
 
 
-def guess_columns(record: dict[str, Any]) -> list[str] | None:
-    """The columns that question, thought and answer seem to be in; None if there is no telling."""
-    names = {name.lower().partition(" (")[0]: name for name in record}  # "reasoning (…)" is a reasoning
+def guess_columns(columns: dict[str, list[Any]]) -> list[str] | None:
+    """The columns that question, thought and answer seem to be in; None if there is no telling.
+
+    It takes some records, column by column.
+    """
+    names = {name.lower().partition(" (")[0]: name for name in columns}  # "reasoning (…)" is a reasoning
     guess = [""] * 3
     for i, choices in enumerate(USUAL_COLUMNS):
         for usual in reversed(choices):
             guess[i] = names.get(usual, guess[i])
-    for name, value in record.items():
+    if guess[0] == names.get("instruction") and "input" in names:  # Alpaca's; the question may be in either
+        guess[0] = max(guess[0], names["input"], key=lambda name: len(set(map(str, columns[name]))))
+    for name, (value, *_) in columns.items():
         if isinstance(value, list) and one_turn(value, ASSISTANT):
             guess = [name] * 3
         elif isinstance(value, str) and THINK_CLOSE in value:
@@ -415,32 +433,79 @@ def verdict(report: dict[str, Any], rows: int) -> str:
     return better + (unseen if closed and not closed["tuned"] else "")
 
 
+REPORT_HEADINGS = ("measure", "before", "after", "change (95% interval)", "better is")
+BETTER = {
+    "loss": "lower",
+    "answer loss": "lower",
+    "repetition": "lower",
+    "thought words": "",
+    "answer words": "",
+    "bullets": "",
+}
+
+
+def report_rows(evaluation: dict[str, Any]) -> list[tuple[str, ...]]:
+    """The measures of an evaluation under `REPORT_HEADINGS`, with as many digits as make sense."""
+    rows: list[tuple[str, ...]] = []
+    for name, value in evaluation.items():
+        if isinstance(value, dict):
+            name = name.replace("_", " ")
+            better = BETTER.get(name, "higher")
+            digits = 3 if "loss" in name or name == "relevance" else 1 if "words" in name else 2
+            change, low, high = (f"{value[key]:+.{digits}f}" for key in ("difference", "low", "high"))
+            before, after = f"{value['base']:.{digits}f}", f"{value['tuned']:.{digits}f}"
+            rows.append((name, before, after, f"{change} ({low} to {high})", better))
+    return rows
+
+
+def axis_label(name: str) -> str:
+    """A measure's name for a picture, with which way is better."""
+    words = name.replace("_", " ")
+    better = BETTER.get(words, "higher")
+    return "\n".join(words.split()) + (f"\n({better})" if better else "")
+
+
+def report_note(evaluation: dict[str, Any]) -> str:
+    """What the measures of an evaluation are."""
+    note = f"All else is counted in {evaluation['answers']} answers; shares are of those."
+    if "loss" in evaluation:
+        note = (
+            "Losses are in nats per token: of thought and answer, and of the answer alone. Relevance is how"
+            f" much better the model predicts an answer from its own question than from another's. {note}"
+        )
+    return note
+
+
 def as_report(evaluation: dict[str, Any]) -> str:
     """An evaluation as Markdown: the verdict first, then its measures."""
     text = f"On {evaluation['rows']} held-out rows: **{evaluation['verdict']}**.\n\n"
-    text += "| measure | before | after | difference (95% interval) |\n|---|---|---|---|\n"
-    for name, value in evaluation.items():
-        if isinstance(value, dict):
-            text += f"| {name.replace('_', ' ')} | {value['base']:.3f} | {value['tuned']:.3f} "
-            text += f"| {value['difference']:+.3f} ({value['low']:+.3f} to {value['high']:+.3f}) |\n"
-    return f"""{text}
-Losses are in nats per token: of thought and answer, and of the answer alone. Relevance is how much better
-the model predicts an answer from its own question than from another's. All else is counted in
-{evaluation["answers"]} answers.
-"""
+    for row in (REPORT_HEADINGS, ["---"] * len(REPORT_HEADINGS), *report_rows(evaluation)):
+        text += f"| {' | '.join(row)} |\n"
+    return f"{text}\n{report_note(evaluation)}\n"
 
 
 def how_it_ended(answer: dict[str, Any]) -> str:
     """In words, of an answer that `generate` made."""
     thought = "thought closed" if answer["closed"] else "thought never closed, so there is no answer"
-    return f"{thought}, {'stopped by itself' if answer['stopped'] else 'cut off at --max-new-tokens'}"
+    return f"{thought}; {'stopped by itself' if answer['stopped'] else 'cut off at --max-new-tokens'}"
+
+
+def fold(text: str) -> str:
+    """The text with what is said three times in a row, or more, written once and counted."""
+
+    def once(match: re.Match[str]) -> str:
+        said, space = match.groups()
+        times = (len(match[0]) + len(space)) // len(said + space)
+        return f"{said} [{times} times]"
+
+    return re.sub(r"(?<![^\s。!?！？])(\S.{8,300}?)(\s*)(?:\1\2)+\1", once, text, flags=re.DOTALL)
 
 
 def as_markdown(pair: dict[str, Any]) -> str:
     """A question with both answers, for the model card."""
     text = f"**Question.** {pair['question']}\n"
     for side, title in (("base", "Before"), ("tuned", "After")):
-        answer = pair[side]["answer"] or pair[side]["thought"]
+        answer = fold(pair[side]["answer"] or pair[side]["thought"])
         text += f"\n**{title}** ({how_it_ended(pair[side])}).\n\n> " + answer.replace("\n", "\n> ") + "\n"
     return text
 

@@ -1,6 +1,7 @@
 """The command line as a user meets it: help at once, and for each mistake one message with the next step."""
 
 import contextlib
+import dataclasses
 import gc
 import io
 import json
@@ -18,9 +19,10 @@ import yaml
 from conftest import SAMPLE, SCRIPT
 from servers.hub import HubServer
 
-from finetune_r1 import VERSION, Lazy
+import finetune_r1
+from finetune_r1 import VERSION, Lazy, TrainConfig
 
-COMMANDS = ["demo", "doctor", "login", "load", "format", "train", "infer", "eval", "save", "push"]
+COMMANDS = ["demo", "doctor", "login", "load", "format", "train", "infer", "eval", "runs", "save", "push"]
 HEADINGS = ["Options", "Model", "Data", "Answers", "LoRA", "Training", "Run", "Tracking"]
 HEAVY = {"torch", "transformers", "unsloth", "trl", "peft", "datasets", "bitsandbytes", "wandb"}
 
@@ -62,7 +64,7 @@ def test_the_version_is_told(cli):
 def test_doctor_takes_what_it_judges_by(cli):
     options = re.findall(r"^  (?:-\w, )?(--[\w-]+)", cli("doctor", "--help").out, re.MULTILINE)
     settings = {"--model", "--max-seq-length", "--load-in-4bit", "--dtype", "--gpu-memory-gib"}
-    assert set(options) == settings | {"--json", "--help"}
+    assert set(options) == settings | {"--json", "--quiet", "--verbose", "--help"}
 
 
 def test_without_the_packages_the_next_step_is_told():
@@ -75,11 +77,17 @@ def test_without_the_packages_the_next_step_is_told():
 def test_the_settings_stand_under_headings_in_the_order_of_their_use(cli):
     lines = cli("train", "--help", COLUMNS="80").out.splitlines()
     headings = [line for line in lines if line.endswith(":") and not line.startswith(" ")]
-    assert headings == [f"{name}:" for name in HEADINGS]
+    assert headings == [*(f"{name}:" for name in HEADINGS), "Examples:"]
     place = {name: lines.index(f"{name}:") for name in HEADINGS}
     for option, heading in {"--lora-r ": "LoRA", "--split ": "Data", "--max-time ": "Run"}.items():
         at = next(number for number, line in enumerate(lines) if line.startswith(f"  {option}"))
         assert max((name for name in HEADINGS if place[name] < at), key=place.get) == heading
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_the_help_of_each_command_has_examples_of_it(cli, command):
+    examples = cli(command, "--help", COLUMNS="80").out.partition("Examples:\n")[2].splitlines()
+    assert examples and examples[0].startswith(f"  python finetune_r1.py {command}")
 
 
 @pytest.fixture
@@ -170,6 +178,9 @@ MISTAKES = {
     "training where a run with a space is": (
         f"{TRAIN} --run-dir 'runs/my run'", ["`python finetune_r1.py train --resume 'runs/my run'`"]
     ),
+    "a number without its flag": ("train 60", ["`60` isn't a run", "train --max-steps 60`"]),
+    "steps and epochs": ("train --max-steps 9 --epochs 1", ["--epochs", "--max-steps"]),
+    "three runs to compare": ("runs a b c", ["two to compare", "runs A B"]),
     "a run without saying what to do with it": ("train 'runs/my run'", ["train --resume 'runs/my run'`"]),
     "resuming what is not there": ("train --resume runs/nope", [": runs/nope", "--resume", "no run folder"]),
     "resuming another training": ("train --resume runs/unfinished --lora-r 8", ["--lora-r was 16, now 8"]),
@@ -327,3 +338,58 @@ def test_doctor_judges_the_model_asked_for(told, folder, monkeypatch, as_json, m
     report = json.loads(done.out) if as_json else yaml.safe_load(done.out)
     assert verdict in report["verdict"] and "versions" in report and "error:" not in done.err
     assert done.code == (0 if report["verdict"] == "ready" else 1)
+
+
+# --------------------------------------------------------------------------------- before anything is trained
+
+
+def test_a_dry_run_tells_plan_time_and_disk_and_makes_nothing(told, tiny_r1, tmp_path):
+    """Without weights: config and tokenizer are enough."""
+    (tmp_path / "outline").mkdir()
+    for path in tiny_r1.glob("*.json"):
+        (tmp_path / "outline" / path.name).symlink_to(path)
+    options = [
+        "--split",
+        "train",
+        "--epochs",
+        "2",
+        "--eval-rows",
+        "6",
+        "--lora-r",
+        "8",
+        "--effective-batch",
+        "4",
+        "--json",
+    ]
+    done = told(["train", "--dry-run", "--model", "outline", "--dataset", SAMPLE, *options])
+    assert done.code == 0, done.err
+    expected = json.loads(done.out)
+    assert "lora_r=8" in expected["settings"] and "learning_rate" not in expected["settings"]
+    assert expected["rows"] == "96 read, 90 to train on, 6 held out"
+    assert expected["plan"].startswith("45 steps of 4 rows (4 at once), 2.0 epochs, ")
+    assert re.fullmatch(r"about \S+ s a step, [\d:]+ in all, and loading", expected["time"])
+    assert "GB for the run" in expected["disk"] and not (tmp_path / "runs").exists()
+
+
+def test_epochs_are_turned_into_steps_and_noted(told, tiny_r1, tmp_path):
+    options = f"--model {tiny_r1} --split train[:10] --epochs 0.5 --effective-batch 2 --max-new-tokens 2"
+    done = told(["train", "--dataset", SAMPLE, "--no-wandb", "--run-dir", "run", *options.split()])
+    assert done.code == 0, done.err
+    config = json.loads((tmp_path / "run" / "config.json").read_text())
+    assert (config["epochs"], config["max_steps"], config["warmup_steps"]) == (0.5, 3, 1)
+    assert "step 00003/00003" in done.err
+    # Only what differs from the recipe is shown, and nothing of the libraries'.
+    shown = done.err.partition("settings")[2].partition("rows ")[0].split()
+    assert "epochs=0.5" in shown and not [word for word in shown if word.startswith("lora_r=")]
+    assert "Unsloth" not in done.err
+
+
+def test_quiet_leaves_the_result_and_verbose_shows_every_setting(told, tiny_run):
+    question = ["infer", "Why?", "--run", tiny_run, "--max-new-tokens", 2]
+    assert told([*question, "--quiet"]).err == ""
+    assert told([*question, "--quiet", "--model", "nope"]).err.startswith("error: --model nope")
+    shown = told(["train", "--resume", tiny_run, "--verbose"])
+    assert shown.code == 1 and "is finished" in shown.err
+    assert finetune_r1.not_the_default(TrainConfig(lora_r=8)).count("=") == len(
+        dataclasses.fields(TrainConfig)
+    )

@@ -127,6 +127,20 @@ def test_the_same_evaluation_gives_the_same_report_again_with_a_picture_in_the_c
     assert f"![before and after]({picture.name})" in (run / "README.md").read_text()
 
 
+def test_the_report_is_a_table_within_80_columns_once(run, told):
+    words = ["eval", "--run", run.folder, "--dataset", SAMPLE, "--split", "train[8:20]", "--answers", 2]
+    done = told([*words, "--max-new-tokens", 3])
+    lines = done.out.splitlines()
+    assert done.code == 0 and lines[0].startswith("On 12 held-out rows: ") and max(map(len, lines)) <= 80
+    start = lines.index(next(line for line in lines if line.startswith("measure")))
+    table = "\n".join(lines[start + 1 :])
+    assert re.search(r"^loss +\d+\.\d{3} +\d+\.\d{3} +[-+]\d\.\d{3} \(.* to .*\) lower$", table, re.MULTILINE)
+    assert re.search(r"^answer loss .* lower$", table, re.MULTILINE)
+    assert re.search(r"^relevance .* higher$", table, re.MULTILINE)
+    assert re.search(r"^thought words +\d+\.\d +\d+\.\d .*\)$", table, re.MULTILINE)
+    assert "base:" not in done.out and "Losses are in nats per token" in done.err
+
+
 def test_a_finished_evaluation_waits_for_whoever_uses_the_run(config, untrained, run):
     code = "import sys, time, pathlib, filelock\nwith filelock.FileLock(sys.argv[1]):"
     code += "print(1, flush=True); time.sleep(1); pathlib.Path(sys.argv[2]).touch()"
@@ -239,7 +253,7 @@ def test_a_dataset_in_medqas_columns_is_graded_and_an_open_thought_counts_as_no_
     report = finetune_r1.eval_(SHORT, **asked, answers=5)
     assert report["rows"] == report["answers"] == 2 and report["verdict"].startswith("can't tell")
     assert report["accuracy"] == dict.fromkeys(("base", "tuned", "difference", "low", "high"), 0)
-    assert "accuracy | 0.000 | 0.000" in (run / "README.md").read_text()
+    assert "accuracy | 0.00 | 0.00" in (run / "README.md").read_text()
     with pytest.raises(UserError, match="--answers 0"):
         finetune_r1.eval_(SHORT, **asked, answers=0)
 

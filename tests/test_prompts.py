@@ -154,3 +154,16 @@ def test_a_multiple_choice_record_becomes_a_question_and_its_letter(options, key
 )
 def test_the_letter_that_an_answer_settles_on(answer, letter):
     assert prompts.chosen(answer) == letter
+
+
+REPEATED = {
+    "It is so. " * 14 + "Then it ends.": "It is so. [14 times] Then it ends.",
+    "- drink water\n" * 3 + "- rest": "- drink water [3 times]\n- rest",
+    "膀胱测压术最有可能揭示。" * 5: "膀胱测压术最有可能揭示。 [5 times]",
+    "One thing twice. One thing twice. 1.000000000000000000000000000": None,
+}
+
+
+@pytest.mark.parametrize("text", REPEATED)
+def test_what_is_said_three_times_in_a_row_is_shown_once_with_its_number(text):
+    assert prompts.fold(text) == (REPEATED[text] or text)

@@ -403,12 +403,12 @@ def test_columns_of_usual_datasets_are_offered_not_assumed_and_work_as_offered(r
     config = DataConfig(dataset=str(tmp_path / "rows.jsonl"), split="train")
     read = read_records(config)
     with pytest.raises(UserError, match="has no Complex_CoT, Question, Response; its columns: ") as error:
-        finetune_r1.check_columns(read[0], config)
+        finetune_r1.check_columns(read, config)
     quoted = [f"'{column}'" if " " in column else column for column in columns]
     assert "--question-col {} --cot-col {} --response-col {}".format(*quoted) in error.value.next_step
     names = ("question_col", "cot_col", "response_col")
     named = dataclasses.replace(config, **dict(zip(names, columns, strict=True)))
-    finetune_r1.check_columns(read[0], named)
+    finetune_r1.check_columns(read, named)
     [row] = prepare_rows(read, r1_tokenizer, named).used
     assert (row["question"], row["thought"], row["answer"]) == ("Why?", "Hm.", "So.")
 
@@ -418,6 +418,29 @@ def test_a_conversation_of_several_turns_is_dropped_with_that_reason(prepare):
     with pytest.raises(UserError) as error:
         prepare([{"messages": turns}], question_col="messages", cot_col="messages", response_col="messages")
     assert "messages is not one question and one answer" in error.value.next_step
+
+
+ALPACA = [
+    {"instruction": "Answer the question.", "input": f"Why {number}?", "output": "<think>Hm.</think>So."}
+    for number in range(3)
+]  # fmt: skip
+
+
+def test_of_alpacas_columns_the_one_whose_texts_differ_is_offered_as_the_question(told, tiny_r1, tmp_path):
+    write_jsonl(tmp_path / "rows.jsonl", ALPACA)
+    options = ["format", "--model", tiny_r1, "--dataset", "rows.jsonl", "--split", "train"]
+    offered = re.search(r"--question-col input --cot-col output --response-col output", told(options).err)
+    done = told([*options, *offered[0].split(), "--json"])
+    assert json.loads(done.out)["rows"]["used"] == 3 and "note:" not in done.err
+    columns = ["--question-col", "instruction", "--cot-col", "output", "--response-col", "output"]
+    assert "note: the column `input` is not taught" in told([*options, *columns]).err
+
+
+def test_an_answer_without_a_thought_is_dropped_for_that(prepare):
+    rows = [{"instruction": "Why?", "output": "So."}]
+    with pytest.raises(UserError) as error:
+        prepare(rows, question_col="instruction", cot_col="output", response_col="output")
+    assert "no thought between think tags in output" in error.value.next_step
 
 
 def test_a_missing_column_is_named_beside_those_there_are(told, written):

@@ -231,3 +231,76 @@ def test_a_truncated_file_ends_in_advice_and_no_traceback(run, damaged):
     with pytest.raises(Exception) as caught:
         finetune_r1.eval_(finetune_r1.GenerationConfig(), run=run.folder)
     assert "damaged" in f"{caught.value} {finetune_r1.advice(caught.value)}"
+
+
+# --------------------------------------------------------------------------------------------------- `runs`
+
+
+@pytest.fixture
+def several(finished, tmp_path):
+    """A finished run that was evaluated, an interrupted one with a checkpoint, and a failed start."""
+    for name in ("20260301-141205-r16-s60", "interrupted"):
+        shutil.copytree(finished.folder, tmp_path / "runs" / name)
+    evaluated, interrupted = (
+        Run(tmp_path / "runs" / name) for name in ("20260301-141205-r16-s60", "interrupted")
+    )
+    values = {"loss": [1.0] * 8, "relevance": [1.0] * 8}
+    better = {"loss": [0.5] * 8, "relevance": [1.5] * 8}
+    report = prompts.build_report(values, better, [], rows=8, seed=1)
+    finetune_r1.write_json(evaluated / "eval.json", report)
+    interrupted.update(status="interrupted", ended="2026-03-01T00:00:00+0000", losses={"first": 3, "last": 2})
+    settings = dataclasses.asdict(interrupted.config) | {"max_steps": 99}
+    finetune_r1.write_json(interrupted / "config.json", settings)
+    finetune_r1.write_json(tmp_path / "runs" / "failed" / "run.json", {"status": "failed"})
+    return tmp_path / "runs"
+
+
+def test_runs_are_listed_within_80_columns_with_names_to_copy(several, told):
+    done = told(["runs"])
+    heading, *lines = done.out.splitlines()
+    assert heading.split() == ["run", "status", "model", "rows", "steps", "loss", "verdict", "size"]
+    assert max(map(len, lines)) <= 80 and done.code == 0
+    [line] = [line for line in lines if line.startswith("20260301-141205-r16-s60 ")]
+    assert "finished" in line and " 20 " in line and " 7/7 " in line and " better " in line
+    assert [
+        line for line in lines if line.startswith("interrupted ") and "7/99" in line and "3.00→2.00" in line
+    ]
+    listed = json.loads(told(["runs", "--json"]).out)["runs"]
+    assert [row["status"] for row in listed] == ["failed", "interrupted", "finished"]
+    assert listed[2]["started"].startswith("20")
+
+
+def test_two_runs_are_compared_in_what_differs(several, told):
+    lines = told(["runs", "20260301-141205-r16-s60", "interrupted"]).out.splitlines()
+    differs = {line.split()[0].rstrip(","): line.split()[1:] for line in lines[1:]}
+    assert lines[0].split() == ["20260301-141205-r16-s60", "interrupted"]
+    assert differs["max_steps"] == ["7", "99"] and differs["status"] == ["finished", "interrupted"]
+    assert differs["loss"] == ["after", "0.5"] and "learning_rate" not in differs and "rows" not in differs
+
+
+def test_what_no_command_needs_can_go_and_an_adapter_never(several, told):
+    before = {path for path in several.rglob("*") if path.is_file()}
+    offered = told(["runs", "--clean"])
+    assert offered.code == 1 and "`python finetune_r1.py runs --clean --yes`" in offered.err
+    assert {path for path in several.rglob("*") if path.is_file()} >= before, "nobody said yes"
+    assert (
+        "20260301-141205-r16-s60/checkpoints (finished)" in offered.err
+        and "runs/failed (failed)" in offered.err
+    )
+    assert "interrupted" not in offered.err
+    done = json.loads(told(["runs", "--clean", "--yes", "--json"]).out)
+    assert done["removed"] == 2 and done["freed"].endswith("MB")
+    assert Run(several / "interrupted").last_step == 7 and not (several / "failed").exists()
+    assert not (several / "20260301-141205-r16-s60" / "checkpoints").exists()
+    assert len(list(several.glob("*/adapter/adapter_model.safetensors"))) == 2
+
+
+def test_a_run_that_is_at_work_is_not_cleaned(several, told):
+    with Run(several / "failed").lock():
+        done = told(["runs", "--clean", "--yes"])
+    assert done.code == 1 and (several / "failed" / "run.json").exists()
+
+
+def test_without_runs_the_next_step_is_told(told):
+    done = told(["runs"])
+    assert done.code == 1 and "`python finetune_r1.py demo`" in done.err

@@ -122,9 +122,9 @@ def test_what_the_user_names_is_not_planned_anew():
 
 def test_an_old_gpu_keeps_keys_and_values_of_all_heads_too(config, monkeypatch):
     loaded = LoadedModel.load(config)
-    new = finetune_r1.measure_memory(loaded, config)
+    new = finetune_r1.measure_memory(loaded.model, GIB, config)
     monkeypatch.setattr(finetune_r1, "is_old_gpu", lambda: True)
-    old, shape = finetune_r1.measure_memory(loaded, config), loaded.model.config
+    old, shape = finetune_r1.measure_memory(loaded.model, GIB, config), loaded.model.config
     more = 2 * (shape.num_attention_heads - shape.num_key_value_heads) * shape.head_dim
     assert old.token_in_layer - new.token_in_layer == pytest.approx(4 * more)
 
