@@ -152,7 +152,7 @@ def duration(text: str) -> float:
     raise typer.BadParameter("a time with its unit, such as 90m, 2h or 1h30m")
 
 
-SEED = option(3407, "Seed of held-out rows, row order, adapter and sampling.", min=0)
+SEED = option(3407, "Seed for held-out rows, row order, adapter and sampling.", min=0)
 
 
 @dataclass(frozen=True)
@@ -162,7 +162,7 @@ class ModelConfig:
     model: str = option("unsloth/DeepSeek-R1-Distill-Llama-8B", "Base model: a name on the Hub or a folder.")
     max_seq_length: int = option(2048, "Longest row, in tokens.", min=32, max=131072)
     load_in_4bit: bool = option(True, "Load the base model in 4-bit (nf4).")
-    dtype: Dtype = option("auto", "Arithmetic; auto is bf16 where the GPU has it.")
+    dtype: Dtype = option("auto", "Number format; auto is bf16 where the GPU has it.")
     gpu_memory_gib: float | None = option(None, "Use at most this much GPU memory, in GiB.", min=1)
 
 
@@ -177,7 +177,9 @@ class DataConfig(ModelConfig):
     cot_col: str = option(RECIPE_COLUMNS[1], "Column with the chain of thought.")
     response_col: str = option(RECIPE_COLUMNS[2], "Column with the answer.")
     lang: Lang = option("en", "Language of prompt and rows.")
-    overlong: Overlong = option("shorten-thought", "For rows beyond --max-seq-length; answers are never cut.")
+    overlong: Overlong = option(
+        "shorten-thought", "What to do with rows beyond --max-seq-length; answers are never cut."
+    )
     loss_on: Literal["all", "response"] = option("all", "Learn the whole row, or thought and answer only.")
     eval_rows: int = option(0, "Rows held out of training, chosen by seed.", min=0)
     seed: int = SEED
@@ -193,7 +195,7 @@ class GenerationConfig:
     """How answers are written."""
 
     max_new_tokens: int = option(1200, "Longest answer, thought included, in tokens.", min=1)
-    temperature: float = option(0.0, "0 always takes the likeliest token.", min=0.0, max=5.0)
+    temperature: float = option(0.0, "0 always picks the likeliest token.", min=0.0, max=5.0)
     seed: int = SEED
 
 
@@ -207,7 +209,9 @@ class TrainConfig(GenerationConfig, DataConfig):
     use_rslora: bool = option(False, "Scale by alpha / sqrt(r) instead.")
     target_modules: str = option(LAYERS, "Layers that get an adapter, separated by commas.")
     effective_batch: int = option(8, "Rows per step.", "--effective-batch", "--batch-size", min=1)
-    micro_batch: int | None = option(None, "Rows at once (default: all that fit).", *MICRO_BATCH_FLAGS, min=1)
+    micro_batch: int | None = option(
+        None, "Rows per forward pass (default: all that fit).", *MICRO_BATCH_FLAGS, min=1
+    )
     gradient_checkpointing: Checkpointing = option("auto", "Recompute activations: as needed, all, or none.")
     max_steps: int = option(60, "Optimizer steps.", min=1)
     epochs: float | None = option(None, "Instead of --max-steps: times to go over the rows.", min=0.01)
@@ -217,9 +221,11 @@ class TrainConfig(GenerationConfig, DataConfig):
     optim: Optimizer = option("adamw_8bit", "Optimizer, by its name in transformers.", metavar="NAME")
     weight_decay: float = option(0.01, "Weight decay.", min=0.0, max=1.0)
     logging_steps: int = option(10, "Log the mean loss of this many steps.", min=1)
-    eval_steps: int = option(20, "Take the held-out loss every so many steps.", min=1)
-    save_steps: int | None = option(None, "Checkpoint every so many steps, beside every 5 minutes.", min=1)
-    keep_checkpoints: int = option(2, "Checkpoints to keep, the newest.", min=1)
+    eval_steps: int = option(20, "Measure the held-out loss every so many steps.", min=1)
+    save_steps: int | None = option(
+        None, "Checkpoint every so many steps, as well as every 5 minutes.", min=1
+    )
+    keep_checkpoints: int = option(2, "How many of the newest checkpoints to keep.", min=1)
     max_time: float | None = option(None, "Stop cleanly after this time, such as 90m or 2h.", parser=duration)
     wandb: bool = option(True, "Log to Weights & Biases when logged in.")
     wandb_project: str = option(WANDB_PROJECT, "Project on Weights & Biases.")
@@ -253,7 +259,10 @@ def check_config(config: TrainConfig) -> None:
         near = f"{share * WORLD or WORLD} and {(share + 1) * WORLD} can"
         problems.append(f"--effective-batch {batch} cannot be divided among {WORLD} processes, {near}")
     elif share % micro:
-        problems.append(f"--micro-batch {micro} does not divide the {share} rows that a process has per step")
+        near = ", ".join(str(n) for n in range(1, share + 1) if share % n == 0)
+        problems.append(
+            f"a process's {share} rows a step are no multiple of --micro-batch {micro}; {near} can be"
+        )
     if config.warmup_steps > config.max_steps and not config.epochs:
         problems.append(f"--warmup-steps {config.warmup_steps} is more than --max-steps {config.max_steps}")
     if not all(map(str.strip, config.target_modules.split(","))):
@@ -686,11 +695,11 @@ class Run:
                 yield
                 if self.last_step < config.max_steps:
                     status = "stopped"
-                    log(f"--max-time: stopped after step {self.last_step}; {self.resume_line} goes on")
+                    log(f"--max-time: stopped after step {self.last_step}; continue with {self.resume_line}")
             except BaseException as error:
                 status = "interrupted" if isinstance(error, KeyboardInterrupt) else "failed"
                 if self.last_step:
-                    log(f"{self} is kept up to step {self.last_step}: {self.resume_line} goes on")
+                    log(f"{self} is kept up to step {self.last_step}; continue with {self.resume_line}")
                 self.remove_torn_checkpoints()  # on a full disk this makes room for the record
                 self.update(error=f"{type(error).__name__}: {error}")
                 raise
@@ -787,7 +796,7 @@ def read_records(config: DataConfig) -> Any:
     else:
         records = read_from_hub(config, flags)
     if not len(records):
-        raise UserError(f"{flags}: no rows there.", "widen --split; data/medical_sample.jsonl is an example")
+        raise UserError(f"{flags}: no rows found.", "widen --split; data/medical_sample.jsonl is an example")
     return records
 
 
@@ -827,7 +836,7 @@ def read_from_hub(config: DataConfig, flags: str) -> Any:
         return read(name=names[0])
     except FileNotFoundError as error:
         raise UserError(
-            f"{flags}: {error}", "check the name; a file ends in " + ", ".join(READERS)
+            f"{flags}: {error}", "check the name; a file has to end in " + ", ".join(READERS)
         ) from error
 
 
@@ -943,11 +952,11 @@ def check_model(config: ModelConfig) -> None:
     if folder.is_dir():
         billions = sum(file.stat().st_size for file in folder.glob("*.safetensors")) / 2e9
     if billions > CPU_BILLIONS and not torch.cuda.is_available():
-        fault = f"--model {name} has some {billions:.1f} billion parameters, and there is no CUDA GPU."
+        fault = f"--model {name} has about {billions:.1f} billion parameters, and there is no CUDA GPU."
         way_out = f"see the whole job with `demo`, or name a --model of at most {CPU_BILLIONS} billion"
         raise UserError(fault, way_out)
     if not folder.is_dir() and not is_hub_name(name):
-        raise UserError(f"--model {name}: no such folder, and no OWNER/NAME on the Hub.", "check the name")
+        raise UserError(f"--model {name} is neither a folder nor OWNER/NAME on the Hub.", "check the name")
     check_unmixed(folder)
     use_hub_token()
     if not folder.is_dir() and not huggingface_hub.try_to_load_from_cache(name, "config.json"):
@@ -968,8 +977,8 @@ def download_model(name: str, weights: bool = True, revision: str | None = None)
         wanted = {"allow_patterns": patterns, "ignore_patterns": "*/*"}
         folder = Path(huggingface_hub.snapshot_download(name, revision=revision, **wanted))
     if weights and not any(folder.glob("model*.safetensors")):
-        way_out = "name a model that has: .bin and .pt files are pickles, which can run code"
-        raise UserError(f"--model {name} has no weights as safetensors.", way_out)
+        way_out = "choose one that has: .bin and .pt files are pickles, which can run code"
+        raise UserError(f"--model {name} has no .safetensors weights.", way_out)
     return folder
 
 
@@ -1006,7 +1015,7 @@ def load_tokenizer(folder: str | Path) -> Any:
         named = re.search(".*pad.*", known) or re.search(".*reserved.*", known)
         tokenizer.pad_token = named[0] if named else tokenizer.unk_token
         if tokenizer.pad_token in (None, tokenizer.eos_token, tokenizer.bos_token):
-            raise UserError(f"--model {folder}: its tokenizer has no padding.", "name another --model")
+            raise UserError(f"--model {folder}: its tokenizer has no padding token.", "name another --model")
     tokenizer.padding_side = "left"  # answers go on at the right
     settings = folder / "tokenizer_config.json"
     if settings.is_file() and read_json(settings).get("add_bos_token") and not has_bos(tokenizer):
@@ -1032,7 +1041,7 @@ def check_round_trip(tokenizer: Any, folder: Path) -> None:
     back = tokenizer.decode(tokenizer.encode(ROUND_TRIP, add_special_tokens=False), skip_special_tokens=False)
     if back != ROUND_TRIP:
         fault = f"the tokenizer of {folder} loses text: {ROUND_TRIP[:40]!r} became {back[:40]!r}."
-        raise UserError(fault, "nothing was trained or saved; take another --model, and tell us which it was")
+        raise UserError(fault, "nothing was trained or saved; use another --model, and report this one")
 
 
 def save_tokenizer(tokenizer: Any, folder: Path) -> None:
@@ -1052,7 +1061,9 @@ def save_tokenizer(tokenizer: Any, folder: Path) -> None:
     read_back = transformers.AutoTokenizer.from_pretrained(folder)
     check_round_trip(read_back, folder)
     if read_back(ROUND_TRIP)["input_ids"] != tokenizer(ROUND_TRIP)["input_ids"]:
-        raise UserError(f"the tokenizer in {folder} is read back otherwise.", "nothing was saved; tell us")
+        raise UserError(
+            f"the tokenizer in {folder} reads back differently.", "nothing was saved; please report it"
+        )
 
 
 def save_config(folder: Path) -> None:
@@ -1071,7 +1082,9 @@ def save_config(folder: Path) -> None:
     settings["torch_dtype"] = settings["dtype"]
     write_json(folder / "config.json", settings)
     if getattr(transformers.AutoConfig.from_pretrained(folder), "rope_parameters", None) != rope:
-        raise UserError(f"the rope settings in {folder} change when read.", "nothing was saved; tell us")
+        raise UserError(
+            f"the rope settings in {folder} change when read.", "nothing was saved; please report it"
+        )
 
 
 def import_unsloth() -> Any:
@@ -1215,7 +1228,7 @@ class LoadedModel:
         for name in wanted if fits else ():
             fits = fits and weights[name].shape == wanted[name].shape
         if not fits:
-            raise UserError(f"{folder}: its weights are of other settings.", "put the run's own back")
+            raise UserError(f"{folder}: its weights don't fit the run's settings.", "put the run's own back")
         peft.set_peft_model_state_dict(self.model, weights)
 
     def plan_batches(self, questions: Sequence[str], config: GenerationConfig) -> list[list[int]]:
@@ -1227,7 +1240,7 @@ class LoadedModel:
         texts = [prompts.build_prompt(question, self.lang) for question in questions]
         longest = max(map(len, self.tokenizer(texts)["input_ids"])) if texts else 0
         if longest > most:  # Unsloth would cut off its end
-            fault = f"a question has {longest} tokens with its prompt, the model takes {most}."
+            fault = f"a question is {longest} tokens long with its prompt; the model takes {most}."
             raise UserError(fault, "shorten the question, or `train` with a larger --max-seq-length")
         # Bytes: keys and values of 2 each, in memory that grows by quarters and is kept for two batches.
         token = 2 * 2 * shape.num_hidden_layers * shape.num_key_value_heads * head_size(shape)
@@ -1252,7 +1265,7 @@ class LoadedModel:
         for question in questions:
             marker = prompts.find_marker(question, prompts.special_tokens(tokenizer))
             if marker:
-                fault = f"a question holds {marker}, which means something else to the model."
+                fault = f"a question contains {marker}, which the model takes for a control token."
                 raise UserError(fault, "leave it out")
         import_unsloth().for_inference(model)
         sampling: dict[str, Any] = {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}
@@ -1590,7 +1603,7 @@ class NanCheckingTrainer(LibraryClass):  # type: ignore[misc]
         finite = [weights.isfinite().all() for weights in self.model.parameters() if weights.requires_grad]
         if not torch.stack(finite).all():
             way_out = "`train` with a smaller --learning-rate; the checkpoints before are kept"
-            raise UserError(f"step {self.state.global_step} left weights that are no numbers.", way_out)
+            raise UserError(f"step {self.state.global_step} left NaN weights.", way_out)
         super()._save_checkpoint(*arguments)
 
     def check_losses(self) -> None:
@@ -1618,7 +1631,7 @@ def stop_after_step() -> Iterator[list[int]]:
         noted = time.monotonic()
         stop.append(number)
         with contextlib.suppress(OSError):  # the terminal may be what has gone
-            os.write(2, b"\nstops after this step, with a checkpoint; once more to leave at once\n")
+            os.write(2, b"\nstopping after this step, with a checkpoint; once more quits at once\n")
 
     before = {number: signal.signal(number, note) for number in STOP_SIGNALS}
     try:
@@ -1676,7 +1689,7 @@ def train_steps(
             size = max(n for n in range(1, plan["micro_batch"] // 2 + 1) if batch % n == 0)
             plan = plan | {"micro_batch": size, "accumulation": batch // size}
             run.update(plan=plan, out_of_memory_at=step)
-            log(f"out of memory after step {step}: going on with {size} rows at once, {batch // size} times")
+            log(f"out of memory after step {step}: continuing with {size} rows per forward pass")
             if step > run.last_step:
                 trainer._save_checkpoint(trainer.model, None)
             broadcast()
@@ -1710,7 +1723,7 @@ def train_run(config: TrainConfig, run: Run, resume: bool = False) -> tuple[Load
         gpus = subprocess.run("nvidia-smi -L", shell=True, capture_output=True, text=True).stdout.splitlines()
         if len(gpus) > 1:
             line = f"torchrun --nproc-per-node {len(gpus)} -- {shlex.join(sys.argv)}"
-            log(f"note: of {len(gpus)} GPUs {os.environ['CUDA_VISIBLE_DEVICES']} is used; all: {line}")
+            log(f"note: this uses one of {len(gpus)} GPUs; for all of them: {line}")
 
     with run.track_status(config, resume), track_in_wandb(config, run) as tracked:
         # What has to be the same when the run goes on, and what `eval` needs if the dataset changes.
@@ -1972,7 +1985,9 @@ def merged_weights(run: Run, output: Path | None = None) -> tuple[Path, dict[str
         log("3/3 what was written on the same prompts")
         merged, report = load(partial, output_loading_info=True)
         if any(report.values()):
-            raise UserError(f"the merged weights are no whole model: {report}", "nothing was saved; tell us")
+            raise UserError(
+                f"the merged weights are incomplete: {report}", "nothing was saved; please report it"
+            )
         merged_logits = probe(merged, transformers.AutoTokenizer.from_pretrained(partial))
         checked = check_merge(base_logits, tuned_logits, merged_logits)
         # Noted before the folder has its name: one that has it is known, whenever the process ends.
@@ -2154,7 +2169,7 @@ class Secret(NamedTuple):
         """Raises for letters that no token has; the HTTP client's own error would show it."""
         if not re.fullmatch(r"[!-~]+", self.value):
             raise UserError(
-                f"{self.source} holds a space or a letter that no token has.", "copy it once more"
+                f"{self.source} contains a space or a character that no token has.", "copy it again"
             )
         return self
 
@@ -2246,7 +2261,7 @@ def wandb_account(key: Secret | None, ask: bool = False) -> str | None:
         if not re.search(r"error 40[13]|API key (must|may|is)", str(error)):
             raise UserError(f"W&B gave no answer: {error}", "try later, or WANDB_MODE=offline") from error
         place = key.source if key else "the prompt" if ask else "an earlier log-in"
-        raise UserError(f"W&B did not take the key from {place}: {error}", "mend it, then `login`") from error
+        raise UserError(f"W&B rejected the key from {place}: {error}", "mend it, then `login`") from error
 
 
 @contextlib.contextmanager
@@ -2971,7 +2986,7 @@ def push(
     private: Annotated[
         bool | None, typer.Option("--private/--public", help="Default: private, if it is new.")
     ] = None,
-    create_pr: Annotated[bool, typer.Option("--create-pr", help="Offer a pull request instead.")] = False,
+    create_pr: Annotated[bool, typer.Option("--create-pr", help="Open a pull request instead.")] = False,
     force: Annotated[bool, typer.Option("--force", help="Replace other weights that are there.")] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Show what would be pushed, and stop.")] = False,
 ) -> dict[str, Any]:

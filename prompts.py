@@ -220,7 +220,7 @@ def read_record(record: dict[str, Any], columns: Sequence[str], special_tokens: 
                 return Row(status=f"{column} is not one question and one answer")
             if record.get(column) and columns[1] == columns[2] == column:
                 return Row(status=f"no thought between think tags in {column}")
-            return Row(status=f"{column} is empty, or no text")
+            return Row(status=f"{column} is empty or not text")
         marker = find_marker(text, special_tokens)
         if marker:
             return Row(status=f"{marker} inside {column}")
@@ -418,14 +418,14 @@ def verdict(report: dict[str, Any], rows: int) -> str:
             return "worse: fewer answers are right"
         if accuracy["low"] > 0:
             return "better: more answers are right"
-        return "can't tell: the interval of the accuracy holds 0"
+        return "can't tell: the 95% interval of the accuracy includes 0"
     loss, relevance = report["loss"], report["relevance"]
     if loss["low"] > 0:
         return "worse: the held-out loss rose"
     if relevance["high"] < 0:
         return "worse: its answers depend less on the question than the base model's"
     if loss["high"] >= 0:
-        return "can't tell: the interval of the loss holds 0"
+        return "can't tell: the 95% interval of the loss includes 0"
     if closed and closed["high"] < 0:
         return "can't tell: the held-out loss fell, but fewer thoughts were closed within --max-new-tokens"
     unseen = "; but no thought was closed within --max-new-tokens, so there was no answer to see"

@@ -394,7 +394,7 @@ def test_a_w_and_b_in_trouble_is_left_within_seconds_and_the_key_is_not_blamed(m
     machine.wandb.faults = [fault] if fault else []
     here = {"WANDB_MODE": "online", "WANDB_BASE_URL": machine.wandb.url if fault else NOWHERE}
     said = soon(lambda: machine.refused(**here))
-    assert "W&B" in said and says_later(said) and "did not take the key" not in said
+    assert "W&B" in said and says_later(said) and "rejected the key" not in said
     assert not machine.netrc.exists()
 
 

@@ -117,8 +117,8 @@ def test_all_go_on_with_fewer_rows_at_once_when_one_runs_out_of_memory_and_stop_
     said = wait_for(process, "step 00004")
     process.terminate()
     said += process.communicate(timeout=100)[1]
-    assert said.count("out of memory after step 2: going on with 1 rows at once, 2 times") == 1
-    assert "stops after this step" in said and "`train --resume disturbed` goes on" in said
+    assert said.count("out of memory after step 2: continuing with 1 rows per forward pass") == 1
+    assert "stopping after this step" in said and "continue with `train --resume disturbed`" in said
     run = Run(start.folder / "disturbed")
     assert (run.record["status"], run.record["out_of_memory_at"]) == ("interrupted", 2) and run.last_step >= 4
     expected = {step: loss for step, loss in losses(two[0]).items() if step <= run.last_step}

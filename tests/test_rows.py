@@ -234,10 +234,10 @@ def test_the_bundled_rows_are_as_promised():
 @pytest.mark.parametrize(
     ("change", "reason"),
     [
-        ({"Complex_CoT": " "}, "Complex_CoT is empty, or no text"),
-        ({"Response": None}, "Response is empty, or no text"),
-        ({"Question": 7}, "Question is empty, or no text"),
-        ({"Question": {"nested": "Why?"}}, "Question is empty, or no text"),
+        ({"Complex_CoT": " "}, "Complex_CoT is empty or not text"),
+        ({"Response": None}, "Response is empty or not text"),
+        ({"Question": 7}, "Question is empty or not text"),
+        ({"Question": {"nested": "Why?"}}, "Question is empty or not text"),
         ({"Complex_CoT": "Hm </think> ha"}, "</think> inside Complex_CoT"),
         ({"Response": f"So.{EOS}"}, f"{EOS} inside Response"),
         ({"Question": "Why <｜User｜>?"}, "<｜User｜> inside Question"),
@@ -305,7 +305,7 @@ def test_held_out_rows_are_chosen_by_seed_and_never_trained_on(prepare):
 def test_no_usable_row_is_an_error_that_says_why(prepare):
     with pytest.raises(UserError, match="0 usable rows of 1") as error:
         prepare([{**GOOD, "Response": ""}])
-    assert "Response is empty, or no text" in error.value.next_step
+    assert "Response is empty or not text" in error.value.next_step
 
 
 @pytest.mark.parametrize(("chinese", "lang", "noted"), [(2, "en", True), (1, "en", False), (2, "zh", False)])
@@ -472,7 +472,7 @@ def test_format_shows_the_first_row_what_carries_loss_and_what_is_dropped(told, 
     first = report["first_row"]
     assert "".join(first["tokens"]) == BOS + first["text"] and first["text"].endswith(f"\nSo.{EOS}")
     assert "".join(first["tokens"][: first["loss_from"]]) == BOS + build_prompt("Why 0?")
-    assert report["dropped"] == {"Response is empty, or no text": [3], "duplicate question": [2]}
+    assert report["dropped"] == {"Response is empty or not text": [3], "duplicate question": [2]}
     assert first["text"] in shown.err and f"without loss, {first['loss_from']} tokens:" in shown.err
     assert f".│{EOS}" in shown.err and "dropped 1: duplicate question (row 3)" in shown.err
     assert "used: 2" in shown.out and "fit_without_shortening: 2" in shown.out

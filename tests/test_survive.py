@@ -196,7 +196,7 @@ def test_it_goes_on_in_its_folder_to_the_undisturbed_runs_end_without_what_was_m
         (stopped / name).touch()
     again = told(["train", "--resume", "--max-time", "1s"], stopped.folder.parent.parent)
     assert again.code == 0, again.err
-    assert "--max-time: stopped after step 4; `train --resume runs/stopped` goes on" in again.err
+    assert "--max-time: stopped after step 4; continue with `train --resume runs/stopped`" in again.err
     assert stopped.record["status"] == "stopped" and stopped.record["resumed_at"] == [3]
     assert not (stopped / "merged").exists() and not list(stopped.folder.glob("eval*.*[gn]"))
     assert (stopped / "evaluated by hand.txt").exists(), "the user's own"
@@ -434,8 +434,8 @@ def test_on_the_command_line_a_stopped_run_goes_on_and_ends_in_order_when_its_ti
             break
     process.terminate()
     rest = process.stderr.read()
-    assert process.wait() == 143 and "stops after this step" in rest and "Traceback" not in rest
-    assert "`train --resume runs/a` goes on" in rest
+    assert process.wait() == 143 and "stopping after this step" in rest and "Traceback" not in rest
+    assert "continue with `train --resume runs/a`" in rest
     run = Run(tmp_path / "runs" / "a")
     done = run.last_step
     resumed = cli("train", "--resume", "--max-time", "15s", "--json")

@@ -229,7 +229,7 @@ def test_out_of_memory_halves_the_rows_at_once_and_changes_no_loss(
     record = disturbed.record
     assert record["status"] == "finished" and record["out_of_memory_at"] == 3
     assert (record["plan"]["micro_batch"], record["plan"]["accumulation"]) == (1, 4)
-    assert "out of memory after step 3: going on with 1 rows at once, 4 times" in capsys.readouterr().err
+    assert "out of memory after step 3: continuing with 1 rows per forward pass" in capsys.readouterr().err
     steps = [line["step"] for line in read_jsonl(disturbed / "metrics.jsonl") if "loss" in line]
     assert steps == [1, 2, 3, 4, 5, 6]
     assert losses(disturbed) == pytest.approx(losses(plain), abs=0.005)
@@ -265,7 +265,7 @@ def test_weights_that_are_no_numbers_are_never_a_checkpoint(config, unsloth, tmp
 
     run, config = Run(tmp_path / "run"), dataclasses.replace(config, optim="adamw_torch", max_steps=1)
     monkeypatch.setattr(torch.optim.AdamW, "step", breaks)
-    with pytest.raises(UserError, match="step 1 left weights that are no numbers"):
+    with pytest.raises(UserError, match="step 1 left NaN weights"):
         finetune_r1.train_run(config, run)
     assert not run.checkpoints and not (run / "adapter").exists()
 
