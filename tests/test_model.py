@@ -187,7 +187,7 @@ def test_an_adapter_of_another_shape_is_refused(tiny_run, tmp_path):
     weights = load_file(file)
     del weights[next(iter(weights))]
     save_file(weights, file)
-    with pytest.raises(UserError, match="its weights don.t fit"):
+    with pytest.raises(UserError, match="its weights don't fit"):
         LoadedModel.load_run(Run(run))
 
 
