@@ -372,7 +372,7 @@ def as_table(headings: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     """An aligned table as wide as the terminal, or 80 columns where there is none; long cells are wrapped."""
     table = rich_table.Table(box=None, padding=(0, 1, 0, 0), header_style="")
     for heading, *cells in zip(headings, *rows, strict=True):
-        table.add_column(heading, overflow="fold", no_wrap=max(map(len, cells)) <= 20)
+        table.add_column(heading, overflow="fold", no_wrap=max(map(len, cells)) <= 24)
     for row in rows:
         table.add_row(*row)
     console = rich_console.Console(color_system=None, markup=False, highlight=False)
@@ -1812,7 +1812,7 @@ def draw_losses(run: Run) -> dict[str, float]:
         figure.savefig(partial, dpi=120, format="png")
     pyplot.close(figure)
     losses = metrics["loss"].dropna()
-    return {"first": float(losses.iloc[0]), "last": float(losses.iloc[-1])}
+    return {"first": round(float(losses.iloc[0]), 4), "last": round(float(losses.iloc[-1]), 4)}
 
 
 # ------------------------------------------------------------------------------------------------ evaluation
@@ -1930,10 +1930,13 @@ def weights_size(model: str) -> tuple[int, int]:
     if Path(model).is_dir():
         return sum(file.stat().st_size for file in Path(model).glob("*.safetensors")), 0
     weights_of = functools.partial(huggingface_hub.snapshot_download, allow_patterns="*.safetensors")
+    hub_utils.disable_progress_bars()
     try:
         files = weights_of(model, dry_run=True)
     except hub_errors.DryRunError:  # no network: what was downloaded before has to do
         return weights_size(weights_of(model, local_files_only=True))
+    finally:
+        hub_utils.enable_progress_bars()
     size = missing = 0
     for file in files:
         size += file.file_size
@@ -2333,7 +2336,8 @@ def prepare_environment() -> None:
     for number in STOP_SIGNALS[1:]:
         signal.signal(number, interrupt)
     load_dotenv()
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # of a CPU kernel that nothing here needs
+    for chatty in () if Console.verbose else ("bitsandbytes", "unsloth", "unsloth_zoo"):
+        logging.getLogger(chatty).setLevel(logging.ERROR)
     os.environ.pop("HF_HUB_ENABLE_HF_TRANSFER", None)  # set by Unsloth, and warned of in a child
     wanted = {} if WORLD > 1 else {"CUDA_VISIBLE_DEVICES": "0"}
     wanted |= {"UNSLOTH_DISABLE_STATISTICS": "1", "HF_UPDATE_DOWNLOAD_COUNTS": "0", "MPLBACKEND": "Agg"}
