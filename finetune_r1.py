@@ -200,6 +200,19 @@ class GenerationConfig:
 
 
 @dataclass(frozen=True)
+class EvalConfig(GenerationConfig):
+    """Which rows an evaluation takes; what is None is the run's own."""
+
+    dataset: str | None = option(None, "Rows from here (default: the run's dataset).")
+    subset: str | None = option(None, "The dataset's configuration (default: the run's).")
+    split: str | None = option(None, "Rows of this split (default: those held out).")
+    question_col: str | None = option(None, "Column with the question (default: the run's).")
+    cot_col: str | None = option(None, "Column with the chain of thought (default: the run's).")
+    response_col: str | None = option(None, "Column with the answer (default: the run's).")
+    answers: int = option(16, "Rows to answer; losses are taken on all.", min=0)
+
+
+@dataclass(frozen=True)
 class TrainConfig(GenerationConfig, DataConfig):
     """Everything a training depends on."""
 
@@ -2831,38 +2844,22 @@ def print_pair(pair: dict[str, Any], out: Callable[[str], None]) -> None:
 
 
 @functools.partial(command, show=print_report)
-def eval_(
-    config: GenerationConfig,
-    run: RunOption = None,
-    dataset: Annotated[str | None, typer.Option(help="Rows from here (default: the run's dataset).")] = None,
-    split: Annotated[str | None, typer.Option(help="Rows of this split (default: those held out).")] = None,
-    subset: Annotated[
-        str | None, typer.Option(help="The dataset's configuration (default: the run's).")
-    ] = None,
-    question_col: Annotated[
-        str | None, typer.Option(help="Column with the question (default: the run's).")
-    ] = None,
-    cot_col: Annotated[
-        str | None, typer.Option(help="Column with the chain of thought (default: the run's).")
-    ] = None,
-    response_col: Annotated[
-        str | None, typer.Option(help="Column with the answer (default: the run's).")
-    ] = None,
-    answers: Annotated[int, typer.Option(help="Rows to answer; losses are taken on all.", min=0)] = 16,
-) -> dict[str, Any]:
+def eval_(config: EvalConfig, run: RunOption = None) -> dict[str, Any]:
     """Compare base and tuned on new rows or multiple choice."""
     found = Run.find(run)
-    settings, adapter = found.config, found.adapter
-    named = {"dataset": dataset, "split": split, "subset": subset}
-    named |= {"question_col": question_col, "cot_col": cot_col, "response_col": response_col}
-    changed: dict[str, Any] = {name: value for name, value in named.items() if value is not None}
-    if dataset and not subset:
+    settings, adapter, answers = found.config, found.adapter, config.answers
+    changed: dict[str, Any] = {}
+    for column in ("dataset", "subset", "split", "question_col", "cot_col", "response_col"):
+        if getattr(config, column) is not None:
+            changed[column] = getattr(config, column)
+    if config.dataset and not config.subset:
         changed["subset"] = None  # the run's is another dataset's
     if not changed and not settings.eval_rows:
         raise UserError(f"{found} held no rows out.", 'name others, such as --split "train[500:520]"')
     name = "eval"
     if changed:  # an evaluation has a file of its own
-        words = ("eval", Path(dataset or "").stem, subset or "", split or "", fingerprint(changed)[:4])
+        source = (Path(config.dataset or "").stem, config.subset or "", config.split or "")
+        words = ("eval", *source, fingerprint(changed)[:4])
         name = re.sub(r"\W+", "-", " ".join(words))
     else:
         changed = {"dataset": str(found / "held_out.jsonl"), "split": "train"}

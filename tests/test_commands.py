@@ -18,6 +18,7 @@ import pytest
 import yaml
 from conftest import SAMPLE, SCRIPT
 from servers.hub import HubServer
+from terminal import typed
 
 import finetune_r1
 from finetune_r1 import VERSION, Lazy, TrainConfig
@@ -393,3 +394,23 @@ def test_quiet_leaves_the_result_and_verbose_shows_every_setting(told, tiny_run)
     assert finetune_r1.not_the_default(TrainConfig(lora_r=8)).count("=") == len(
         dataclasses.fields(TrainConfig)
     )
+
+
+# ------------------------------------------------------------------------------------------- on a terminal
+
+
+def test_error_and_next_step_stand_out_on_a_terminal_alone(tmp_path, cli):
+    code, shown = typed(tmp_path, ["runs"])
+    assert code == 1 and "\033[31merror: \033[0m" in shown and "\033[36mnext:  \033[0m" in shown
+    assert cli("runs").err.startswith("error: there is no run") and "\033" not in cli("runs").err
+
+
+@pytest.mark.parametrize(("terminal", "end"), [(True, "\r"), (False, "\n")])
+def test_what_takes_long_says_how_far_it_is_and_how_long_it_will_take(monkeypatch, terminal, end):
+    shown, now = io.StringIO(), iter(range(0, 1000, 40))
+    shown.isatty = lambda: terminal
+    monkeypatch.setattr(sys, "stderr", shown)
+    monkeypatch.setattr(finetune_r1, "time", SimpleNamespace(monotonic=lambda: next(now)))
+    assert list(finetune_r1.progress("abc", "losses: row")) == ["a", "b", "c"]
+    lines = shown.getvalue().replace("\033[K", "").split(end)
+    assert lines == ["losses: row 1/3, 02:40 left", "losses: row 2/3, 01:00 left", ""]

@@ -18,6 +18,7 @@ import finetune_r1
 import prompts
 from finetune_r1 import (
     DEMO,
+    EvalConfig,
     GenerationConfig,
     LoadedModel,
     Run,
@@ -49,6 +50,10 @@ def untrained(config, unsloth):
 @pytest.fixture
 def run(tiny_run, tmp_path):
     return Run(shutil.copytree(tiny_run, tmp_path / "run"))
+
+
+def evaluated(run, **options):
+    return finetune_r1.eval_(EvalConfig(max_new_tokens=4, **options), run.folder)
 
 
 def named(*texts):
@@ -116,7 +121,7 @@ def test_the_same_evaluation_gives_the_same_report_again_with_a_picture_in_the_c
     finetune_r1.write_jsonl(tmp_path / "rows.jsonl", read_jsonl(SAMPLE)[8:14])
 
     def evaluate():
-        finetune_r1.eval_(SHORT, run=run.folder, dataset=str(tmp_path / "rows.jsonl"), split="train")
+        evaluated(run, dataset=str(tmp_path / "rows.jsonl"), split="train")
         [report] = run.folder.glob("eval*.json")
         return report, report.read_bytes()
 
@@ -162,7 +167,7 @@ def file_of(run, tmp_path, monkeypatch):
     finetune_r1.write_json(run / "config.json", settings)
     monkeypatch.setattr(LoadedModel, "load_run", lambda *_: None)
     monkeypatch.setattr(finetune_r1, "evaluate", lambda *given: {"name": given[-1]})
-    return lambda **asked: finetune_r1.eval_(SHORT, run=run.folder, **asked)["name"]
+    return lambda **asked: evaluated(run, **asked)["name"]
 
 
 def test_an_evaluation_is_named_by_its_rows(file_of, tmp_path):
@@ -205,13 +210,13 @@ def test_held_out_rows_stay_those_of_the_run_whatever_becomes_of_the_dataset(con
     finetune_r1.write_jsonl(data, rows[:24])
     config = dataclasses.replace(config, dataset=str(data), split="train")
     finetune_r1.train_run(config, run := Run(tmp_path / "run"))
-    before = finetune_r1.eval_(SHORT, run=run.folder, answers=0)
+    before = evaluated(run, answers=0)
     finetune_r1.write_jsonl(data, rows[4:30])
-    assert finetune_r1.eval_(SHORT, run=run.folder, answers=0) == before and before["rows"] == 4
+    assert evaluated(run, answers=0) == before and before["rows"] == 4
     # The same rows by name: what was trained on is left out, and said.
     capsys.readouterr()
     written = {path: path.read_bytes() for path in run.folder.glob("eval*")}
-    report = finetune_r1.eval_(SHORT, run=run.folder, dataset=str(data), split="train", answers=0)
+    report = evaluated(run, dataset=str(data), split="train", answers=0)
     assert {path: path.read_bytes() for path in written} == written, "this one has files of its own"
     assert len(list(run.folder.glob("eval*"))) == 2 * len(written) == 4
     held_out = {row["Question"] for row in read_jsonl(run / "held_out.jsonl")}
@@ -221,22 +226,22 @@ def test_held_out_rows_stay_those_of_the_run_whatever_becomes_of_the_dataset(con
     assert f"{left_out} of 26 rows are left out" in capsys.readouterr().err
     finetune_r1.write_jsonl(data, [row for row in rows if row["Question"] in trained])
     with pytest.raises(UserError, match="all of these rows were trained on"):
-        finetune_r1.eval_(SHORT, run=run.folder, dataset=str(data), split="train")
+        evaluated(run, dataset=str(data), split="train")
 
 
 def test_a_run_that_held_no_rows_out_has_to_be_told_which(run):
     with pytest.raises(UserError, match="held no rows out"):
-        finetune_r1.eval_(SHORT, run=run.folder)
+        evaluated(run)
 
 
 def test_rows_may_be_in_other_columns(run, tmp_path):
     rows = [dict(zip(("q", "why", "a"), row.values(), strict=True)) for row in read_jsonl(SAMPLE)[30:33]]
     finetune_r1.write_jsonl(tmp_path / "rows.jsonl", rows)
     columns = {"question_col": "q", "cot_col": "why", "response_col": "a"}
-    asked = {"run": run.folder, "dataset": str(tmp_path / "rows.jsonl"), "split": "train"}
-    assert finetune_r1.eval_(SHORT, **asked, **columns, answers=0)["rows"] == 3
+    asked = {"dataset": str(tmp_path / "rows.jsonl"), "split": "train"}
+    assert evaluated(run, **asked, **columns, answers=0)["rows"] == 3
     with pytest.raises(UserError, match="its columns: q, why, a"):
-        finetune_r1.eval_(SHORT, **asked)
+        evaluated(run, **asked)
 
 
 # -------------------------------------------------------------------------------------------- multiple choice
@@ -249,13 +254,13 @@ def test_a_dataset_in_medqas_columns_is_graded_and_an_open_thought_counts_as_no_
         "answer_idx": "A",
     }
     finetune_r1.write_jsonl(tmp_path / "choice.jsonl", [choice] * 2)
-    asked = {"run": run.folder, "dataset": str(tmp_path / "choice.jsonl"), "split": "train"}
-    report = finetune_r1.eval_(SHORT, **asked, answers=5)
+    asked = {"dataset": str(tmp_path / "choice.jsonl"), "split": "train"}
+    report = evaluated(run, **asked, answers=5)
     assert report["rows"] == report["answers"] == 2 and report["verdict"].startswith("can't tell")
     assert report["accuracy"] == dict.fromkeys(("base", "tuned", "difference", "low", "high"), 0)
     assert "accuracy | 0.00 | 0.00" in (run / "README.md").read_text()
     with pytest.raises(UserError, match="--answers 0"):
-        finetune_r1.eval_(SHORT, **asked, answers=0)
+        evaluated(run, **asked, answers=0)
 
 
 def test_medqa_is_graded_from_the_hub_by_the_command_line(run, cli):

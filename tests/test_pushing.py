@@ -117,7 +117,15 @@ def test_a_dry_run_shows_the_files_and_sends_nothing(push, hub):
     report = json.loads(done.out)
     assert report["dry_run"] and report["visibility"] == "private, new" and report["repo"] == REPO
     assert "model.safetensors" in done.err and "adapter/adapter_config.json" in done.err
-    assert f"bytes={report['bytes']}" in done.err and {method for method, _ in hub.requests} == {"GET"}
+    assert f" {finetune_r1.file_size(report['bytes'])}, to {REPO} (private, new)" in done.err
+    assert {method for method, _ in hub.requests} == {"GET"}
+
+
+def test_without_a_hub_a_dry_run_tells_what_it_can(push, hub):
+    hub.faults.append(Fault("*", "", status="drop", times=math.inf))
+    done = push("--dry-run", token=None)
+    assert done.code == 0 and f"the Hub was not reached, so what is in {REPO} is unknown" in done.err
+    assert "model.safetensors" in done.err and json.loads(done.out)["bytes"] > 0
 
 
 def test_a_push_again_sends_nothing_and_after_an_evaluation_the_card_alone(push, hub, run):

@@ -222,14 +222,14 @@ def test_a_run_that_was_spoilt_is_refused_by_name(run, spoilt):
     with pytest.raises(UserError, match=said):
         finetune_r1.save(run=run.folder)
     with pytest.raises(UserError, match=said):
-        finetune_r1.eval_(finetune_r1.GenerationConfig(), run=run.folder)
+        finetune_r1.eval_(finetune_r1.EvalConfig(), run=run.folder)
 
 
 @pytest.mark.parametrize("damaged", ["run.json", "adapter/adapter_model.safetensors"])
 def test_a_truncated_file_ends_in_advice_and_no_traceback(run, damaged):
     (run / damaged).write_bytes((run / damaged).read_bytes()[:-100])
     with pytest.raises(Exception) as caught:
-        finetune_r1.eval_(finetune_r1.GenerationConfig(), run=run.folder)
+        finetune_r1.eval_(finetune_r1.EvalConfig(), run=run.folder)
     assert "damaged" in f"{caught.value} {finetune_r1.advice(caught.value)}"
 
 

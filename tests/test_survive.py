@@ -13,7 +13,7 @@ from conftest import SAMPLE, SCRIPT
 from safetensors.torch import load_file
 
 import finetune_r1
-from finetune_r1 import GenerationConfig, Run, TrainConfig, UserError, read_jsonl
+from finetune_r1 import EvalConfig, GenerationConfig, Run, TrainConfig, UserError, read_jsonl
 
 SHORT = GenerationConfig(max_new_tokens=4)
 
@@ -182,7 +182,7 @@ def test_a_run_whose_time_is_over_has_an_adapter_that_can_be_asked_evaluated_and
     assert list(losses(stopped)) == [1, 2, 3] and (stopped / "README.md").exists()
     answer = finetune_r1.infer(SHORT, as_json=True, question="Why?", run=stopped.folder)
     assert answer["tokens"] == 4
-    assert finetune_r1.eval_(SHORT, run=stopped.folder, answers=0)["rows"] == 4
+    assert finetune_r1.eval_(EvalConfig(max_new_tokens=4, answers=0), stopped.folder)["rows"] == 4
     assert finetune_r1.save(run=stopped.folder)["saved"] == str(stopped / "merged")
 
 
