@@ -76,7 +76,8 @@ huggingface_hub, hub_constants = Lazy("huggingface_hub"), Lazy("huggingface_hub.
 hub_errors, hub_utils = Lazy("huggingface_hub.errors"), Lazy("huggingface_hub.utils")
 hub_sha = Lazy("huggingface_hub.utils.sha")
 kaggle_secrets, numpy, pandas = Lazy("kaggle_secrets"), Lazy("numpy"), Lazy("pandas")
-peft, psutil = Lazy("peft"), Lazy("psutil")
+peft, psutil, safetensors = Lazy("peft"), Lazy("psutil"), Lazy("safetensors")
+safetensors_torch = Lazy("safetensors.torch")
 pyplot, rich_console, rich_table = Lazy("matplotlib.pyplot"), Lazy("rich.console"), Lazy("rich.table")
 tokenizers, torch, transformers = Lazy("tokenizers"), Lazy("torch"), Lazy("transformers")
 trl, unsloth, wandb, yaml = Lazy("trl"), Lazy("unsloth"), Lazy("wandb"), Lazy("yaml")
@@ -1929,8 +1930,8 @@ def print_report(report: dict[str, Any], out: Callable[[str], None] = print_resu
 
 
 # ---------------------------------------------------------------------------------------------------- saving
-# PEFT merges the adapter into 16-bit weights, on the CPU. What was written is read back, and has to act on
-# fixed prompts as base and adapter do together, or nothing is saved.
+# The adapter is merged into the 16-bit weights, file by file, in little memory. What was written is read
+# back, and has to act on fixed prompts as base and adapter do together, or nothing is saved.
 
 
 def sixteen_bit(model: str) -> str:
@@ -1971,40 +1972,30 @@ def merged_weights(run: Run, output: Path | None = None) -> tuple[Path, dict[str
         raise UserError(f"{folder} was not made by `save`.", "move it away; the adapter is untouched")
 
     with run.lock(), atomic_path(folder) as partial:
-        # Base and adapter, and how they act together.
+        # What is merged, and room for it.
         name, adapter = sixteen_bit(run.config.model), run.adapter
         size, missing = weights_size(name)
         download = f"downloads {missing / 1e9:.1f} GB and " if missing else ""
         log(f"merging the adapter into a copy of {name}: {download}writes {size / 1e9:.1f} GB")
         way_out = "the adapter needs no room: `push --adapter-only`; or set --output and HF_HOME"
         check_room({folder: size, Path(hub_constants.HF_HUB_CACHE): missing}, way_out)
-        transformers.utils.logging.disable_progress_bar()  # what takes seconds; downloads keep theirs
-        tokenizer = load_tokenizer(adapter)
         source = download_model(name, revision=run.record.get("model_revisions", {}).get(name))
-        auto_model = transformers.AutoModelForCausalLM
-        load = functools.partial(auto_model.from_pretrained, dtype="auto", use_safetensors=True)
-        base = load(source)
-        if getattr(base.config, "quantization_config", None):
-            raise UserError(f"{name} is quantized: there are no 16-bit weights of it.", "`save --as adapter`")
-        log("1/3 base and adapter on fixed prompts")
-        base_logits = probe(base, tokenizer)
-        model = peft.PeftModel.from_pretrained(base, adapter).eval()
-        tuned_logits = probe(model, tokenizer)
+        tokenizer = load_tokenizer(adapter)
 
-        # Merged, and read back as a stranger would: what config.json asks for has to be there, and no more.
-        log("2/3 merging and writing")
-        base.config.pad_token_id = base.generation_config.pad_token_id = tokenizer.pad_token_id
-        model.merge_and_unload().save_pretrained(partial, max_shard_size="2GB")
+        # Merged, with everything that belongs to a model, and read back as a stranger would.
+        merge(source, adapter, partial)
+        settings = transformers.AutoConfig.from_pretrained(source)
+        generation = transformers.GenerationConfig.from_model_config(settings)
+        if (source / "generation_config.json").exists():
+            generation = transformers.GenerationConfig.from_pretrained(source)
+        for part in (settings, generation):
+            part.pad_token_id = tokenizer.pad_token_id
+            part.save_pretrained(partial)
         save_tokenizer(tokenizer, partial)
         save_config(partial)
-        del base, model  # two copies of the 8B would not fit beside each other
-        log("3/3 what was written on the same prompts")
-        merged, report = load(partial, output_loading_info=True)
-        if any(report.values()):
-            raise UserError(
-                f"the merged weights are incomplete: {report}", "nothing was saved; please report it"
-            )
-        merged_logits = probe(merged, transformers.AutoTokenizer.from_pretrained(partial))
+        log("comparing the answers of base, base + adapter, and merged weights to fixed prompts")
+        base_logits, tuned_logits = probe(source, tokenizer), probe(source, tokenizer, adapter)
+        merged_logits = probe(partial, transformers.AutoTokenizer.from_pretrained(partial))
         checked = check_merge(base_logits, tuned_logits, merged_logits)
         # Noted before the folder has its name: one that has it is known, whenever the process ends.
         place = str(output.resolve()) if output else "merged"
@@ -2012,14 +2003,90 @@ def merged_weights(run: Run, output: Path | None = None) -> tuple[Path, dict[str
     return folder, checked
 
 
-def probe(model: Any, tokenizer: Any) -> Any:
-    """Logits on fixed prompts, one row per token."""
+def outline(folder: Path) -> tuple[Any, dict[str, Path]]:
+    """A model without its weights, as config.json describes it, and the file of each weight by its name.
+
+    Raises unless the files hold what config.json asks for, and no more.
+    """
+    settings = transformers.AutoConfig.from_pretrained(folder)
+    if getattr(settings, "quantization_config", None):
+        raise UserError(f"{folder} is quantized: there are no 16-bit weights of it.", "`save --as adapter`")
+    with accelerate.init_empty_weights(include_buffers=False):
+        model = transformers.AutoModelForCausalLM.from_config(settings, dtype=settings.dtype).eval()
+    files = {}
+    for file in sorted(folder.glob("model*.safetensors")):
+        with safetensors.safe_open(file, "pt") as tensors:
+            files.update(dict.fromkeys(tensors.keys(), file))
+    wanted = set(model.state_dict())
+    if settings.tie_word_embeddings and "lm_head.weight" not in files:
+        wanted.discard("lm_head.weight")  # it is the embedding
+    wrong = wanted ^ files.keys()
+    if wrong:
+        fault = f"{folder} is no whole model; missing or left over: {', '.join(sorted(wrong)[:3])}."
+        raise UserError(fault, "nothing was saved; please report it")
+    return model, files
+
+
+def merge(source: Path, adapter: Path, folder: Path) -> None:
+    """Writes base + B·A·scale, worked out in float32 and rounded once, as files of at most 2 GB.
+
+    One of them at a time is in memory.
+    """
+    model, files = outline(source)
+    settings, lora = peft.LoraConfig.from_pretrained(adapter), peft.load_peft_weights(str(adapter), "cpu")
+    scale = settings.lora_alpha / (math.sqrt(settings.r) if settings.use_rslora else settings.r)
+    weights = {name: weight for name, weight in model.state_dict().items() if name in files}
+    plan = huggingface_hub.split_torch_state_dict_into_shards(weights, max_shard_size="2GB")
+    folder.mkdir()
+    for file, names in progress(list(plan.filename_to_tensors.items()), "merging: file"):
+        merged = {}
+        for name in names:
+            with safetensors.safe_open(files[name], "pt") as tensors:
+                merged[name] = tensors.get_tensor(name)
+            module = f"base_model.model.{name.removesuffix('.weight')}"
+            if f"{module}.lora_A.weight" in lora:
+                down, up = lora.pop(f"{module}.lora_A.weight"), lora.pop(f"{module}.lora_B.weight")
+                merged[name] = (merged[name] + up.float() @ down.float() * scale).to(merged[name].dtype)
+        safetensors_torch.save_file(merged, folder / file, {"format": "pt"})
+        with safetensors.safe_open(folder / file, "pt") as written:
+            if not all(written.get_tensor(name).equal(weight) for name, weight in merged.items()):
+                raise UserError(
+                    f"{file} was not written as it should be.", "nothing was saved; check the disk"
+                )
+    if lora:
+        raise UserError(
+            f"{source} has no {next(iter(lora))} to merge.", "nothing was saved; please report it"
+        )
+    if plan.is_sharded:
+        index = {"metadata": plan.metadata, "weight_map": plan.tensor_to_filename}
+        write_json(folder / "model.safetensors.index.json", index)
+
+
+def probe(folder: Path, tokenizer: Any, adapter: Path | None = None) -> Any:
+    """Logits on fixed prompts, one row per token, of a model, or of base and adapter as PEFT has them.
+
+    Each weight is read when it is needed and then forgotten, so that a small machine can do it.
+    """
+    model, files = outline(folder)
+    places = {name: {"safetensors_file": str(file), "weight_name": name} for name, file in files.items()}
+    places.setdefault("lm_head.weight", places[next(iter(model.state_dict()))])  # tied to the embedding
+    if adapter:
+        model = peft.get_peft_model(model, peft.LoraConfig.from_pretrained(adapter)).eval()
+        file = str(adapter / "adapter_model.safetensors")
+        of_base = places
+        places = {}
+        for name in model.state_dict():
+            plain = name.removeprefix("base_model.model.").replace(".base_layer.", ".")
+            lora = {"safetensors_file": file, "weight_name": name.replace(".default.", ".")}
+            places[name] = of_base.get(plain, lora)
+    device = "cuda:0" if torch.cuda.is_available() else "cpu"
+    accelerate.dispatch_model(model, {"": "disk"}, device, offload_index=places, force_hooks=True)
     logits = []
     for lang, question in prompts.BEFORE_AFTER.items():
         with torch.no_grad():
-            batch = tokenizer(prompts.build_prompt(question, lang), return_tensors="pt")
-            logits.append(model(**batch).logits[0])
-    return torch.cat(logits).float()
+            batch = tokenizer(prompts.build_prompt(question, lang), return_tensors="pt").to(device)
+            logits.append(model(**batch).logits[0].float().cpu())
+    return torch.cat(logits)
 
 
 def check_merge(base: Any, tuned: Any, merged: Any) -> dict[str, Any]:
@@ -2349,7 +2416,7 @@ def prepare_environment() -> None:
     for number in STOP_SIGNALS[1:]:
         signal.signal(number, interrupt)
     load_dotenv()
-    for chatty in () if Console.verbose else ("bitsandbytes", "unsloth", "unsloth_zoo"):
+    for chatty in () if Console.verbose else ("accelerate", "bitsandbytes", "unsloth", "unsloth_zoo"):
         logging.getLogger(chatty).setLevel(logging.ERROR)
     os.environ.pop("HF_HUB_ENABLE_HF_TRANSFER", None)  # set by Unsloth, and warned of in a child
     wanted = {} if WORLD > 1 else {"CUDA_VISIBLE_DEVICES": "0"}

@@ -120,24 +120,85 @@ def test_the_size_of_a_base_model_is_known_before_and_after_its_download(tiny_r1
 
 @pytest.mark.parametrize("damage", ["missing", "left over"])
 def test_merged_weights_that_are_no_whole_model_are_not_saved(run, tmp_path, monkeypatch, damage):
-    """As read back from the disk, where a merge may have left out a weight, or something in."""
-    from transformers import LlamaForCausalLM
+    """As read back from the disk, where a weight may have been left out, or something in."""
+    whole = finetune_r1.merge
 
-    def save_pretrained(model, folder, **options):
+    def merge(source, adapter, folder):
         from safetensors.torch import load_file, save_file
 
-        whole_save(model, folder, **options)
+        whole(source, adapter, folder)
         weights = load_file(folder / "model.safetensors")
         norm = weights.pop("model.norm.weight")
         if damage == "left over":
             weights |= {"model.norm.weight": norm, "model.layers.9.mlp.up_proj.weight": norm.clone()}
         save_file(weights, folder / "model.safetensors", {"format": "pt"})
 
-    whole_save = LlamaForCausalLM.save_pretrained
-    monkeypatch.setattr(LlamaForCausalLM, "save_pretrained", save_pretrained)
+    monkeypatch.setattr(finetune_r1, "merge", merge)
     with pytest.raises(UserError, match="no whole model"):
         finetune_r1.save(run=run, output=tmp_path / "merged")
     assert not list(tmp_path.iterdir())
+
+
+def test_file_by_file_the_weights_are_pefts_own_bit_for_bit(run, tiny_r1, tmp_path, monkeypatch):
+    """Also where base and result are spread over several files."""
+    import huggingface_hub
+    from peft import PeftModel
+    from safetensors.torch import load_file
+    from transformers import AutoModelForCausalLM
+
+    base = AutoModelForCausalLM.from_pretrained(tiny_r1, dtype="auto")
+    base.save_pretrained(tmp_path / "base", max_shard_size="100KB")
+    split = huggingface_hub.split_torch_state_dict_into_shards
+    small = lambda weights, max_shard_size: split(weights, max_shard_size="70KB")  # noqa: E731
+    monkeypatch.setattr(huggingface_hub, "split_torch_state_dict_into_shards", small)
+    finetune_r1.merge(tmp_path / "base", run / "adapter", tmp_path / "merged")
+    PeftModel.from_pretrained(base, run / "adapter").merge_and_unload().save_pretrained(tmp_path / "pefts")
+
+    def weights(folder):
+        files = sorted(folder.glob("*.safetensors"))
+        return {name: weight for file in files for name, weight in load_file(file).items()}
+
+    files = {path.name for path in (tmp_path / "merged").glob("model-*")}
+    index = finetune_r1.read_json(tmp_path / "merged" / "model.safetensors.index.json")
+    ours, pefts, before = (weights(tmp_path / name) for name in ("merged", "pefts", "base"))
+    assert len(files) > 3 and files == set(index["weight_map"].values())
+    assert ours.keys() == pefts.keys() == index["weight_map"].keys()
+    assert all(ours[name].equal(pefts[name]) for name in ours)
+    changed = {name.split(".")[-2] for name in ours if not ours[name].equal(before[name])}
+    assert changed == set(Run(run).config.target_modules.split(","))
+
+
+def test_the_scale_of_rslora_is_pefts_too(run, tiny_r1, tmp_path):
+    from peft import PeftModel
+    from safetensors.torch import load_file
+    from transformers import AutoModelForCausalLM
+
+    adapter = shutil.copytree(run / "adapter", tmp_path / "adapter")
+    settings = finetune_r1.read_json(adapter / "adapter_config.json") | {"use_rslora": True, "lora_alpha": 5}
+    finetune_r1.write_json(adapter / "adapter_config.json", settings)
+    finetune_r1.merge(tiny_r1, adapter, tmp_path / "merged")
+    base = AutoModelForCausalLM.from_pretrained(tiny_r1, dtype="auto")
+    PeftModel.from_pretrained(base, adapter).merge_and_unload().save_pretrained(tmp_path / "pefts")
+    ours, pefts = (load_file(tmp_path / name / "model.safetensors") for name in ("merged", "pefts"))
+    assert all(ours[name].equal(pefts[name]) for name in pefts)
+
+
+def test_weights_of_an_adapter_that_find_no_place_are_not_left_out_in_silence(run, tiny_r1, tmp_path):
+    with pytest.raises(UserError, match="to merge"):
+        finetune_r1.merge(tiny_r1, more_layers(run / "adapter", tmp_path), tmp_path / "merged")
+
+
+def more_layers(adapter, tmp_path):
+    """The adapter with one more layer than the base."""
+    from safetensors.torch import load_file, save_file
+
+    folder = shutil.copytree(adapter, tmp_path / "more")
+    weights = load_file(folder / "adapter_model.safetensors")
+    for name, weight in list(weights.items()):
+        if ".layers.1." in name:
+            weights[name.replace(".layers.1.", ".layers.2.")] = weight.clone()
+    save_file(weights, folder / "adapter_model.safetensors")
+    return folder
 
 
 def name_base(run, config):
@@ -191,11 +252,18 @@ def test_a_good_merge_of_which_rounding_swallows_a_part_is_saved_and_the_part_is
 
 def test_a_failed_check_leaves_no_folder(run, tmp_path, monkeypatch):
     """A merge that loses the adapter, as some have: nothing may look saved afterwards."""
-    from peft.tuners.lora import LoraModel
-
-    copy = tmp_path / "run"
+    copy, whole = tmp_path / "run", finetune_r1.merge
     shutil.copytree(run, copy, ignore=shutil.ignore_patterns("merged*"))
-    monkeypatch.setattr(LoraModel, "merge_and_unload", LoraModel.unload)
+
+    def merge(source, adapter, folder):
+        from safetensors.torch import load_file, save_file
+
+        lost = shutil.copytree(adapter, tmp_path / "lost")
+        weights = load_file(lost / "adapter_model.safetensors")
+        save_file({name: weight * 0 for name, weight in weights.items()}, lost / "adapter_model.safetensors")
+        whole(source, lost, folder)
+
+    monkeypatch.setattr(finetune_r1, "merge", merge)
     with pytest.raises(UserError, match="Nothing was saved"):
         finetune_r1.save(run=copy)
     assert not list(copy.glob("*merged*"))
