@@ -20,6 +20,7 @@ evaluation, saving, pushing, log-in, commands. Results go to stdout, everything 
 `--help` shows its lines above.
 """
 
+import concurrent.futures
 import contextlib
 import csv
 import dataclasses
@@ -112,6 +113,7 @@ ROUND_TRIP = (
 
 CPU_BILLIONS = 2.0  # larger models take minutes a step on a CPU, and outgrow a laptop's memory
 CHECKPOINT_SECONDS = 300
+HUB_FOLDER = "run-to-resume"  # where --hub-checkpoints keeps it in the repository
 # For the plan, as measured on a GPU (tests/bench/NOTES.md).
 WORKSPACE = 0.35 * GIB  # memory that the libraries hold
 MICRO_BATCH_TOKENS = 2000  # what a micro-batch costs beside its own tokens
@@ -241,6 +243,8 @@ class TrainConfig(GenerationConfig, DataConfig):
     )
     keep_checkpoints: int = option(2, "How many of the newest checkpoints to keep.", min=1)
     max_time: float | None = option(None, "Stop cleanly after this time, such as 90m or 2h.", parser=duration)
+    hub_checkpoints: str | None = option(None, "Private repository that keeps the newest checkpoint.")
+    keep_hub_checkpoints: bool = option(False, "Leave it there at the end.", "--keep-hub-checkpoints")
     wandb: bool = option(True, "Log to Weights & Biases when logged in.")
     wandb_project: str = option(WANDB_PROJECT, "Project on Weights & Biases.")
 
@@ -254,6 +258,7 @@ HEADINGS = {
 RESUME_MAY_CHANGE = {
     "max_time", "save_steps", "keep_checkpoints", "eval_steps", "logging_steps", "micro_batch", "temperature",
     "gradient_checkpointing", "gpu_memory_gib", "max_new_tokens", "wandb", "wandb_project",
+    "hub_checkpoints", "keep_hub_checkpoints",
 }  # fmt: skip
 # The demo's settings: small enough for minutes on two CPU cores, large enough to see the format learned.
 DEMO: dict[str, Any] = {
@@ -279,6 +284,10 @@ def check_config(config: TrainConfig) -> None:
         )
     if config.warmup_steps > config.max_steps and not config.epochs:
         problems.append(f"--warmup-steps {config.warmup_steps} is more than --max-steps {config.max_steps}")
+    if config.hub_checkpoints and not (is_hub_name(config.hub_checkpoints) and use_hub_token()):
+        problems.append(
+            f"--hub-checkpoints {config.hub_checkpoints} has to be OWNER/NAME, with a token to write"
+        )
     if not all(map(str.strip, config.target_modules.split(","))):
         problems.append(f"--target-modules {config.target_modules!r} has an empty name")
     if problems:
@@ -1516,12 +1525,71 @@ def expect(config: TrainConfig, lengths: Sequence[int]) -> dict[str, Any]:
     return {"plan": plan_text(plan), "time": time_needed, "disk": disk}
 
 
+class HubCheckpoints:
+    """Keeps a run's newest checkpoint in a private repository, so that it outlives the machine.
+
+    A thread sends it. What fails is said once, and tried again with the next checkpoint.
+    """
+
+    def __init__(self, run: Run, repo: str):
+        self.run, self.repo, self.failed = run, repo, False
+        self.thread = concurrent.futures.ThreadPoolExecutor(1)
+        self.sending: Any = None
+
+    def send(self) -> None:
+        """Sends the newest checkpoint, unless one is on its way."""
+        if self.sending and not self.sending.done():
+            return
+        # Links, as the Trainer removes old checkpoints. A command line may name folders of this machine.
+        folder, checkpoint = self.run / ".hub", self.run.checkpoints[-1]
+        remove(folder)
+        others = shutil.ignore_patterns("README.md", "training_args.bin")
+        shutil.copytree(
+            checkpoint, folder / "checkpoints" / checkpoint.name, ignore=others, copy_function=os.link
+        )
+        for name in ("config.json", "held_out.jsonl", "trained.json"):
+            os.link(self.run / name, folder / name)
+        record = self.run.record
+        del record["command"]
+        write_json(folder / "run.json", record)
+        self.sending = self.thread.submit(self.upload, folder)
+
+    def upload(self, folder: Path) -> None:
+        """Replaces what the repository holds; runs in the thread."""
+        try:
+            api, message = huggingface_hub.HfApi(), "A checkpoint, by finetune_r1"
+            api.create_repo(self.repo, private=True, exist_ok=True)
+            if not api.model_info(self.repo).private:
+                raise ValueError("it is public")
+            options: dict[str, Any] = {"delete_patterns": "checkpoints/*", "commit_message": message}
+            api.upload_folder(repo_id=self.repo, folder_path=folder, path_in_repo=HUB_FOLDER, **options)
+            self.failed = False
+        except Exception as error:  # whatever it is, the training goes on
+            if not self.failed:
+                log(f"note: {self.repo} did not take a checkpoint ({error}); the next one will be tried, too")
+            self.failed = True
+
+    def close(self, finished: bool, keep: bool) -> None:
+        """Waits for the last checkpoint of a run that is to be resumed; else there is none to keep."""
+        if self.sending and not finished:
+            log(f"sending the checkpoint to {self.repo}")
+            concurrent.futures.wait([self.sending])
+            if not self.failed:
+                log(f"on any machine, continue with `train --resume hub:{self.repo}`")
+        elif self.sending and not keep:
+            with contextlib.suppress(Exception):
+                concurrent.futures.wait([self.sending])
+                huggingface_hub.HfApi().delete_folder(HUB_FOLDER, self.repo)
+        self.thread.shutdown(wait=False)
+        remove(self.run / ".hub")
+
+
 class TrainingLog(LibraryClass):  # type: ignore[misc]
     """A transformers.TrainerCallback: step lines, metrics.jsonl, and when to checkpoint and to stop."""
 
-    def __init__(self, run: Run, config: TrainConfig, tokens_per_step: int, stop: list[int]):
+    def __init__(self, run: Run, config: TrainConfig, tokens_per_step: int, stop: list[int], hub: Any):
         self.run, self.config, self.tokens_per_step = run, config, tokens_per_step
-        self.stop = stop  # signals that want the training to stop
+        self.stop, self.hub = stop, hub  # signals that want the training to stop; where checkpoints are kept
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         self.started = self.saved = self.first_step_done = time.monotonic()
@@ -1544,6 +1612,8 @@ class TrainingLog(LibraryClass):  # type: ignore[misc]
 
     def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         self.saved = time.monotonic()
+        if self.hub:
+            self.hub.send()
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **_: Any) -> None:
         if not {"loss", "eval_loss"} & logs.keys():
@@ -1666,6 +1736,7 @@ def train_steps(
         return loaded.load_adapter(run.checkpoints[-1])
     same = "max_steps warmup_steps learning_rate lr_scheduler_type optim weight_decay seed logging_steps"
     columns = ["input_ids", "completion_mask"]  # what was accounted for is what is trained on
+    hub = HubCheckpoints(run, config.hub_checkpoints) if config.hub_checkpoints and RANK == 0 else None
     with stop_after_step() as stop:
         while True:
             arguments = trl.SFTConfig(
@@ -1692,7 +1763,7 @@ def train_steps(
             )  # fmt: skip
             trainer.remove_callback(transformers.PrinterCallback)
             callback = with_base(TrainingLog, transformers.TrainerCallback)
-            trainer.add_callback(callback(run, config, plan["tokens_per_step"], stop))
+            trainer.add_callback(callback(run, config, plan["tokens_per_step"], stop, hub))
             try:
                 trainer.train(resume_from_checkpoint=str(run.checkpoints[-1]) if run.checkpoints else None)
                 break
@@ -1710,6 +1781,8 @@ def train_steps(
             del trainer
             gc.collect()
             torch.cuda.empty_cache()
+    if hub:
+        hub.close(run.last_step == config.max_steps, config.keep_hub_checkpoints)
     if stop:
         interrupt(stop[0])
 
@@ -1772,12 +1845,12 @@ def train_run(config: TrainConfig, run: Run, resume: bool = False) -> tuple[Load
         loaded.add_adapter(config, plan["kept_layers"])
 
         # The training. The adapter names the model asked for, not the quantized copy that was loaded.
+        loaded.model.peft_config["default"].base_model_name_or_path = config.model
         started = time.perf_counter()
         log("training; the first step takes longest, as kernels are compiled")
         train_steps(loaded, rows, config, plan, run, tracked)
         if RANK:
             return loaded, rows.held_out
-        loaded.model.peft_config["default"].base_model_name_or_path = config.model
         with atomic_path(run / "adapter") as partial:
             loaded.model.save_pretrained(partial)
             save_tokenizer(loaded.tokenizer, partial)
@@ -2716,6 +2789,7 @@ def train(
     if "warmup_steps" not in given:
         config = dataclasses.replace(config, warmup_steps=min(config.warmup_steps, config.max_steps // 2))
     if resume:
+        run = run_from_hub(str(run)) if str(run).startswith("hub:") and RANK == 0 else run
         unfinished = Run.all(*UNFINISHED)
         if not run and not unfinished:
             raise UserError(f"--resume: no run under {RUNS}/ is unfinished.", "`train` without it")
@@ -2746,6 +2820,26 @@ def train(
         f"{PROGRAM} push {which} --repo OWNER/NAME",
     ]
     return summary
+
+
+def run_from_hub(place: str) -> Path:
+    """Fetches what `--hub-checkpoints` kept at hub:OWNER/NAME into a new folder under runs/."""
+    repo = place.removeprefix("hub:")
+    folder = RUNS / repo.replace("/", "--")
+    if not is_hub_name(repo):
+        raise UserError(f"--resume {place}: not hub:OWNER/NAME.", "name the one given to --hub-checkpoints")
+    if folder.exists():
+        raise UserError(
+            f"--resume {place}: it was fetched before.", f"{Run(folder).resume_line}, or move it away"
+        )
+    use_hub_token()
+    with atomic_path(folder.with_suffix(".fetched")) as partial:
+        huggingface_hub.snapshot_download(repo, local_dir=partial, allow_patterns=f"{HUB_FOLDER}/*")
+        if not (partial / HUB_FOLDER / "run.json").exists():
+            raise UserError(f"--resume {place}: no run is kept there.", "check the name")
+        (partial / HUB_FOLDER).rename(folder)
+    remove(folder.with_suffix(".fetched"))
+    return folder
 
 
 def resumed_config(run: Run, config: TrainConfig, given: set[str]) -> TrainConfig:

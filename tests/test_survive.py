@@ -1,8 +1,10 @@
 """What is left of a training, or of other long work, that was interrupted, and how it goes on."""
 
 import dataclasses
+import math
 import os
 import pickle
+import re
 import shutil
 import signal
 import subprocess
@@ -11,6 +13,8 @@ import sys
 import pytest
 from conftest import SAMPLE, SCRIPT
 from safetensors.torch import load_file
+from servers.base import Fault
+from servers.hub import HubServer
 
 import finetune_r1
 from finetune_r1 import EvalConfig, GenerationConfig, Run, TrainConfig, UserError, read_jsonl
@@ -442,3 +446,67 @@ def test_on_the_command_line_a_stopped_run_goes_on_and_ends_in_order_when_its_ti
     assert resumed.code == 0 and f"--max-time: stopped after step {max(losses(run))}; `train" in resumed.err
     assert run.record["resumed_at"] == [done] < [max(losses(run))]
     assert run.record["status"] == "stopped" and run.adapter and (run / "README.md").exists()
+
+
+# ------------------------------------------------------------------------- a machine that is gone for good
+
+REPO, TOKEN = "alice/kept", "hf_writetoken"
+
+
+@pytest.fixture
+def hub(monkeypatch):
+    """A Hub, and a client that is told of it; a checkpoint is on it before the next step begins."""
+    from huggingface_hub import constants, hf_api
+
+    def wait(keeper):
+        send(keeper)
+        keeper.sending.result()
+
+    send = finetune_r1.HubCheckpoints.send
+    monkeypatch.setattr(finetune_r1.HubCheckpoints, "send", wait)
+    monkeypatch.setenv("HF_TOKEN", TOKEN)
+    finetune_r1.use_hub_token.cache_clear()
+    with HubServer(tokens={TOKEN: ("alice", "write")}) as server:
+        template = server.url + "/{repo_id}/resolve/{revision}/{filename}"
+        monkeypatch.setattr(constants, "ENDPOINT", server.url)
+        monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
+        monkeypatch.setattr(hf_api.api, "endpoint", server.url)
+        yield server
+    finetune_r1.use_hub_token.cache_clear()
+
+
+def test_what_the_hub_keeps_is_resumed_on_another_machine_bit_for_bit(
+    config, undisturbed, killed, hub, told, tmp_path
+):
+    run = killed(5, dataclasses.replace(config, hub_checkpoints=REPO))
+    shutil.rmtree(run.folder)
+    repo = hub.repos["model", REPO]
+    kept = dict(repo.files)
+    steps = {re.search(r"checkpoint-\d+", name)[0] for name in kept if "checkpoint-" in name}
+    assert repo.private and steps == {"checkpoint-4"}, "the newest alone"
+    assert not [name for name in kept if name.endswith((".bin", "README.md"))]
+    for name, content in kept.items():
+        assert TOKEN.encode() not in content and str(run.folder).encode() not in content, name
+    done = told(["train", "--resume", f"hub:{REPO}"])
+    assert done.code == 0, done.err
+    resumed = Run(tmp_path / "runs" / "alice--kept")
+    assert "resuming runs/alice--kept after step 4" in done.err and same(resumed, undisturbed)
+    assert not [name for name in repo.files if "checkpoint-" in name], "it is of no use any more"
+    again = told(["train", "--resume", f"hub:{REPO}"])
+    assert again.code == 1 and "`python finetune_r1.py train --resume runs/alice--kept`" in again.err
+
+
+def test_a_hub_that_takes_no_checkpoint_is_told_once_and_stops_nothing(config, hub, tmp_path, capsys):
+    hub.faults.append(Fault("POST", "", status=503, times=math.inf))
+    run = Run(tmp_path / "run")
+    finetune_r1.train_run(dataclasses.replace(config, hub_checkpoints=REPO), run)
+    assert run.record["status"] == "finished" and not (run / ".hub").exists()
+    assert capsys.readouterr().err.count("did not take a checkpoint") == 1
+
+
+def test_a_public_repository_is_left_alone(config, hub, tmp_path, capsys):
+    hub.add_repo("model", REPO, {"config.json": b"{}"})
+    finetune_r1.train_run(dataclasses.replace(config, hub_checkpoints=REPO), Run(tmp_path / "run"))
+    assert "it is public" in capsys.readouterr().err and set(hub.repos["model", REPO].files) <= {
+        "config.json", ".gitattributes"
+    }  # fmt: skip
