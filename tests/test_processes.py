@@ -81,7 +81,7 @@ def test_two_processes_train_as_one_does_and_only_the_first_talks_and_writes(two
     one = told([*options, "--max-steps", 8, "--run-dir", "one"], start.folder)
     assert one.code == 0, one.err
     assert json.loads(out)["run"] == "two", "one JSON object, of one process"
-    assert err.count("step 00003/00008") == err.count("plan  ") == 1 and "processes=2" in err
+    assert err.count("step 00003/00008") == err.count("plan  ") == 1 and "on each of 2 processes" in err
     for name in ("loss", "eval_loss"):
         assert losses(folder, name) == pytest.approx(losses(start.folder / "one", name), abs=0.002)
     plan = Run(folder).record["plan"]
