@@ -49,6 +49,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from importlib import metadata
+from multiprocessing.pool import ThreadPool
 from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple, Self
 
@@ -75,7 +76,7 @@ accelerate, accelerate_utils = Lazy("accelerate"), Lazy("accelerate.utils")
 datasets, dotenv, filelock, httpx = Lazy("datasets"), Lazy("dotenv"), Lazy("filelock"), Lazy("httpx")
 huggingface_hub, hub_constants = Lazy("huggingface_hub"), Lazy("huggingface_hub.constants")
 hub_errors, hub_utils = Lazy("huggingface_hub.errors"), Lazy("huggingface_hub.utils")
-hub_sha = Lazy("huggingface_hub.utils.sha")
+hub_http, hub_sha = Lazy("huggingface_hub.utils._http"), Lazy("huggingface_hub.utils.sha")
 kaggle_secrets, numpy, pandas = Lazy("kaggle_secrets"), Lazy("numpy"), Lazy("pandas")
 peft, psutil, safetensors = Lazy("peft"), Lazy("psutil"), Lazy("safetensors")
 safetensors_torch = Lazy("safetensors.torch")
@@ -114,6 +115,9 @@ ROUND_TRIP = (
 CPU_BILLIONS = 2.0  # larger models take minutes a step on a CPU, and outgrow a laptop's memory
 CHECKPOINT_SECONDS = 300
 HUB_FOLDER = "run-to-resume"  # where --hub-checkpoints keeps it in the repository
+# How long the Hub may send nothing, by a part of the address; an upload may stand still, W&B may take to end.
+SILENT_SECONDS = {"whoami": 5, "/revision/": 5, "/commit/": 100, "": 30}
+STALLED_SECONDS, READ_AGAIN_SECONDS, WANDB_SECONDS = 120, 3, 45
 # For the plan, as measured on a GPU (tests/bench/NOTES.md).
 WORKSPACE = 0.35 * GIB  # memory that the libraries hold
 MICRO_BATCH_TOKENS = 2000  # what a micro-batch costs beside its own tokens
@@ -1870,7 +1874,8 @@ def train_run(config: TrainConfig, run: Run, resume: bool = False) -> tuple[Load
         write_card(run)
         if tracked:
             texts = [pair["question"], pair["base"]["answer"], pair["tuned"]["answer"]]
-            wandb.log({"before_after": wandb.Table(columns=["question", "before", "after"], data=[texts])})
+            with contextlib.suppress(Exception):  # it asks W&B, which may be gone
+                wandb.log({"before_after": wandb.Table(["question", "before", "after"], [texts])})
     print_pair(pair, log)
     return loaded, rows.held_out
 
@@ -2234,6 +2239,23 @@ def write_card(run: Run, repo: str = "OWNER/NAME") -> None:
 # repository is never half of something, and nobody else's weights stay beside ours or vanish unasked.
 
 
+def while_it_moves(work: Callable[[], Any]) -> Any:
+    """What `work` returns; raises when none of its progress bars moves, which hf_xet would take long to."""
+    hub_utils.enable_progress_bars()  # transformers' switch is for these too
+    pool = ThreadPool(1)  # its thread ends with the process
+    result = pool.apply_async(work)
+    pool.close()
+    last, moved = None, time.monotonic()
+    while not result.ready():
+        result.wait(1)
+        bars = [bar.n for bar in list(hub_utils.tqdm._instances)]
+        if bars != last:
+            last, moved = bars, time.monotonic()
+        elif time.monotonic() - moved > STALLED_SECONDS:
+            raise httpx.ReadTimeout(f"nothing has moved for {STALLED_SECONDS} s")
+    return result.get()
+
+
 class Repository:
     """A model repository on the Hub, as it is now; `info` is None where there is none."""
 
@@ -2241,7 +2263,7 @@ class Repository:
         self.name = name
         self.info: Any = None
         try:
-            self.info = huggingface_hub.model_info(name, revision=revision, files_metadata=True, timeout=60)
+            self.info = huggingface_hub.model_info(name, revision=revision, files_metadata=True)
         except hub_errors.RepositoryNotFoundError:
             pass
         except (httpx.HTTPError, OSError) as error:
@@ -2276,19 +2298,26 @@ class Repository:
                 api.create_repo(self.name, private=private is not False)
             if changes:  # the parent is named so that nobody's commit of this minute is undone
                 options = {"parent_commit": self.info.sha if self.info else None, "create_pr": create_pr}
-                commit = api.create_commit(self.name, changes, commit_message="By finetune_r1", **options)
-                revision = commit.pr_revision
+                send = functools.partial(api.create_commit, self.name, changes, **options)
+                revision = while_it_moves(lambda: send(commit_message="By finetune_r1")).pr_revision
         except (httpx.HTTPError, OSError, RuntimeError) as error:
             failure = error
-        after = Repository(self.name, revision)
-        wrong = [add.path_in_repo for add in adds if not after.has(add)] + after.other_weights(adds)
-        if wrong:
+        for pause in (0, READ_AGAIN_SECONDS):  # this answer may be lost too, or the commit be under way
+            time.sleep(pause)
+            try:
+                after = Repository(self.name, revision)
+            except httpx.HTTPError as error:
+                fault, failure = f"could not be read back: {error}", failure or error
+                continue
+            wrong = [add.path_in_repo for add in adds if not after.has(add)] + after.other_weights(adds)
+            if not wrong:
+                report = {"url": f"{hub_constants.ENDPOINT}/{self.name}", "revision": revision or "main"}
+                report |= {"commit": after.info.sha, "verified": "every file is there, with the same hash"}
+                return report
             fault = f"is as it was: {failure}" if failure else f"differs in {', '.join(wrong)}"
-            way_out = advice(failure) or advice(failure.__cause__) if failure else None
-            way_out = way_out or "`push` again: what has arrived is not sent again"
-            raise UserError(f"{self.name} {fault}", way_out) from failure
-        where = {"url": f"{hub_constants.ENDPOINT}/{self.name}", "revision": revision or "main"}
-        return {**where, "commit": after.info.sha, "verified": "every file is there, with the same hash"}
+        known = (advice(failure) or advice(failure.__cause__)) if failure else None
+        again = "`push` again, later: what has arrived is not sent again"
+        raise UserError(f"{self.name} {fault}", again if known in (None, NOT_REACHED) else known) from failure
 
 
 def files_to_push(run: Run, adapter_only: bool, dry_run: bool, repo: str) -> dict[str, Path | bytes]:
@@ -2381,8 +2410,6 @@ def use_hub_token() -> Secret | None:
 def hub_account(secret: Secret, repo: str = "") -> dict[str, Any]:
     """Who the token belongs to, and whether it may push, to `repo` or at all; raises without an answer."""
     secret.check()
-    session = huggingface_hub.get_session()
-    session.timeout = 5  # it has none of its own, which an upload's last request may need
     try:
         account = huggingface_hub.whoami(secret.value)
     except hub_errors.HfHubHTTPError as error:
@@ -2391,8 +2418,6 @@ def hub_account(secret: Secret, repo: str = "") -> dict[str, Any]:
         raise UserError(f"The Hub refused the token of {secret.source}.", "`login` with a new one") from error
     except (httpx.HTTPError, ValueError) as error:
         raise UserError(f"{hub_constants.ENDPOINT} gave no proper answer: {error}", NOT_REACHED) from error
-    finally:
-        session.timeout = None
     token = account.get("auth", {}).get("accessToken", {})
     role = token.get("role", "browser log-in")
     found = {"name": account["name"], "token": secret.source, "role": role, "can_push": role != "read"}
@@ -2433,6 +2458,7 @@ def track_in_wandb(config: TrainConfig, run: Run) -> Iterator[bool]:
         return
     known = run.record.get("wandb_id")
     patience = {"x_graphql_retry_max": 20, "x_graphql_retry_wait_max_seconds": 60}
+    patience |= {"finish_timeout": WANDB_SECONDS, "finish_timeout_raises": True}
     try:
         wandb.init(
             project=config.wandb_project, name=run.folder.name, dir=run.folder.resolve(), job_type="training",
@@ -2442,12 +2468,19 @@ def track_in_wandb(config: TrainConfig, run: Run) -> Iterator[bool]:
     except wandb.Error as error:
         raise UserError(f"W&B did not start the run: {error}", "`login`, or train with --no-wandb") from error
     run.update(wandb_id=wandb.run.id)
-    code = 1
+    code, notes = 1, Path(wandb.run.settings.log_internal)
+    place = shlex.quote(str(Path(wandb.run.dir).parent))  # it has all of the run
     try:
         yield True
         code = 0
-    finally:
-        wandb.finish(exit_code=code)  # at exit it would be too late for the history, and print to stdout
+    finally:  # at exit it would be too late for the history, and print to stdout
+        try:
+            wandb.finish(exit_code=code)
+            lacks = "fatal error" in notes.read_text()  # a refused upload is told nowhere else
+        except (Exception, KeyboardInterrupt):  # whatever it is, the training is done
+            lacks = True
+        if lacks:
+            log(f"W&B lacks some of the run: `wandb sync --no-skip-online {place}` sends it")
 
 
 # -------------------------------------------------------------------------------------------------- commands
@@ -2484,7 +2517,7 @@ class GroupedCommand(typer.core.TyperCommand):
                 formatter.write(f"{'':8}{comment.strip()}\n" if comment else "")
 
 
-def prepare_environment() -> None:
+def prepare_environment(uploads: bool = False) -> None:
     """Reads `.env`, takes one GPU, and quiets the libraries, before any of them reads its variables."""
     for number in STOP_SIGNALS[1:]:
         signal.signal(number, interrupt)
@@ -2492,11 +2525,28 @@ def prepare_environment() -> None:
     for chatty in () if Console.verbose else ("accelerate", "bitsandbytes", "unsloth", "unsloth_zoo"):
         logging.getLogger(chatty).setLevel(logging.ERROR)
     os.environ.pop("HF_HUB_ENABLE_HF_TRANSFER", None)  # set by Unsloth, and warned of in a child
+    os.environ.pop("HF_HUB_DISABLE_PROGRESS_BARS", None)  # by them an upload is seen to move
     wanted = {} if WORLD > 1 else {"CUDA_VISIBLE_DEVICES": "0"}
     wanted |= {"UNSLOTH_DISABLE_STATISTICS": "1", "HF_UPDATE_DOWNLOAD_COUNTS": "0", "MPLBACKEND": "Agg"}
+    if not uploads:  # of which it would count for a whole block, minutes on a slow line
+        wanted |= {"HF_XET_CLIENT_READ_TIMEOUT": "20s", "HF_XET_CLIENT_RETRY_MAX_ATTEMPTS": "2"}
     wanted |= {"UNSLOTH_DECODE_CUDA_GRAPHS": "1", "UNSLOTH_DECODE_GRAPH_PREALLOC": "1"}  # faster decoding
     for name, value in wanted.items():
         os.environ.setdefault(name, value)
+    huggingface_hub.set_client_factory(hub_client)
+
+
+def hub_client() -> Any:
+    """The Hub's HTTP client, with a deadline for the next byte where the library sets none."""
+
+    def bound(request: Any) -> None:
+        limit = next(limit for part, limit in SILENT_SECONDS.items() if part in request.url.path)
+        limits = request.extensions["timeout"]
+        limits |= dict.fromkeys([name for name in limits if not limits[name]], limit)
+
+    client = hub_http.default_client_factory()
+    client.event_hooks["request"].append(bound)
+    return client
 
 
 def print_yaml(report: dict[str, Any]) -> None:
@@ -2552,7 +2602,7 @@ def command(
             with contextlib.redirect_stdout(stderr if verbose and RANK == 0 else nowhere):
                 if WORLD > 1 and name not in MULTI_PROCESS_COMMANDS:
                     raise UserError("torchrun is for `train`, `eval` and `infer --file`.", "leave it out")
-                prepare_environment()
+                prepare_environment(uploads=name == "push")
                 report = function(**values)
             if report is not None and as_json:
                 print_result(json.dumps(report, ensure_ascii=False))
@@ -2680,7 +2730,6 @@ def login() -> dict[str, Any]:
         raise UserError("no Hugging Face token was found.", "set HF_TOKEN, in the environment or in .env")
     account = hub_account(secret)
     os.environ.pop("HF_TOKEN", None)  # it would warn of the variable, which may be ours
-    huggingface_hub.get_session().timeout = 5  # it asks the Hub once more
     huggingface_hub.login(token=secret.value)
     log(f"Hugging Face: {account['name']}, {secret.source}")  # what follows may fail
 

@@ -3,13 +3,15 @@
 import json
 import math
 import os
+import random
 import shutil
 import subprocess
 import sys
+import time
 
 import pytest
 from conftest import Done
-from servers.base import Fault
+from servers.base import STALL, Fault, chance_fault
 from servers.hub import HubServer
 
 import finetune_r1
@@ -40,6 +42,7 @@ def push(hub, run, monkeypatch, capfd):
 
     monkeypatch.setattr(constants, "ENDPOINT", hub.url)
     monkeypatch.setattr(hf_api.api, "endpoint", hub.url)
+    monkeypatch.setattr(finetune_r1, "READ_AGAIN_SECONDS", 0)
 
     def command(*arguments, way: str = "lfs", token: str | None = WRITE) -> Done:
         monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", way == "lfs")
@@ -272,6 +275,8 @@ LANDED = {
     "a shard fails once": ("xet", Fault("POST", "/shards", 500)),
     "a shard's answer is lost": ("xet", Fault("POST", "/shards", "drop", after=3)),
     "a commit's answer is lost, by xet": ("xet", Fault("POST", "/commit/", "drop", after=3)),
+    "the answer to the read-back is lost": ("lfs", Fault("GET", API, "drop", skip=1)),
+    "the Hub has trouble at the read-back": ("lfs", Fault("GET", API, 503, skip=1)),
 }
 
 
@@ -280,6 +285,53 @@ def test_a_passing_fault_ends_in_a_whole_repository(push, hub, run, way, fault):
     hub.faults.append(fault)
     assert push(way=way).code == 0
     assert set(files(hub)) == expected(run) and fault.times == 0
+
+
+def test_a_push_is_told_to_be_complete_though_two_answers_to_it_were_lost(push, hub, run):
+    hub.faults += [Fault("POST", "/commit/", "drop", after=0), Fault("GET", API, "drop", skip=1)]
+    assert "same hash" in push().out and set(files(hub)) == expected(run)
+
+
+def test_a_push_that_cannot_be_read_back_is_not_told_to_have_failed(push, hub, run):
+    hub.faults.append(Fault("GET", API, "drop", times=math.inf, skip=1))
+    done = push()
+    assert done.code == 1 and "could not be read back" in done.err and "as it was" not in done.err
+    assert set(files(hub)) == expected(run)
+
+
+SILENT = {
+    "commit": ("lfs", "/commit/"),
+    "xet token": ("xet", "/xet-write-token/"),
+    "xet shards": ("xet", "/shards"),
+}
+
+
+@pytest.mark.parametrize(("way", "path"), SILENT.values(), ids=SILENT)
+def test_a_hub_that_falls_silent_is_left_with_what_to_do(push, hub, run, monkeypatch, way, path):
+    """Seconds stand for the minute or two of a real push."""
+    monkeypatch.setattr(finetune_r1, "SILENT_SECONDS", {"": 1})
+    monkeypatch.setattr(finetune_r1, "STALLED_SECONDS", 1)
+    hub.faults.append(Fault("*", path, delay=STALL, times=math.inf))
+    started = time.monotonic()
+    done = push(way=way)
+    assert done.code == 1 and "is as it was" in done.err and "later: what has arrived" in done.err
+    assert time.monotonic() - started < 15
+    hub.faults.clear()
+    assert push(way="lfs").code == 0 and set(files(hub)) == expected(run)
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_faults_by_chance_end_in_the_truth(push, hub, run, monkeypatch, seed):
+    """The long form is `pushes` in bench/survive.py."""
+    monkeypatch.setattr(finetune_r1, "SILENT_SECONDS", {"": 1})
+    monkeypatch.setattr(finetune_r1, "STALLED_SECONDS", 2)
+    chance = random.Random(seed)
+    hub.faults += [chance_fault(chance, within=12) for _ in range(2)]
+    done = push(way="xet")
+    whole = set(files(hub) or ()) == expected(run)
+    assert (done.code == 0) == whole or "could not be read back" in done.err
+    hub.faults.clear()
+    assert push(way="lfs").code == 0 and set(files(hub)) == expected(run)
 
 
 REFUSED = {

@@ -2,10 +2,12 @@
 
     uv run tests/bench/survive.py kills [--times 35]     each command killed, begun again, and compared
     uv run tests/bench/survive.py soak [--times 200]     short runs, random options and signals, one folder
+    uv run tests/bench/survive.py pushes [--times 100]   each to a Hub with random faults, by LFS and by Xet
+    uv run tests/bench/survive.py tracked [--times 40]   trainings, each with a W&B that has random faults
 
 Every command runs in a process of its own, forked from this one after the imports, so that it starts at once.
 After each, every file that has a name of its own has to be whole. Prints a line a command and in the end what
-was lost.
+was lost. The services' faults are of a seed, and the deadlines are seconds there instead of minutes.
 """
 
 import argparse
@@ -32,7 +34,9 @@ os.environ |= {
 PROJECT = Path(__file__).parents[2]
 sys.path[:0] = [str(PROJECT), str(PROJECT / "tests")]
 
+from servers.base import chance_fault  # noqa: E402
 from servers.hub import HubServer  # noqa: E402
+from servers.wandb_server import WandbServer  # noqa: E402
 from speed import tiny_model  # noqa: E402
 
 import finetune_r1  # noqa: E402
@@ -119,7 +123,7 @@ def told(folder: Path) -> dict[str, Any]:
 
 
 STATUSES = ("finished", *finetune_r1.UNFINISHED)
-USUAL = {"kills": 35, "soak": 200}
+USUAL = {"kills": 35, "soak": 200, "pushes": 100, "tracked": 40}
 Job = tuple[Callable[[Path], Callable[[], Any]], Callable[[Path], Any]]
 
 
@@ -266,11 +270,108 @@ def soak(times: int, model: Path, scratch: Path, chance: random.Random) -> list[
     return lost
 
 
+def said_why(code: int, said: str) -> bool:
+    """Whether a command that did not end well said what to do, and that in words."""
+    return code == 1 and "next:" in said and "Traceback" not in said
+
+
+def pushes(times: int, model: Path, hub: HubServer, scratch: Path, chance: random.Random) -> list[str]:
+    """A push has to end, to say that it is complete exactly where it is, and to be completed by another."""
+    from huggingface_hub import constants  # not before main has set the endpoint, which it reads
+
+    os.chdir(scratch)
+    lost, codes, log = [], Counter[str](), scratch / "log"
+    for line in (
+        ["train", "--model", model, "--dataset", ROWS, *SMALL, "--max-steps", 2, "--run-dir", "done"],
+        ["save", "--run", "done"],
+    ):
+        assert ended(start(command(*line), log)) == 0, log.read_text()
+    finetune_r1.SILENT_SECONDS = {"whoami": 2, "": 1}
+    finetune_r1.STALLED_SECONDS, finetune_r1.READ_AGAIN_SECONDS = 6, 1
+
+    def push(repo: str, way: str, limit: float) -> tuple[int, str]:
+        def work() -> None:
+            constants.HF_HUB_DISABLE_XET = way == "lfs"
+            command("push", "--repo", repo, "--run", "done")()
+
+        before = log.stat().st_size
+        code = ended(start(work, log), limit)
+        return code, log.read_text(errors="replace")[before:]
+
+    for number in range(times):
+        repo, way = f"alice/{number}", chance.choice(["lfs", "xet"])
+        if chance.random() < 0.3:
+            hub.add_repo("model", repo, {"notes.md": b"mine"})
+        faults = [chance_fault(chance, within=20) for _ in range(chance.choice([1, 1, 2]))]
+        hub.faults[:] = faults
+        told_as = [f"{fault.status or ('stall' if fault.delay > 1 else 'delay')}" for fault in faults]
+        began = time.monotonic()
+        code, said = push(repo, way, 90)
+        seconds = time.monotonic() - began
+        hub.faults.clear()
+        whole = complete(hub, repo, Path("done"))
+        unread = "could not be read back" in said
+        codes[f"exit code {code}, {'complete' if whole else 'not complete'}"] += 1
+        if code == -signal.SIGKILL:
+            lost.append(
+                f"push {number} by {way}, {told_as}: had not ended after {seconds:.0f} s\n{said[-1500:]}"
+            )
+        elif (code == 0) != whole and not (whole and unread):
+            lost.append(f"push {number} by {way}, {told_as}: {code}, complete: {whole}\n{said[-1500:]}")
+        elif code and not said_why(code, said):
+            lost.append(f"push {number} by {way}, {told_as}: {code}\n{said[-1500:]}")
+        again, said = push(repo, way, 90) if code else (0, "")
+        if again or not complete(hub, repo, Path("done")):
+            lost.append(f"push {number} by {way}, {told_as}: once more, {again}\n{said[-1500:]}")
+        print(f"{number:4} {way} {code:4} {seconds:5.1f} s  {whole!s:5}  {told_as}", flush=True)
+    print(json.dumps(codes, indent=2))
+    return lost
+
+
+def complete(hub: HubServer, repo: str, run: Path) -> bool:
+    """Whether the repository has the weights and the adapter of the run, byte for byte."""
+    there = hub.repos.get(("model", repo))
+    wanted = {"model.safetensors": run / "merged" / "model.safetensors"}
+    wanted["adapter/adapter_model.safetensors"] = run / "adapter" / "adapter_model.safetensors"
+    return there is not None and all(
+        name in there.files and there.files[name] == path.read_bytes() for name, path in wanted.items()
+    )
+
+
+def tracked(times: int, model: Path, scratch: Path, chance: random.Random) -> list[str]:
+    """A training ends whatever W&B does, and what W&B lacks is told; or it is refused before it begins."""
+    os.chdir(scratch)
+    lost, codes, log = [], Counter[str](), scratch / "log"
+    finetune_r1.WANDB_SECONDS = 5
+    options = [option for option in SMALL if option != "--no-wandb"]
+    for number in range(times):
+        with WandbServer(keys={"a" * 40: "alice"}) as server:
+            os.environ |= {"WANDB_BASE_URL": server.url, "WANDB_API_KEY": "a" * 40, "WANDB_MODE": "online"}
+            server.faults += [chance_fault(chance, within=40) for _ in range(chance.choice([1, 1, 2]))]
+            told_as = [f"{f.status or ('stall' if f.delay > 1 else 'delay')}" for f in server.faults]
+            line = ["train", "--model", model, "--dataset", ROWS, *options, "--max-steps", 24]
+            before, began = log.stat().st_size if log.exists() else 0, time.monotonic()
+            code = ended(start(command(*line, "--run-dir", f"runs/{number}"), log), 120)
+            seconds, said = time.monotonic() - began, log.read_text(errors="replace")[before:]
+        run, rows = Run(Path(f"runs/{number}")), [row.history for row in server.runs.values()]
+        arrived = bool(rows) and {row.get("train/global_step") for row in rows[0]} >= set(range(1, 25))
+        codes[f"exit code {code}, {'all' if arrived else 'not all'} at W&B"] += 1
+        if code == 0:
+            status, has = run.record["status"], (run / "adapter" / "adapter_model.safetensors").exists()
+            if status != "finished" or not has or not (arrived or "wandb sync" in said):
+                lost.append(f"training {number}, {told_as}: {status}, {has}, {arrived}\n{said[-1500:]}")
+        elif not said_why(code, said) or "step 00001" in said:
+            lost.append(f"training {number}, {told_as}: {code} after {seconds:.0f} s\n{said[-1500:]}")
+        print(f"{number:4} {code:4} {seconds:5.1f} s  {arrived!s:5}  {told_as}", flush=True)
+    print(json.dumps(codes, indent=2))
+    return lost
+
+
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("what", choices=["kills", "soak"], nargs="+")
+    parser.add_argument("what", choices=list(USUAL), nargs="+")
     parser.add_argument("--times", type=int)
     parser.add_argument("--only", help="of the jobs to kill, separated by commas")
     parser.add_argument("--model", type=Path, help="default: two layers of random weights")
@@ -295,11 +396,12 @@ if __name__ == "__main__":
         for what in asked.what:
             (folder := scratch / what).mkdir()
             began, chance, times = time.monotonic(), random.Random(asked.seed), asked.times or USUAL[what]
-            found = (
-                kills(times, model, all_jobs, folder, chance)
-                if what == "kills"
-                else soak(times, model, folder, chance)
-            )
+            if what == "kills":
+                found = kills(times, model, all_jobs, folder, chance)
+            elif what == "pushes":
+                found = pushes(times, model, hub, folder, chance)
+            else:
+                found = {"soak": soak, "tracked": tracked}[what](times, model, folder, chance)
             print(
                 *found,
                 f"{what}: {times} in {time.monotonic() - began:.0f} s, lost: {len(found)}",

@@ -6,6 +6,8 @@ Doesn't serve TLS, compression, or request bodies without a Content-Length.
 
 import json
 import logging
+import math
+import random
 import re
 import socket
 import sys
@@ -20,16 +22,17 @@ from urllib.parse import parse_qs, unquote
 
 log = logging.getLogger(__name__)
 CHUNK = 1 << 20
+STALL = threading.TIMEOUT_MAX
 
 
 @dataclass
 class Fault:
-    """Spoils the next `times` requests that it matches (math.inf: all of them).
+    """Spoils the next `times` requests that it matches (math.inf: all of them), after the first `skip`.
 
     status: answer with it at once; the request then has no effect.
     status="drop": close the connection without an answer, and without an effect either. With `after`, let the
         request take effect and cut the answer's body after that many bytes: the commit lands unheard.
-    delay: seconds to wait first; with no status the request is served as usual after that.
+    delay: seconds to wait first; with no status the request is served as usual after that. STALL: never.
     """
 
     method: str  # "*" is any
@@ -40,10 +43,20 @@ class Fault:
     headers: dict[str, str] = field(default_factory=dict)
     body: Any = None
     after: int | None = None
+    skip: int = 0
 
     def matches(self, request: "Request") -> bool:
         fits = self.method in ("*", request.method) and re.search(self.path, request.path)
         return self.times > 0 and bool(fits)
+
+
+def chance_fault(chance: random.Random, path: str = "", within: int = 30) -> Fault:
+    """A fault that begins at one of the next `within` requests to `path`, and passes or stays."""
+    kinds: list[dict[str, Any]] = [{"delay": STALL}, {"delay": 0.5}]
+    kinds += [{"status": "drop"}, {"status": "drop", "after": chance.randrange(20)}]
+    kinds += [{"status": status} for status in (401, 429, 500, 503)]
+    times = chance.choice([1, 1, 3, math.inf])
+    return Fault("*", path, times=times, skip=chance.randrange(within), **chance.choice(kinds))
 
 
 @dataclass
@@ -167,6 +180,10 @@ class LoopbackServer:
         return self
 
     def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Ends the server, as if its machine were gone; once more does nothing."""
         self.stopped.set()  # what a fault delays isn't served after this
         self._http.shutdown()
         self._http.server_close()
@@ -177,10 +194,13 @@ class LoopbackServer:
 
     def take_fault(self, request: Request) -> Fault | None:
         with self.lock:
-            fault = next((fault for fault in self.faults if fault.matches(request)), None)
-            if fault:
-                fault.times -= 1
-            return fault
+            for fault in self.faults:
+                if fault.matches(request):
+                    if fault.skip == 0:
+                        fault.times -= 1
+                        return fault
+                    fault.skip -= 1
+            return None
 
     def dispatch(self, request: Request) -> Reply:
         wanted = "GET" if request.method == "HEAD" else request.method
