@@ -20,7 +20,6 @@ evaluation, saving, pushing, log-in, commands. Results go to stdout, everything 
 `--help` shows its lines above.
 """
 
-import concurrent.futures
 import contextlib
 import csv
 import dataclasses
@@ -114,7 +113,8 @@ ROUND_TRIP = (
 
 CPU_BILLIONS = 2.0  # larger models take minutes a step on a CPU, and outgrow a laptop's memory
 CHECKPOINT_SECONDS = 300
-HUB_FOLDER = "run-to-resume"  # where --hub-checkpoints keeps it in the repository
+# Where --hub-checkpoints keeps a run in its repository, and how long the end waits for the last one.
+HUB_FOLDER, HUB_SECONDS = "run-to-resume", 600
 # How long the Hub may send nothing, by a part of the address; an upload may stand still, W&B may take to end.
 SILENT_SECONDS = {"whoami": 5, "/revision/": 5, "/commit/": 100, "": 30}
 STALLED_SECONDS, READ_AGAIN_SECONDS, WANDB_SECONDS = 120, 3, 45
@@ -1537,12 +1537,12 @@ class HubCheckpoints:
 
     def __init__(self, run: Run, repo: str):
         self.run, self.repo, self.failed = run, repo, False
-        self.thread = concurrent.futures.ThreadPoolExecutor(1)
+        self.pool = ThreadPool(1)  # its thread ends with the process
         self.sending: Any = None
 
     def send(self) -> None:
         """Sends the newest checkpoint, unless one is on its way."""
-        if self.sending and not self.sending.done():
+        if self.sending and not self.sending.ready():
             return
         # Links, as the Trainer removes old checkpoints. A command line may name folders of this machine.
         folder, checkpoint = self.run / ".hub", self.run.checkpoints[-1]
@@ -1556,7 +1556,7 @@ class HubCheckpoints:
         record = self.run.record
         del record["command"]
         write_json(folder / "run.json", record)
-        self.sending = self.thread.submit(self.upload, folder)
+        self.sending = self.pool.apply_async(self.upload, [folder])
 
     def upload(self, folder: Path) -> None:
         """Replaces what the repository holds; runs in the thread."""
@@ -1577,14 +1577,14 @@ class HubCheckpoints:
         """Waits for the last checkpoint of a run that is to be resumed; else there is none to keep."""
         if self.sending and not finished:
             log(f"sending the checkpoint to {self.repo}")
-            concurrent.futures.wait([self.sending])
-            if not self.failed:
+            self.sending.wait(HUB_SECONDS)
+            if self.sending.ready() and not self.failed:
                 log(f"on any machine, continue with `train --resume hub:{self.repo}`")
         elif self.sending and not keep:
             with contextlib.suppress(Exception):
-                concurrent.futures.wait([self.sending])
+                self.sending.wait(30)
                 huggingface_hub.HfApi().delete_folder(HUB_FOLDER, self.repo)
-        self.thread.shutdown(wait=False)
+        self.pool.close()
         remove(self.run / ".hub")
 
 
@@ -1597,10 +1597,15 @@ class TrainingLog(LibraryClass):  # type: ignore[misc]
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         self.started = self.saved = self.first_step_done = time.monotonic()
-        self.first_step = state.global_step + 1
+        self.first_step, self.skipped = state.global_step + 1, 0
 
-    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+    def on_train_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        if self.skipped:  # the first ones, usually, until the scale of fp16's gradients is found
+            log(f"{self.skipped} of the steps changed nothing, as their gradients were too large for fp16")
+
+    def on_step_end(self, args: Any, state: Any, control: Any, optimizer: Any = None, **_: Any) -> None:
         step, now = state.global_step, time.monotonic()
+        self.skipped += getattr(optimizer, "step_was_skipped", False)
         if step == self.first_step:  # it holds compilation and warm-up, so it is left out of the pace
             self.first_step_done = now
         elif sys.stderr.isatty():

@@ -460,7 +460,7 @@ def hub(monkeypatch):
 
     def wait(keeper):
         send(keeper)
-        keeper.sending.result()
+        keeper.sending.get()
 
     send = finetune_r1.HubCheckpoints.send
     monkeypatch.setattr(finetune_r1.HubCheckpoints, "send", wait)

@@ -1,0 +1,22 @@
+"""With this folder on PYTHONPATH torch takes the GPU for a T4: compute capability 7.5, without bf16.
+
+What is compiled and which attention runs is still the real GPU's; what asks torch for the card's age is misled,
+such as Unsloth's choice of precision and kernels, bitsandbytes and this project's plan.
+"""
+
+import types
+
+import torch
+
+real_properties = torch.cuda.get_device_properties
+
+
+def properties(device: object = None) -> object:
+    real = real_properties(device)
+    told = {name: getattr(real, name) for name in dir(real) if not name.startswith("_")}
+    return types.SimpleNamespace(**(told | {"major": 7, "minor": 5, "name": "an imitated T4"}))
+
+
+torch.cuda.get_device_capability = lambda device=None: (7, 5)
+torch.cuda.get_device_properties = properties
+torch.cuda.is_bf16_supported = lambda *_, **__: False
