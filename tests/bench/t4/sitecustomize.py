@@ -1,7 +1,7 @@
 """With this folder on PYTHONPATH torch takes the GPU for a T4: compute capability 7.5, without bf16.
 
-What is compiled and which attention runs is still the real GPU's; what asks torch for the card's age is misled,
-such as Unsloth's choice of precision and kernels, bitsandbytes and this project's plan.
+What is compiled and which attention runs is still the real GPU's. What asks torch for the card's age is
+misled, such as Unsloth's choice of kernels, bitsandbytes and this project's plan.
 """
 
 import types
