@@ -7,7 +7,9 @@ misled, such as Unsloth's choice of kernels, bitsandbytes and this project's pla
 import types
 
 import torch
+import triton
 
+triton.runtime.driver.active.get_current_target()  # Triton compiles for the GPU that there is
 real_properties = torch.cuda.get_device_properties
 
 
