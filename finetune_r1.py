@@ -122,6 +122,7 @@ STALLED_SECONDS, READ_AGAIN_SECONDS, WANDB_SECONDS = 120, 3, 45
 WORKSPACE = 0.35 * GIB  # memory that the libraries hold
 MICRO_BATCH_TOKENS = 2000  # what a micro-batch costs beside its own tokens
 RECOMPUTE = 0.4  # what recomputing all activations costs, as a share of a step
+MERGE_MEMORY, MERGE_DISK = 4, 32  # GiB that merging the 8B takes
 FOUR_BIT = 0.52  # bytes of a weight, with its share of the tables
 EFFICIENCY = 0.5  # of the speed of a large product, which a step reaches
 R1_TOKENS = 777  # the recipe's mean row
@@ -1118,8 +1119,8 @@ def import_unsloth() -> Any:
     """Unsloth's FastLanguageModel; it has to be imported before trl, transformers and peft."""
     fast_model = unsloth.FastLanguageModel
     transformers.utils.logging.disable_progress_bar()  # what takes seconds; downloads keep theirs
-    if RANK:
-        transformers.utils.logging.set_verbosity_error()
+    if RANK or not Console.verbose:
+        transformers.utils.logging.set_verbosity_error()  # by whose loggers Unsloth talks, too
     datasets.disable_progress_bars()
     return fast_model
 
@@ -2697,7 +2698,8 @@ def demo_model() -> Path:
 def doctor(config: ModelConfig) -> dict[str, Any]:
     """Check whether this machine is ready, and say what to mend."""
     gpus = list(map(torch.cuda.get_device_properties, range(torch.cuda.device_count())))
-    free, problems = shutil.disk_usage(".").free / GIB, []
+    free, memory = shutil.disk_usage(".").free / GIB, psutil.virtual_memory().available / GIB
+    problems: list[str] = []
     expected: Any = "unknown"
     try:
         hub = f"answers {httpx.head(hub_constants.ENDPOINT, timeout=5).status_code}"
@@ -2710,12 +2712,22 @@ def doctor(config: ModelConfig) -> dict[str, Any]:
         problems.append(f"{error} ({pasteable(str(advice(error)))})")
     if free < 8:
         problems.append("too little free disk: the 8B in 4-bit takes 6 GiB and a run about 1")
+    if shutil.which("nvidia-smi") and not gpus:
+        problems.append(f"the GPU's driver is too old for torch {torch.__version__} (`nvidia-smi` tells)")
+    able = "no" if problems else "yes"
+    merges = free > MERGE_DISK and memory > MERGE_MEMORY
     token, key = use_hub_token(), find_secret(WANDB_KEYS)
     return {
         "versions": versions(),
         "gpus": [f"{g.name}, compute {g.major}.{g.minor}, {g.total_memory / GIB:.1f} GiB" for g in gpus],
         "precision": precision(config),
-        "free_disk": f"{free:.0f} GiB; merging the 8B takes 40, pushing its adapter alone nothing",
+        "free_memory": f"{memory:.0f} GiB; merging takes {MERGE_MEMORY}",
+        "free_disk": f"{free:.0f} GiB; merging the 8B takes {MERGE_DISK}, pushing its adapter alone nothing",
+        "works_here": {
+            "train": able,
+            "infer": able,
+            "push": able if merges else "with --adapter-only, as there is too little room to merge",
+        },
         "hugging_face_token": token.source if token else "none; public models need none",
         "wandb_key": key.source if key else "not found; W&B is optional",
         "hub": hub,

@@ -498,7 +498,9 @@ def fold(text: str) -> str:
         times = (len(match[0]) + len(space)) // len(said + space)
         return f"{said} [{times} times]"
 
-    return re.sub(r"(?<![^\s。!?！？])(\S.{8,300}?)(\s*)(?:\1\2)+\1", once, text, flags=re.DOTALL)
+    return re.sub(
+        r"(?<![^\s。!?！？])(\S.{7,300}?\S)(\s*)(?:\1\2)+\1(?![a-zA-Z])", once, text, flags=re.DOTALL
+    )
 
 
 def as_markdown(pair: dict[str, Any]) -> str:

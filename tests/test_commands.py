@@ -338,7 +338,21 @@ def test_doctor_judges_the_model_asked_for(told, folder, monkeypatch, as_json, m
     done = told(["doctor", "--model", model, *["--json"] * as_json], cwd=folder)
     report = json.loads(done.out) if as_json else yaml.safe_load(done.out)
     assert verdict in report["verdict"] and "versions" in report and "error:" not in done.err
+    able = "yes" if verdict == "ready" else "no"
+    assert report["works_here"]["train"] == able and "--adapter-only" in report["works_here"]["push"]
     assert done.code == (0 if report["verdict"] == "ready" else 1)
+
+
+def test_doctor_says_when_there_is_room_to_merge_and_when_the_driver_is_too_old(told, folder, monkeypatch):
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=100 * 2**30))
+    assert (
+        json.loads(told(["doctor", "--model", "tiny", "--json"], cwd=folder).out)["works_here"]["push"]
+        == "yes"
+    )
+    (folder / "nvidia-smi").write_text("#!/bin/sh\n")
+    (folder / "nvidia-smi").chmod(0o755)
+    monkeypatch.setenv("PATH", f"{folder}:{os.environ['PATH']}")
+    assert "driver is too old" in told(["doctor", "--model", "tiny"], cwd=folder).out
 
 
 # --------------------------------------------------------------------------------- before anything is trained

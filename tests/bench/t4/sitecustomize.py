@@ -9,7 +9,10 @@ import types
 import torch
 import triton
 
-triton.runtime.driver.active.get_current_target()  # Triton compiles for the GPU that there is
+target = triton.runtime.driver.active.get_current_target()
+triton.backends.nvidia.driver.CudaDriver.get_current_target = lambda driver: (
+    target
+)  # Triton compiles for the real GPU
 real_properties = torch.cuda.get_device_properties
 
 
