@@ -399,8 +399,9 @@ def progress(values: Sequence[Any], label: str) -> Iterator[Any]:
 def as_table(headings: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     """An aligned table as wide as the terminal, or 80 columns where there is none; long cells are wrapped."""
     table = rich_table.Table(box=None, padding=(0, 1, 0, 0), header_style="")
-    for heading, *cells in zip(headings, *rows, strict=True):
-        table.add_column(heading, overflow="fold", no_wrap=max(map(len, cells)) <= 24)
+    for number, (heading, *cells) in enumerate(zip(headings, *rows, strict=True)):
+        whole = number == 0 or max(map(len, cells)) <= 12
+        table.add_column(heading, overflow="fold", no_wrap=whole)
     for row in rows:
         table.add_row(*row)
     console = rich_console.Console(color_system=None, markup=False, highlight=False)
@@ -2533,7 +2534,8 @@ def prepare_environment(uploads: bool = False) -> None:
     os.environ.pop("HF_HUB_ENABLE_HF_TRANSFER", None)  # set by Unsloth, and warned of in a child
     os.environ.pop("HF_HUB_DISABLE_PROGRESS_BARS", None)  # by them an upload is seen to move
     wanted = {} if WORLD > 1 else {"CUDA_VISIBLE_DEVICES": "0"}
-    wanted |= {"UNSLOTH_DISABLE_STATISTICS": "1", "HF_UPDATE_DOWNLOAD_COUNTS": "0", "MPLBACKEND": "Agg"}
+    os.environ["MPLBACKEND"] = "Agg"  # a notebook's kernel sets its own, which is not installed here
+    wanted |= {"UNSLOTH_DISABLE_STATISTICS": "1", "HF_UPDATE_DOWNLOAD_COUNTS": "0"}
     if not uploads:  # of which it would count for a whole block, minutes on a slow line
         wanted |= {"HF_XET_CLIENT_READ_TIMEOUT": "20s", "HF_XET_CLIENT_RETRY_MAX_ATTEMPTS": "2"}
     wanted |= {"UNSLOTH_DECODE_CUDA_GRAPHS": "1", "UNSLOTH_DECODE_GRAPH_PREALLOC": "1"}  # faster decoding
