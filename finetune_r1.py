@@ -87,7 +87,8 @@ trl, unsloth, wandb, yaml = Lazy("trl"), Lazy("unsloth"), Lazy("wandb"), Lazy("y
 # Names, places and measured numbers. Hyper-parameters are not here but in the settings below.
 
 VERSION = "0.1.0"
-PROGRAM = "uv run finetune_r1.py" if "UV" in os.environ else "python finetune_r1.py"  # as it was started
+SCRIPT = shlex.quote(sys.argv[0]) if __name__ == "__main__" else "finetune_r1.py"
+PROGRAM = f"{'uv run' if 'UV' in os.environ else 'python'} {SCRIPT}"  # as it was started
 PROJECT = Path(__file__).resolve().parent
 RUNS = Path("runs")
 STARTED = time.monotonic()
@@ -97,7 +98,7 @@ MULTI_PROCESS_COMMANDS = ("train", "eval", "infer")
 STOP_SIGNALS = [signal.SIGINT, signal.SIGTERM]
 if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:
     STOP_SIGNALS.append(signal.SIGHUP)
-TIME = "%Y-%m-%dT%H:%M:%S%z"
+TIME = "%Y-%m-%dT%H:%M:%S%z"  # in UTC: runs are ordered by it
 GIB = 1024**3
 HAVE_ADAPTER, UNFINISHED = ("finished", "stopped"), ("running", "interrupted", "failed", "stopped")
 PACKAGES = "unsloth unsloth_zoo torch transformers trl peft accelerate datasets bitsandbytes wandb"
@@ -472,7 +473,7 @@ def advice(error: BaseException | None) -> str | None:
 def pasteable(text: str) -> str:
     """Puts the program's name before the commands in backticks, so that they can be pasted."""
     names = "|".join(command.name or "" for command in app.registered_commands)
-    return re.sub(rf"`({names})\b", rf"`{PROGRAM} \1", text)
+    return re.sub(rf"`({names})\b", lambda match: f"`{PROGRAM} {match[1]}", text)
 
 
 @contextlib.contextmanager
@@ -580,6 +581,12 @@ def check_room(needs: dict[Path, int], way_out: str) -> None:
             raise UserError(fault, way_out)
 
 
+def file_hash(path: Path) -> str:
+    """The SHA-256 of a file."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
 def file_sizes(folder: Path) -> dict[str, int]:
     """Bytes by name of a folder's files, but for hidden ones and the Modelfile, which comes and goes."""
     return {file.name: file.stat().st_size for file in folder.glob("[!.]*") if file.name != "Modelfile"}
@@ -680,17 +687,21 @@ class Run:
 
     @property
     def adapter(self) -> Path:
-        """The adapter's folder; raises if there is none, or one of another run."""
+        """The adapter's folder; raises if there is none, or not the one that the training wrote."""
         folder, config = self / "adapter", self.config
         if not (folder / "adapter_model.safetensors").is_file():
             fault = f"--run {self}: no adapter is in it; its status is {self.record['status']}."
             raise UserError(fault, self.resume_line)
         check_unmixed(folder)
-        settings = read_json(folder / "adapter_config.json")
-        rank, base = settings["r"], settings["base_model_name_or_path"]
-        if (rank, base) != (config.lora_r, config.model):
-            fault = f"{folder} is of another run: rank {rank}, of {base}."
-            raise UserError(fault, f"put its own back: rank {config.lora_r}, of {config.model}")
+        settings, way_out = read_json(folder / "adapter_config.json"), "put the run's own back"
+        own: dict[str, Any] = {"r": config.lora_r, "lora_alpha": config.lora_alpha, "megatron_config": None}
+        own |= {"use_rslora": config.use_rslora, "base_model_name_or_path": config.model}
+        for name, value in own.items():
+            if settings.get(name) != value:
+                raise UserError(f"{folder} is of another run: {name} is {settings.get(name)}.", way_out)
+        for name, digest in self.record.get("adapter", {}).items():
+            if file_hash(folder / name) != digest:
+                raise UserError(f"{folder / name} was changed or damaged since the training.", way_out)
         return folder
 
     def check_new(self) -> None:
@@ -709,7 +720,8 @@ class Run:
         if not resume:
             self.check_new()
         with self.lock():
-            record: dict[str, Any] = self.record if resume else {"started": time.strftime(TIME)}
+            started = {"started": time.strftime(TIME, time.gmtime())}
+            record: dict[str, Any] = self.record if resume else started
             for name in ("error", "ended"):
                 record.pop(name, None)
             record |= {"status": "running", "command": [Path(sys.argv[0]).name, *sys.argv[1:]]}
@@ -733,7 +745,7 @@ class Run:
                 self.update(error=f"{type(error).__name__}: {error}")
                 raise
             finally:
-                self.update(status=status, ended=time.strftime(TIME))
+                self.update(status=status, ended=time.strftime(TIME, time.gmtime()))
 
     @property
     def evaluation(self) -> dict[str, Any]:
@@ -986,7 +998,6 @@ def check_model(config: ModelConfig) -> None:
         raise UserError(fault, way_out)
     if not folder.is_dir() and not is_hub_name(name):
         raise UserError(f"--model {name} is neither a folder nor OWNER/NAME on the Hub.", "check the name")
-    check_unmixed(folder)
     use_hub_token()
     if not folder.is_dir() and not huggingface_hub.try_to_load_from_cache(name, "config.json"):
         huggingface_hub.model_info(name, timeout=10)  # asks once; a download would try for half a minute
@@ -1005,10 +1016,26 @@ def download_model(name: str, weights: bool = True, revision: str | None = None)
         patterns = ["*.json", "*.jinja"] + (["model*.safetensors"] if weights else [])
         wanted = {"allow_patterns": patterns, "ignore_patterns": "*/*"}
         folder = Path(huggingface_hub.snapshot_download(name, revision=revision, **wanted))
+    check_unmixed(folder)
     if weights and not any(folder.glob("model*.safetensors")):
         way_out = "choose one that has: .bin and .pt files are pickles, which can run code"
         raise UserError(f"--model {name} has no .safetensors weights.", way_out)
+    if weights:
+        check_code(folder / "config.json")
     return folder
+
+
+def check_code(config: Path) -> None:
+    """Raises unless transformers has all the code that a model asks for: what comes with it is never run."""
+    try:
+        settings = read_json(config)
+    except ValueError as error:
+        raise UserError(f"{config} is damaged: {error}", "download the model anew") from error
+    names = ("model_type", "attn_implementation", "_attn_implementation")  # the latter may name the Hub's
+    asked = [str(settings.get(name, "")) for name in names]
+    if asked[0] not in transformers.CONFIG_MAPPING or "/" in "".join(asked):
+        fault = f"{config} asks for code that transformers lacks: {' '.join(asked)}"
+        raise UserError(fault, "name another --model: the code that comes with one is not run")
 
 
 def weights_name(config: ModelConfig) -> str:
@@ -1080,14 +1107,14 @@ def save_tokenizer(tokenizer: Any, folder: Path) -> None:
     """
     tokenizer.save_pretrained(folder)
     settings = read_json(folder / "tokenizer_config.json")
-    for name in ("backend", "from_slow", "is_local", "local_files_only"):
+    for name in ("auto_map", "backend", "from_slow", "is_local", "local_files_only"):
         settings.pop(name, None)
     settings |= {"tokenizer_class": "PreTrainedTokenizerFast", "add_bos_token": has_bos(tokenizer)}
     settings |= {"add_eos_token": False, "model_input_names": ["input_ids", "attention_mask"]}
     if tokenizer.chat_template:
         settings["chat_template"] = tokenizer.chat_template  # chat_template.jinja has it for newer programs
     write_json(folder / "tokenizer_config.json", settings)
-    read_back = transformers.AutoTokenizer.from_pretrained(folder)
+    read_back = transformers.AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     check_round_trip(read_back, folder)
     if read_back(ROUND_TRIP)["input_ids"] != tokenizer(ROUND_TRIP)["input_ids"]:
         raise UserError(
@@ -1109,8 +1136,10 @@ def save_config(folder: Path) -> None:
         if rope.get("rope_type") == "default":
             settings["rope_scaling"] = None
     settings["torch_dtype"] = settings["dtype"]
+    settings.pop("auto_map", None)  # the code it names is not there
     write_json(folder / "config.json", settings)
-    if getattr(transformers.AutoConfig.from_pretrained(folder), "rope_parameters", None) != rope:
+    read_back = transformers.AutoConfig.from_pretrained(folder, trust_remote_code=False)
+    if getattr(read_back, "rope_parameters", None) != rope:
         raise UserError(
             f"the rope settings in {folder} change when read.", "nothing was saved; please report it"
         )
@@ -1180,6 +1209,17 @@ def widen_tables(model: Any) -> None:
         log(f"note: the 4-bit weights come with {widened} tables in 16 bit; they are used in 32")
 
 
+def adapter_weights(model: Any, folder: Path) -> dict[str, Any]:
+    """The weights in `folder` for a model's adapter; raises unless all of them fit and are numbers."""
+    weights, wanted = peft.load_peft_weights(str(folder), "cpu"), peft.get_peft_model_state_dict(model)
+    fits = weights.keys() == wanted.keys()
+    for name in wanted if fits else ():
+        fits = fits and weights[name].shape == wanted[name].shape and bool(weights[name].isfinite().all())
+    if not fits:
+        raise UserError(f"{folder}: its weights do not fit, or are no numbers.", "put the run's own back")
+    return dict(weights)
+
+
 class LoadedModel:
     """A model in memory, its tokenizer, and the language it is asked in."""
 
@@ -1207,6 +1247,7 @@ class LoadedModel:
         model, _ = fast_model.from_pretrained(
             model_name=str(folder), use_exact_model_name=True, max_seq_length=config.max_seq_length,
             dtype=getattr(torch, config.dtype, None), load_in_4bit=config.load_in_4bit, use_safetensors=True,
+            trust_remote_code=False,
         )  # fmt: skip
         widen_tables(model)
         tokenizer = load_tokenizer(named)
@@ -1232,7 +1273,7 @@ class LoadedModel:
         loaded = cls.load(config, config.lang, run.record.get("model_revisions"))
         if adapter:
             loaded.add_adapter(config, kept_layers=loaded.model.config.num_hidden_layers)
-            loaded.load_adapter(adapter)
+            peft.set_peft_model_state_dict(loaded.model, adapter_weights(loaded.model, adapter))
         return loaded
 
     def add_adapter(self, config: TrainConfig, kept_layers: int) -> None:
@@ -1249,16 +1290,6 @@ class LoadedModel:
             use_gradient_checkpointing="unsloth" if recompute else False, loftq_config=None,
             **({"checkpoint_skip_layers": kept_layers} if recompute and kept_layers else {}),
         )  # fmt: skip
-
-    def load_adapter(self, folder: Path) -> None:
-        """Fills the adapter with the weights in `folder`; raises where they are of another shape."""
-        weights, wanted = peft.load_peft_weights(str(folder)), peft.get_peft_model_state_dict(self.model)
-        fits = weights.keys() == wanted.keys()
-        for name in wanted if fits else ():
-            fits = fits and weights[name].shape == wanted[name].shape
-        if not fits:
-            raise UserError(f"{folder}: its weights don't fit the run's settings.", "put the run's own back")
-        peft.set_peft_model_state_dict(self.model, weights)
 
     def plan_batches(self, questions: Sequence[str], config: GenerationConfig) -> list[list[int]]:
         """Positions of questions of like length that are answered at once, as many as fit in memory.
@@ -1744,7 +1775,9 @@ def train_steps(
     Out of memory, it goes on from the last good step with half the rows at once, which changes no loss.
     """
     if run.last_step == config.max_steps:
-        return loaded.load_adapter(run.checkpoints[-1])
+        weights = adapter_weights(loaded.model, run.checkpoints[-1])
+        peft.set_peft_model_state_dict(loaded.model, weights)
+        return
     same = "max_steps warmup_steps learning_rate lr_scheduler_type optim weight_decay seed logging_steps"
     columns = ["input_ids", "completion_mask"]  # what was accounted for is what is trained on
     hub = HubCheckpoints(run, config.hub_checkpoints) if config.hub_checkpoints and RANK == 0 else None
@@ -1866,6 +1899,7 @@ def train_run(config: TrainConfig, run: Run, resume: bool = False) -> tuple[Load
             loaded.model.save_pretrained(partial)
             save_tokenizer(loaded.tokenizer, partial)
             remove(partial / "README.md")  # PEFT's empty form; the run has a card of its own
+            run.update(adapter={path.name: file_hash(path) for path in partial.iterdir()})
             # What was made of an earlier state must not pass for what is made of this one.
             reports = (*run.folder.glob("eval*.json"), *run.folder.glob("eval*.png"))
             for path in (run / "adapter", run / "merged", *reports):
@@ -2069,7 +2103,7 @@ def merged_weights(run: Run, output: Path | None = None) -> tuple[Path, dict[str
 
         # Merged, with everything that belongs to a model, and read back as a stranger would.
         merge(source, adapter, partial)
-        settings = transformers.AutoConfig.from_pretrained(source)
+        settings = transformers.AutoConfig.from_pretrained(source, trust_remote_code=False)
         generation = transformers.GenerationConfig.from_model_config(settings)
         if (source / "generation_config.json").exists():
             generation = transformers.GenerationConfig.from_pretrained(source)
@@ -2080,7 +2114,9 @@ def merged_weights(run: Run, output: Path | None = None) -> tuple[Path, dict[str
         save_config(partial)
         log("comparing the answers of base, base + adapter, and merged weights to fixed prompts")
         base_logits, tuned_logits = probe(source, tokenizer), probe(source, tokenizer, adapter)
-        merged_logits = probe(partial, transformers.AutoTokenizer.from_pretrained(partial))
+        merged_logits = probe(
+            partial, transformers.AutoTokenizer.from_pretrained(partial, trust_remote_code=False)
+        )
         checked = check_merge(base_logits, tuned_logits, merged_logits)
         # Noted before the folder has its name: one that has it is known, whenever the process ends.
         place = str(output.resolve()) if output else "merged"
@@ -2093,7 +2129,7 @@ def outline(folder: Path) -> tuple[Any, dict[str, Path]]:
 
     Raises unless the files hold what config.json asks for, and no more.
     """
-    settings = transformers.AutoConfig.from_pretrained(folder)
+    settings = transformers.AutoConfig.from_pretrained(folder, trust_remote_code=False)
     if getattr(settings, "quantization_config", None):
         raise UserError(f"{folder} is quantized: there are no 16-bit weights of it.", "`save --as adapter`")
     with accelerate.init_empty_weights(include_buffers=False):
@@ -2118,10 +2154,11 @@ def merge(source: Path, adapter: Path, folder: Path) -> None:
     One of them at a time is in memory.
     """
     model, files = outline(source)
-    settings, lora = peft.LoraConfig.from_pretrained(adapter), peft.load_peft_weights(str(adapter), "cpu")
-    scale = settings.lora_alpha / (math.sqrt(settings.r) if settings.use_rslora else settings.r)
     weights = {name: weight for name, weight in model.state_dict().items() if name in files}
     plan = huggingface_hub.split_torch_state_dict_into_shards(weights, max_shard_size="2GB")
+    settings = peft.LoraConfig.from_pretrained(adapter)
+    scale = settings.lora_alpha / (math.sqrt(settings.r) if settings.use_rslora else settings.r)
+    lora = adapter_weights(peft.get_peft_model(model, settings), adapter)
     folder.mkdir()
     for file, names in progress(list(plan.filename_to_tensors.items()), "merging: file"):
         merged = {}
@@ -2130,7 +2167,7 @@ def merge(source: Path, adapter: Path, folder: Path) -> None:
                 merged[name] = tensors.get_tensor(name)
             module = f"base_model.model.{name.removesuffix('.weight')}"
             if f"{module}.lora_A.weight" in lora:
-                down, up = lora.pop(f"{module}.lora_A.weight"), lora.pop(f"{module}.lora_B.weight")
+                down, up = lora[f"{module}.lora_A.weight"], lora[f"{module}.lora_B.weight"]
                 merged[name] = (merged[name] + up.float() @ down.float() * scale).to(merged[name].dtype)
         safetensors_torch.save_file(merged, folder / file, {"format": "pt"})
         with safetensors.safe_open(folder / file, "pt") as written:
@@ -2138,10 +2175,6 @@ def merge(source: Path, adapter: Path, folder: Path) -> None:
                 raise UserError(
                     f"{file} was not written as it should be.", "nothing was saved; check the disk"
                 )
-    if lora:
-        raise UserError(
-            f"{source} has no {next(iter(lora))} to merge.", "nothing was saved; please report it"
-        )
     if plan.is_sharded:
         index = {"metadata": plan.metadata, "weight_map": plan.tensor_to_filename}
         write_json(folder / "model.safetensors.index.json", index)
@@ -2202,14 +2235,15 @@ def base_card(model: str) -> dict[str, Any]:
     local = Path(model) / "README.md"
     try:
         return dict(huggingface_hub.ModelCard.load(local if local.parent.is_dir() else model).data.to_dict())
-    except (httpx.HTTPError, OSError, ValueError):
+    except (httpx.HTTPError, OSError, ValueError, yaml.YAMLError):
         return {}  # the card lacks a licence then, which is better than no card
 
 
 def public_name(model: str) -> str:
     """The Hub's name of a model; of a folder, what its card calls its base, or the folder's last name."""
     named = base_card(model).get("base_model") if Path(model).is_dir() else model
-    return str(named[0] if isinstance(named, list) else named or Path(model).name)
+    named = str(next(iter(named), "") if isinstance(named, list) else named)
+    return named if is_hub_name(named) else Path(model).name
 
 
 def write_card(run: Run, repo: str = "OWNER/NAME") -> None:
@@ -2234,9 +2268,9 @@ def write_card(run: Run, repo: str = "OWNER/NAME") -> None:
     numbers |= {"device": record["device"], "seconds": record["seconds"]}
     numbers["settings"] = dataclasses.asdict(config) | {"model": base, "dataset": Path(config.dataset).name}
     text = prompts.MODEL_CARD.format(
-        metadata=metadata.to_yaml(), base=base, repo=repo, evaluation=reports or "Not evaluated yet.\n",
-        sample=prompts.as_markdown(pair), prompt=prompts.TEMPLATES[config.lang], tokens=config.max_new_tokens,
-        numbers=json.dumps(numbers, indent=2),
+        metadata=metadata.to_yaml(), base=prompts.as_text(base), repo=repo, tokens=config.max_new_tokens,
+        evaluation=reports or "Not evaluated yet.\n", sample=prompts.as_markdown(pair),
+        prompt=prompts.TEMPLATES[config.lang], numbers=json.dumps(numbers, indent=2),
     )  # fmt: skip
     write_text(run / "README.md", text)
 
@@ -2332,8 +2366,9 @@ def files_to_push(run: Run, adapter_only: bool, dry_run: bool, repo: str) -> dic
     write_card(run, repo)
     files: dict[str, Path | bytes] = {"README.md": run / "README.md"}
     files |= {path.name: path for path in run.folder.glob("*.png")}
-    files |= {f"adapter/{name}": run.adapter / name for name in file_sizes(run.adapter)}
-    settings = read_json(run.adapter / "adapter_config.json")
+    adapter = run.adapter
+    files |= {f"adapter/{name}": adapter / name for name in run.record.get("adapter", file_sizes(adapter))}
+    settings = read_json(adapter / "adapter_config.json")
     settings["base_model_name_or_path"] = public_name(run.config.model)
     files["adapter/adapter_config.json"] = json.dumps(settings, indent=2).encode()
     if dry_run and not adapter_only and not run.record.get("saved"):
@@ -2800,7 +2835,7 @@ def format_(config: DataConfig, as_json: bool, output: OutputOption = None) -> d
     if output:
         write_jsonl(output, examples)
         report["written"] = str(output)
-        report["next"] = f"{PROGRAM} train --dataset {output} --split train"
+        report["next"] = f"{PROGRAM} train --dataset {shlex.quote(str(output))} --split train"
 
     # The first row as text and as tokens; those from `start` on carry loss.
     first = rows.usable[0]
@@ -3037,8 +3072,9 @@ def answer_file(
     ask = loaded.answer_both if compare else loaded.generate
     kept = output.with_name(f".{output.name}.{identity}.partial")
     kept.parent.mkdir(parents=True, exist_ok=True)
-    lock = kept.with_suffix(f".lock{RANK}")
+    lock = output.with_name(f".{output.name}.lock{RANK}")
     with filelock.FileLock(lock, timeout=0):
+        check_output(output)  # another process may have written it meanwhile
         before = broadcast(read_jsonl(kept) if kept.exists() else [])
         answers = {line.pop("row"): line for line in before}
         batches = []
@@ -3192,15 +3228,17 @@ def save(
     checked: dict[str, Any] = {}
     if as_ == "adapter":
         folder = output or adapter
-        served = f"{sixteen_bit(config.model)} --enable-lora --lora-modules tuned={folder}"
+        served = shlex.join([sixteen_bit(config.model), "--enable-lora", "--lora-modules", f"tuned={folder}"])
         if output:
             with atomic_path(output) as partial:
-                shutil.copytree(adapter, partial)
+                shutil.copytree(adapter, partial, symlinks=True)
     else:
         folder, checked = merged_weights(found, output)
-        served = str(folder)
+        served = shlex.quote(str(folder))
     if modelfile:
         eos = read_json(folder / "tokenizer_config.json")["eos_token"]
+        if len(eos.splitlines()) > 1:
+            raise UserError(f"--modelfile: Ollama can't stop at {eos!r}.", "leave the option out")
         write_text(folder / "Modelfile", prompts.build_modelfile(eos, config.max_seq_length, config.lang))
     serve = f"vllm serve {served} --max-model-len {config.max_seq_length}"
     return {"saved": str(folder), "as": as_, **checked, "serve": serve}
@@ -3243,6 +3281,8 @@ def push(
     files = files_to_push(found, adapter_only, dry_run, repo)
     adds, total = [], 0
     for name, content in files.items():
+        if isinstance(content, Path) and (content.is_symlink() or not content.is_file()):
+            raise UserError(f"{content} is a link or a folder.", "remove it: files alone are pushed")
         size = len(content) if isinstance(content, bytes) else content.stat().st_size
         log(f"{size:>16,}  {name}")
         adds.append(huggingface_hub.CommitOperationAdd(name, content))

@@ -505,11 +505,17 @@ def fold(text: str) -> str:
 
 def as_markdown(pair: dict[str, Any]) -> str:
     """A question with both answers, for the model card."""
-    text = f"**Question.** {pair['question']}\n"
+    text = f"**Question.** {as_text(pair['question'])}\n"
     for side, title in (("base", "Before"), ("tuned", "After")):
-        answer = fold(pair[side]["answer"] or pair[side]["thought"])
-        text += f"\n**{title}** ({how_it_ended(pair[side])}).\n\n> " + answer.replace("\n", "\n> ") + "\n"
+        text += f"\n**{title}** ({how_it_ended(pair[side])}).\n\n"
+        for line in fold(pair[side]["answer"] or pair[side]["thought"]).splitlines():
+            text += f"> {as_text(line)}  \n"  # two spaces keep the line's end
     return text
+
+
+def as_text(line: str) -> str:
+    """Markdown that shows a line as it is: no mark in it is taken for markup or HTML."""
+    return re.sub(r"[\\`*_\[\]<&|~$]|^[-+=#>]|(?<=\d)[.)](?!\S)", r"\\\g<0>", " ".join(line.split()))
 
 
 def same_question(question: str) -> str:

@@ -3,6 +3,7 @@
 import json
 
 import pytest
+from conftest import SCRIPT
 from servers.hub import HubServer
 
 from finetune_r1 import DEMO_MODEL, read_json, read_jsonl, write_jsonl
@@ -14,7 +15,7 @@ FOLDERS = {"adapter", "merged"}
 
 def test_it_prints_one_json_object_and_nothing_else_on_stdout(demo):
     summary = json.loads(demo[2].out)
-    assert summary["run"] == "runs/demo" and summary["next"].startswith("python finetune_r1.py infer")
+    assert summary["run"] == "runs/demo" and summary["next"].startswith(f"python {SCRIPT} infer")
 
 
 def test_the_held_out_loss_falls_and_more_thoughts_are_closed(demo):

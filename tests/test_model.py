@@ -179,16 +179,31 @@ def test_answers_come_from_the_adapter_on_the_base_that_it_was_trained_on(tiny_r
     assert state.keys() == saved.keys() and all((state[name].cpu() == saved[name]).all() for name in saved)
 
 
-def test_an_adapter_of_another_shape_is_refused(tiny_run, tmp_path):
+@pytest.mark.parametrize("damage", ["a tensor is missing", "a tensor too many", "another shape", "a NaN"])
+def test_an_adapter_whose_weights_do_not_fit_is_not_used_though_its_run_vouches_for_it(
+    tiny_run, tmp_path, damage
+):
+    """As it may come from a stranger, with hashes that agree; PEFT alone would warn of it, or of nothing."""
     from safetensors.torch import load_file, save_file
 
-    run = shutil.copytree(tiny_run, tmp_path / "run")
+    run = Run(shutil.copytree(tiny_run, tmp_path / "run"))
     file = run / "adapter" / "adapter_model.safetensors"
     weights = load_file(file)
-    del weights[next(iter(weights))]
+    name = next(iter(weights))
+    if damage == "a tensor is missing":
+        del weights[name]
+    elif damage == "a tensor too many":
+        weights["more"] = weights[name].clone()
+    elif damage == "another shape":
+        weights[name] = weights[name][:8].clone()
+    else:
+        weights[name][0, 0] = float("nan")
     save_file(weights, file)
-    with pytest.raises(UserError, match="its weights don't fit"):
-        LoadedModel.load_run(Run(run))
+    run.update(adapter={file.name: finetune_r1.file_hash(file)})
+    for use in (LoadedModel.load_run, finetune_r1.merged_weights):
+        with pytest.raises(UserError, match="adapter: its weights do not fit, or are no numbers"):
+            use(run)
+    assert not (run / "merged").exists()
 
 
 def test_tables_of_a_4_bit_copy_that_are_in_16_bit_are_widened_and_that_is_told(tiny_four_bit, capsys):

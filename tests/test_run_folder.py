@@ -199,14 +199,42 @@ def spoil_json(path, **entries):
     path.write_text(json.dumps(read_json(path) | entries))
 
 
+def flip_bit(path):
+    content = bytearray(path.read_bytes())
+    content[-1] ^= 1
+    path.write_bytes(content)
+
+
+def link(path):
+    path.unlink()
+    path.symlink_to(SCRIPT)
+
+
 SPOILT = {
     "an adapter of another base": (
         lambda run: spoil_json(run / "adapter" / "adapter_config.json", base_model_name_or_path="other/base"),
-        "is of another run: rank 16, of other/base",
+        "adapter is of another run: base_model_name_or_path is other/base",
     ),
     "an adapter of another rank": (
-        lambda run: spoil_json(run / "adapter" / "adapter_config.json", r=64), "rank 64"
+        lambda run: spoil_json(run / "adapter" / "adapter_config.json", r=64), "another run: r is 64"
     ),
+    "an absurd scale": (
+        lambda run: spoil_json(run / "adapter" / "adapter_config.json", lora_alpha=10**6), "lora_alpha is 10"
+    ),
+    "a module to import": (
+        lambda run: spoil_json(run / "adapter" / "adapter_config.json", megatron_config={"a": 1}),
+        "megatron_config is {'a': 1}",
+    ),
+    "other layers": (
+        lambda run: spoil_json(run / "adapter" / "adapter_config.json", target_modules=["q_proj"]),
+        "adapter_config.json was changed",
+    ),
+    "a flipped bit": (lambda run: flip_bit(run / "adapter" / "adapter_model.safetensors"), "was changed or"),
+    "a pickle in the weights' place": (
+        lambda run: (run / "adapter/adapter_model.safetensors").rename(run / "adapter/adapter_model.bin"),
+        "no adapter is in it",
+    ),
+    "a link to another file": (lambda run: link(run / "adapter" / "tokenizer.json"), "tokenizer.json was"),
     "a run of another version": (
         lambda run: spoil_json(run / "config.json", packing=True),
         "config.json is not of this version: .*'packing'",
@@ -223,6 +251,10 @@ def test_a_run_that_was_spoilt_is_refused_by_name(run, spoilt):
         finetune_r1.save(run=run.folder)
     with pytest.raises(UserError, match=said):
         finetune_r1.eval_(finetune_r1.EvalConfig(), run=run.folder)
+    with pytest.raises(UserError, match=said):
+        finetune_r1.infer(finetune_r1.GenerationConfig(), as_json=True, question="Why?", run=run.folder)
+    with pytest.raises(UserError, match=said):
+        finetune_r1.files_to_push(run, adapter_only=True, dry_run=False, repo="user/name")
 
 
 @pytest.mark.parametrize("damaged", ["run.json", "adapter/adapter_model.safetensors"])
