@@ -3237,7 +3237,7 @@ def save(
         served = shlex.quote(str(folder))
     if modelfile:
         eos = read_json(folder / "tokenizer_config.json")["eos_token"]
-        if len(eos.splitlines()) > 1:
+        if re.search('["\\r\\n]', eos):
             raise UserError(f"--modelfile: Ollama can't stop at {eos!r}.", "leave the option out")
         write_text(folder / "Modelfile", prompts.build_modelfile(eos, config.max_seq_length, config.lang))
     serve = f"vllm serve {served} --max-model-len {config.max_seq_length}"

@@ -47,18 +47,6 @@ def test_weights_in_a_pickle_are_never_unpickled(tiny_r1, tmp_path):
     assert not (tmp_path / "poisoned").exists()
 
 
-def test_code_that_comes_with_a_model_is_not_run(tiny_r1, tmp_path):
-    folder = shutil.copytree(tiny_r1, tmp_path / "model")
-    code = {"AutoConfig": "code.C", "AutoModelForCausalLM": "code.M"}
-    settings = finetune_r1.read_json(folder / "config.json") | {"model_type": "poison", "auto_map": code}
-    (folder / "config.json").write_text(json.dumps(settings))
-    (folder / "code.py").write_text(f"open({str(tmp_path / 'poisoned')!r}, 'w')")
-    with pytest.raises(Exception) as caught:
-        LoadedModel.load(TrainConfig(model=str(folder), load_in_4bit=False))
-    assert "is not run" in str(finetune_r1.advice(caught.value))
-    assert not (tmp_path / "poisoned").exists()
-
-
 def test_control_characters_of_a_model_do_not_reach_the_terminal(capsys):
     wild = "\033[2J\033]0;title\a\r\x9b5m\u202egnp.exe\033[2m\n\ttab ✓ 咳嗽 \u05d0"
     for faint in (False, True):

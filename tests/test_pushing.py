@@ -251,6 +251,24 @@ def test_only_what_save_verified_is_pushed(push, hub, run, tmp_path, damage):
     assert done.code == 1 and "not what `save` verified" in done.err and files(hub) is None
 
 
+@pytest.mark.parametrize("name", ["all.png", "adapter/id_rsa", "merged/Modelfile", "adapter/notes"])
+def test_what_a_link_leads_to_and_what_the_training_did_not_write_stays_here(push, hub, run, tmp_path, name):
+    """As a run from a stranger may have it."""
+    (tmp_path / "id_rsa").write_text("private")
+    if name == "adapter/notes":
+        (run / name).mkdir()
+    else:
+        (run / name).symlink_to(tmp_path / "id_rsa")
+    try:
+        done = push()
+    finally:
+        finetune_r1.remove(run / name)
+    if name.startswith("adapter"):
+        assert done.code == 0 and set(files(hub)) == expected(run)
+    else:
+        assert done.code == 1 and f"{name} is a link" in done.err and files(hub) is None
+
+
 def test_the_card_has_metadata_that_the_hub_takes_and_all_that_a_reader_asks(push, hub, run):
     import yaml
 

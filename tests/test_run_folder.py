@@ -2,11 +2,13 @@
 
 import contextlib
 import dataclasses
+import itertools
 import json
 import os
 import shutil
 import subprocess
 import sys
+import time
 
 import pytest
 from conftest import SAMPLE, SCRIPT
@@ -98,6 +100,86 @@ def test_the_card_names_no_folder_that_the_rows_came_from(run, tmp_path):
     assert str(tmp_path) not in card and "datasets:" not in card
 
 
+MARKUP = """---
+license: other
+---
+# Heading
+=======
+- one
++ two
+* three
+1. four
+12) five
+> quote
+**bold** __bold__ ~~struck~~ `code` [link](javascript:x) ![image](http://127.0.0.1/seen) \\* &lt; &#35; $$x$$
+```python
+{metadata} {repo} {} {{ .Prompt }} \"""
+~~~
+<script>x</script> <img src=x> <!-- never closed
+| a | b |
+|---|---|
+- - -"""
+
+
+def inline(tokens, kind):
+    """The text of each block that stands in a `kind`, and the marks in it that are markup."""
+    found = []
+    for before, token in itertools.pairwise(tokens):
+        if token.type == "inline" and before.type == kind:
+            parts = ["\n" if part.type.endswith("break") else part.content for part in token.children]
+            found.append(("".join(parts), {part.type for part in token.children}))
+    return found
+
+
+def test_the_card_shows_an_answer_as_text_whatever_is_in_it(run):
+    """By a CommonMark parser with GitHub's tables and strikethrough, and the Hub's reader of metadata."""
+    from huggingface_hub import ModelCard
+    from markdown_it import MarkdownIt
+
+    [pair] = read_jsonl(run / "samples.jsonl")
+    pair["base"]["answer"], pair["tuned"]["answer"] = MARKUP, "\r# Why\n\n    so\u2028- it is"
+    pair["question"] = "Why?\n# <b>Because</b>"
+    finetune_r1.write_jsonl(run / "samples.jsonl", [pair])
+    names = {
+        "model": "a\n# <b> 'name' \"of\" a {model}",
+        "dataset": "a\n---\n'name' \"of\": [a ``` {dataset}",
+    }
+    spoil_json(run / "config.json", **names)
+    spoil_json(run / "adapter" / "adapter_config.json", base_model_name_or_path=names["model"])
+    finetune_r1.write_card(run)
+    card = ModelCard((run / "README.md").read_text())
+    assert card.data.datasets == [names["dataset"]] and card.data.language == "en"
+    tokens = MarkdownIt("commonmark").enable(["table", "strikethrough"]).parse(card.text)
+    kinds = [token.type for token in tokens]
+    assert "html_block" not in kinds and kinds.count("fence") == 2 and kinds.count("blockquote_open") == 2
+    (title, _), *headings = inline(tokens, "heading_open")
+    assert title == "a # <b> 'name' \"of\" a {model}, fine-tuned on medical chains of thought"
+    assert [heading for heading, _ in headings] == ["Before and after", "Use", "Limits", *OF_NUMBERS]
+    paragraphs = dict(inline(tokens, "paragraph_open"))
+    assert paragraphs[MARKUP] == {"text", "hardbreak"} and paragraphs["# Why"] == {"text"}
+    assert paragraphs["so\n- it is"] == {"text", "hardbreak"}
+    assert "Question. Why? # <b>Because</b>" in paragraphs
+
+
+OF_NUMBERS = ["Training and evaluation"]
+CARDS = {
+    "a name": ("base_model: org/base", "org/base"),
+    "several": ("base_model:\n- org/base\n- org/other", "org/base"),
+    "none of several": ("base_model: []", "model"),
+    "no name": ("base_model:\n  of: it", "model"),
+    "lines": ('base_model: "org/base\\n---\\n# <b>"', "model"),
+    "no YAML": ("license: [mit\nbase_model: : org/base", "model"),
+    "an object of Python": ("license: !!python/object/apply:os.abort []", "model"),
+}
+
+
+@pytest.mark.parametrize(("metadata", "name"), CARDS.values(), ids=CARDS)
+def test_a_base_models_card_gives_a_name_or_is_left_aside(tmp_path, metadata, name):
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "README.md").write_text(f"---\n{metadata}\n---\n# A model\n")
+    assert finetune_r1.public_name(str(tmp_path / "model")) == name
+
+
 # ------------------------------------------------------------------------------------------------ checkpoints
 
 
@@ -147,6 +229,19 @@ def test_the_record_says_that_it_is_running_and_how_it_ended(config, tmp_path, e
             raise error
     assert run.record["status"] == status and run.record["ended"] >= run.record["started"]
     assert ("error" in run.record) == bool(error)
+
+
+def test_runs_are_ordered_by_their_end_wherever_the_machine_goes(config, tmp_path, monkeypatch):
+    """Westwards the local time goes back, as it does in autumn."""
+    monkeypatch.chdir(tmp_path)
+    for name, zone in (("first", "Asia/Tokyo"), ("second", "America/New_York")):
+        with monkeypatch.context() as patch:
+            patch.setenv("TZ", zone)
+            time.tzset()
+            with Run(finetune_r1.RUNS / name).track_status(config, resume=False):
+                pass
+    time.tzset()
+    assert [run.folder.name for run in Run.all("stopped")] == ["first", "second"]
 
 
 def test_a_folder_with_something_in_it_is_left_alone(config, tmp_path):

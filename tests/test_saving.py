@@ -1,6 +1,7 @@
 """Merged weights are base + adapter, load in plain transformers, and never lie beside an adapter."""
 
 import dataclasses
+import shlex
 import shutil
 import subprocess
 import sys
@@ -82,10 +83,26 @@ def test_the_modelfile_has_the_training_prompt_and_stops_where_the_model_does(ru
     finetune_r1.save(run=run)  # is still what was verified
 
 
-def test_the_line_for_vllm_names_base_and_adapter_or_the_merged_folder(run, merged, tiny_r1):
+@pytest.mark.parametrize("eos", ['</s>"', '"""', "</s>\nFROM other"])
+def test_an_end_of_text_token_that_ollama_would_read_otherwise_gets_no_modelfile(run, merged, tmp_path, eos):
+    """It ends a value at a quotation mark before a line's end, and has no escape for it."""
+    copy = shutil.copytree(run, tmp_path / "run", ignore=shutil.ignore_patterns("Modelfile"))
+    settings = copy / "merged" / "tokenizer_config.json"
+    finetune_r1.write_json(settings, finetune_r1.read_json(settings) | {"eos_token": eos})
+    saved = Run(copy).record["saved"]
+    Run(copy).update(saved=saved | {"files": finetune_r1.file_sizes(copy / "merged")})
+    with pytest.raises(UserError, match="--modelfile: Ollama can't stop at"):
+        finetune_r1.save(run=copy, modelfile=True)
+    assert not (copy / "merged" / "Modelfile").exists()
+
+
+def test_the_line_for_vllm_names_base_and_adapter_or_the_merged_folder(run, merged, tiny_r1, tmp_path):
     assert finetune_r1.save(run=run)["serve"] == f"vllm serve {merged} --max-model-len 768"
     adapter = finetune_r1.save(run=run, as_="adapter")["serve"]
     assert adapter.startswith(f"vllm serve {tiny_r1} --enable-lora --lora-modules tuned={run / 'adapter'}")
+    elsewhere = tmp_path / "my adapter"
+    adapter = finetune_r1.save(run=run, as_="adapter", output=elsewhere)["serve"]
+    assert f"tuned={elsewhere}" in shlex.split(adapter)
 
 
 def test_what_would_fill_the_disk_is_refused_before_it_starts_with_the_way_out(tmp_path):
