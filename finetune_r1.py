@@ -812,7 +812,8 @@ def read_records(config: DataConfig) -> Any:
     if path.is_file() and not reader:
         raise UserError(f"--dataset {path}: not one of {', '.join(READERS)}.", "convert it, or name another")
     if path.exists() or reader:
-        source: dict[str, Any] = {"path": reader, "data_files": str(path)} if reader else {"path": str(path)}
+        pattern = glob.escape(str(path.absolute()))
+        source: dict[str, Any] = {"path": reader, "data_files": pattern} if reader else {"path": str(path)}
         datasets.disable_progress_bars()
         logging.getLogger("datasets").setLevel(logging.CRITICAL if reader else logging.WARNING)
         try:
@@ -1021,20 +1022,17 @@ def download_model(name: str, weights: bool = True, revision: str | None = None)
         way_out = "choose one that has: .bin and .pt files are pickles, which can run code"
         raise UserError(f"--model {name} has no .safetensors weights.", way_out)
     if weights:
-        check_code(folder / "config.json")
+        check_code(folder)
     return folder
 
 
-def check_code(config: Path) -> None:
+def check_code(folder: Path) -> None:
     """Raises unless transformers has all the code that a model asks for: what comes with it is never run."""
-    try:
-        settings = read_json(config)
-    except ValueError as error:
-        raise UserError(f"{config} is damaged: {error}", "download the model anew") from error
+    settings = transformers.PreTrainedConfig.get_config_dict(folder)[0]
     names = ("model_type", "attn_implementation", "_attn_implementation")  # the latter may name the Hub's
     asked = [str(settings.get(name, "")) for name in names]
     if asked[0] not in transformers.CONFIG_MAPPING or "/" in "".join(asked):
-        fault = f"{config} asks for code that transformers lacks: {' '.join(asked)}"
+        fault = f"{folder / 'config.json'} asks for code that transformers lacks: {' '.join(asked)}"
         raise UserError(fault, "name another --model: the code that comes with one is not run")
 
 

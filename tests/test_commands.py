@@ -284,6 +284,66 @@ def test_the_next_step_is_typed_as_the_program_was_started(cli, program):
     assert f"next:  `{program} {SCRIPT} train --resume runs/a`" in done.err
 
 
+def test_through_a_link_from_another_folder_too(tmp_path):
+    """The line can be pasted, whatever the link is called."""
+    (tmp_path / "мой скрипт.py").symlink_to(SCRIPT)
+    command = [sys.executable, "мой скрипт.py", "train", "runs/a"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    assert "next:  `python 'мой скрипт.py' train --resume runs/a`" in done.stderr
+
+
+def test_every_command_works_where_paths_have_spaces_quotes_and_letters_of_any_script(
+    told, tiny_r1, tmp_path
+):
+    folder = tmp_path / "мои данные '我的' {x} [y]"
+    folder.mkdir()
+    (folder / "модель 模型").symlink_to(tiny_r1)
+    (folder / "строки 行.jsonl").symlink_to(SAMPLE)
+    rows = ["--model", "модель 模型", "--dataset", "строки 行.jsonl", "--split", "train[:8]"]
+    sizes = ["--max-seq-length", 768, "--max-steps", 1, "--effective-batch", 2, "--learning-rate", 1e-2]
+    short = ["--max-new-tokens", 2]
+    for line in (
+        ["format", *rows, "-o", "из них 行.jsonl"],
+        ["train", *rows, *sizes, *short, "--no-wandb", "--eval-rows", 2, "--run-dir", "runs/мой run"],
+        ["infer", "Why?", *short],
+        ["eval", "--answers", 1, *short],
+        ["save", "--modelfile"],
+        ["infer", "Why?", "--model", "runs/мой run/merged", *short],
+    ):
+        done = told([*line, "--json"], folder)
+        assert done.code == 0, done.err
+        told_next = json.loads(done.out).get("next", [])
+        for following in [told_next] if isinstance(told_next, str) else told_next:
+            assert {"из них 行.jsonl", "runs/мой run"} & set(shlex.split(following)), following
+    assert (folder / "runs" / "мой run" / "merged" / "Modelfile").exists()
+
+
+@pytest.mark.slow
+def test_without_a_home_and_a_folder_for_temporary_files(cli, tiny_r1, tmp_path):
+    gone = {name: str(tmp_path / "gone" / name) for name in ("HOME", "HF_HOME", "TMPDIR", "XDG_CACHE_HOME")}
+    rows = ["--model", tiny_r1, "--dataset", SAMPLE, "--split", "train[:8]", "--max-seq-length", 768]
+    done = cli("train", *rows, "--max-steps", 1, "--max-new-tokens", 2, "--no-wandb", **gone)
+    assert done.code == 0, done.err
+    assert cli("save", **gone).code == 0
+
+
+@pytest.mark.slow
+def test_of_two_trainings_that_begin_in_the_same_second_one_is_refused(tiny_r1, tmp_path):
+    """Both would be in runs/ under the same name, which is the time."""
+    (tmp_path / "runs.py").write_text(
+        f"import runpy, sys, time\ntime.strftime = lambda *_: 'now'\nsys.argv[0] = {str(SCRIPT)!r}\n"
+        f"runpy.run_path({str(SCRIPT)!r}, run_name='__main__')"
+    )
+    rows = ["--model", tiny_r1, "--dataset", SAMPLE, "--split", "train[:8]", "--max-seq-length", "768"]
+    command = [sys.executable, "runs.py", "train", *rows, "--max-steps", "1", "--no-wandb"]
+    two = [subprocess.Popen(command, cwd=tmp_path, stderr=subprocess.PIPE, text=True) for _ in range(2)]
+    errors = [process.communicate()[1] for process in two]
+    assert sorted(process.returncode for process in two) == [0, 1]
+    refused = errors[[process.returncode for process in two].index(1)]
+    assert "a run is in it" in refused or "another process" in refused
+    assert len(list((tmp_path / "runs").iterdir())) == 1
+
+
 @pytest.mark.parametrize("module", ["json", "no_such_module"])
 def test_garbage_is_collected_again_after_an_import(module):
     with contextlib.suppress(ModuleNotFoundError):

@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 
+import filelock
 import pytest
 from conftest import SAMPLE, SCRIPT
 from safetensors.torch import load_file
@@ -399,6 +400,42 @@ def test_answers_of_an_adapter_that_was_trained_on_are_not_mixed_with_those_of_b
     asked.extend([0] * 10)
     ask("parts.jsonl", stopped.folder)
     assert asked[-2:] == [16, 4], "all anew"
+
+
+def test_of_two_commands_that_would_write_one_file_the_later_is_refused_before_it_answers(
+    undisturbed, ask, questions, tmp_path, monkeypatch
+):
+    """Their answers differ, as one may write longer ones."""
+    generate, refused = finetune_r1.LoadedModel.generate, []
+    longer = {"run": undisturbed.folder, "file": questions, "output": tmp_path / "one.jsonl", "as_json": True}
+
+    def meanwhile(loaded, questions, *rest):
+        monkeypatch.setattr(finetune_r1.LoadedModel, "generate", generate)
+        with pytest.raises(filelock.Timeout) as caught:
+            finetune_r1.infer(GenerationConfig(max_new_tokens=8), **longer)
+        refused.append(finetune_r1.advice(caught.value))
+        return generate(loaded, questions, *rest)
+
+    monkeypatch.setattr(finetune_r1.LoadedModel, "generate", meanwhile)
+    ask("one.jsonl", undisturbed.folder)
+    assert "another process is at work" in refused[0]
+
+
+def test_answers_are_not_written_over_those_of_a_command_that_ended_while_the_model_was_loaded(
+    undisturbed, ask, tmp_path, monkeypatch
+):
+    load = finetune_r1.LoadedModel.load_run
+
+    def load_meanwhile(*arguments):
+        (tmp_path / "one.jsonl").write_text("theirs")
+        return load(*arguments)
+
+    monkeypatch.setattr(finetune_r1.LoadedModel, "load_run", load_meanwhile)
+    with pytest.raises(UserError, match="it is there already"):
+        ask("one.jsonl", undisturbed.folder)
+    assert {path.name: path.read_text() for path in tmp_path.iterdir() if path.suffix == ".jsonl"} == {
+        "one.jsonl": "theirs"
+    }
 
 
 def test_a_save_killed_before_or_after_its_weights_have_their_name_can_be_repeated(
