@@ -1567,7 +1567,7 @@ class HubCheckpoints:
     """
 
     def __init__(self, run: Run, repo: str):
-        self.run, self.repo, self.failed = run, repo, False
+        self.run, self.repo, self.failed, self.sent = run, repo, False, ""
         self.pool = ThreadPool(1)  # its thread ends with the process
         self.sending: Any = None
 
@@ -1587,7 +1587,7 @@ class HubCheckpoints:
         record = self.run.record
         del record["command"]
         write_json(folder / "run.json", record)
-        self.sending = self.pool.apply_async(self.upload, [folder])
+        self.sent, self.sending = checkpoint.name, self.pool.apply_async(self.upload, [folder])
 
     def upload(self, folder: Path) -> None:
         """Replaces what the repository holds; runs in the thread."""
@@ -1609,6 +1609,9 @@ class HubCheckpoints:
         if self.sending and not finished:
             log(f"sending the checkpoint to {self.repo}")
             self.sending.wait(HUB_SECONDS)
+            if self.sent != self.run.checkpoints[-1].name:
+                self.send()
+                self.sending.wait(HUB_SECONDS)
             if self.sending.ready() and not self.failed:
                 log(f"on any machine, continue with `train --resume hub:{self.repo}`")
         elif self.sending and not keep:
@@ -2890,7 +2893,8 @@ def train(
     if "warmup_steps" not in given:
         config = dataclasses.replace(config, warmup_steps=min(config.warmup_steps, config.max_steps // 2))
     if resume:
-        run = run_from_hub(str(run)) if str(run).startswith("hub:") and RANK == 0 else run
+        if str(run).startswith("hub:"):
+            run = broadcast(None if RANK else run_from_hub(str(run)))
         unfinished = Run.all(*UNFINISHED)
         if not run and not unfinished:
             raise UserError(f"--resume: no run under {RUNS}/ is unfinished.", "`train` without it")

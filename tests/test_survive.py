@@ -488,6 +488,7 @@ def test_on_the_command_line_a_stopped_run_goes_on_and_ends_in_order_when_its_ti
 # ------------------------------------------------------------------------- a machine that is gone for good
 
 REPO, TOKEN = "alice/kept", "hf_writetoken"
+SEND = finetune_r1.HubCheckpoints.send
 
 
 @pytest.fixture
@@ -496,10 +497,9 @@ def hub(monkeypatch):
     from huggingface_hub import constants, hf_api
 
     def wait(keeper):
-        send(keeper)
+        SEND(keeper)
         keeper.sending.get()
 
-    send = finetune_r1.HubCheckpoints.send
     monkeypatch.setattr(finetune_r1.HubCheckpoints, "send", wait)
     monkeypatch.setenv("HF_TOKEN", TOKEN)
     finetune_r1.use_hub_token.cache_clear()
@@ -531,6 +531,26 @@ def test_what_the_hub_keeps_is_resumed_on_another_machine_bit_for_bit(
     assert not [name for name in repo.files if "checkpoint-" in name], "it is of no use any more"
     again = told(["train", "--resume", f"hub:{REPO}"])
     assert again.code == 1 and "`python finetune_r1.py train --resume runs/alice--kept`" in again.err
+
+
+def test_a_run_that_is_stopped_waits_until_its_last_checkpoint_is_there(config, hub, tmp_path, monkeypatch):
+    """Though the one before is still on its way."""
+    import trl
+
+    def stopped(trainer, *arguments):
+        if trainer.state.global_step == 1:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return training_step(trainer, *arguments)
+
+    training_step = trl.SFTTrainer.training_step
+    monkeypatch.setattr(trl.SFTTrainer, "training_step", stopped)
+    monkeypatch.setattr(finetune_r1.HubCheckpoints, "send", SEND)
+    hub.faults.append(Fault("*", "/preupload/", delay=3))
+    run = Run(tmp_path / "run")
+    with pytest.raises(KeyboardInterrupt):
+        finetune_r1.train_run(dataclasses.replace(config, hub_checkpoints=REPO, save_steps=1), run)
+    steps = {re.search(r"checkpoint-\d+", name)[0] for name in hub.repos["model", REPO].files if "/c" in name}
+    assert run.last_step == 2 and steps == {"checkpoint-2"}
 
 
 def test_a_hub_that_takes_no_checkpoint_is_told_once_and_stops_nothing(config, hub, tmp_path, capsys):
