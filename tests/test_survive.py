@@ -538,11 +538,11 @@ def test_a_run_that_is_stopped_waits_until_its_last_checkpoint_is_there(config, 
     import trl
 
     def stopped(trainer, *arguments):
-        if trainer.state.global_step == 1:
-            os.kill(os.getpid(), signal.SIGTERM)
+        if trainer.state.global_step == 1 and not signals:
+            signals.append(os.kill(os.getpid(), signal.SIGTERM))
         return training_step(trainer, *arguments)
 
-    training_step = trl.SFTTrainer.training_step
+    training_step, signals = trl.SFTTrainer.training_step, []
     monkeypatch.setattr(trl.SFTTrainer, "training_step", stopped)
     monkeypatch.setattr(finetune_r1.HubCheckpoints, "send", SEND)
     hub.faults.append(Fault("*", "/preupload/", delay=3))
