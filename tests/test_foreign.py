@@ -7,11 +7,13 @@ nothing renders one.
 
 import shutil
 
+import published
 import pytest
 from conftest import SAMPLE
+from servers.hub import HubServer
 from terminal import typed
 
-from finetune_r1 import Run, read_json, write_json
+from finetune_r1 import LoadedModel, Run, TrainConfig, UserError, read_json, write_json
 
 TRAIN = ["--dataset", SAMPLE, "--split", "train[:4]", "--max-seq-length", 1024, "--max-steps", 1]
 TRAIN += ["--effective-batch", 2, "--max-new-tokens", 2, "--no-wandb", "--no-load-in-4bit"]
@@ -92,6 +94,21 @@ def test_on_a_terminal_nobody_is_asked(tiny_r1, tiny_run, tmp_path):
     code, shown = typed(tmp_path, ["save", "--run", str(run.folder)])
     assert code == 1 and "[y/N]" not in shown and "config.json asks for code" in shown
     assert not (tmp_path / "canary").exists()
+
+
+def test_a_repository_that_names_another_base_beside_its_weights_is_refused(unsloth, tiny_r1, monkeypatch):
+    """Unsloth would load what its adapter_config.json names."""
+    from huggingface_hub import constants, hf_api
+
+    with HubServer() as hub:
+        url = hub.url + "/{repo_id}/resolve/{revision}/{filename}"
+        monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", url)
+        monkeypatch.setattr(constants, "ENDPOINT", hub.url)
+        monkeypatch.setattr(hf_api.api, "endpoint", hub.url)
+        other = {"adapter_config.json": b'{"base_model_name_or_path": "eve/code", "peft_type": "LORA"}'}
+        hub.add_repo("model", "eve/mixed-1M", published.repo_files(tiny_r1) | other)
+        with pytest.raises(UserError, match="an adapter and merged weights"):
+            LoadedModel.load(TrainConfig(model="eve/mixed-1M", load_in_4bit=False))
 
 
 @pytest.mark.slow
