@@ -3150,7 +3150,7 @@ def eval_(config: EvalConfig, run: RunOption = None) -> dict[str, Any]:
         rows = rows.select(new)
     log(f"evaluating {found}")
     report = evaluate(LoadedModel.load_run(found), found, rows, choices, answers, config, name)
-    log(f"written: {found / name}.json, .png, and the model card", "")
+    log(f"wrote {found / name}.json and .png, and the model card", "")
     return {"run": str(found), **report}
 
 
