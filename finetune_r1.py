@@ -2034,6 +2034,8 @@ def draw_measures(summary: dict[str, Any], path: Path) -> None:
         panel.errorbar(place, group["tuned"], yerr=interval, fmt="none", ecolor="0.6", capsize=3)
         panel.set_xticks(places, map(prompts.axis_label, group.index), fontsize=9)
         panel.set_ylabel(label)
+        if label == "share of answers":
+            panel.set_ylim(0, 1.1)
     axes[0][0].legend(fontsize=9)
     axes[0][0].set_xlabel("(in brackets: what is better)", fontsize=9)
     figure.suptitle(f"{summary['rows']} rows: {summary['verdict']}", fontsize=10)
