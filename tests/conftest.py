@@ -50,6 +50,7 @@ from published import BOS, EOS, PAD  # noqa: E402, F401
 
 # A shell's background job ignores Ctrl-C and so would its children; the tests send it to theirs.
 signal.signal(signal.SIGINT, signal.default_int_handler)
+signal.signal(signal.SIGHUP, signal.SIG_DFL)  # which `nohup` ignores
 
 SCRIPT = Path(__file__).parents[1] / "finetune_r1.py"
 SAMPLE = SCRIPT.parent / "data" / "medical_sample.jsonl"

@@ -16,7 +16,8 @@ def run(name, *options):
     return done.stdout
 
 
-@pytest.mark.parametrize("decoding", [[], pytest.param(["--new-tokens", "8"], marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("decoding", [[], ["--new-tokens", "8"]])
 def test_speed_of_training_and_decoding(decoding):
     said = run("speed.py", "--small", "--variants", "recipe", *decoding)
     *lines, last = said.splitlines()

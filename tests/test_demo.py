@@ -33,16 +33,8 @@ def test_everything_lies_where_the_design_says(demo):
 
 def test_it_goes_through_the_job_before_the_users_eyes(demo):
     lines = demo[2].err.splitlines()
-    for start in (
-        "settings ",
-        "rows ",
-        "plan ",
-        "step 00001/",
-        "BEFORE TRAINING",
-        "AFTER TRAINING",
-        "measure ",
-        "merging ",
-    ):
+    starts = ("settings", "rows ", "plan ", "step 00001/", "BEFORE TRAINING", "AFTER TRAINING", "measure ")
+    for start in (*starts, "merging "):
         assert [line for line in lines if line.startswith(start)], f"no line starts with {start!r}"
     assert BEFORE_AFTER["en"] in demo[2].err
 
