@@ -123,6 +123,7 @@ STALLED_SECONDS, READ_AGAIN_SECONDS, WANDB_SECONDS = 120, 3, 45
 WORKSPACE = 0.35 * GIB  # memory that the libraries hold
 MICRO_BATCH_TOKENS = 2000  # what a micro-batch costs beside its own tokens
 RECOMPUTE = 0.4  # what recomputing all activations costs, as a share of a step
+TEMPLATE_SECONDS = 5  # a chat template may take
 MERGE_MEMORY, MERGE_DISK = 4, 32  # GiB that merging the 8B takes
 FOUR_BIT = 0.52  # bytes of a weight, with its share of the tables
 EFFICIENCY = 0.5  # of the speed of a large product, which a step reaches
@@ -1075,7 +1076,29 @@ def load_tokenizer(folder: str | Path) -> Any:
     if settings.is_file() and read_json(settings).get("add_bos_token") and not has_bos(tokenizer):
         prepend_bos(tokenizer)  # R1-Distill-Qwen leaves that to the class that transformers 4 has for it
     check_round_trip(tokenizer, folder)
+    check_template(tokenizer, folder)
     return tokenizer
+
+
+def check_template(tokenizer: Any, folder: Path) -> None:
+    """Raises for a chat template that does not end within seconds, as Unsloth renders it on a GPU."""
+
+    def give_up(*_: Any) -> None:
+        raise UserError(f"the chat template of {folder} does not end.", "name another --model")
+
+    talk = [{"role": "user", "content": "Why?"}, {"role": "assistant", "content": "So."}]
+    before = signal.signal(signal.SIGALRM, give_up)
+    signal.alarm(TEMPLATE_SECONDS)
+    try:
+        for messages in (talk[:1], talk) if tokenizer.chat_template else ():
+            tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+    except UserError:
+        raise
+    except Exception as error:  # one that renders nothing is of no use to a chat, and no harm here
+        log(f"note: the chat template of {folder} fails: {error}")
+    finally:
+        signal.alarm(0)
+        signal.signal(signal.SIGALRM, before)
 
 
 def has_bos(tokenizer: Any) -> bool:
@@ -1242,13 +1265,15 @@ class LoadedModel:
         weights = weights_name(config)
         named = download_model(name, weights=False, revision=known.get(name))
         folder = download_model(weights, revision=known.get(weights))
+        tokenizer = load_tokenizer(named)
+        if folder != named:
+            check_template(transformers.PreTrainedTokenizerFast.from_pretrained(folder), folder)
         model, _ = fast_model.from_pretrained(
             model_name=str(folder), use_exact_model_name=True, max_seq_length=config.max_seq_length,
             dtype=getattr(torch, config.dtype, None), load_in_4bit=config.load_in_4bit, use_safetensors=True,
             trust_remote_code=False,
         )  # fmt: skip
         widen_tables(model)
-        tokenizer = load_tokenizer(named)
         model.config.pad_token_id = model.generation_config.pad_token_id = tokenizer.pad_token_id
 
         # Faster decoding: before the last layer Unsloth leaves gaps between rows, which torch reads slowly;
