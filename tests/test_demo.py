@@ -68,6 +68,7 @@ def test_infer_compare_and_file_answer_from_both_sides(demo, told):
     assert not any(a["tuned"]["stopped"] for a in answers)
 
 
+@pytest.mark.slow
 def test_eval_finds_the_same_held_out_loss_again(demo, told):
     before = read_json(demo[1] / "eval.json")["loss"]  # of the model as it was in memory after training
     done = told(["eval", "--answers", 0, "--json"], cwd=demo[0])
@@ -75,6 +76,7 @@ def test_eval_finds_the_same_held_out_loss_again(demo, told):
     assert json.loads(done.out)["loss"] == pytest.approx(before, abs=5e-3)
 
 
+@pytest.mark.slow
 def test_it_is_pushed_by_the_clients_default_way_and_names_no_folder_of_this_machine(demo, cli, home):
     """270 MB over Xet."""
     with HubServer(tokens={"hf_writetoken": ("alice", "write")}) as hub:

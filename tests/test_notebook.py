@@ -27,8 +27,7 @@ def test_the_lines_work_in_a_notebook_and_do_not_flood_it(cells, tiny_r1, tmp_pa
     """Its kernel names a matplotlib backend of its own, which this project's environment lacks."""
     options = f"--model {tiny_r1} --no-wandb --max-seq-length 768 --effective-batch 2 --max-new-tokens 3"
     train = f"train --max-steps 3 {options} --dataset {SAMPLE} --split train[:8] --run-dir runs/cell"
-    trained, asked, listed = cells(train, 'infer "Why?" --max-new-tokens 3', "runs")
+    trained, listed = cells(train, "runs")
     assert "step 00003/00003" in trained and "Traceback" not in trained
     assert (tmp_path / "runs" / "cell" / "loss.png").stat().st_size > 10_000
-    assert len(trained.splitlines()) < 80 and "3 tokens in" in asked
-    assert "cell finished" in listed
+    assert len(trained.splitlines()) < 80 and "cell finished" in listed
