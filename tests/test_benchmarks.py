@@ -27,6 +27,7 @@ def test_speed_of_training_and_decoding(decoding):
     assert said.count(" at once, up to 8 tokens: plain ") == (2 if decoding else 0)
 
 
+@pytest.mark.slow
 def test_nothing_is_lost_by_signals_at_random_moments(tiny_r1):
     said = run("survive.py", "kills", "soak", "--times", 3, "--only", "infer --file", "--model", tiny_r1)
     assert said.count("killed after") == 3 and said.count("lost: 0") == 2
