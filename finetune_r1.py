@@ -43,6 +43,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import textwrap
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -1213,6 +1214,13 @@ def head_size(shape: Any) -> int:
     return int(getattr(shape, "head_dim", None) or shape.hidden_size // shape.num_attention_heads)
 
 
+def without_weights(folder: Path) -> Any:
+    """A model as config.json describes it, with its buffers and without its weights."""
+    settings = transformers.AutoConfig.from_pretrained(folder, trust_remote_code=False)
+    with accelerate.init_empty_weights(include_buffers=False):
+        return transformers.AutoModelForCausalLM.from_config(settings, dtype=settings.dtype).eval()
+
+
 def widen_tables(model: Any) -> None:
     """Makes the tables of 4-bit weights float32, and says so where they were not.
 
@@ -1553,11 +1561,7 @@ def plan_text(plan: dict[str, Any]) -> str:
 
 def expect(config: TrainConfig, lengths: Sequence[int]) -> dict[str, Any]:
     """What a training on rows of `lengths` tokens would take, in memory, time and disk, without weights."""
-    folder = download_model(config.model, weights=False)
-    shape = transformers.AutoConfig.from_pretrained(folder, trust_remote_code=False)
-    with torch.device("meta"):
-        model = transformers.AutoModelForCausalLM.from_config(shape)
-    in_layers = 0
+    model, in_layers = without_weights(download_model(config.model, weights=False)), 0
     for module in model.modules():
         if isinstance(module, torch.nn.Linear) and module is not model.get_output_embeddings():
             in_layers += module.weight.numel()
@@ -1630,16 +1634,16 @@ class HubCheckpoints:
             self.failed = True
 
     def close(self, finished: bool, keep: bool) -> None:
-        """Waits for the last checkpoint of a run that is to be resumed; else there is none to keep."""
-        if self.sending and not finished:
+        """Waits for the last checkpoint if it is to be resumed or kept; else removes what is there."""
+        if self.sending and (keep or not finished):
             log(f"sending the checkpoint to {self.repo}")
             self.sending.wait(HUB_SECONDS)
             if self.sent != self.run.checkpoints[-1].name:
                 self.send()
                 self.sending.wait(HUB_SECONDS)
-            if self.sending.ready() and not self.failed:
+            if self.sending.ready() and not self.failed and not finished:
                 log(f"on any machine, continue with `train --resume hub:{self.repo}`")
-        elif self.sending and not keep:
+        elif self.sending:
             with contextlib.suppress(Exception):
                 self.sending.wait(30)
                 huggingface_hub.HfApi().delete_folder(HUB_FOLDER, self.repo)
@@ -2153,21 +2157,19 @@ def merged_weights(run: Run, output: Path | None = None) -> tuple[Path, dict[str
 
 
 def outline(folder: Path) -> tuple[Any, dict[str, Path]]:
-    """A model without its weights, as config.json describes it, and the file of each weight by its name.
+    """A model without its weights, and the file of each weight by its name.
 
     Raises unless the files hold what config.json asks for, and no more.
     """
-    settings = transformers.AutoConfig.from_pretrained(folder, trust_remote_code=False)
-    if getattr(settings, "quantization_config", None):
+    model = without_weights(folder)
+    if getattr(model.config, "quantization_config", None):
         raise UserError(f"{folder} is quantized: there are no 16-bit weights of it.", "`save --as adapter`")
-    with accelerate.init_empty_weights(include_buffers=False):
-        model = transformers.AutoModelForCausalLM.from_config(settings, dtype=settings.dtype).eval()
     files = {}
     for file in sorted(folder.glob("model*.safetensors")):
         with safetensors.safe_open(file, "pt") as tensors:
             files.update(dict.fromkeys(tensors.keys(), file))
     wanted = set(model.state_dict())
-    if settings.tie_word_embeddings and "lm_head.weight" not in files:
+    if model.config.tie_word_embeddings and "lm_head.weight" not in files:
         wanted.discard("lm_head.weight")  # it is the embedding
     wrong = wanted ^ files.keys()
     if wrong:
@@ -2653,7 +2655,7 @@ def command(
         parameters.append(inspect.Parameter(entry.name, keyword, default=entry.default, annotation=kind))
     everywhere = {
         "as_json": typer.Option("--json", help="Print the result as one JSON object."),
-        "quiet": typer.Option("--quiet", "-q", help="Print the result and errors alone."),
+        "quiet": typer.Option("--quiet", "-q", help="Print no settings and no progress of ours."),
         "verbose": typer.Option("--verbose", "-v", help="Print every setting, and what the libraries say."),
     }
     for extra, flag in everywhere.items():
@@ -2778,7 +2780,7 @@ def doctor(config: ModelConfig) -> dict[str, Any]:
     if free < 8:
         problems.append("too little free disk: the 8B in 4-bit takes 6 GiB and a run about 1")
     if shutil.which("nvidia-smi") and not gpus:
-        problems.append(f"the GPU's driver is too old for torch {torch.__version__} (`nvidia-smi` tells)")
+        problems.append(f"torch {torch.__version__} sees no GPU: the driver is too old, or torch is for CPUs")
     able = "no" if problems else "yes"
     merges = free > MERGE_DISK and memory > MERGE_MEMORY
     token, key = use_hub_token(), find_secret(WANDB_KEYS)
@@ -2965,12 +2967,12 @@ def run_from_hub(place: str) -> Path:
             f"--resume {place}: it was fetched before.", f"{Run(folder).resume_line}, or move it away"
         )
     use_hub_token()
-    with atomic_path(folder.with_suffix(".fetched")) as partial:
-        huggingface_hub.snapshot_download(repo, local_dir=partial, allow_patterns=f"{HUB_FOLDER}/*")
-        if not (partial / HUB_FOLDER / "run.json").exists():
+    RUNS.mkdir(exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=RUNS) as fetched:
+        huggingface_hub.snapshot_download(repo, local_dir=fetched, allow_patterns=f"{HUB_FOLDER}/*")
+        if not Path(fetched, HUB_FOLDER, "run.json").exists():
             raise UserError(f"--resume {place}: no run is kept there.", "check the name")
-        (partial / HUB_FOLDER).rename(folder)
-    remove(folder.with_suffix(".fetched"))
+        Path(fetched, HUB_FOLDER).rename(folder)
     return folder
 
 
@@ -3220,9 +3222,10 @@ def clean_runs(yes: bool) -> dict[str, Any]:
     """Removes checkpoints of finished runs and starts without a checkpoint, when told to; no adapter."""
     useless = []
     for run in Run.all():
-        if run.record["status"] == "finished":
-            useless += [(run, path) for path in (run / "checkpoints",) if path.exists()]
-        elif not run.last_step and not (run / "adapter").exists():
+        has_adapter, checkpoints = (run / "adapter").exists(), run / "checkpoints"
+        if run.record["status"] == "finished" and has_adapter and checkpoints.exists():
+            useless.append((run, checkpoints))
+        elif run.record["status"] != "finished" and not run.last_step and not has_adapter:
             useless.append((run, run.folder))
     size = sum(folder_size(path) for _, path in useless)
     for run, path in useless:

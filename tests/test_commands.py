@@ -412,7 +412,7 @@ def test_doctor_says_when_there_is_room_to_merge_and_when_the_driver_is_too_old(
     (folder / "nvidia-smi").write_text("#!/bin/sh\n")
     (folder / "nvidia-smi").chmod(0o755)
     monkeypatch.setenv("PATH", f"{folder}:{os.environ['PATH']}")
-    assert "driver is too old" in told(["doctor", "--model", "tiny"], cwd=folder).out
+    assert "the driver is too old" in told(["doctor", "--model", "tiny"], cwd=folder).out
 
 
 # --------------------------------------------------------------------------------- before anything is trained

@@ -422,6 +422,12 @@ def test_what_no_command_needs_can_go_and_an_adapter_never(several, told):
     assert len(list(several.glob("*/adapter/adapter_model.safetensors"))) == 2
 
 
+def test_the_checkpoints_of_a_run_without_its_adapter_stay(several, told):
+    shutil.rmtree(several / "20260301-141205-r16-s60" / "adapter")
+    told(["runs", "--clean", "--yes"])
+    assert Run(several / "20260301-141205-r16-s60").last_step == 7
+
+
 def test_a_run_that_is_at_work_is_not_cleaned(several, told):
     with Run(several / "failed").lock():
         done = told(["runs", "--clean", "--yes"])

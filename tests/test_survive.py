@@ -553,6 +553,15 @@ def test_a_run_that_is_stopped_waits_until_its_last_checkpoint_is_there(config, 
     assert run.last_step == 2 and set(re.findall(r"checkpoint-\d+", names)) == {"checkpoint-2"}
 
 
+def test_the_last_checkpoint_is_kept_if_asked(config, hub, tmp_path, monkeypatch):
+    """Though the Hub is slow and the training done."""
+    monkeypatch.setattr(finetune_r1.HubCheckpoints, "send", SEND)
+    hub.faults.append(Fault("*", "/preupload/", delay=3))
+    settings = dataclasses.replace(config, max_steps=2, save_steps=2, hub_checkpoints=REPO)
+    finetune_r1.train_run(dataclasses.replace(settings, keep_hub_checkpoints=True), Run(tmp_path / "run"))
+    assert [name for name in hub.repos["model", REPO].files if "checkpoint-2/optimizer" in name]
+
+
 def test_a_hub_that_takes_no_checkpoint_is_told_once_and_stops_nothing(config, hub, tmp_path, capsys):
     hub.faults.append(Fault("POST", "", status=503, times=math.inf))
     run = Run(tmp_path / "run")

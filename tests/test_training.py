@@ -306,3 +306,12 @@ def test_w_and_b_is_left_alone_without_a_key(config, tmp_path):
     with finetune_r1.track_in_wandb(dataclasses.replace(config, wandb=True), Run(tmp_path)) as tracked:
         assert not tracked
     assert not list(tmp_path.iterdir())
+
+
+def test_steps_that_fp16_skipped_are_counted(config, tmp_path, monkeypatch, capsys):
+    """Only a GPU trains in fp16; what the Trainer then asks of Accelerate is asked here too."""
+    from accelerate.optimizer import AcceleratedOptimizer
+
+    monkeypatch.setattr(AcceleratedOptimizer, "step_was_skipped", property(lambda optimizer: True))
+    finetune_r1.train_run(dataclasses.replace(config, max_steps=2), Run(tmp_path / "run"))
+    assert "2 of the steps changed nothing" in capsys.readouterr().err
