@@ -200,6 +200,17 @@ def test_the_scale_of_rslora_is_pefts_too(run, tiny_r1, tmp_path):
     assert all(ours[name].equal(pefts[name]) for name in pefts)
 
 
+def test_what_old_versions_saved_beside_the_weights_does_not_stop_a_merge(run, tiny_r1, tmp_path):
+    import torch
+    from safetensors.torch import load_file, save_file
+
+    base, extra = shutil.copytree(tiny_r1, tmp_path / "base"), "model.layers.0.self_attn.rotary_emb.inv_freq"
+    file = sorted(base.glob("*.safetensors"))[0]
+    save_file({**load_file(file), extra: torch.ones(8)}, file, {"format": "pt"})
+    finetune_r1.merge(base, run / "adapter", tmp_path / "merged")
+    assert extra not in load_file(tmp_path / "merged" / "model.safetensors")
+
+
 def test_weights_of_an_adapter_that_find_no_place_are_not_left_out_in_silence(run, tiny_r1, tmp_path):
     with pytest.raises(UserError, match="do not fit"):
         finetune_r1.merge(tiny_r1, more_layers(run / "adapter", tmp_path), tmp_path / "merged")
