@@ -125,6 +125,8 @@ WORKSPACE = 0.35 * GIB  # memory that the libraries hold
 MICRO_BATCH_TOKENS = 2000  # what a micro-batch costs beside its own tokens
 RECOMPUTE = 0.4  # what recomputing all activations costs, as a share of a step
 TEMPLATE_SECONDS = 5  # a chat template may take
+CLOSING_TOKENS = 12  # that a closed thought ends in, at most
+VLLM_RANKS = (16, 32, 64, 128, 256, 512, 1024)  # of an adapter, that vLLM can be told to expect
 MERGE_MEMORY, MERGE_DISK = 4, 32  # GiB that merging the 8B takes
 FOUR_BIT = 0.52  # bytes of a weight, with its share of the tables
 EFFICIENCY = 0.5  # of the speed of a large product, which a step reaches
@@ -206,7 +208,15 @@ class GenerationConfig:
     """How answers are written."""
 
     max_new_tokens: int = option(1200, "Longest answer, thought included, in tokens.", min=1)
-    temperature: float = option(0.0, "0 always picks the likeliest token.", min=0.0, max=5.0)
+    temperature: float | None = option(
+        None, "0 always picks the likeliest token (default: the model's own).", min=0.0, max=5.0
+    )
+    top_p: float | None = option(
+        None, "Draw from the likeliest tokens of this share (default: the model's own).", min=0.01, max=1.0
+    )
+    think_budget: int | None = option(
+        None, "Close a thought after so many tokens, so that there is an answer.", min=1
+    )
     seed: int = SEED
 
 
@@ -264,9 +274,9 @@ HEADINGS = {
 }  # fmt: skip
 # What a resumed run may change; anything else would make it another training.
 RESUME_MAY_CHANGE = {
-    "max_time", "save_steps", "keep_checkpoints", "eval_steps", "logging_steps", "micro_batch", "temperature",
-    "gradient_checkpointing", "gpu_memory_gib", "max_new_tokens", "wandb", "wandb_project",
-    "hub_checkpoints", "keep_hub_checkpoints",
+    "max_time", "save_steps", "keep_checkpoints", "eval_steps", "logging_steps", "micro_batch",
+    "gradient_checkpointing", "gpu_memory_gib", "max_new_tokens", "temperature", "top_p", "think_budget",
+    "wandb", "wandb_project", "hub_checkpoints", "keep_hub_checkpoints",
 }  # fmt: skip
 # The demo's settings: small enough for minutes on two CPU cores, large enough to see the format learned.
 DEMO: dict[str, Any] = {
@@ -1122,11 +1132,14 @@ def check_round_trip(tokenizer: Any, folder: Path) -> None:
         raise UserError(fault, "nothing was trained or saved; use another --model, and report this one")
 
 
-def save_tokenizer(tokenizer: Any, folder: Path) -> None:
+def save_tokenizer(tokenizer: Any, folder: Path, lang: Lang | None = None) -> None:
     """Writes a tokenizer that transformers 4 and 5, Ollama and llama.cpp read alike, and reads it back.
 
-    transformers 5 alone writes a class that 4 does not know, and leaves out settings that Ollama reads.
+    transformers 5 alone writes a class that 4 does not know, and leaves out settings that Ollama reads. With
+    `lang` the chat template becomes the training prompt, so that every client asks as training did.
     """
+    if lang:
+        tokenizer.chat_template = prompts.build_chat_template(has_bos(tokenizer), lang)
     tokenizer.save_pretrained(folder)
     settings = read_json(folder / "tokenizer_config.json")
     for name in ("auto_map", "backend", "from_slow", "is_local", "local_files_only"):
@@ -1138,10 +1151,15 @@ def save_tokenizer(tokenizer: Any, folder: Path) -> None:
     write_json(folder / "tokenizer_config.json", settings)
     read_back = transformers.AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     check_round_trip(read_back, folder)
-    if read_back(ROUND_TRIP)["input_ids"] != tokenizer(ROUND_TRIP)["input_ids"]:
-        raise UserError(
-            f"the tokenizer in {folder} reads back differently.", "nothing was saved; please report it"
-        )
+    prompt = prompts.build_prompt(ROUND_TRIP, lang or "en")
+    expected = [tokenizer(prompt)["input_ids"]] * 2
+    found = [read_back(prompt)["input_ids"]] * 2
+    if lang:
+        chat = [{"role": "user", "content": ROUND_TRIP}]
+        found[1] = read_back.apply_chat_template(chat, add_generation_prompt=True)["input_ids"]
+    if found != expected:
+        fault = f"the tokenizer in {folder} reads back differently."
+        raise UserError(fault, "nothing was saved; please report it")
 
 
 def save_config(folder: Path) -> None:
@@ -1358,23 +1376,26 @@ class LoadedModel:
             if marker:
                 fault = f"a question contains {marker}, which the model takes for a control token."
                 raise UserError(fault, "leave it out")
+        if config.think_budget and config.think_budget + CLOSING_TOKENS >= config.max_new_tokens:
+            fault = (
+                f"--think-budget {config.think_budget}: --max-new-tokens has no room for an answer after it."
+            )
+            raise UserError(fault, f"set --max-new-tokens above {config.think_budget + CLOSING_TOKENS}")
         import_unsloth().for_inference(model)
+        # What is drawn is decided by `Sampler`, so that nothing is to be drawn here.
         sampling: dict[str, Any] = {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}
-        if config.temperature:
-            sampling = {"do_sample": True, "temperature": config.temperature}
         for number, positions in enumerate(self.plan_batches(questions, config)):
             texts = [prompts.build_prompt(questions[i], self.lang) for i in positions]
             batch = tokenizer(texts, return_tensors="pt", padding=True).to(model.device)
             started = time.perf_counter()
             ending = f"of {len(questions)} answers" + (f", batch {number + 1}" if number else "")
             counter = TokenCounter(f"{len(positions)} {ending}: token", config.max_new_tokens)
-            with torch.random.fork_rng([torch.cuda.current_device()] if torch.cuda.is_available() else []):
-                torch.manual_seed(config.seed)
-                output = model.generate(
-                    **batch, **sampling, streamer=streamer or counter, use_cache=True, max_length=None,
-                    max_new_tokens=config.max_new_tokens,
-                    eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id,
-                )  # fmt: skip
+            sampler = Sampler(self, [questions[i] for i in positions], batch["input_ids"].shape[1], config)
+            output = model.generate(
+                **batch, **sampling, logits_processor=[sampler], streamer=streamer or counter, use_cache=True,
+                max_length=None, max_new_tokens=config.max_new_tokens,
+                eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id,
+            )  # fmt: skip
             seconds = round(time.perf_counter() - started, 2)
             for i, ids in zip(positions, output[:, batch["input_ids"].shape[1] :].tolist(), strict=True):
                 stopped = tokenizer.eos_token_id in ids
@@ -1392,6 +1413,65 @@ class LoadedModel:
         tuned = self.generate(questions, config)
         pairs = zip(questions, base, tuned, strict=True)
         return [{"question": question, "base": before, "tuned": after} for question, before, after in pairs]
+
+
+def own_sampling(settings: dict[str, Any]) -> dict[str, float]:
+    """Temperature, 0 where nothing is drawn, and top_p of a generation_config.json, by those names."""
+    if not settings.get("do_sample"):
+        return {"temperature": 0.0}
+    return {"temperature": settings.get("temperature") or 1.0, "top_p": settings.get("top_p") or 1.0}
+
+
+class Sampler:
+    """Decides which token follows, as transformers calls a logits processor: the one with the highest score.
+
+    A question is drawn for with a seed of its own: its answer does not depend on what else is in the batch,
+    and base and tuned are drawn for alike. A temperature or top_p of None is that of the model.
+    """
+
+    def __init__(
+        self, loaded: LoadedModel, questions: Sequence[str], prompt_tokens: int, config: GenerationConfig
+    ):
+        own, self.tokenizer, self.prompt_tokens = (
+            loaded.model.generation_config,
+            loaded.tokenizer,
+            prompt_tokens,
+        )
+        sampling = own_sampling(own.to_dict())
+        self.temperature = sampling["temperature"] if config.temperature is None else config.temperature
+        self.nucleus = transformers.TopPLogitsWarper(config.top_p or sampling.get("top_p", 1.0))
+        device = loaded.model.device
+        self.generators = []
+        for question in questions:
+            digest = hashlib.sha256(f"{config.seed} {question}".encode()).digest()
+            self.generators.append(torch.Generator(device).manual_seed(int.from_bytes(digest[:7])))
+        self.budget = config.think_budget
+        self.closing = self.tokenizer(f"\n{prompts.THINK_CLOSE}\n", add_special_tokens=False)["input_ids"]
+        self.thinking = torch.full([len(questions)], bool(self.budget), device=device)
+
+    def __call__(self, ids: Any, scores: Any) -> Any:
+        """Scores of shape (rows, vocabulary), from logits of that shape and the tokens so far."""
+        if self.temperature:  # the highest p / noise is a draw from p, where the noise is exponential
+            scores = self.nucleus(ids, scores / self.temperature).softmax(-1)
+            for row, generator in zip(scores, self.generators, strict=True):
+                row /= torch.empty_like(row).exponential_(generator=generator)
+        if self.budget:
+            self.close_thoughts(ids[:, self.prompt_tokens :], scores, self.budget)
+        return scores
+
+    def close_thoughts(self, written: Any, scores: Any, budget: int) -> None:
+        """Lets no answer end within its thought; after `budget` tokens of it the closing tag is written."""
+        late = written.shape[1] - budget
+        if late <= 0:  # after that, the thoughts still open are those that are being closed
+            for row, text in enumerate(self.tokenizer.batch_decode(written[:, -CLOSING_TOKENS:])):
+                if prompts.THINK_CLOSE in text:
+                    self.thinking[row] = False
+            scores[self.thinking, self.tokenizer.eos_token_id] = -math.inf
+        if 0 <= late < len(self.closing):
+            scores[self.thinking] = -math.inf
+            scores[self.thinking, self.closing[late]] = 0.0
+        if late == len(self.closing):
+            scores[self.thinking, self.tokenizer.eos_token_id] = -math.inf
 
 
 class TokenCounter:
@@ -1927,7 +2007,7 @@ def train_run(config: TrainConfig, run: Run, resume: bool = False) -> tuple[Load
             return loaded, rows.held_out
         with atomic_path(run / "adapter") as partial:
             loaded.model.save_pretrained(partial)
-            save_tokenizer(loaded.tokenizer, partial)
+            save_tokenizer(loaded.tokenizer, partial, config.lang)
             remove(partial / "README.md")  # PEFT's empty form; the run has a card of its own
             run.update(adapter={path.name: file_hash(path) for path in partial.iterdir()})
             # What was made of an earlier state must not pass for what is made of this one.
@@ -2136,13 +2216,15 @@ def merged_weights(run: Run, output: Path | None = None) -> tuple[Path, dict[str
         # Merged, with everything that belongs to a model, and read back as a stranger would.
         merge(source, adapter, partial)
         settings = transformers.AutoConfig.from_pretrained(source, trust_remote_code=False)
-        generation = transformers.GenerationConfig.from_model_config(settings)
+        generation = transformers.GenerationConfig()  # its fields are None, but for the base's
         if (source / "generation_config.json").exists():
             generation = transformers.GenerationConfig.from_pretrained(source)
+        generation.max_length = None  # the published one's, of 131072, wins over nothing and warns of all
+        generation.bos_token_id, generation.eos_token_id = tokenizer.bos_token_id, tokenizer.eos_token_id
         for part in (settings, generation):
             part.pad_token_id = tokenizer.pad_token_id
             part.save_pretrained(partial)
-        save_tokenizer(tokenizer, partial)
+        save_tokenizer(tokenizer, partial, run.config.lang)
         save_config(partial)
         log("comparing the answers of base, base + adapter, and merged weights to fixed prompts")
         base_logits, tuned_logits = probe(source, tokenizer), probe(source, tokenizer, adapter)
@@ -2302,7 +2384,7 @@ def write_card(run: Run, repo: str = "OWNER/NAME") -> None:
     text = prompts.MODEL_CARD.format(
         metadata=metadata.to_yaml(), base=prompts.as_text(base), repo=repo, tokens=config.max_new_tokens,
         evaluation=reports or "Not evaluated yet.\n", sample=prompts.as_markdown(pair),
-        prompt=prompts.TEMPLATES[config.lang], numbers=json.dumps(numbers, indent=2),
+        numbers=json.dumps(numbers, indent=2),
     )  # fmt: skip
     write_text(run / "README.md", text)
 
@@ -3262,19 +3344,25 @@ def save(
     checked: dict[str, Any] = {}
     if as_ == "adapter":
         folder = output or adapter
-        served = shlex.join([sixteen_bit(config.model), "--enable-lora", "--lora-modules", f"tuned={folder}"])
+        served = [sixteen_bit(config.model), "--enable-lora", "--lora-modules", f"tuned={folder}"]
+        served += ["--max-lora-rank", str(min(rank for rank in VLLM_RANKS if rank >= config.lora_r))]
+        served += ["--chat-template", str(folder / "chat_template.jinja")]  # or it takes the base's
         if output:
             with atomic_path(output) as partial:
                 shutil.copytree(adapter, partial, symlinks=True)
     else:
         folder, checked = merged_weights(found, output)
-        served = shlex.quote(str(folder))
+        served = [str(folder)]
+    if tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json")).token_to_id(prompts.THINK_CLOSE):
+        served += ["--reasoning-parser", "deepseek_r1"]  # which takes the tags as one token each
     if modelfile:
         eos = read_json(folder / "tokenizer_config.json")["eos_token"]
         if re.search('["\\r\\n]', eos):
             raise UserError(f"--modelfile: Ollama can't stop at {eos!r}.", "leave the option out")
-        write_text(folder / "Modelfile", prompts.build_modelfile(eos, config.max_seq_length, config.lang))
-    serve = f"vllm serve {served} --max-model-len {config.max_seq_length}"
+        sampling = own_sampling(read_json(folder / "generation_config.json"))
+        text = prompts.build_modelfile(eos, config.max_seq_length, sampling, config.lang)
+        write_text(folder / "Modelfile", text)
+    serve = f"vllm serve {shlex.join(served)} --max-model-len {config.max_seq_length}"
     return {"saved": str(folder), "as": as_, **checked, "serve": serve}
 
 

@@ -10,6 +10,7 @@ given, is decided here too, and what an answer is worth.
 """
 
 import functools
+import json
 import random
 import re
 import statistics
@@ -68,6 +69,45 @@ BEFORE_AFTER: dict[Lang, str] = {
 }
 
 
+# What clients render a conversation with (Jinja), so that they ask as training did. A system message joins
+# the instruction. Of earlier answers, the thoughts are left out, as DeepSeek's own template does it.
+CHAT_TEMPLATE = """\
+{%- set system = namespace(text='') -%}
+{%- for message in messages -%}
+    {%- if message['role'] == 'system' -%}
+        {%- set system.text = system.text + '\\n' + message['content'] | trim -%}
+    {%- endif -%}
+{%- endfor -%}
+{{- BOS + INSTRUCTION + system.text -}}
+{%- for message in messages -%}
+    {%- if message['role'] == 'user' -%}
+        {{- QUESTION + message['content'] | trim -}}
+    {%- elif message['role'] == 'assistant' -%}
+        {%- set parts = message['content'].split('</think>') -%}
+        {%- set thought = message['reasoning_content'] -%}
+        {%- if not thought -%}
+            {%- set thought = parts[0].split('<think>')[-1] if parts | length > 1 else '' -%}
+        {%- endif -%}
+        {{- RESPONSE -}}
+        {%- if loop.last -%}
+            {{- '<think>\\n' -}}
+            {%- generation -%}
+            {{- thought | trim + '\\n</think>\\n' + parts[-1] | trim + eos_token -}}
+            {%- endgeneration -%}
+        {%- else -%}
+            {%- generation -%}
+            {{- parts[-1] | trim + eos_token -}}
+            {%- endgeneration -%}
+        {%- endif -%}
+    {%- elif message['role'] != 'system' -%}
+        {{- raise_exception('This model knows the roles system, user and assistant.') -}}
+    {%- endif -%}
+{%- endfor -%}
+{%- if add_generation_prompt -%}
+    {{- RESPONSE + '<think>\\n' -}}
+{%- endif -%}
+"""
+
 # Filled in by `write_card`: the README.md of a run and of a repository.
 MODEL_CARD = """---
 {metadata}
@@ -80,21 +120,20 @@ MODEL_CARD = """---
 {sample}
 ## Use
 
-Merged 16-bit weights are at the root; the LoRA adapter alone is in `adapter/`. The model goes on after the
-prompt below, which ends in `<think>`; its answer follows `</think>`.
+Merged 16-bit weights are at the root; the LoRA adapter alone is in `adapter/`. The chat template is the
+prompt that the model was trained on, so ask it by chat messages. It thinks first; its answer follows
+`</think>`.
 
 ```python
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import pipeline
 
-model = AutoModelForCausalLM.from_pretrained("{repo}", dtype="auto", device_map="auto")
-tokenizer = AutoTokenizer.from_pretrained("{repo}")
-# The adapter alone: PeftModel.from_pretrained(base_model, "{repo}", subfolder="adapter")
-
-prompt = '''{prompt}'''
-text = prompt.replace("{{question}}", "What widens the anion gap?")
-batch = tokenizer(text, return_tensors="pt").to(model.device)
-print(tokenizer.decode(model.generate(**batch, max_new_tokens={tokens})[0]))
+chat = pipeline("text-generation", "{repo}", dtype="auto", device_map="auto")
+messages = [{{"role": "user", "content": "What widens the anion gap?"}}]
+print(chat(messages, max_new_tokens={tokens})[0]["generated_text"][-1]["content"])
 ```
+
+The adapter on its base: `PeftModel.from_pretrained(base_model, "{repo}", subfolder="adapter")`, with the
+tokenizer of `adapter/`.
 
 ## Limits
 
@@ -152,6 +191,18 @@ def build_lead(question: str, thought: str, lang: Lang = "en") -> str:
 def build_example(question: str, thought: str, answer: str, eos: str, lang: Lang = "en") -> str:
     """One training row; it starts with `build_prompt(question)`, as text and as tokens."""
     return f"{build_lead(question, thought, lang)}{answer.strip()}{eos}"
+
+
+def build_chat_template(has_bos: bool, lang: Lang = "en") -> str:
+    """`CHAT_TEMPLATE` with the training prompt's parts; `has_bos` says whether a text begins with BOS."""
+    head, tail = TEMPLATES[lang].split("{question}")
+    instruction, mark, question = head.rpartition("\n\n### ")
+    parts = {"INSTRUCTION": instruction, "QUESTION": mark + question}
+    parts["RESPONSE"] = tail.removesuffix(f"{THINK_OPEN}\n")
+    text = CHAT_TEMPLATE.replace("BOS", "bos_token" if has_bos else "''")
+    for name, part in parts.items():
+        text = text.replace(name, json.dumps(part, ensure_ascii=False))
+    return text
 
 
 def split_response(text: str) -> Response:
@@ -324,10 +375,13 @@ def guess_columns(columns: dict[str, list[Any]]) -> list[str] | None:
     return guess if all(guess) else None
 
 
-def build_modelfile(eos: str, context: int, lang: Lang = "en") -> str:
+def build_modelfile(eos: str, context: int, sampling: dict[str, float], lang: Lang = "en") -> str:
     """An Ollama Modelfile for the folder it lies in: training prompt, stop at `eos`, `context` in tokens."""
     template = TEMPLATES[lang].replace("{question}", "{{ .Prompt }}")
-    return f'FROM .\nTEMPLATE """{template}"""\nPARAMETER stop "{eos}"\nPARAMETER num_ctx {context}\n'
+    text = f'FROM .\nTEMPLATE """{template}"""\nPARAMETER stop "{eos}"\nPARAMETER num_ctx {context}\n'
+    for name, value in sampling.items():
+        text += f"PARAMETER {name} {value:g}\n"
+    return text
 
 
 def measure(answer: dict[str, Any]) -> dict[str, float]:

@@ -15,7 +15,7 @@ from terminal import typed
 
 import finetune_r1
 import prompts
-from finetune_r1 import LoadedModel, Run, TrainConfig, UserError
+from finetune_r1 import GenerationConfig, LoadedModel, Run, TrainConfig, UserError
 
 
 @pytest.fixture(scope="module")
@@ -78,6 +78,66 @@ def test_answers_come_in_the_order_of_their_questions_however_they_are_batched(l
     for question, answer in zip(questions, together, strict=True):
         [alone] = loaded.generate([question], config)
         assert alone | {"seconds": 0} == answer | {"seconds": 0}
+
+
+# ------------------------------------------------------------------------------------------ how it is drawn
+
+
+def texts(loaded, config, questions=("Why?", "What helps?"), **changed):
+    """What was answered, thought and answer, with the settings `changed`."""
+    answers = loaded.generate(list(questions), dataclasses.replace(config, **changed))
+    return [(answer["thought"], answer["answer"]) for answer in answers]
+
+
+def test_a_model_is_sampled_by_its_own_settings_unless_told_otherwise(loaded, config):
+    own = texts(loaded, config)
+    assert own == texts(loaded, config, temperature=0.6, top_p=0.95)
+    assert own not in (texts(loaded, config, temperature=0), texts(loaded, config, temperature=1.5))
+
+
+def test_the_same_seed_gives_the_same_answer_and_another_seed_another(loaded, config):
+    assert texts(loaded, config, seed=1) == texts(loaded, config, seed=1) != texts(loaded, config, seed=2)
+
+
+def test_a_token_is_drawn_as_often_as_it_is_likely_and_none_outside_top_p(loaded):
+    import torch
+
+    shares, draws = torch.tensor([0.4, 0.3, 0.2, 0.1]), 4000
+    config = GenerationConfig(temperature=0.5, top_p=0.85)
+    sampler = finetune_r1.Sampler(loaded, [f"question {n}" for n in range(draws)], 0, config)
+    drawn = sampler(None, shares.log().repeat(draws, 1)).argmax(-1)
+    expected = shares.square() / shares.square().sum()  # by temperature 0.5; the first two make up 0.83 of it
+    expected[3] = 0
+    counted = torch.bincount(drawn, minlength=4) / draws
+    assert counted.sub(expected / expected.sum()).abs().max() < 0.03 and counted[3] == 0
+
+
+@pytest.mark.parametrize("temperature", [0, 1.5])
+def test_a_thought_is_closed_after_its_budget_and_an_answer_follows(loaded, config, temperature):
+    budget = {"think_budget": 5, "max_new_tokens": 24, "temperature": temperature}
+    questions = [f"Why {n}?" for n in range(8)]
+    answers = loaded.generate(questions, dataclasses.replace(config, **budget))
+    for question, answer in zip(questions, answers, strict=True):
+        assert answer["closed"] and answer["answer"] and question == answer["question"]
+    [alone] = loaded.generate(questions[3:4], dataclasses.replace(config, **budget))
+    assert (alone["thought"], alone["answer"]) == (answers[3]["thought"], answers[3]["answer"])
+
+
+def test_no_answer_ends_within_its_thought_and_a_closed_one_is_let_be(loaded):
+    import torch
+
+    tokenizer = loaded.tokenizer
+    sampler = finetune_r1.Sampler(loaded, ["a", "b"], 0, GenerationConfig(temperature=0, think_budget=9))
+    ids = tokenizer(["so so so so so so so", "so </think>\nso so"], add_special_tokens=False, padding=True)
+    scores = torch.zeros(2, len(tokenizer))
+    scores[:, tokenizer.eos_token_id] = 1.0  # both want to end
+    first, second = sampler(torch.tensor(ids["input_ids"]), scores).argmax(-1).tolist()
+    assert first != tokenizer.eos_token_id and second == tokenizer.eos_token_id
+
+
+def test_a_budget_that_leaves_no_room_for_an_answer_is_refused(loaded, config):
+    with pytest.raises(UserError, match="--think-budget 20: --max-new-tokens has no room"):
+        texts(loaded, config, think_budget=20, max_new_tokens=30)
 
 
 @pytest.mark.parametrize(("answers", "at_once"), [(0, 1), (1, 1), (5, 4), (8, 8), (15, 8), (10_000, 16)])

@@ -70,6 +70,60 @@ def test_a_saved_tokenizer_is_the_same_to_plain_transformers_and_has_what_4_and_
     assert template is None or template == (tmp_path / "chat_template.jinja").read_text()
 
 
+# -------------------------------------------------------------------------------------------- chat template
+
+ASKED = [{"role": "user", "content": " Why {question}?\n"}]
+ANSWERED = {"role": "assistant", "reasoning_content": "Hm.\n", "content": " So. "}
+
+
+@pytest.fixture(params=["tiny_r1 en", "tiny_r1 zh", "tiny_deepseek zh", "tiny_qwen en", "smollm2 en"])
+def chat(tmp_path, request):
+    """A saved tokenizer as plain transformers reads it, and the language of its prompt."""
+    from transformers import AutoTokenizer
+
+    layout, lang = request.param.split()
+    finetune_r1.save_tokenizer(finetune_r1.load_tokenizer(request.getfixturevalue(layout)), tmp_path, lang)
+    return AutoTokenizer.from_pretrained(tmp_path), lang
+
+
+def test_a_question_in_a_chat_is_the_prompt_of_training_token_by_token(chat):
+    tokenizer, lang = chat
+    asked = tokenizer.apply_chat_template(ASKED, add_generation_prompt=True)["input_ids"]
+    assert asked == tokenizer(prompts.build_prompt("Why {question}?", lang))["input_ids"]
+
+
+@pytest.mark.parametrize(
+    "answer", [ANSWERED, {"role": "assistant", "content": "<think>\nHm.\n</think>\nSo."}]
+)
+def test_an_answered_chat_is_a_row_of_training_and_marks_what_bears_loss(chat, answer):
+    tokenizer, lang = chat
+    said = tokenizer.apply_chat_template(
+        [*ASKED, answer], return_dict=True, return_assistant_tokens_mask=True
+    )
+    example = prompts.build_example("Why {question}?", "Hm.", "So.", tokenizer.eos_token, lang)
+    assert said["input_ids"] == tokenizer(example)["input_ids"]
+    marked = [token for token, mark in zip(said["input_ids"], said["assistant_masks"], strict=True) if mark]
+    assert tokenizer.decode(marked) == f"Hm.\n</think>\nSo.{tokenizer.eos_token}"
+
+
+def test_a_system_message_joins_the_instruction_and_earlier_thoughts_are_left_out(tiny_r1):
+    tokenizer = finetune_r1.load_tokenizer(tiny_r1)
+    tokenizer.chat_template = prompts.build_chat_template(has_bos=True)
+    talk = [{"role": "system", "content": "Be brief."}, *ASKED, ANSWERED, {"role": "user", "content": "And?"}]
+    text = tokenizer.apply_chat_template(talk, tokenize=False, add_generation_prompt=True)
+    first = prompts.build_prompt("Why {question}?").removesuffix("<think>\n")
+    first = first.replace("medical question. \n", "medical question. \nBe brief.\n")
+    assert text == f"{BOS}{first}So.{EOS}\n\n### Question:\nAnd?\n\n### Response:\n<think>\n"
+    with pytest.raises(Exception, match="system, user and assistant"):
+        tokenizer.apply_chat_template([*ASKED, {"role": "tool", "content": "4"}], tokenize=False)
+
+
+def test_a_template_that_a_stranger_renders_otherwise_is_not_saved(tiny_r1, tmp_path, monkeypatch):
+    monkeypatch.setattr(prompts, "CHAT_TEMPLATE", prompts.CHAT_TEMPLATE.replace("BOS + ", ""))
+    with pytest.raises(UserError, match="reads back differently"):
+        finetune_r1.save_tokenizer(finetune_r1.load_tokenizer(tiny_r1), tmp_path, "en")
+
+
 def without_eos(folder):
     settings = read_json(folder / "tokenizer_config.json")
     del settings["eos_token"]
@@ -317,6 +371,9 @@ def test_nothing_but_the_hub_is_asked_for_anything(lines):
 
 
 def test_what_was_pushed_loads_by_name_and_gives_texts_back(lines, hub, tmp_path):
+    """Also by the lines on its card, as they stand."""
+    [card] = [path.read_text() for path in lines[1].glob("runs/*/README.md")]
+    to_paste = card.split("```python\n")[1].split("```")[0]
     (tmp_path / "stranger.py").write_text(f"""
 from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -329,10 +386,12 @@ base = AutoModelForCausalLM.from_pretrained("{QWEN}")
 before = base(**batch).logits
 tuned = PeftModel.from_pretrained(base, "alice/DeepSeek-R1-Medical-COT", subfolder="adapter")(**batch).logits
 print(float((merged - tuned).norm() / (merged - before).norm()))
-""")
+{to_paste}""")
     done = typed("stranger.py", tmp_path, hub, HF_TOKEN="hf_writetoken")
     assert done.returncode == 0, done.stderr
-    assert float(done.stdout) < 0.9, "rounding, beside the effect of a very short training"
+    off, answer = done.stdout.split("\n", 1)
+    assert float(off) < 0.9, "rounding, beside the effect of a very short training"
+    assert answer.strip() and "What widens" not in answer and "DeepSeek-R1-Medical-COT" in to_paste
 
 
 def test_a_commit_on_the_hub_does_not_keep_a_run_from_going_on(lines, hub, tmp_path):

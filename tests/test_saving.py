@@ -58,6 +58,7 @@ def test_the_folder_is_whole_and_safe(merged, tiny_r1):
     assert not [name for name in names if name.startswith("adapter") or name.endswith((".bin", ".pt"))]
     tokenizer, generation = AutoTokenizer.from_pretrained(merged), GenerationConfig.from_pretrained(merged)
     assert tokenizer.eos_token_id == generation.eos_token_id != tokenizer.pad_token_id
+    assert (generation.temperature, generation.top_p, generation.max_length) == (0.6, 0.95, None)
     assert AutoModelForCausalLM.from_pretrained(merged, dtype="auto").dtype == torch.bfloat16
 
 
@@ -80,6 +81,7 @@ def test_the_modelfile_has_the_training_prompt_and_stops_where_the_model_does(ru
     template = text.split('TEMPLATE """')[1].split('"""')[0]
     assert template.replace("{{ .Prompt }}", "Why?") == prompts.build_prompt("Why?")
     assert f'PARAMETER stop "{EOS}"' in text and text.startswith("FROM .\n")
+    assert "PARAMETER temperature 0.6\nPARAMETER top_p 0.95\n" in text
     finetune_r1.save(run=run)  # is still what was verified
 
 
@@ -97,9 +99,12 @@ def test_an_end_of_text_token_that_ollama_would_read_otherwise_gets_no_modelfile
 
 
 def test_the_line_for_vllm_names_base_and_adapter_or_the_merged_folder(run, merged, tiny_r1, tmp_path):
-    assert finetune_r1.save(run=run)["serve"] == f"vllm serve {merged} --max-model-len 768"
+    ending = "--reasoning-parser deepseek_r1 --max-model-len 768"
+    assert finetune_r1.save(run=run)["serve"] == f"vllm serve {merged} {ending}"
     adapter = finetune_r1.save(run=run, as_="adapter")["serve"]
     assert adapter.startswith(f"vllm serve {tiny_r1} --enable-lora --lora-modules tuned={run / 'adapter'}")
+    template = run / "adapter" / "chat_template.jinja"
+    assert adapter.endswith(f"--max-lora-rank 16 --chat-template {template} {ending}") and template.exists()
     elsewhere = tmp_path / "my adapter"
     adapter = finetune_r1.save(run=run, as_="adapter", output=elsewhere)["serve"]
     assert f"tuned={elsewhere}" in shlex.split(adapter)
