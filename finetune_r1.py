@@ -156,8 +156,10 @@ def option(default: Any, help: str, *flags: str, **limits: Any) -> Any:
     return field(default=default, metadata={"flags": flags, "help": help, **limits})
 
 
-def duration(text: str) -> float:
-    """Reads a time such as 90m or 1h30m, in seconds."""
+def duration(text: str | float) -> float:
+    """Reads a time such as 90m or 1h30m, in seconds; a number, as config.json has it, is one already."""
+    if isinstance(text, float):
+        return text
     with contextlib.suppress(ValueError):
         seconds = float(pandas.Timedelta(text).total_seconds())
         if seconds >= 1:  # a number without unit would be nanoseconds
@@ -250,12 +252,14 @@ class TrainConfig(GenerationConfig, DataConfig):
     max_steps: int = option(60, "Optimizer steps.", min=1)
     epochs: float | None = option(None, "Instead of --max-steps: times to go over the rows.", min=0.01)
     warmup_steps: int = option(5, "Steps until the learning rate is reached.", min=0)
+    warmup_ratio: float | None = option(None, "Instead: their share of all steps.", min=0.0, max=0.5)
     learning_rate: float = option(2e-4, "Peak learning rate.", min=0.0, max=1.0)
     lr_scheduler_type: Schedule = option("linear", "How the learning rate falls.")
     optim: Optimizer = option("adamw_8bit", "Optimizer, by its name in transformers.", metavar="NAME")
     weight_decay: float = option(0.01, "Weight decay.", min=0.0, max=1.0)
     logging_steps: int = option(10, "Log the mean loss of this many steps.", min=1)
     eval_steps: int = option(20, "Measure the held-out loss every so many steps.", min=1)
+    keep_best: bool = option(False, "Keep the weights with the lowest held-out loss.", "--keep-best")
     save_steps: int | None = option(
         None, "Checkpoint every so many steps, as well as every 5 minutes.", min=1
     )
@@ -277,6 +281,15 @@ RESUME_MAY_CHANGE = {
     "max_time", "save_steps", "keep_checkpoints", "eval_steps", "logging_steps", "micro_batch",
     "gradient_checkpointing", "gpu_memory_gib", "max_new_tokens", "temperature", "top_p", "think_budget",
     "wandb", "wandb_project", "hub_checkpoints", "keep_hub_checkpoints",
+}  # fmt: skip
+# What `--recipe` names: other defaults than the published recipe's (where from: README.md).
+RECIPES: dict[str, dict[str, Any]] = {
+    "published": {},
+    "thorough": {
+        "split": "train", "eval_rows": 200, "loss_on": "response", "lora_r": 32, "lora_alpha": 32,
+        "effective_batch": 16, "epochs": 1.0, "lr_scheduler_type": "cosine", "warmup_ratio": 0.05,
+        "eval_steps": 100, "keep_best": True,
+    },
 }  # fmt: skip
 # The demo's settings: small enough for minutes on two CPU cores, large enough to see the format learned.
 DEMO: dict[str, Any] = {
@@ -306,6 +319,8 @@ def check_config(config: TrainConfig) -> None:
         problems.append(
             f"--hub-checkpoints {config.hub_checkpoints} has to be OWNER/NAME, with a token to write"
         )
+    if config.keep_best and not config.eval_rows:
+        problems.append("--keep-best compares held-out losses: it needs --eval-rows")
     if not all(map(str.strip, config.target_modules.split(","))):
         problems.append(f"--target-modules {config.target_modules!r} has an empty name")
     if problems:
@@ -691,6 +706,15 @@ class Run:
         """Removes what is left of checkpoints that were not written to their end."""
         for path in set((self / "checkpoints").glob("*")).difference(self.checkpoints):
             remove(path)
+
+    @property
+    def best_checkpoint(self) -> Path:
+        """With --keep-best the checkpoint with the lowest held-out loss, else the newest."""
+        newest = self.checkpoints[-1]
+        best = newest.with_name(
+            Path(read_json(newest / "trainer_state.json")["best_model_checkpoint"] or newest).name
+        )
+        return best if best.exists() else newest
 
     @property
     def last_step(self) -> int:
@@ -1552,7 +1576,7 @@ def adapter_parameters(model: Any, config: TrainConfig) -> int:
 def run_size(parameters: int, config: TrainConfig) -> int:
     """Bytes that a run's folder comes to: adapter, and checkpoints of adapter and optimizer."""
     checkpoint = parameters * (4 + (2 if "8bit" in config.optim else 8))
-    return checkpoint * (config.keep_checkpoints + 2)
+    return checkpoint * (config.keep_checkpoints + config.keep_best + 2)
 
 
 @functools.cache
@@ -1761,6 +1785,15 @@ class TrainingLog(LibraryClass):  # type: ignore[misc]
         control.should_training_stop |= signalled or late
         control.should_save = due or control.should_training_stop
         control.should_log |= control.should_save  # so that an interruption loses no loss
+        control.should_evaluate |= self.config.keep_best and step == state.max_steps
+
+    def on_evaluate(self, args: Any, state: Any, control: Any, metrics: Any = None, **_: Any) -> None:
+        if not self.config.keep_best or not state.global_step:
+            return
+        if metrics["eval_loss"] < (state.best_metric or math.inf):
+            state.best_metric = metrics["eval_loss"]
+            state.best_model_checkpoint = f"{args.output_dir}/checkpoint-{state.global_step}"
+            control.should_save = True
 
     def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         self.saved = time.monotonic()
@@ -1885,7 +1918,7 @@ def train_steps(
     Out of memory, it goes on from the last good step with half the rows at once, which changes no loss.
     """
     if run.last_step == config.max_steps:
-        weights = adapter_weights(loaded.model, run.checkpoints[-1])
+        weights = adapter_weights(loaded.model, run.best_checkpoint)
         peft.set_peft_model_state_dict(loaded.model, weights)
         return
     same = "max_steps warmup_steps learning_rate lr_scheduler_type optim weight_decay seed logging_steps"
@@ -1902,7 +1935,7 @@ def train_steps(
                 gradient_checkpointing=plan["kept_layers"] < plan["layers"],
                 bf16=precision(config) == "bfloat16", fp16=precision(config) == "float16",
                 report_to=["wandb"] if tracked else "none", logging_first_step=True, disable_tqdm=True,
-                save_strategy="no", save_total_limit=config.keep_checkpoints,
+                save_strategy="no", save_total_limit=config.keep_checkpoints + config.keep_best,
                 eval_strategy="steps" if config.eval_rows else "no", eval_steps=config.eval_steps,
                 eval_on_start=config.eval_rows > 0 and not run.checkpoints,
                 per_device_eval_batch_size=1, prediction_loss_only=True,  # in the memory there is
@@ -1939,6 +1972,11 @@ def train_steps(
         hub.close(run.last_step == config.max_steps, config.keep_hub_checkpoints)
     if stop:
         interrupt(stop[0])
+    broadcast()  # the first process has written the checkpoints
+    if config.keep_best:
+        best = run.best_checkpoint
+        log(f"the lowest held-out loss is that of {best.name}, so its weights are kept")
+        peft.set_peft_model_state_dict(loaded.model, adapter_weights(loaded.model, best))
 
 
 def train_run(config: TrainConfig, run: Run, resume: bool = False) -> tuple[LoadedModel, Any]:
@@ -2032,11 +2070,14 @@ def train_run(config: TrainConfig, run: Run, resume: bool = False) -> tuple[Load
 
 
 def with_steps(config: TrainConfig, rows: int) -> TrainConfig:
-    """The settings with the steps that `--epochs` over so many rows come to."""
-    if not config.epochs:
-        return config
-    steps = max(1, math.ceil(config.epochs * rows / config.effective_batch))
-    return dataclasses.replace(config, max_steps=steps, warmup_steps=min(config.warmup_steps, steps // 2))
+    """The settings with the steps that `--epochs` over so many rows and `--warmup-ratio` come to."""
+    steps, warmup = config.max_steps, config.warmup_steps
+    if config.epochs:
+        steps = max(1, math.ceil(config.epochs * rows / config.effective_batch))
+        warmup = min(warmup, steps // 2)
+    if config.warmup_ratio is not None:
+        warmup = round(config.warmup_ratio * steps)
+    return dataclasses.replace(config, max_steps=steps, warmup_steps=warmup)
 
 
 def draw_losses(run: Run) -> dict[str, float]:
@@ -2982,10 +3023,43 @@ def tokenized_rows(config: DataConfig) -> tuple[Rows, Any]:
     return prepare_rows(records, tokenizer, config), tokenizer
 
 
+def use_recipe(context: typer.Context, name: str) -> str:
+    """Makes the settings of a recipe the defaults of this command line."""
+    context.default_map = {**RECIPES[name], **(context.default_map or {})}
+    return name
+
+
+def use_settings(context: typer.Context, file: Path | None) -> Path | None:
+    """Makes the settings in a YAML or JSON file the defaults of this command line; they outdo a recipe's."""
+    if file:
+        try:
+            settings = yaml.safe_load(file.read_text(encoding="utf-8"))
+            settings = {str(name).replace("-", "_"): value for name, value in settings.items()}
+        except (OSError, ValueError, AttributeError, yaml.YAMLError) as error:
+            raise typer.BadParameter(f"{file} is no file of settings: {error}") from error
+        unknown = settings.keys() - {entry.name for entry in dataclasses.fields(TrainConfig)}
+        if unknown:
+            raise typer.BadParameter(f"{file} has no setting of `train`: {', '.join(sorted(unknown))}")
+        if "max_steps" in settings:
+            settings.setdefault("epochs", None)  # a recipe's would outdo it
+        context.default_map = {**(context.default_map or {}), **settings}
+    return file
+
+
 @command
 def train(
     config: TrainConfig,
     given: set[str],
+    recipe: Annotated[
+        Literal["published", "thorough"],
+        typer.Option(help="Defaults of the options below.", is_eager=True, callback=use_recipe),
+    ] = "published",
+    settings_file: Annotated[
+        Path | None,
+        typer.Option(
+            "--config", help="Settings, YAML or a run's config.json.", is_eager=True, callback=use_settings
+        ),
+    ] = None,
     run: Annotated[Path | None, typer.Argument(help="With --resume: this run (default: the newest).")] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on from a run's last checkpoint.")] = False,
     run_dir: RunDirOption = None,
@@ -2997,8 +3071,12 @@ def train(
             raise UserError(f"`{run}` isn't a run.", f"did you mean `train --max-steps {run}`?")
         way_out = f"{Run(run).resume_line}, or --run-dir for a new run"
         raise UserError(f"RUN {run} needs --resume.", way_out)
-    if config.epochs and "max_steps" in given:
+    if {"epochs", "max_steps"} <= given:
         raise UserError("--epochs and --max-steps both say how long to train.", "give one of them")
+    if "max_steps" in given:  # a recipe's or a file's --epochs give way
+        config = dataclasses.replace(config, epochs=None)
+    if resume and (settings_file or recipe != "published"):
+        raise UserError("--resume goes on with the run's own settings.", "leave --recipe and --config out")
     with contextlib.suppress(httpx.HTTPError, hub_errors.OfflineModeIsEnabled, UserError):
         secret = None if dry_run else use_hub_token()
         if secret and not hub_account(secret)["can_push"]:  # said now rather than after a long training

@@ -41,6 +41,60 @@ def test_the_defaults_are_the_recipes():
     assert recipe.items() <= dataclasses.asdict(TrainConfig()).items()
 
 
+# ------------------------------------------------------------------------------------- recipes and settings
+
+
+@pytest.fixture
+def settled(told, tmp_path, monkeypatch):
+    """The settings that a command line comes to; beside it lie two files of settings."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "mine.yaml").write_text("max-steps: 7\nlearning_rate: 1e-3\n")
+    run_of_an_hour = dataclasses.replace(TrainConfig(), lora_r=4, max_time=3600.0)
+    (tmp_path / "config.json").write_text(json.dumps(dataclasses.asdict(run_of_an_hour)))
+    found = []
+
+    def settle(line):
+        monkeypatch.setattr(finetune_r1, "train_run", lambda config, *_: found.append(config))
+        monkeypatch.setattr(Run, "record", {})
+        assert told(["train", *line.split()]).code == 0
+        return found[-1]
+
+    return settle
+
+
+def test_the_thorough_recipe_is_one_word_and_flags_outdo_it(settled):
+    thorough = settled("--recipe thorough")
+    assert (thorough.split, thorough.epochs, thorough.lora_r) == ("train", 1.0, 32)
+    assert thorough.keep_best and thorough.loss_on == "response" and thorough.learning_rate == 2e-4
+    mine = settled("--recipe thorough --max-steps 9 --lora-r 8")
+    assert (mine.epochs, mine.max_steps, mine.lora_r, mine.effective_batch) == (None, 9, 8, 16)
+
+
+def test_a_file_of_settings_outdoes_the_recipe_and_flags_outdo_the_file(settled):
+    for line in ("--recipe thorough --config mine.yaml", "--config mine.yaml --recipe thorough"):
+        mine = settled(f"{line} --learning-rate 5e-4")
+        assert (mine.epochs, mine.max_steps, mine.learning_rate, mine.lora_r) == (None, 7, 5e-4, 32)
+
+
+def test_a_runs_own_settings_are_such_a_file(settled):
+    assert settled("--config config.json") == dataclasses.replace(TrainConfig(), lora_r=4, max_time=3600.0)
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [("lora-rank: 4", "lora_rank"), ("- lora_r", "no file of settings"), ("lora_r: many", "--lora-r")],
+)
+def test_what_is_no_setting_is_named(told, tmp_path, text, said):
+    (tmp_path / "mine.yaml").write_text(text)
+    done = told(["train", "--config", str(tmp_path / "mine.yaml")])
+    assert done.code == 2 and said in done.err
+
+
+def test_warmup_can_be_a_share_of_the_steps():
+    config = TrainConfig(epochs=2, effective_batch=10, warmup_ratio=0.05)
+    assert finetune_r1.with_steps(config, rows=1000).warmup_steps == 10
+
+
 # --------------------------------------------------------------------------------------------------- the plan
 
 R1 = Memory(limit=140 * GIB, resident=6.2 * GIB, layers=32, token_in_layer=2 * (3 * 14336 + 3.3 * 4096))
@@ -315,3 +369,52 @@ def test_steps_that_fp16_skipped_are_counted(config, tmp_path, monkeypatch, caps
     monkeypatch.setattr(AcceleratedOptimizer, "step_was_skipped", property(lambda optimizer: True))
     finetune_r1.train_run(dataclasses.replace(config, max_steps=2), Run(tmp_path / "run"))
     assert "2 of the steps changed nothing" in capsys.readouterr().err
+
+
+# ------------------------------------------------------------------------------------------- the best is kept
+
+
+def test_the_weights_with_the_lowest_held_out_loss_are_kept_also_when_resumed(config, unsloth, tmp_path):
+    """Such a learning rate makes the second step a bad one."""
+    from safetensors.torch import load_file
+
+    rough = dataclasses.replace(
+        config, eval_rows=3, eval_steps=1, save_steps=1, keep_checkpoints=9, keep_best=True,
+        learning_rate=30.0, max_steps=2, lr_scheduler_type="constant",
+    )  # fmt: skip
+    finetune_r1.train_run(rough, Run(tmp_path / "run"))
+    held_out = {}
+    for line in read_jsonl(tmp_path / "run" / "metrics.jsonl"):
+        if "eval_loss" in line and line["step"]:
+            held_out[line["step"]] = line["eval_loss"]
+    best = min(held_out, key=held_out.get)
+    assert best == 1
+
+    def kept(run):
+        return load_file(run / "adapter" / "adapter_model.safetensors")
+
+    checkpoints = tmp_path / "run" / "checkpoints"
+    wanted = load_file(checkpoints / f"checkpoint-{best}" / "adapter_model.safetensors")
+    found = kept(tmp_path / "run")
+    assert all(found[name].equal(weight) for name, weight in wanted.items())
+
+    # Killed after its last step, it still knows which step was best.
+    shutil.copytree(tmp_path / "run", tmp_path / "again")
+    shutil.rmtree(tmp_path / "again" / "adapter")
+    finetune_r1.train_run(rough, Run(tmp_path / "again"), resume=True)
+    found = kept(tmp_path / "again")
+    assert all(found[name].equal(weight) for name, weight in wanted.items())
+
+
+def test_the_best_checkpoint_outlives_newer_ones(config, tmp_path):
+    rough = dataclasses.replace(
+        config, eval_rows=3, eval_steps=1, save_steps=1, keep_checkpoints=1, keep_best=True,
+        learning_rate=30.0, max_steps=2, lr_scheduler_type="constant",
+    )  # fmt: skip
+    finetune_r1.train_run(rough, Run(tmp_path / "run"))
+    assert Run(tmp_path / "run").best_checkpoint != Run(tmp_path / "run").checkpoints[-1]
+
+
+def test_without_held_out_rows_there_is_no_best(config, tmp_path):
+    with pytest.raises(UserError, match="--keep-best compares held-out losses"):
+        finetune_r1.train_run(dataclasses.replace(config, keep_best=True), Run(tmp_path / "run"))
