@@ -41,6 +41,7 @@ import runpy
 import shlex
 import shutil
 import signal
+import statistics
 import subprocess
 import sys
 import tempfile
@@ -126,6 +127,7 @@ MICRO_BATCH_TOKENS = 2000  # what a micro-batch costs beside its own tokens
 RECOMPUTE = 0.4  # what recomputing all activations costs, as a share of a step
 TEMPLATE_SECONDS = 5  # a chat template may take
 CLOSING_TOKENS = 12  # that a closed thought ends in, at most
+LOSS_TOKENS = 8192  # that go through the model at once where losses are measured, on a GPU
 VLLM_RANKS = (16, 32, 64, 128, 256, 512, 1024)  # of an adapter, that vLLM can be told to expect
 MERGE_MEMORY, MERGE_DISK = 4, 32  # GiB that merging the 8B takes
 FOUR_BIT = 0.52  # bytes of a weight, with its share of the tables
@@ -2110,25 +2112,52 @@ def row_losses(loaded: LoadedModel, rows: Any, label: str = "losses") -> dict[st
     Relevance is how much more the answer costs after the next row's question and thought than after its own.
     Where those are too long to stand before it, their beginning is left out: Unsloth would cut off its end.
     """
-    loaded.model.eval()
     prefixes = [prompts.build_lead(row["question"], row["thought"], loaded.lang) for row in rows]
     prefixes = loaded.tokenizer(prefixes)["input_ids"]
-    found: list[tuple[float, float, float]] = []
-    for number in progress(my_share(range(len(rows))), f"{label}: row"):
+    own, mismatched, answers = [], [], []
+    for number in my_share(range(len(rows))):
         row, prefix, other = rows[number], prefixes[number], prefixes[(number + 1) % len(rows)]
         answer = row["input_ids"][len(prefix) :]
         excess = max(0, len(other) + len(answer) - loaded.model.max_seq_length)
-        mismatched = other[:1] + other[1 + excess :]  # the first token is BOS
-        losses = []
-        for ids, start in ((row["input_ids"], row["prompt_tokens"]), (mismatched + answer, len(mismatched))):
-            tokens = torch.tensor([ids], device=loaded.model.device)
-            with torch.no_grad():
-                logits = loaded.model(input_ids=tokens).logits[0, start - 1 : -1].float()
-            losses.append(torch.nn.functional.cross_entropy(logits, tokens[0, start:], reduction="none"))
-        own = float(losses[0][-len(answer) :].mean())
-        found.append((float(losses[0].mean()), own, float(losses[1].mean()) - own))
+        lead = other[:1] + other[1 + excess :]  # the first token is BOS
+        own.append((row["input_ids"], row["prompt_tokens"]))
+        mismatched.append((lead + answer, len(lead)))
+        answers.append(len(answer))
+    losses = token_losses(loaded, [*own, *mismatched], label)
+    found = []
+    for all_of_it, elsewhere, length in zip(losses[: len(own)], losses[len(own) :], answers, strict=True):
+        answer_loss = statistics.fmean(all_of_it[-length:])
+        found.append((statistics.fmean(all_of_it), answer_loss, statistics.fmean(elsewhere) - answer_loss))
     loss, answer_loss, relevance = zip(*gather(found), strict=True)
     return {"loss": list(loss), "answer_loss": list(answer_loss), "relevance": list(relevance)}
+
+
+def token_losses(
+    loaded: LoadedModel, texts: Sequence[tuple[list[int], int]], label: str
+) -> list[list[float]]:
+    """Losses in nats of each text's tokens, from the one at the given place on.
+
+    Texts of like length go through the model together. Padding comes after them, where no token looks.
+    """
+    loaded.model.eval()
+    most = LOSS_TOKENS if torch.cuda.is_available() else LOSS_TOKENS // 4
+    batches: list[list[int]] = []
+    for number in sorted(range(len(texts)), key=lambda number: len(texts[number][0])):
+        if not batches or (len(batches[-1]) + 1) * len(texts[number][0]) > most:
+            batches.append([])
+        batches[-1].append(number)
+    losses: list[list[float]] = [[]] * len(texts)
+    for batch in progress(batches, f"{label}: batch"):
+        rows = [torch.tensor(texts[number][0]) for number in batch]
+        ids = torch.nn.utils.rnn.pad_sequence(rows, True, loaded.tokenizer.pad_token_id)
+        with torch.no_grad():
+            logits = loaded.model(input_ids=ids.to(loaded.model.device)).logits
+        for number, row, scores in zip(batch, rows, logits, strict=True):
+            start = texts[number][1]
+            of_row = scores[start - 1 : len(row) - 1].float()
+            targets = row[start:].to(of_row.device)
+            losses[number] = torch.nn.functional.cross_entropy(of_row, targets, reduction="none").tolist()
+    return losses
 
 
 def evaluate(
