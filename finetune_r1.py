@@ -951,6 +951,15 @@ def question_hash(question: str) -> str:
     return fingerprint(prompts.same_question(question))
 
 
+def trained_questions(run: Run) -> Callable[[str], bool]:
+    """Tells whether a run was trained on a question, or on one that is nearly the same."""
+    kept = read_json(run / "trained.json")
+    sketches = []
+    if isinstance(kept, dict):  # runs used to keep a list of hashes alone
+        sketches = [set(sketch.split()) for sketch in kept.values()]
+    return lambda question: question_hash(question) in kept or prompts.is_near(question, sketches)
+
+
 def tokenize(batch: dict[str, list[Any]], tokenizer: Any, config: DataConfig) -> dict[str, list[Any]]:
     """Reads and tokenizes a batch of records, for `datasets.map`; a dropped row keeps its status alone."""
     special = prompts.special_tokens(tokenizer)
@@ -2020,7 +2029,9 @@ def train_run(config: TrainConfig, run: Run, resume: bool = False) -> tuple[Load
             held_out = rows.held_out.select_columns(["question", "thought", "answer"])
             names = dict(zip(("question", "thought", "answer"), RECIPE_COLUMNS, strict=True))
             write_jsonl(run / "held_out.jsonl", held_out.rename_columns(names))
-            write_json(run / "trained.json", list(map(question_hash, rows.used["question"])))
+            questions = rows.used["question"][:]
+            known = zip(map(question_hash, questions), prompts.sketches(questions), strict=True)
+            write_json(run / "trained.json", dict(known))
 
         # The model, and how a step fits into memory.
         started = time.perf_counter()
@@ -2161,17 +2172,17 @@ def token_losses(
 
 
 def evaluate(
-    loaded: LoadedModel, run: Run, rows: Any, choices: Any, answers: int,
+    loaded: LoadedModel, run: Run, rows: Any, choices: Sequence[prompts.Choice], answers: int,
     config: GenerationConfig, name: str = "eval",
 ) -> dict[str, Any]:  # fmt: skip
     """Compares base and tuned on held-out `rows` or multiple `choices`; writes `name`.json into the run.
 
-    Of rows there are losses, and answers to the first few. A choice is a question and the right letter; where
-    a thought was not closed there is no answer to it. The report is returned without the texts.
+    Of rows there are losses, and answers to the first few. An answer to a choice from which no option can be
+    read is wrong, as where its thought was not closed. The report is returned without the texts.
     """
     base: dict[str, list[float]] = {}
     tuned: dict[str, list[float]] = {}
-    questions = [question for question, _ in choices] or rows["question"][:answers]
+    questions = [choice.text for choice in choices] or rows["question"][:answers]
     if not choices:
         log("", f"losses on {len(rows)} held-out rows, after and before training")
         tuned = row_losses(loaded, rows, "after")
@@ -2180,9 +2191,12 @@ def evaluate(
 
     log(f"answers to {len(questions)} questions, before and after, of at most {config.max_new_tokens} tokens")
     pairs = gather(loaded.answer_both(my_share(questions), config))
-    for pair, (_, key) in zip(pairs, choices, strict=False):
-        base.setdefault("accuracy", []).append(float(prompts.chosen(pair["base"]["answer"]) == key))
-        tuned.setdefault("accuracy", []).append(float(prompts.chosen(pair["tuned"]["answer"]) == key))
+    for pair, choice in zip(pairs, choices, strict=False):
+        for side, numbers in (("base", base), ("tuned", tuned)):
+            letter = prompts.chosen(pair[side]["answer"], choice.options)
+            pair[side]["chosen"] = letter
+            numbers.setdefault("accuracy", []).append(float(letter == choice.key))
+            numbers.setdefault("unread", []).append(float(letter is None))
 
     report = prompts.build_report(base, tuned, pairs, len(choices or rows), config.seed)
     summary = dict(report)
@@ -3353,21 +3367,27 @@ def eval_(config: EvalConfig, run: RunOption = None) -> dict[str, Any]:
         changed |= dict(zip(("question_col", "cot_col", "response_col"), RECIPE_COLUMNS, strict=True))
     asked = dataclasses.replace(settings, **changed, eval_rows=0)
     import_unsloth()
-    records = read_records(asked)
-    if {"options", "answer_idx"} <= set(records.column_names):
+    records, trained = read_records(asked), trained_questions(found)
+    held = [pair for pair in prompts.CHOICE_COLUMNS if set(pair) <= set(records.column_names)]
+    if held:
         if not answers:
             raise UserError("--answers 0: multiple choice is graded by its answers.", "leave the option out")
-        rows, choices = [], list(map(prompts.as_choice, records.take(min(answers, len(records)))))
+        read = [prompts.as_choice(record, held[0]) for record in records.take(min(answers, len(records)))]
+        keyed = [choice for choice in read if choice]
+        choices = [choice for choice in keyed if not (trained(choice.question) or trained(choice.text))]
+        rows, total, unkeyed = [], len(read), len(read) - len(keyed)
     else:
         check_columns(records, asked)
         rows, choices = prepare_rows(records, load_tokenizer(adapter), asked).usable, []
-        trained = set(read_json(found / "trained.json"))
-        new = [i for i, question in enumerate(rows["question"]) if question_hash(question) not in trained]
-        if not new:
-            raise UserError("--split: all of these rows were trained on.", "name rows beyond the run's own")
-        if len(new) < len(rows):
-            log(f"note: {len(rows) - len(new)} of {len(rows)} rows are left out: the run was trained on them")
-        rows = rows.select(new)
+        total, unkeyed = len(rows), 0
+        rows = rows.select([i for i, question in enumerate(rows["question"]) if not trained(question)])
+    known = total - unkeyed - len(choices or rows)
+    reasons = {"their key is none of their options": unkeyed, "trained on, or nearly the same": known}
+    for reason, number in reasons.items():
+        if number:
+            log(f"note: {number} of {total} questions are left out: {reason}")
+    if total == unkeyed + known:
+        raise UserError(f"--split {asked.split}: no question is left.", "name another, which has answers")
     log(f"evaluating {found}")
     report = evaluate(LoadedModel.load_run(found), found, rows, choices, answers, config, name)
     log(f"wrote {found / name}.json and .png, and the model card", "")

@@ -9,12 +9,15 @@ the recipe were trained on these bytes. What becomes of a record, as text and as
 given, is decided here too, and what an answer is worth.
 """
 
+import collections
 import functools
 import json
 import random
 import re
 import statistics
+import string
 import unicodedata
+import zlib
 from collections.abc import Sequence
 from typing import Any, Literal, NamedTuple
 
@@ -400,30 +403,119 @@ def measure(answer: dict[str, Any]) -> dict[str, float]:
     }
 
 
-def as_choice(record: dict[str, Any]) -> tuple[str, str]:
-    """A multiple-choice record in MedQA's columns: the question with its options, and the right letter."""
-    options, key = record["options"], record["answer_idx"]
-    lettered = options if isinstance(options, dict) else dict(zip("ABCDEFGHIJ", options, strict=False))
-    question = str(record.get("question", record.get("Question")))
-    for letter, text in lettered.items():
-        question += f"\n{letter}. {text}"
-    return f"{question}\nSay which option is right.", key if isinstance(key, str) else list(lettered)[key]
+class Choice(NamedTuple):
+    """A multiple-choice question: its options by letter, and the letter of the right one."""
+
+    question: str
+    options: dict[str, str]
+    key: str
+
+    @property
+    def text(self) -> str:
+        """As it is asked."""
+        options = "".join(f"\n{letter}. {text}" for letter, text in self.options.items())
+        return f"{self.question}{options}\nSay which option is right."
 
 
-# "The answer is C"; "C." or "(C)" at the start; "option C". The last counts: others are weighed before it.
-CHOICES = (
-    re.compile(r"(?i:answer)(?i:\s+is|:)?[\s*(]*(?i:option\s+)?([A-J])\b"),
-    re.compile(r"^[\s*(]*([A-J])(?:[.):*]|\s*$)"),
-    re.compile(r"(?i:option)\s+([A-J])\b"),
+# Columns of options and key: MedQA's, MMLU's, and MedMCQA's, whose options are in four.
+CHOICE_COLUMNS = (("options", "answer_idx"), ("choices", "answer"), ("opa", "cop"))
+
+
+def as_choice(record: dict[str, Any], columns: tuple[str, str]) -> Choice | None:
+    """Reads a record by its columns of options and key, which is an option's name, letter, or number from 0.
+
+    None if the key is none of its options, or there is no question.
+    """
+    options = record[columns[0]]
+    if columns[0] == "opa":
+        options = [record[name] for name in ("opa", "opb", "opc", "opd")]
+    named = options if isinstance(options, dict) else dict(enumerate(options))
+    # `datasets` fills in None for a name that only other records have.
+    texts = {str(name): str(text) for name, text in named.items() if text is not None}
+    meant: dict[str, str] = {}
+    for number, (letter, name) in enumerate(zip(string.ascii_uppercase, texts, strict=False)):
+        meant |= {str(number): letter, letter: letter, name: letter}
+    question, right = record.get("question", record.get("Question")), meant.get(str(record[columns[1]]))
+    if not question or not right:
+        return None
+    return Choice(question, dict(zip(string.ascii_uppercase, texts.values(), strict=False)), right)
+
+
+# An answer is read as signs, one for each of its words, and by rules that are patterns of signs. Options have
+# signs too: o a letter, O one after "option", # one that heads a line, n an option's text.
+SIGNS = {
+    "=": r"(?:is|are|was|be|would|must|does|can|could|should|seems)\b|->|→|[:=是为]",
+    "!": r"(?:not|neither|nor|unlike|(?:rather|other) than|instead of|rul(?:e|ed|ing) out|exclud(?:e|ing))\b"
+    "|而?不[是应宜]|而非|不选|排除",
+    "-": r"(?:incorrect|wrong|false|unlikely|less|ruled out|excluded)\b|不正确|不对|错误?",
+    "+": r"(?:correct|right|best|better|fits|preferred|appropriate|suitable|(?:most|more) likely)\b"
+    "|正确|对的|最佳|符合",
+    "a": r"(?:answer|ans|choice|option|response|diagnosis)\b|答案?",
+    "c": r"(?:choose|chose|select|pick|say|leaves|go(?:ing)? (?:with|for))\b|选择?(?!项)",
+    "&": r"(?:and|or)\b|[、和或及]",
+    "b": r"but\b|而",
+    "f": r"(?:the|to|it|i|i'd|my|that|this|which|letter|think|believe|so|then|therefore|thus|both|either|all"
+    r"|only|because|as|since|for|\w+ly)\b|选项|因此|所以|认为|因为|由于|[项故应都均也最]",
+    "x": r"[a-z0-9]+(?:[.'-][a-z0-9]+)*|[一-鿿]",  # any other word
+    ".": r"[.!?;。\n]",
+    ",": ",",
+}
+ONE = "(?:[oO#]n?|n)"
+SOME = f"(?:{ONE}(?:[,&]{ONE})*,?&{ONE}|{ONE})"
+DENIED = re.compile(f"!f*[cx]{{0,2}}f*{SOME},?b?|{SOME}[f,]*(?:=f*!|=?f*-)")
+CLAIMED = re.compile(
+    f"[ac+][^.oO#n]*=[.f]*({SOME})(?!x)"  # the answer is C
+    f"|cf*({SOME})(?!x)"  # I choose C
+    f"|(?<!x)({SOME})[f,]*(?:=[^.oO#n]*)?[+a]"  # C is right
+    f"|(?:(?:^|[.])[f,]*|f=f*)(?!#)({SOME})(?=[.]|$)"  # so, C
 )
 
 
-def chosen(answer: str) -> str | None:
-    """The letter that an answer settles on; None if it does not say."""
-    for pattern in CHOICES:
-        letters = pattern.findall(answer)
-        if letters:
-            return str(letters[-1])
+def plain(text: str) -> str:
+    """The text without full-width letters, contractions, markup and LaTeX."""
+    text = unicodedata.normalize("NFKC", text).replace("’", "'")
+    text = text.replace("n't", " not").replace("t's ", "t is ")
+    text = re.sub(r"\\boxed|<answer>", " answer: ", text)
+    return re.sub(r"\\[a-zA-Z]+|</?\w+>|[*_`$#>{}\[\]【】\"“”]", "", text)
+
+
+def chosen(answer: str, options: dict[str, str]) -> str | None:
+    """The letter of the option that an answer settles on; None if it can't be read, or stays open.
+
+    What it denies is left aside. Its last claim counts; without one the option that it is headed by, then the
+    only one that it calls an option, then the only one whose text it names.
+    """
+    names = {plain(text).strip(" .").casefold(): letter for letter, text in options.items()}
+    texts = sorted((re.escape(name) for name in names if len(name) > 1), key=len, reverse=True)
+    letter = rf"(?<![a-z0-9-])(?-i:[{''.join(options)}](?![a-zA-Z0-9'-]|\.\s+[a-z]))"  # not of E. coli
+    kinds = {
+        "n": rf"(?<![a-z0-9])(?:{'|'.join(texts) or '(?!)'})(?![a-z0-9])",
+        "#": rf"(?m:^)\W*(?:option |choice )?\(?{letter}[).:、]+(?=[^\S\n]*\S)(?![^\S\n]*{letter})",
+        "O": rf"(?:\b(?:option|choice|answer) |选项\s*|答案)\(?{letter}",
+        "o": letter,
+        **SIGNS,
+    }
+    pattern = "|".join(f"({words})" for words in kinds.values())
+    signs, letters = "", ""  # the second has the letter of each option, and a space for any other word
+    for match in re.finditer(pattern, plain(answer), re.IGNORECASE):
+        signs += list(kinds)[(match.lastindex or 1) - 1]
+        if signs[-1] == "n":
+            letters += names.get(match[0].casefold(), " ")
+        else:
+            letters += match[0].rstrip(").:、")[-1] if signs[-1] in "oO#" else " "
+    signs = DENIED.sub(lambda denied: "f" * len(denied[0]), signs)
+    claims = list(CLAIMED.finditer(signs))
+    if claims:
+        start, end = claims[-1].span(claims[-1].lastindex or 0)
+        said = set(letters[start:end]) - {" "}
+        return said.pop() if len(said) == 1 else None
+    for kind in "#On":
+        named = [
+            letter for letter, sign in zip(letters, signs, strict=True) if sign == kind and letter != " "
+        ]
+        # A list of all the options is headed by the first of them.
+        if named and (len(set(named)) == 1 or (kind == "#" and named[0] != min(options))):
+            return named[0]
     return None
 
 
@@ -466,12 +558,14 @@ def verdict(report: dict[str, Any], rows: int) -> str:
     """
     if rows < FEWEST_ROWS:
         return f"can't tell: {rows} {'row is' if rows == 1 else 'rows are'} too few, it takes {FEWEST_ROWS}"
-    accuracy, closed = report.get("accuracy"), report.get("closed")
+    accuracy, unread, closed = report.get("accuracy"), report.get("unread"), report.get("closed")
     if accuracy:
+        aside = "; more could not be read" if unread and unread["low"] > 0 else ""
+        aside = "; fewer could not be read" if unread and unread["high"] < 0 else aside
         if accuracy["high"] < 0:
-            return "worse: fewer answers are right"
+            return f"worse: fewer answers are right{aside}"
         if accuracy["low"] > 0:
-            return "better: more answers are right"
+            return f"better: more answers are right{aside}"
         return "can't tell: the 95% interval of the accuracy includes 0"
     loss, relevance = report["loss"], report["relevance"]
     if loss["low"] > 0:
@@ -491,6 +585,7 @@ REPORT_HEADINGS = ("measure", "before", "after", "change (95% interval)", "bette
 BETTER = {
     "loss": "lower",
     "answer loss": "lower",
+    "unread": "lower",
     "repetition": "lower",
     "thought words": "",
     "answer words": "",
@@ -522,6 +617,8 @@ def axis_label(name: str) -> str:
 def report_note(evaluation: dict[str, Any]) -> str:
     """What the measures of an evaluation are."""
     note = f"All else is counted in {evaluation['answers']} answers; shares are of those."
+    if "unread" in evaluation:
+        note = f"An answer is unread if no single option could be read from it; it counts as wrong. {note}"
     if "loss" in evaluation:
         note = (
             "Losses are in nats per token: of thought and answer, and of the answer alone. Relevance is how"
@@ -575,3 +672,37 @@ def as_text(line: str) -> str:
 def same_question(question: str) -> str:
     """Equal for questions that differ in case and spacing only."""
     return " ".join(question.casefold().split())
+
+
+NEAR = 0.5  # the share of its kept shingles that a nearly equal question has, and three of them at least
+KEPT_SHINGLES, FEWEST_SHINGLES = 8, 3
+COMMON = 0.01  # a shingle that a larger share of the questions has is none of theirs
+
+
+def shingles(question: str) -> set[str]:
+    """Its pairs of words that follow each other, or runs of four Chinese characters, as hashes."""
+    text = unicodedata.normalize("NFKC", question).casefold()
+    words = re.findall(r"[一-鿿]|[^\W一-鿿]+", text)
+    length = 4 if re.search("[一-鿿]", text) else 2
+    runs = (" ".join(words[i : i + length]) for i in range(len(words) - length + 1))
+    return {f"{zlib.crc32(run.encode()):08x}" for run in runs}
+
+
+def sketches(questions: Sequence[str]) -> list[str]:
+    """The rarest shingles of each question, to know it again; what many questions share tells nothing."""
+    found = list(map(shingles, questions))
+    number = collections.Counter(shingle for each in found for shingle in each)
+    common = max(2, COMMON * len(found))
+    kept = []
+    for each in found:
+        rare = sorted(
+            (shingle for shingle in each if number[shingle] <= common), key=lambda s: (number[s], s)
+        )
+        kept.append(" ".join(rare[:KEPT_SHINGLES]))
+    return kept
+
+
+def is_near(question: str, kept: Sequence[set[str]]) -> bool:
+    """Whether it is nearly one of the questions that these sketches were kept of."""
+    own = shingles(question)
+    return any(len(own & each) >= max(FEWEST_SHINGLES, NEAR * len(each)) for each in kept)

@@ -29,6 +29,7 @@ from finetune_r1 import (
 )
 
 SHORT = GenerationConfig(max_new_tokens=4)
+REST = {"A": "rest", "B": "water"}
 
 
 @pytest.fixture(scope="module")
@@ -152,7 +153,7 @@ def test_a_finished_evaluation_waits_for_whoever_uses_the_run(config, untrained,
     command = [sys.executable, "-c", code, run / ".lock", run / "left"]
     holder = subprocess.Popen(command, stdout=subprocess.PIPE)
     assert holder.stdout is not None and holder.stdout.readline() == b"1\n"
-    finetune_r1.evaluate(untrained, run, None, [("Why?\nA. rest\nB. water", "B")], 1, SHORT)
+    finetune_r1.evaluate(untrained, run, None, [prompts.Choice("Why?", REST, "B")], 1, SHORT)
     assert (run / "left").exists() and (run / "eval.json").exists()
     holder.wait()
 
@@ -223,9 +224,9 @@ def test_held_out_rows_stay_those_of_the_run_whatever_becomes_of_the_dataset(con
     trained = {row["Question"] for row in rows[:24]} - held_out
     left_out = sum(row["Question"] in trained for row in rows[4:30])
     assert report["rows"] == 26 - left_out < 26
-    assert f"{left_out} of 26 rows are left out" in capsys.readouterr().err
+    assert f"{left_out} of 26 questions are left out" in capsys.readouterr().err
     finetune_r1.write_jsonl(data, [row for row in rows if row["Question"] in trained])
-    with pytest.raises(UserError, match="all of these rows were trained on"):
+    with pytest.raises(UserError, match="no question is left"):
         evaluated(run, dataset=str(data), split="train")
 
 
@@ -258,7 +259,9 @@ def test_a_dataset_in_medqas_columns_is_graded_and_an_open_thought_counts_as_no_
     report = evaluated(run, **asked, answers=5)
     assert report["rows"] == report["answers"] == 2 and report["verdict"].startswith("can't tell")
     assert report["accuracy"] == dict.fromkeys(("base", "tuned", "difference", "low", "high"), 0)
-    assert "accuracy | 0.00 | 0.00" in (run / "README.md").read_text()
+    card = (run / "README.md").read_text()
+    assert "accuracy | 0.00 | 0.00" in card and "An answer is unread if" in card
+    assert re.search(r"^\| unread \| 1.00 \| 1.00 \| .* \| lower \|$", card, re.MULTILINE)
     with pytest.raises(UserError, match="--answers 0"):
         evaluated(run, **asked, answers=0)
 
@@ -274,19 +277,62 @@ def test_medqa_is_graded_from_the_hub_by_the_command_line(run, cli):
     assert json.loads(done.out)["rows"] == 2 and "accuracy" in json.loads(done.out)
 
 
-def test_right_answers_are_counted_for_each_side(config, untrained, run, monkeypatch):
+@pytest.mark.parametrize(
+    ("answers", "accuracy", "unread", "verdict"),
+    [
+        (("A.", "B."), (0.1, 0.9), (0, 0), "better: more answers are right"),
+        (
+            ("Rest or water.", "B."),
+            (0, 0.9),
+            (1, 0),
+            "better: more answers are right; fewer could not be read",
+        ),
+        (("B.", "Who knows?"), (0.9, 0), (0, 1), "worse: fewer answers are right; more could not be read"),
+    ],
+)
+def test_right_and_unread_answers_are_counted_for_each_side(
+    config, untrained, run, monkeypatch, answers, accuracy, unread, verdict
+):
     def answer_both(loaded, questions, config):
         written = {"thought": "", "closed": True, "stopped": True, "tokens": 1}
-        sides = {side: written | {"answer": answer} for side, answer in (("base", "A."), ("tuned", "B."))}
+        sides = {
+            n: written | {"answer": answer} for n, answer in zip(("base", "tuned"), answers, strict=True)
+        }
         return [
             {"question": question} | {n: s | {"seconds": 1} for n, s in sides.items()}
             for question in questions
         ]
 
     monkeypatch.setattr(LoadedModel, "answer_both", answer_both)
-    report = finetune_r1.evaluate(untrained, run, None, [("Why?", "B")] * 9 + [("When?", "A")], 10, config)
-    assert (report["accuracy"]["base"], report["accuracy"]["tuned"]) == (0.1, 0.9)
-    assert report["verdict"] == "better: more answers are right"
+    choices = [prompts.Choice("Why?", REST, key) for key in [*"BBBBBBBBB", "A"]]
+    report = finetune_r1.evaluate(untrained, run, None, choices, 10, config)
+    assert (report["accuracy"]["base"], report["accuracy"]["tuned"]) == accuracy
+    assert (report["unread"]["base"], report["unread"]["tuned"]) == unread
+    assert report["verdict"] == verdict
+    assert not any("unread" in row for row in prompts.report_rows({"loss": report["accuracy"]}))
+
+
+def test_questions_trained_on_and_those_without_a_key_are_left_out_of_multiple_choice(run, tmp_path, capsys):
+    trained = [row["Question"] for row in read_jsonl(SAMPLE)[:8]]
+    nearly = re.sub(r"\d+", "31", trained[0])
+    assert nearly != trained[0]
+    questions = [trained[1], nearly, "What widens the anion gap?", "Which vitamin's lack causes scurvy?"]
+    texts = dict(zip(("opa", "opb", "opc", "opd"), "CDAB", strict=True))
+    rows = [{"question": question, **texts, "cop": 2, "exp": None} for question in questions]
+    finetune_r1.write_jsonl(tmp_path / "medmcqa.jsonl", [*rows, {**rows[2], "cop": -1}])
+    asked = {"dataset": str(tmp_path / "medmcqa.jsonl"), "split": "train"}
+    assert evaluated(run, **asked)["rows"] == 2
+    told = capsys.readouterr().err
+    assert (
+        "2 of 5 questions are left out: trained on" in told
+        and "1 of 5 questions are left out: their key" in told
+    )
+    with pytest.raises(UserError, match="no question is left"):
+        evaluated(run, **asked | {"split": "train[4:]"})
+    # A run of an earlier version kept no more than hashes.
+    hashes = list(finetune_r1.read_json(run / "trained.json"))
+    finetune_r1.write_json(run / "trained.json", hashes)
+    assert evaluated(run, **asked)["rows"] == 3
 
 
 # ------------------------------------------------------------------------------------------------ the verdict

@@ -131,31 +131,6 @@ def test_what_is_counted_in_an_answer():
     assert counted["repetition"] == counted["bullets"] == counted["answer_words"] == 0
 
 
-@pytest.mark.parametrize("options", [{"A": "rest", "B": "water"}, ["rest", "water"]])
-@pytest.mark.parametrize("key", ["B", 1])
-def test_a_multiple_choice_record_becomes_a_question_and_its_letter(options, key):
-    question, letter = prompts.as_choice({"question": "What helps?", "options": options, "answer_idx": key})
-    assert question == "What helps?\nA. rest\nB. water\nSay which option is right." and letter == "B"
-
-
-@pytest.mark.parametrize(
-    ("answer", "letter"),
-    [
-        ("The answer is C.", "C"),
-        ("Answer: **B**", "B"),
-        ("The correct answer is option D, as the others are harmless.", "D"),
-        ("C. Rest in bed", "C"),
-        ("(E)", "E"),
-        ("Option A is tempting, but option B is right.", "B"),
-        ("A patient like this should rest.", None),
-        ("I do not know.", None),
-        ("", None),
-    ],
-)
-def test_the_letter_that_an_answer_settles_on(answer, letter):
-    assert prompts.chosen(answer) == letter
-
-
 REPEATED = {
     "It is so. " * 14 + "Then it ends.": "It is so. [14 times] Then it ends.",
     "- drink water\n" * 3 + "- rest": "- drink water [3 times]\n- rest",
