@@ -235,6 +235,7 @@ class EvalConfig(GenerationConfig):
     cot_col: str | None = option(None, "Column with the chain of thought (default: the run's).")
     response_col: str | None = option(None, "Column with the answer (default: the run's).")
     answers: int = option(16, "Rows to answer; losses are taken on all.", min=0)
+    samples: int = option(1, "Answers to each question; their mean counts.", min=1)
 
 
 @dataclass(frozen=True)
@@ -1307,6 +1308,7 @@ class LoadedModel:
 
     def __init__(self, model: Any, tokenizer: Any, lang: Lang, revisions: dict[str, str], limit: float):
         self.model, self.tokenizer, self.lang = model, tokenizer, lang
+        self.own_template = tokenizer.chat_template  # the base's; the tokenizer that is saved gets another
         self.revisions = revisions  # commits on the Hub, by name of a model
         self.memory_limit = limit  # in bytes
 
@@ -1375,14 +1377,22 @@ class LoadedModel:
             **({"checkpoint_skip_layers": kept_layers} if recompute and kept_layers else {}),
         )  # fmt: skip
 
+    def asked(self, questions: Sequence[str], chat: bool = False) -> list[str]:
+        """Texts that the model goes on after: the training prompt, or with `chat` the base's own template."""
+        if not chat:
+            bos = self.tokenizer.bos_token if has_bos(self.tokenizer) else ""
+            return [bos + prompts.build_prompt(question, self.lang) for question in questions]
+        talks = [[{"role": "user", "content": question.strip()}] for question in questions]
+        template = {"chat_template": self.own_template, "add_generation_prompt": True}
+        return list(self.tokenizer.apply_chat_template(talks, tokenize=False, **template))
+
     def plan_batches(self, questions: Sequence[str], config: GenerationConfig) -> list[list[int]]:
         """Positions of questions of like length that are answered at once, as many as fit in memory.
 
         At most 128, on a CPU 16, as an interruption loses what is not finished.
         """
         shape, most = self.model.config, self.model.max_seq_length
-        texts = [prompts.build_prompt(question, self.lang) for question in questions]
-        longest = max(map(len, self.tokenizer(texts)["input_ids"])) if texts else 0
+        longest = max(map(len, self.tokenizer(self.asked(questions))["input_ids"])) if questions else 0
         if longest > most:  # Unsloth would cut off its end
             fault = f"a question is {longest} tokens long with its prompt; the model takes {most}."
             raise UserError(fault, "shorten the question, or `train` with a larger --max-seq-length")
@@ -1398,8 +1408,10 @@ class LoadedModel:
         order = sorted(range(len(questions)), key=lambda i: len(questions[i]))
         return [order[start : start + size] for start in range(0, len(order), size)]
 
-    def generate(self, questions: Sequence[str], config: GenerationConfig, streamer: Any = None) -> list[Any]:
-        """Answers questions in batches.
+    def generate(
+        self, questions: Sequence[str], config: GenerationConfig, streamer: Any = None, chat: bool = False
+    ) -> list[Any]:
+        """Answers questions in batches, asked as in training, or with `chat` by the base's own template.
 
         An answer has question, thought, answer, whether the thought was closed, whether the model stopped by
         itself, tokens, and the whole batch's seconds.
@@ -1420,8 +1432,10 @@ class LoadedModel:
         # What is drawn is decided by `Sampler`, so that nothing is to be drawn here.
         sampling: dict[str, Any] = {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}
         for number, positions in enumerate(self.plan_batches(questions, config)):
-            texts = [prompts.build_prompt(questions[i], self.lang) for i in positions]
-            batch = tokenizer(texts, return_tensors="pt", padding=True).to(model.device)
+            texts = self.asked([questions[i] for i in positions], chat)
+            no_bos = {"add_special_tokens": False}  # the texts have it
+            batch = tokenizer(texts, return_tensors="pt", padding=True, **no_bos).to(model.device)
+            thinks = texts[0].rstrip().endswith(prompts.THINK_OPEN)  # or it may answer without
             started = time.perf_counter()
             ending = f"of {len(questions)} answers" + (f", batch {number + 1}" if number else "")
             counter = TokenCounter(f"{len(positions)} {ending}: token", config.max_new_tokens)
@@ -1436,18 +1450,29 @@ class LoadedModel:
                 stopped = tokenizer.eos_token_id in ids
                 if stopped:
                     ids = ids[: ids.index(tokenizer.eos_token_id)]
-                response = prompts.split_response(tokenizer.decode(ids, skip_special_tokens=False))
+                text = tokenizer.decode(ids, skip_special_tokens=False)
+                response = prompts.split_response(text, thinks)
                 answers[i] = {"question": questions[i], **response._asdict(), "stopped": stopped}
                 answers[i] |= {"tokens": len(ids), "seconds": seconds}
         return answers
 
-    def answer_both(self, questions: Sequence[str], config: GenerationConfig) -> list[Any]:
-        """Base and tuned answers to the same questions, with the same seed, from the one model in memory."""
+    def answer_both(
+        self, questions: Sequence[str], config: GenerationConfig, chat: bool = False
+    ) -> list[dict[str, Any]]:
+        """Base and tuned answers to the same questions, with the same seed, from the one model in memory.
+
+        With `chat` the base is also asked by its own chat template, if it has one.
+        """
+        sides = {}
         with self.model.disable_adapter():
-            base = self.generate(questions, config)
-        tuned = self.generate(questions, config)
-        pairs = zip(questions, base, tuned, strict=True)
-        return [{"question": question, "base": before, "tuned": after} for question, before, after in pairs]
+            sides["base"] = self.generate(questions, config)
+            if chat and self.own_template:
+                sides["chat"] = self.generate(questions, config, chat=True)
+        sides["tuned"] = self.generate(questions, config)
+        pairs = []
+        for number, question in enumerate(questions):
+            pairs.append({"question": question, **{side: found[number] for side, found in sides.items()}})
+        return pairs
 
 
 def own_sampling(settings: dict[str, Any]) -> dict[str, float]:
@@ -2062,8 +2087,7 @@ def train_run(config: TrainConfig, run: Run, resume: bool = False) -> tuple[Load
             remove(partial / "README.md")  # PEFT's empty form; the run has a card of its own
             run.update(adapter={path.name: file_hash(path) for path in partial.iterdir()})
             # What was made of an earlier state must not pass for what is made of this one.
-            reports = (*run.folder.glob("eval*.json"), *run.folder.glob("eval*.png"))
-            for path in (run / "adapter", run / "merged", *reports):
+            for path in (run / "adapter", run / "merged", *run.folder.glob("eval*.*")):
                 remove(path)
         seconds["train"] = round(time.perf_counter() - started, 1)
         losses = draw_losses(run)
@@ -2135,10 +2159,10 @@ def row_losses(loaded: LoadedModel, rows: Any, label: str = "losses") -> dict[st
         mismatched.append((lead + answer, len(lead)))
         answers.append(len(answer))
     losses = token_losses(loaded, [*own, *mismatched], label)
-    found = []
+    found: list[tuple[float, float, float]] = []
     for all_of_it, elsewhere, length in zip(losses[: len(own)], losses[len(own) :], answers, strict=True):
-        answer_loss = statistics.fmean(all_of_it[-length:])
-        found.append((statistics.fmean(all_of_it), answer_loss, statistics.fmean(elsewhere) - answer_loss))
+        of_answer = statistics.fmean(all_of_it[-length:])
+        found.append((statistics.fmean(all_of_it), of_answer, statistics.fmean(elsewhere) - of_answer))
     loss, answer_loss, relevance = zip(*gather(found), strict=True)
     return {"loss": list(loss), "answer_loss": list(answer_loss), "relevance": list(relevance)}
 
@@ -2173,12 +2197,13 @@ def token_losses(
 
 def evaluate(
     loaded: LoadedModel, run: Run, rows: Any, choices: Sequence[prompts.Choice], answers: int,
-    config: GenerationConfig, name: str = "eval",
+    config: GenerationConfig, name: str = "eval", samples: int = 1,
 ) -> dict[str, Any]:  # fmt: skip
     """Compares base and tuned on held-out `rows` or multiple `choices`; writes `name`.json into the run.
 
-    Of rows there are losses, and answers to the first few. An answer to a choice from which no option can be
-    read is wrong, as where its thought was not closed. The report is returned without the texts.
+    Of rows there are losses, and answers to the first few, `samples` of each. An answer to a choice from
+    which no option can be read is wrong, as where its thought was not closed. The report is returned without
+    the texts.
     """
     base: dict[str, list[float]] = {}
     tuned: dict[str, list[float]] = {}
@@ -2190,21 +2215,27 @@ def evaluate(
             base = row_losses(loaded, rows, "before")
 
     log(f"answers to {len(questions)} questions, before and after, of at most {config.max_new_tokens} tokens")
-    pairs = gather(loaded.answer_both(my_share(questions), config))
-    for pair, choice in zip(pairs, choices, strict=False):
-        for side, numbers in (("base", base), ("tuned", tuned)):
-            letter = prompts.chosen(pair[side]["answer"], choice.options)
-            pair[side]["chosen"] = letter
-            numbers.setdefault("accuracy", []).append(float(letter == choice.key))
-            numbers.setdefault("unread", []).append(float(letter is None))
+    by_sample = []
+    for sample in range(samples):
+        seeded = dataclasses.replace(config, seed=config.seed + sample)
+        by_sample.append(gather(loaded.answer_both(my_share(questions), seeded, chat=True)))
+    by_question = list(map(list, zip(*by_sample, strict=True)))
+    for number, pairs in enumerate(by_question):
+        for pair in pairs:
+            pair["reference"] = choices[number].key if choices else rows["answer"][number]
+            for side in ("base", "chat", "tuned") if choices else ():
+                if side in pair:
+                    letter = prompts.chosen(pair[side]["answer"], choices[number].options)
+                    pair[side] |= {"chosen": letter, "right": letter == choices[number].key}
 
-    report = prompts.build_report(base, tuned, pairs, len(choices or rows), config.seed)
+    report = prompts.build_report(base, tuned, by_question, len(choices or rows), config.seed)
     summary = dict(report)
     del summary["pairs"]
     if RANK == 0:
         with run.lock(timeout=-1):  # what took minutes is not thrown away: another process is waited for
             write_json(run / f"{name}.json", report)
             draw_measures(summary, run / f"{name}.png")
+            write_text(run / f"{name}.html", prompts.as_html(report))
             write_card(run)
     return summary
 
@@ -2220,8 +2251,11 @@ def draw_measures(summary: dict[str, Any], path: Path) -> None:
     figure, axes = pyplot.subplots(1, unit.nunique(), figsize=(12, 4.5), layout="constrained", squeeze=False)
     for panel, (label, group) in zip(axes[0], measures.groupby(unit, sort=False), strict=True):
         places = numpy.arange(len(group))
-        for side, title, place in (("base", "before", places - 0.2), ("tuned", "after", places + 0.2)):
-            bars = panel.bar(place, group[side], width=0.4, label=title)
+        sides = {"base": "before", "chat": "before, own chat", "tuned": "after"}
+        shown = [side for side in sides if side in group and group[side].notna().any()]
+        for number, side in enumerate(shown):
+            place = places + 0.8 * ((number + 0.5) / len(shown) - 0.5)
+            bars = panel.bar(place, group[side], width=0.8 / len(shown), label=sides[side])
             panel.bar_label(bars, fmt="{:.3g}", fontsize=8, padding=3)
         interval = [group["difference"] - group["low"], group["high"] - group["difference"]]
         panel.errorbar(place, group["tuned"], yerr=interval, fmt="none", ecolor="0.6", capsize=3)
@@ -3389,8 +3423,9 @@ def eval_(config: EvalConfig, run: RunOption = None) -> dict[str, Any]:
     if total == unkeyed + known:
         raise UserError(f"--split {asked.split}: no question is left.", "name another, which has answers")
     log(f"evaluating {found}")
-    report = evaluate(LoadedModel.load_run(found), found, rows, choices, answers, config, name)
-    log(f"wrote {found / name}.json and .png, and the model card", "")
+    loaded = LoadedModel.load_run(found)
+    report = evaluate(loaded, found, rows, choices, answers, config, name, config.samples)
+    log(f"wrote {found / name}.json, .png, .html with all answers side by side, and the model card", "")
     return {"run": str(found), **report}
 
 

@@ -11,6 +11,7 @@ given, is decided here too, and what an answer is worth.
 
 import collections
 import functools
+import html
 import json
 import random
 import re
@@ -208,9 +209,14 @@ def build_chat_template(has_bos: bool, lang: Lang = "en") -> str:
     return text
 
 
-def split_response(text: str) -> Response:
-    """Splits what follows the prompt at the first closing tag."""
-    thought, tag, answer = text.partition(THINK_CLOSE)
+def split_response(text: str, thinks: bool = True) -> Response:
+    """Splits what follows the prompt at the first closing tag.
+
+    `thinks` says whether the prompt begins a thought; after another prompt all may be the answer.
+    """
+    thought, tag, answer = text.strip().removeprefix(THINK_OPEN).partition(THINK_CLOSE)
+    if not tag and not thinks:
+        thought, answer = "", thought
     return Response(thought.strip(), answer.strip(), bool(tag))
 
 
@@ -393,7 +399,11 @@ def measure(answer: dict[str, Any]) -> dict[str, float]:
     runs = list(zip(words, words[1:], words[2:], words[3:], strict=False))
     lines = re.findall(r"^\s*\S.*$", answer["answer"], re.MULTILINE)
     bullets = re.findall(r"^\s*(?:[-*•]|\d+[.)])", answer["answer"], re.MULTILINE)
+    graded = {}
+    if "chosen" in answer:
+        graded = {"accuracy": float(answer["right"]), "unread": float(answer["chosen"] is None)}
     return {
+        **graded,
         "closed": float(answer["closed"]),
         "stopped": float(answer["stopped"]),
         "thought_words": len(answer["thought"].split()),
@@ -538,14 +548,34 @@ def compare(base: Sequence[float], tuned: Sequence[float], seed: int) -> dict[st
     return {name: round(value, 4) for name, value in numbers.items()}
 
 
-def build_report(base: Measures, tuned: Measures, pairs: list[Any], rows: int, seed: int) -> dict[str, Any]:
-    """An evaluation: both sides' numbers by measure, and what can be counted in their answers, compared."""
+def build_report(
+    base: Measures, tuned: Measures, questions: list[list[Any]], rows: int, seed: int
+) -> dict[str, Any]:
+    """An evaluation: each side's numbers by measure, and what can be counted in their answers, compared.
+
+    Of each question there are one or more samples, answered by all sides; their mean counts. Where the base
+    was also asked by its own chat template, the tuned side is compared with the better of both.
+    """
+    chat: Measures = {}
+    for samples in questions:
+        for side, numbers in (("base", base), ("chat", chat), ("tuned", tuned)):
+            counted = [measure(pair[side]) for pair in samples if side in pair]
+            for name in counted[0] if counted else ():
+                numbers.setdefault(name, []).append(statistics.fmean(each[name] for each in counted))
+    measures = {}
+    for name, before in base.items():
+        measures[name] = compare(before, tuned[name], seed)
+        if name in chat:
+            of_chat = compare(chat[name], tuned[name], seed)
+            gain = of_chat["base"] - measures[name]["base"]
+            better = BETTER.get(name.replace("_", " "), "higher")
+            if (better == "higher" and gain > 0) or (better == "lower" and gain < 0):
+                measures[name] = of_chat | {"base": measures[name]["base"]}
+            measures[name]["chat"] = of_chat["base"]
+    pairs = [pair for samples in questions for pair in samples]
     for pair in pairs:
-        for side, numbers in (("base", base), ("tuned", tuned)):
-            for name, value in measure(pair[side]).items():
-                numbers.setdefault(name, []).append(value)
-            del pair[side]["seconds"]  # the same command gives the same report
-    measures = {name: compare(base[name], tuned[name], seed) for name in base}
+        for side in ("base", "chat", "tuned"):
+            pair.get(side, {}).pop("seconds", None)  # the same command gives the same report
     report = {"verdict": verdict(measures, rows), "rows": rows, "answers": len(pairs)}
     return {**report, **measures, "pairs": pairs}
 
@@ -581,7 +611,7 @@ def verdict(report: dict[str, Any], rows: int) -> str:
     return better + (unseen if closed and not closed["tuned"] else "")
 
 
-REPORT_HEADINGS = ("measure", "before", "after", "change (95% interval)", "better is")
+REPORT_HEADINGS = ("measure", "before", "own chat", "after", "change (95% interval)", "better is")
 BETTER = {
     "loss": "lower",
     "answer loss": "lower",
@@ -603,7 +633,8 @@ def report_rows(evaluation: dict[str, Any]) -> list[tuple[str, ...]]:
             digits = 3 if "loss" in name or name == "relevance" else 1 if "words" in name else 2
             change, low, high = (f"{value[key]:+.{digits}f}" for key in ("difference", "low", "high"))
             before, after = f"{value['base']:.{digits}f}", f"{value['tuned']:.{digits}f}"
-            rows.append((name, before, after, f"{change} ({low} to {high})", better))
+            chat = f"{value['chat']:.{digits}f}" if "chat" in value else ""
+            rows.append((name, before, chat, after, f"{change} ({low} to {high})", better))
     return rows
 
 
@@ -617,6 +648,11 @@ def axis_label(name: str) -> str:
 def report_note(evaluation: dict[str, Any]) -> str:
     """What the measures of an evaluation are."""
     note = f"All else is counted in {evaluation['answers']} answers; shares are of those."
+    if "chat" in evaluation.get("closed", ()):
+        note += (
+            " Own chat: the base model asked by its own chat template instead of the training prompt; changes"
+            " are from the better of both."
+        )
     if "unread" in evaluation:
         note = f"An answer is unread if no single option could be read from it; it counts as wrong. {note}"
     if "loss" in evaluation:
@@ -637,7 +673,9 @@ def as_report(evaluation: dict[str, Any]) -> str:
 
 def how_it_ended(answer: dict[str, Any]) -> str:
     """In words, of an answer that `generate` made."""
-    thought = "thought closed" if answer["closed"] else "thought never closed, so there is no answer"
+    thought = "thought never closed, so there is no answer"
+    if answer["closed"] or answer["answer"]:
+        thought = "thought closed" if answer["closed"] else "no thought"
     return f"{thought}; {'stopped by itself' if answer['stopped'] else 'cut off at --max-new-tokens'}"
 
 
@@ -652,6 +690,42 @@ def fold(text: str) -> str:
     return re.sub(
         r"(?<![^\s。!?！？])(\S.{7,300}?\S)(\s*)(?:\1\2)+\1(?![a-zA-Z])", once, text, flags=re.DOTALL
     )
+
+
+ANSWERS_PAGE = """<!DOCTYPE html>
+<html lang="en"><meta charset="utf-8"><title>Answers before and after</title>
+<style>
+body {{ font: 16px/1.5 sans-serif; margin: 2em; }}
+section {{ display: grid; grid-auto-flow: column; grid-auto-columns: 1fr; gap: 1.5em; }}
+pre {{ font: inherit; white-space: pre-wrap; margin: 0; }}
+h2 {{ font-size: 1em; white-space: pre-wrap; border-top: 1px solid #999; padding-top: 1em; }}
+h3, summary {{ font-size: 0.9em; color: #666; }}
+</style>
+<h1>Answers before and after training</h1>
+<p>{verdict}. Nothing here is medical advice.</p>
+{questions}
+"""
+
+
+def as_html(report: dict[str, Any]) -> str:
+    """All compared answers of an evaluation side by side, to be read by whoever knows the subject."""
+    titles = {"base": "Before", "chat": "Before, own chat", "tuned": "After"}
+    questions = ""
+    for pair in report["pairs"]:
+        columns = ""
+        for side, title in titles.items():
+            if side in pair:
+                thought, answer = (
+                    html.escape(fold(pair[side]["thought"])),
+                    html.escape(fold(pair[side]["answer"])),
+                )
+                columns += (
+                    f"<div><h3>{title} ({how_it_ended(pair[side])})</h3><pre>{answer}</pre>"
+                    f"<details><summary>thought</summary><pre>{thought}</pre></details></div>\n"
+                )
+        columns += f"<div><h3>Reference</h3><pre>{html.escape(pair.get('reference', ''))}</pre></div>"
+        questions += f"<h2>{html.escape(pair['question'])}</h2>\n<section>\n{columns}\n</section>\n"
+    return ANSWERS_PAGE.format(verdict=html.escape(report["verdict"].capitalize()), questions=questions)
 
 
 def as_markdown(pair: dict[str, Any]) -> str:

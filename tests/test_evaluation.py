@@ -1,5 +1,6 @@
 """Evaluation: base against tuned on the same rows, not trained on, and a verdict that can be bad."""
 
+import copy
 import dataclasses
 import json
 import math
@@ -11,7 +12,7 @@ import sys
 
 import published
 import pytest
-from conftest import EOS, SAMPLE
+from conftest import BOS, EOS, SAMPLE
 from servers.hub import HubServer
 
 import finetune_r1
@@ -158,6 +159,45 @@ def test_a_finished_evaluation_waits_for_whoever_uses_the_run(config, untrained,
     holder.wait()
 
 
+def test_the_base_is_asked_by_its_own_chat_template_too_as_often_as_told(untrained, run, monkeypatch):
+    asked, of_model = [], LoadedModel.asked
+
+    def noted(*given):
+        asked.append(of_model(*given))
+        return asked[-1]
+
+    monkeypatch.setattr(LoadedModel, "asked", noted)
+    choices = [prompts.Choice("Why?", REST, "B"), prompts.Choice("Why is <b>that</b> so?", REST, "A")]
+    finetune_r1.evaluate(untrained, run, None, choices, 2, SHORT, "eval", 2)
+    own = f"{BOS}<｜User｜>{choices[0].text}<｜Assistant｜><think>\n"
+    assert sum(own in texts for texts in asked) == 2, "once for each sample"
+    report = finetune_r1.read_json(run / "eval.json")
+    assert [pair["reference"] for pair in report["pairs"]] == ["B", "B", "A", "A"]
+    first, second = (pair["chat"]["thought"] for pair in report["pairs"][:2])
+    assert first != second and report["rows"] == 2 and report["answers"] == 4
+    page = (run / "eval.html").read_text()
+    assert page.count("<section>") == 4 and "&lt;b&gt;that&lt;/b&gt;" in page and "<b>" not in page
+    assert page.count("<h3>Before, own chat (") == 4
+
+
+def test_a_change_is_measured_from_the_better_of_both_befores():
+    def answered(closed, words):
+        return {"thought": "so", "answer": "so " * words, "closed": closed, "stopped": True, "seconds": 1}
+
+    def report(base, chat, tuned):
+        sides = {"question": "Why?", "base": base, "chat": chat, "tuned": tuned}
+        before, after = ({"loss": [1.0] * 9, "relevance": [1.0] * 9} for _ in range(2))
+        return prompts.build_report(before, after, [[copy.deepcopy(sides)] for _ in range(9)], 9, seed=1)
+
+    no, yes = answered(False, 2), answered(True, 5)
+    for base, chat in ((no, yes), (yes, no)):
+        found = report(base, chat, yes)
+        assert found["closed"]["difference"] == 0 and found["closed"]["base"] == float(base["closed"])
+        assert found["closed"]["chat"] == float(chat["closed"])
+        words = found["answer_words"]
+        assert words["difference"] == words["tuned"] - words["base"], "neither number is the better one"
+
+
 @pytest.fixture
 def file_of(run, tmp_path, monkeypatch):
     """The name of the file that `eval` would write: `file_of(split="train[8:]")`."""
@@ -167,7 +207,7 @@ def file_of(run, tmp_path, monkeypatch):
     settings |= {"dataset": str(tmp_path / "mine.jsonl"), "split": "train"}
     finetune_r1.write_json(run / "config.json", settings)
     monkeypatch.setattr(LoadedModel, "load_run", lambda *_: None)
-    monkeypatch.setattr(finetune_r1, "evaluate", lambda *given: {"name": given[-1]})
+    monkeypatch.setattr(finetune_r1, "evaluate", lambda *given: {"name": given[-2]})
     return lambda **asked: evaluated(run, **asked)["name"]
 
 
@@ -219,7 +259,7 @@ def test_held_out_rows_stay_those_of_the_run_whatever_becomes_of_the_dataset(con
     written = {path: path.read_bytes() for path in run.folder.glob("eval*")}
     report = evaluated(run, dataset=str(data), split="train", answers=0)
     assert {path: path.read_bytes() for path in written} == written, "this one has files of its own"
-    assert len(list(run.folder.glob("eval*"))) == 2 * len(written) == 4
+    assert len(list(run.folder.glob("eval*"))) == 2 * len(written) == 6
     held_out = {row["Question"] for row in read_jsonl(run / "held_out.jsonl")}
     trained = {row["Question"] for row in rows[:24]} - held_out
     left_out = sum(row["Question"] in trained for row in rows[4:30])
@@ -258,7 +298,7 @@ def test_a_dataset_in_medqas_columns_is_graded_and_an_open_thought_counts_as_no_
     asked = {"dataset": str(tmp_path / "choice.jsonl"), "split": "train"}
     report = evaluated(run, **asked, answers=5)
     assert report["rows"] == report["answers"] == 2 and report["verdict"].startswith("can't tell")
-    assert report["accuracy"] == dict.fromkeys(("base", "tuned", "difference", "low", "high"), 0)
+    assert set(report["accuracy"].values()) == {0}
     card = (run / "README.md").read_text()
     assert "accuracy | 0.00 | 0.00" in card and "An answer is unread if" in card
     assert re.search(r"^\| unread \| 1.00 \| 1.00 \| .* \| lower \|$", card, re.MULTILINE)
@@ -293,7 +333,7 @@ def test_medqa_is_graded_from_the_hub_by_the_command_line(run, cli):
 def test_right_and_unread_answers_are_counted_for_each_side(
     config, untrained, run, monkeypatch, answers, accuracy, unread, verdict
 ):
-    def answer_both(loaded, questions, config):
+    def answer_both(loaded, questions, config, chat):
         written = {"thought": "", "closed": True, "stopped": True, "tokens": 1}
         sides = {
             n: written | {"answer": answer} for n, answer in zip(("base", "tuned"), answers, strict=True)
