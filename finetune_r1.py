@@ -1097,6 +1097,16 @@ def weights_name(config: ModelConfig) -> str:
     return str(mapper["FLOAT_TO_INT_MAPPER"].get(name.lower(), name))
 
 
+def read_ahead(config: ModelConfig) -> None:
+    """Has the system read the weights that are on the disk, while modules are imported."""
+    name = weights_name(config)
+    cached = huggingface_hub.try_to_load_from_cache(name, "config.json")
+    folder = Path(cached).parent if isinstance(cached, str) else Path(name)
+    for file in folder.glob("model*.safetensors") if hasattr(os, "posix_fadvise") else ():
+        with file.open("rb") as weights:
+            os.posix_fadvise(weights.fileno(), 0, 0, os.POSIX_FADV_WILLNEED)
+
+
 def load_tokenizer(folder: str | Path) -> Any:
     """The tokenizer that tokenizer.json describes; raises if a fixed text does not come back from it.
 
@@ -1319,6 +1329,7 @@ class LoadedModel:
         `revisions` has the commits to load, where they have to be those of before.
         """
         check_model(config)
+        read_ahead(config)
         processes()  # several processes: each takes a GPU of its own
         if config.gpu_memory_gib and torch.cuda.is_available():
             total = torch.cuda.get_device_properties(0).total_memory / GIB
@@ -2020,6 +2031,7 @@ def train_run(config: TrainConfig, run: Run, resume: bool = False) -> tuple[Load
     # What can be refused is refused before anything large is imported or downloaded.
     check_config(config)
     check_model(config)
+    read_ahead(config)
     records = read_records(config)
     check_columns(records, config)
     if not resume and RANK == 0:
