@@ -114,6 +114,7 @@ ROUND_TRIP = (
     "BP 90/60,  pulse 120.\n\n\tnaïve 😀 你好,世界。\ndef f(x):\n    return x**2\n<think>\nWhy?\n</think>\nSo"
 )
 
+SHARD = 2_000_000_000  # bytes of a file of merged weights, at most
 CPU_BILLIONS = 2.0  # larger models take minutes a step on a CPU, and outgrow a laptop's memory
 CHECKPOINT_SECONDS = 300
 # Where --hub-checkpoints keeps a run in its repository, and how long the end waits for the last one.
@@ -129,7 +130,7 @@ TEMPLATE_SECONDS = 5  # a chat template may take
 CLOSING_TOKENS = 12  # that a closed thought ends in, at most
 LOSS_TOKENS = 8192  # that go through the model at once where losses are measured, on a GPU
 VLLM_RANKS = (16, 32, 64, 128, 256, 512, 1024)  # of an adapter, that vLLM can be told to expect
-MERGE_MEMORY, MERGE_DISK = 4, 32  # GiB that merging the 8B takes
+MERGE_MEMORY, MERGE_DISK = 5, 7  # GiB that merging the 8B takes, where each file goes as soon as it can
 FOUR_BIT = 0.52  # bytes of a weight, with its share of the tables
 EFFICIENCY = 0.5  # of the speed of a large product, which a step reaches
 R1_TOKENS = 777  # the recipe's mean row
@@ -546,7 +547,8 @@ def atomic_path(path: Path) -> Iterator[Path]:
             remove(left)
     try:
         yield partial
-        partial.replace(path)
+        if partial.exists():
+            partial.replace(path)
     finally:
         remove(partial)
 
@@ -1359,7 +1361,7 @@ class LoadedModel:
         places = {name: named, weights: folder}  # in the Hub's cache a folder is named by its commit
         found = {}
         for name, place in places.items():
-            if place.parent.name == "snapshots":
+            if place.parent.name == "snapshots" and place != Path(name):
                 found[name] = place.name
         return cls(model, tokenizer, lang, found, memory_limit(config))
 
@@ -1755,16 +1757,24 @@ class HubCheckpoints:
         """Sends the newest checkpoint, unless one is on its way."""
         if self.sending and not self.sending.ready():
             return
-        # Links, as the Trainer removes old checkpoints. A command line may name folders of this machine.
+        # Links, as the Trainer removes old checkpoints.
         folder, checkpoint = self.run / ".hub", self.run.checkpoints[-1]
         remove(folder)
         others = shutil.ignore_patterns("README.md", "training_args.bin")
         shutil.copytree(
             checkpoint, folder / "checkpoints" / checkpoint.name, ignore=others, copy_function=os.link
         )
-        for name in ("config.json", "held_out.jsonl", "trained.json"):
+        for name in ("held_out.jsonl", "trained.json"):
             os.link(self.run / name, folder / name)
-        record = self.run.record
+        # Paths of this machine stay here, but for the name of a file or folder that another one needs, too.
+        settings, record = dataclasses.asdict(self.run.config), self.run.record
+        for name in ("model", "dataset"):
+            path = Path(settings[name])
+            if path.exists() or path.is_absolute():
+                settings[name] = f"./{path.absolute().name}"
+        adapter = folder / "checkpoints" / checkpoint.name / "adapter_config.json"
+        write_json(adapter, read_json(adapter) | {"base_model_name_or_path": settings["model"]})
+        write_json(folder / "config.json", settings)
         del record["command"]
         write_json(folder / "run.json", record)
         self.sent, self.sending = checkpoint.name, self.pool.apply_async(self.upload, [folder])
@@ -1789,10 +1799,12 @@ class HubCheckpoints:
         if self.sending and (keep or not finished):
             log(f"sending the checkpoint to {self.repo}")
             self.sending.wait(HUB_SECONDS)
-            if self.sent != self.run.checkpoints[-1].name:
+            if self.failed or self.sent != self.run.checkpoints[-1].name:
                 self.send()
                 self.sending.wait(HUB_SECONDS)
-            if self.sending.ready() and not self.failed and not finished:
+            if self.failed or not self.sending.ready():
+                log(f"{self.repo} lacks the newest checkpoint, which is in {self.run}")
+            elif not finished:
                 log(f"on any machine, continue with `train --resume hub:{self.repo}`")
         elif self.sending:
             with contextlib.suppress(Exception):
@@ -2300,10 +2312,10 @@ def sixteen_bit(model: str) -> str:
     return re.sub(r"(-unsloth)?-bnb-4bit$", "", model)
 
 
-def weights_size(model: str) -> tuple[int, int]:
-    """Bytes of a model's weights, and how many of them are still to be downloaded."""
+def weights_size(model: str) -> tuple[int, int, int]:
+    """Bytes of a model's weights, of those that are still to be downloaded, and of the largest such file."""
     if Path(model).is_dir():
-        return sum(file.stat().st_size for file in Path(model).glob("*.safetensors")), 0
+        return sum(file.stat().st_size for file in Path(model).glob("*.safetensors")), 0, 0
     weights_of = functools.partial(huggingface_hub.snapshot_download, allow_patterns="*.safetensors")
     hub_utils.disable_progress_bars()
     try:
@@ -2312,15 +2324,16 @@ def weights_size(model: str) -> tuple[int, int]:
         return weights_size(weights_of(model, local_files_only=True))
     finally:
         hub_utils.enable_progress_bars()
-    size = missing = 0
-    for file in files:
-        size += file.file_size
-        missing += file.file_size if file.will_download else 0
-    return size, missing
+    missing = [file.file_size for file in files if file.will_download]
+    return sum(file.file_size for file in files), sum(missing), max(missing, default=0)
 
 
-def merged_weights(run: Run, output: Path | None = None) -> tuple[Path, dict[str, Any]]:
-    """The folder of merged weights, made if there is none, and what the check of them found."""
+def merged_weights(run: Run, output: Path | None = None, take: Any = None) -> tuple[Path, dict[str, Any]]:
+    """The folder of merged weights, made if there is none, and what the check of them found.
+
+    Where the disk can't hold all of it, one file of the base is there at a time; and one of the result, if
+    there is a function `take` for them, and no folder in the end.
+    """
     saved = run.record.get("saved")
     if saved and not output and (run / saved["folder"]).exists():
         folder = run / saved["folder"]
@@ -2335,16 +2348,24 @@ def merged_weights(run: Run, output: Path | None = None) -> tuple[Path, dict[str
     with run.lock(), atomic_path(folder) as partial:
         # What is merged, and room for it.
         name, adapter = sixteen_bit(run.config.model), run.adapter
-        size, missing = weights_size(name)
+        size, missing, largest = weights_size(name)
         download = f"downloads {missing / 1e9:.1f} GB and " if missing else ""
         log(f"merging the adapter into a copy of {name}: {download}writes {size / 1e9:.1f} GB")
         way_out = "the adapter needs no room: `push --adapter-only`; or set --output and HF_HOME"
-        check_room({folder: size, Path(hub_constants.HF_HUB_CACHE): missing}, way_out)
-        source = download_model(name, revision=run.record.get("model_revisions", {}).get(name))
+        try:
+            check_room({folder: size, Path(hub_constants.HF_HUB_CACHE): missing}, way_out)
+            by_file, take = False, None
+        except UserError:
+            check_room({folder: largest + (min(size, SHARD) if take else size)}, way_out)
+            by_file = True
+            log("note: the disk can't hold that at once, so it is done file by file, and none stays unneeded")
+        revision = run.record.get("model_revisions", {}).get(name)
+        source = download_model(name, weights=not by_file, revision=revision)
+        check_code(source)
         tokenizer = load_tokenizer(adapter)
 
-        # Merged, with everything that belongs to a model, and read back as a stranger would.
-        merge(source, adapter, partial)
+        # Merged and checked, with everything that belongs to a model.
+        merge = Merge(name, source, adapter, partial, take)
         settings = transformers.AutoConfig.from_pretrained(source, trust_remote_code=False)
         generation = transformers.GenerationConfig()  # its fields are None, but for the base's
         if (source / "generation_config.json").exists():
@@ -2356,99 +2377,149 @@ def merged_weights(run: Run, output: Path | None = None) -> tuple[Path, dict[str
             part.save_pretrained(partial)
         save_tokenizer(tokenizer, partial, run.config.lang)
         save_config(partial)
-        log("comparing the answers of base, base + adapter, and merged weights to fixed prompts")
-        base_logits, tuned_logits = probe(source, tokenizer), probe(source, tokenizer, adapter)
-        merged_logits = probe(
-            partial, transformers.AutoTokenizer.from_pretrained(partial, trust_remote_code=False)
-        )
-        checked = check_merge(base_logits, tuned_logits, merged_logits)
+        checked = check_merge(*merge.walk(tokenizer))
+        if take:
+            for path in partial.glob("[!.]*"):
+                take(path)
+            remove(partial)
+            return folder, checked
         # Noted before the folder has its name: one that has it is known, whenever the process ends.
         place = str(output.resolve()) if output else "merged"
         run.update(saved={"folder": place, "files": file_sizes(partial), "checked": checked})
     return folder, checked
 
 
-def outline(folder: Path) -> tuple[Any, dict[str, Path]]:
-    """A model without its weights, and the file of each weight by its name.
+class Merge:
+    """Merges an adapter into its base in one walk through the model: base + B·A·scale, rounded once.
 
-    Raises unless the files hold what config.json asks for, and no more.
+    Fixed prompts walk through it as a batch of three: as base, as base and adapter by PEFT, and as merged
+    weights. What a layer needs is read when its turn comes, merged in float32, and forgotten. Merged weights
+    are written to `folder` in files of at most 2 GB, read back, and given to `take`, if there is one.
     """
-    model = without_weights(folder)
-    if getattr(model.config, "quantization_config", None):
-        raise UserError(f"{folder} is quantized: there are no 16-bit weights of it.", "`save --as adapter`")
-    files = {}
-    for file in sorted(folder.glob("model*.safetensors")):
-        with safetensors.safe_open(file, "pt") as tensors:
-            for name in tensors.keys():  # noqa: SIM118
-                if not name.endswith("rotary_emb.inv_freq"):  # which old transformers saved, and all work out
-                    files[name] = file
-    wanted = set(model.state_dict())
-    if model.config.tie_word_embeddings and "lm_head.weight" not in files:
-        wanted.discard("lm_head.weight")  # it is the embedding
-    wrong = wanted ^ files.keys()
-    if wrong:
-        fault = f"{folder} is no whole model; missing or left over: {', '.join(sorted(wrong)[:3])}."
-        raise UserError(fault, "nothing was saved; please report it")
-    return model, files
 
+    def __init__(self, name: str, source: Path, adapter: Path, folder: Path, take: Any = None):
+        self.name, self.source, self.folder, self.take = name, source, folder, take
+        self.done: set[str] = set()  # names of what is merged
+        self.held: dict[str, Any] = {}  # weights of the base whose file made room before their turn
+        self.due: dict[str, Any] = {}  # merged weights, until their layer has used them
+        folder.mkdir()
+        model, self.files = self.outline()
+        weights = {name: weight for name, weight in model.state_dict().items() if name in self.files}
+        self.plan = huggingface_hub.split_torch_state_dict_into_shards(weights, max_shard_size=SHARD)
+        self.merged: dict[str, dict[str, Any]] = {file: {} for file in self.plan.filename_to_tensors}
+        self.progress = progress(list(self.merged), "merging: file")
+        settings = peft.LoraConfig.from_pretrained(adapter)
+        self.scale = settings.lora_alpha / (math.sqrt(settings.r) if settings.use_rslora else settings.r)
+        self.model = peft.get_peft_model(model, settings).eval()
+        self.lora = adapter_weights(self.model, adapter)
+        for name, layer in self.model.named_modules():
+            if f"{name}.lora_A.weight" in self.lora:
+                layer.base_layer.forward = functools.partial(self.forward, name, layer.base_layer)
 
-def merge(source: Path, adapter: Path, folder: Path) -> None:
-    """Writes base + B·A·scale, worked out in float32 and rounded once, as files of at most 2 GB.
+    def outline(self) -> tuple[Any, dict[str, str]]:
+        """The base without its weights, and the file of each weight by its name.
 
-    One of them at a time is in memory.
-    """
-    model, files = outline(source)
-    weights = {name: weight for name, weight in model.state_dict().items() if name in files}
-    plan = huggingface_hub.split_torch_state_dict_into_shards(weights, max_shard_size="2GB")
-    settings = peft.LoraConfig.from_pretrained(adapter)
-    scale = settings.lora_alpha / (math.sqrt(settings.r) if settings.use_rslora else settings.r)
-    lora = adapter_weights(peft.get_peft_model(model, settings), adapter)
-    folder.mkdir()
-    for file, names in progress(list(plan.filename_to_tensors.items()), "merging: file"):
-        merged = {}
-        for name in names:
-            with safetensors.safe_open(files[name], "pt") as tensors:
-                merged[name] = tensors.get_tensor(name)
-            module = f"base_model.model.{name.removesuffix('.weight')}"
-            if f"{module}.lora_A.weight" in lora:
-                down, up = lora[f"{module}.lora_A.weight"], lora[f"{module}.lora_B.weight"]
-                merged[name] = (merged[name] + up.float() @ down.float() * scale).to(merged[name].dtype)
-        safetensors_torch.save_file(merged, folder / file, {"format": "pt"})
-        with safetensors.safe_open(folder / file, "pt") as written:
-            if not all(written.get_tensor(name).equal(weight) for name, weight in merged.items()):
-                raise UserError(
-                    f"{file} was not written as it should be.", "nothing was saved; check the disk"
-                )
-    if plan.is_sharded:
-        index = {"metadata": plan.metadata, "weight_map": plan.tensor_to_filename}
-        write_json(folder / "model.safetensors.index.json", index)
+        Raises unless the files hold what config.json asks for, and no more.
+        """
+        model = without_weights(self.source)
+        if getattr(model.config, "quantization_config", None):
+            fault = f"{self.source} is quantized: there are no 16-bit weights of it."
+            raise UserError(fault, "`save --as adapter`")
+        index = self.source / "model.safetensors.index.json"
+        if index.is_file():
+            files = {name: Path(file).name for name, file in read_json(index)["weight_map"].items()}
+        else:
+            with safetensors.safe_open(self.base_file("model.safetensors"), "pt") as tensors:
+                files = dict.fromkeys(tensors.keys(), "model.safetensors")
+        for name in [name for name in files if name.endswith("rotary_emb.inv_freq")]:
+            del files[name]  # which old transformers saved, and all work out
+        wanted = set(model.state_dict())
+        if model.config.tie_word_embeddings and "lm_head.weight" not in files:
+            wanted.discard("lm_head.weight")  # it is the embedding
+        wrong = wanted ^ files.keys()
+        if wrong:
+            fault = f"{self.source} is no whole model; missing or left over: {', '.join(sorted(wrong)[:3])}."
+            raise UserError(fault, "nothing was saved; please report it")
+        return model, files
 
+    def base_file(self, file: str) -> Path:
+        """The path of one of the base's files; a download takes the place of the one before."""
+        path, downloads = self.source / file, self.folder / ".base"
+        if path.exists():
+            return path
+        if not (downloads / file).exists():
+            for other in downloads.glob("*.safetensors"):
+                with safetensors.safe_open(other, "pt") as tensors:
+                    for name in set(tensors.keys()) - self.done:
+                        self.held[name] = tensors.get_tensor(name).clone()
+                other.unlink()
+            huggingface_hub.hf_hub_download(self.name, file, revision=self.source.name, local_dir=downloads)
+        return downloads / file
 
-def probe(folder: Path, tokenizer: Any, adapter: Path | None = None) -> Any:
-    """Logits on fixed prompts, one row per token, of a model, or of base and adapter as PEFT has them.
+    def __getitem__(self, name: str) -> Any:
+        """A weight of PEFT's model, as its layer asks for it; the base's are merged on the way."""
+        lora = self.lora.get(name.replace(".default.", "."))
+        if lora is not None:
+            return lora
+        name = name.removeprefix("base_model.model.").replace(".base_layer.", ".")
+        if name not in self.files:
+            name = next(iter(self.plan.tensor_to_filename))  # the output layer's, which is the embedding
+        weight = self.held.pop(name, None)
+        if weight is None:
+            with safetensors.safe_open(self.base_file(self.files[name]), "pt") as tensors:
+                weight = tensors.get_tensor(name).clone()  # a view would keep a removed file's room
+        if name not in self.done:
+            self.add(name, weight)
+        return weight
 
-    Each weight is read when it is needed and then forgotten, so that a small machine can do it.
-    """
-    model, files = outline(folder)
-    places = {name: {"safetensors_file": str(file), "weight_name": name} for name, file in files.items()}
-    places.setdefault("lm_head.weight", places[next(iter(model.state_dict()))])  # tied to the embedding
-    if adapter:
-        model = peft.get_peft_model(model, peft.LoraConfig.from_pretrained(adapter)).eval()
-        file = str(adapter / "adapter_model.safetensors")
-        of_base = places
-        places = {}
-        for name in model.state_dict():
-            plain = name.removeprefix("base_model.model.").replace(".base_layer.", ".")
-            lora = {"safetensors_file": file, "weight_name": name.replace(".default.", ".")}
-            places[name] = of_base.get(plain, lora)
-    device = "cuda:0" if torch.cuda.is_available() else "cpu"
-    accelerate.dispatch_model(model, {"": "disk"}, device, offload_index=places, force_hooks=True)
-    logits = []
-    for lang, question in prompts.BEFORE_AFTER.items():
+    def add(self, name: str, weight: Any) -> None:
+        """Merges a weight; writes its file if it is the last one in it."""
+        module = f"base_model.model.{name.removesuffix('.weight')}"
+        if f"{module}.lora_A.weight" in self.lora:
+            down, up = self.lora[f"{module}.lora_A.weight"], self.lora[f"{module}.lora_B.weight"]
+            weight = (weight + up.float() @ down.float() * self.scale).to(weight.dtype)
+            self.due[module] = weight
+        self.done.add(name)
+        file = self.plan.tensor_to_filename[name]
+        self.merged[file][name] = weight
+        if len(self.merged[file]) == len(self.plan.filename_to_tensors[file]):
+            self.write(self.folder / file, self.merged.pop(file))
+
+    def write(self, path: Path, weights: dict[str, Any]) -> None:
+        """Writes a file of merged weights, and reads it back."""
+        safetensors_torch.save_file(weights, path, {"format": "pt"})
+        with safetensors.safe_open(path, "pt") as written:
+            whole = set(written.keys()) == weights.keys()
+            if not whole or not all(written.get_tensor(name).equal(weights[name]) for name in weights):
+                fault = f"{path.name} was not written as it should be."
+                raise UserError(fault, "nothing was saved; check the disk")
+        next(self.progress, None)
+        if self.take:
+            self.take(path)
+            path.unlink()
+
+    def forward(self, name: str, layer: Any, batch: Any) -> Any:
+        """What a layer of the base makes of the three: the last one goes through the merged weights."""
+        weights = (layer.weight, layer.weight, self.due.pop(name).to(batch.device))
+        rows = zip(batch, weights, strict=True)
+        return torch.stack([torch.nn.functional.linear(row, weight, layer.bias) for row, weight in rows])
+
+    def walk(self, tokenizer: Any) -> Any:
+        """Writes all; returns logits on fixed prompts of base, base and adapter, and merged weights."""
+        questions = prompts.BEFORE_AFTER.items()
+        text = "\n".join(prompts.build_prompt(question, lang) for lang, question in questions)
+        device = "cuda:0" if torch.cuda.is_available() else "cpu"
+        batch = tokenizer(text, return_tensors="pt")["input_ids"].expand(3, -1).to(device)
+        accelerate.cpu_offload(self.model, device, state_dict=self)
         with torch.no_grad():
-            batch = tokenizer(prompts.build_prompt(question, lang), return_tensors="pt").to(device)
-            logits.append(model(**batch).logits[0].float().cpu())
-    return torch.cat(logits)
+            logits = self.model(batch, adapter_names=["__base__", "default", "__base__"]).logits.float().cpu()
+        for name in [name for name in self.files if name not in self.done]:
+            self[name]  # of a layer that text alone does not need
+        remove(self.folder / ".base")
+        if self.plan.is_sharded:
+            index = {"metadata": self.plan.metadata, "weight_map": self.plan.tensor_to_filename}
+            write_json(self.folder / "model.safetensors.index.json", index)
+        return logits
 
 
 def check_merge(base: Any, tuned: Any, merged: Any) -> dict[str, Any]:
@@ -2545,7 +2616,7 @@ class Repository:
     """A model repository on the Hub, as it is now; `info` is None where there is none."""
 
     def __init__(self, name: str, revision: str | None = None, dry_run: bool = False):
-        self.name = name
+        self.name, self.is_made = name, False
         self.info: Any = None
         try:
             self.info = huggingface_hub.model_info(name, revision=revision, files_metadata=True)
@@ -2572,18 +2643,37 @@ class Repository:
         same = {add.path_in_repo for add in adds if self.has(add)}
         return [name for name in self.files if name.endswith(WEIGHTS) and name not in same]
 
+    def make(self, private: bool | None) -> None:
+        """Makes the repository, if there is none."""
+        if self.info is None and not self.is_made:
+            huggingface_hub.create_repo(self.name, private=private is not False)
+            self.is_made = True
+
+    def refusal(self, fault: str, failure: BaseException | None) -> UserError:
+        """What to say when a push has failed."""
+        known = (advice(failure) or advice(failure.__cause__)) if failure else None
+        again = "`push` again, later: what has arrived is not sent again"
+        return UserError(f"{self.name} {fault}", again if known in (None, NOT_REACHED) else known)
+
+    def send(self, add: Any, private: bool | None, create_pr: bool) -> None:
+        """Sends a large file that a commit is going to bring."""
+        try:
+            self.make(private)
+            while_it_moves(lambda: huggingface_hub.preupload_lfs_files(self.name, [add], create_pr=create_pr))
+        except (httpx.HTTPError, OSError, RuntimeError) as error:
+            raise self.refusal(f"is as it was: {error}", error) from error
+
     def upload(self, adds: list[Any], private: bool | None, create_pr: bool) -> dict[str, Any]:
         """Commits what differs, removes other weights, and reads all back, even if the answer was lost."""
-        api, failure, revision = huggingface_hub.HfApi(), None, None
+        failure, revision = None, None
         changes = [add for add in adds if not self.has(add)]
         for name in set(self.other_weights(adds)).difference(add.path_in_repo for add in adds):
             changes.append(huggingface_hub.CommitOperationDelete(name))
         try:
-            if self.info is None:
-                api.create_repo(self.name, private=private is not False)
+            self.make(private)
             if changes:  # the parent is named so that nobody's commit of this minute is undone
                 options = {"parent_commit": self.info.sha if self.info else None, "create_pr": create_pr}
-                send = functools.partial(api.create_commit, self.name, changes, **options)
+                send = functools.partial(huggingface_hub.create_commit, self.name, changes, **options)
                 revision = while_it_moves(lambda: send(commit_message="By finetune_r1")).pr_revision
         except (httpx.HTTPError, OSError, RuntimeError) as error:
             failure = error
@@ -2600,13 +2690,14 @@ class Repository:
                 report |= {"commit": after.info.sha, "verified": "every file is there, with the same hash"}
                 return report
             fault = f"is as it was: {failure}" if failure else f"differs in {', '.join(wrong)}"
-        known = (advice(failure) or advice(failure.__cause__)) if failure else None
-        again = "`push` again, later: what has arrived is not sent again"
-        raise UserError(f"{self.name} {fault}", again if known in (None, NOT_REACHED) else known) from failure
+        raise self.refusal(fault, failure) from failure
 
 
-def files_to_push(run: Run, adapter_only: bool, dry_run: bool, repo: str) -> dict[str, Path | bytes]:
-    """Content by name in the repository: merged weights at the root, the adapter in adapter/, the card."""
+def files_to_push(run: Run, adapter_only: bool, dry_run: bool, repo: str, take: Any) -> dict[str, Any]:
+    """Content by name in the repository: merged weights at the root, the adapter in adapter/, the card.
+
+    Merged weights that the disk can't keep are not among them: `take` has got them.
+    """
     write_card(run, repo)
     files: dict[str, Path | bytes] = {"README.md": run / "README.md"}
     files |= {path.name: path for path in run.folder.glob("*.png")}
@@ -2618,7 +2709,7 @@ def files_to_push(run: Run, adapter_only: bool, dry_run: bool, repo: str) -> dic
     if dry_run and not adapter_only and not run.record.get("saved"):
         log("note: the merged weights are missing below, as `save` has not made them; `push` would")
     elif not adapter_only:
-        files |= {path.name: path for path in merged_weights(run)[0].glob("[!.]*")}
+        files |= {path.name: path for path in merged_weights(run, take=take)[0].glob("[!.]*")}
     return files
 
 
@@ -3003,7 +3094,7 @@ def doctor(config: ModelConfig) -> dict[str, Any]:
         "gpus": [f"{g.name}, compute {g.major}.{g.minor}, {g.total_memory / GIB:.1f} GiB" for g in gpus],
         "precision": precision(config),
         "free_memory": f"{memory:.0f} GiB; merging takes {MERGE_MEMORY}",
-        "free_disk": f"{free:.0f} GiB; merging the 8B takes {MERGE_DISK}, pushing its adapter alone nothing",
+        "free_disk": f"{free:.0f} GiB; `push` of the 8B takes {MERGE_DISK}, `save` 16 more",
         "works_here": {
             "train": able,
             "infer": able,
@@ -3236,12 +3327,19 @@ def resumed_config(run: Run, config: TrainConfig, given: set[str]) -> TrainConfi
         before, now = getattr(settings, entry.name), getattr(config, entry.name)
         if entry.name in given and before != now:
             changed[entry.name] = now
-            if entry.name not in RESUME_MAY_CHANGE:
+            moved = str(before).startswith("./") and Path(str(now)).name == Path(before).name
+            if entry.name not in RESUME_MAY_CHANGE and not moved:
                 fixed.append(f"--{entry.name.replace('_', '-')} was {before}, now {now}")
     if fixed:
         fault = f"--resume {run} would be another training: {', '.join(fixed)}."
         raise UserError(fault, "leave it out, or `train` anew")
-    return dataclasses.replace(settings, **changed)
+    config = dataclasses.replace(settings, **changed)
+    for name in ("model", "dataset"):
+        path = getattr(config, name)
+        if path.startswith("./") and not Path(path).exists():
+            fault = f"--resume {run}: its {name} was {Path(path).name} on another machine, and is not here."
+            raise UserError(fault, f"{run.resume_line[:-1]} --{name} PATH`")
+    return config
 
 
 @command
@@ -3574,23 +3672,35 @@ def push(
         raise UserError(fault, "change it in the repository's settings, or leave the option out")
 
     # What would be pushed, and what is in its way.
-    files = files_to_push(found, adapter_only, dry_run, repo)
-    adds, total = [], 0
-    for name, content in files.items():
+    adds: list[Any] = []
+
+    def add(name: str, content: Path | bytes) -> None:
         if isinstance(content, Path) and (content.is_symlink() or not content.is_file()):
             raise UserError(f"{content} is a link or a folder.", "remove it: files alone are pushed")
-        size = len(content) if isinstance(content, bytes) else content.stat().st_size
-        log(f"{size:>16,}  {name}")
         adds.append(huggingface_hub.CommitOperationAdd(name, content))
-        total += size
+        log(f"{adds[-1].upload_info.size:>16,}  {name}")
+
+    def send(file: Path) -> None:
+        """For files that can't stay until all is there: weights go to the Hub, and wait for the commit."""
+        add(file.name, file if file.suffix == ".safetensors" else file.read_bytes())
+        if file.suffix == ".safetensors" and not remote.has(adds[-1]):
+            refuse_others()
+            remote.send(adds[-1], private, create_pr)
+
+    def refuse_others() -> None:
+        others = remote.other_weights(adds)
+        if others and not (force or create_pr):
+            way_out = "name another --repo, offer yours with --create-pr, or replace them with --force"
+            raise UserError(f"--repo {repo} holds other weights: {', '.join(others)}.", way_out)
+
+    for name, content in files_to_push(found, adapter_only, dry_run, repo, send).items():
+        add(name, content)
+    total = sum(add.upload_info.size for add in adds)
     hidden = remote.info.private if remote.info else private is not False
     visibility = ("private" if hidden else "public") + ("" if remote.info else ", new")
-    report = {"repo": repo, "visibility": visibility, "files": len(files), "bytes": total}
-    log_header("push", f"{len(files)} files, {file_size(total)}, to {repo} ({visibility})")
-    others = remote.other_weights(adds)
-    if others and not (force or create_pr):
-        way_out = "name another --repo, offer yours with --create-pr, or replace them with --force"
-        raise UserError(f"--repo {repo} holds other weights: {', '.join(others)}.", way_out)
+    report = {"repo": repo, "visibility": visibility, "files": len(adds), "bytes": total}
+    log_header("push", f"{len(adds)} files, {file_size(total)}, to {repo} ({visibility})")
+    refuse_others()
     if dry_run:
         return {**report, "dry_run": True}
     return {**report, **remote.upload(adds, private, create_pr)}

@@ -4,6 +4,7 @@ Nothing here needs a network, a GPU or an account. Two workers (pytest-xdist) ta
 """
 
 import contextlib
+import dataclasses
 import os
 import shutil
 import signal
@@ -12,7 +13,8 @@ import sys
 import tempfile
 import time
 from pathlib import Path
-from typing import NamedTuple
+from types import SimpleNamespace
+from typing import Any, NamedTuple
 
 # Handed on by the environment: the workers share one folder, in which each has a home.
 SHARED = Path(os.environ.get("FINETUNE_R1_TESTS") or tempfile.mkdtemp(prefix="finetune-r1-tests-"))
@@ -56,6 +58,38 @@ SCRIPT = Path(__file__).parents[1] / "finetune_r1.py"
 SAMPLE = SCRIPT.parent / "data" / "medical_sample.jsonl"
 
 
+class SmallDisk:
+    """A folder that stands for a disk, with room for `size` bytes, of which at most `most` were used.
+
+    What is there already when it is made small does not count, nor do small files beside the weights.
+    """
+
+    def __init__(self, folder: Path):
+        self.folder, self.before, self.most = folder, 0, 0
+        self.size = 10**12
+
+    @property
+    def used(self) -> int:
+        paths = [path for path in self.folder.rglob("*") if path.suffix != ".json" and not path.is_symlink()]
+        return sum(path.stat().st_size for path in paths if path.is_file()) - self.before
+
+    def hold(self, size: int) -> None:
+        self.before, self.size = self.used, size
+
+    def usage(self, _: object) -> Any:
+        return SimpleNamespace(free=self.size - self.used)
+
+    def watched(self, function: Any) -> Any:
+        """A function that writes files, and how much is there afterwards is noted."""
+
+        def write(*arguments: Any, **options: Any) -> Any:
+            result = function(*arguments, **options)
+            self.most = max(self.most, self.used)
+            return result
+
+        return write
+
+
 class Done(NamedTuple):
     code: int
     out: str
@@ -93,6 +127,55 @@ def told(unsloth, capfd, monkeypatch, tmp_path):
         return Done(end.value.code, *capfd.readouterr())
 
     return run
+
+
+@pytest.fixture
+def small_disk(tmp_path, monkeypatch):
+    """A disk for the Hub's cache, and for a run, that holds as much as a test says."""
+    import huggingface_hub
+    import safetensors.torch
+    from huggingface_hub import constants
+
+    import finetune_r1
+
+    disk = SmallDisk(tmp_path)
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+    monkeypatch.setattr(finetune_r1.shutil, "disk_usage", disk.usage)
+    for module, name in ((huggingface_hub, "hf_hub_download"), (safetensors.torch, "save_file")):
+        monkeypatch.setattr(module, name, disk.watched(getattr(module, name)))
+    return disk
+
+
+@pytest.fixture
+def hub(monkeypatch, tmp_path):
+    """A Hub for the client of this process, which has read its environment, with a cache of its own."""
+    from huggingface_hub import constants, hf_api
+    from servers.hub import HubServer
+
+    with HubServer(tokens={"hf_writetoken": ("alice", "write"), "hf_readtoken": ("alice", "read")}) as server:
+        template = server.url + "/{repo_id}/resolve/{revision}/{filename}"
+        monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+        monkeypatch.setattr(constants, "ENDPOINT", server.url)
+        monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
+        monkeypatch.setattr(hf_api.api, "endpoint", server.url)
+        yield server
+
+
+def add_base(hub, folder):
+    """Puts a model's files on the Hub as org/base."""
+    hub.add_repo("model", "org/base", {path.name: path.read_bytes() for path in folder.iterdir()})
+
+
+def name_base(run, model):
+    """Makes a run one of another base, as if it was trained on that."""
+    import finetune_r1
+
+    config = dataclasses.replace(finetune_r1.Run(run).config, model=model)
+    finetune_r1.write_json(run / "config.json", dataclasses.asdict(config))
+    settings = finetune_r1.read_json(run / "adapter" / "adapter_config.json")
+    settings["base_model_name_or_path"] = model
+    finetune_r1.write_json(run / "adapter" / "adapter_config.json", settings)
+    finetune_r1.Run(run).update(adapter={}, model_revisions={})  # and its hashes
 
 
 def pytest_collection_modifyitems(items):

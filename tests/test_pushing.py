@@ -10,21 +10,14 @@ import sys
 import time
 
 import pytest
-from conftest import Done
+from conftest import Done, add_base, name_base
 from servers.base import STALL, Fault, chance_fault
-from servers.hub import HubServer
 
 import finetune_r1
 
 WRITE, READ = "hf_writetoken", "hf_readtoken"
 REPO = "alice/DeepSeek-R1-Medical-COT"
 WAYS = ["lfs", "xet"]
-
-
-@pytest.fixture
-def hub():
-    with HubServer(tokens={WRITE: ("alice", "write"), READ: ("alice", "read")}) as server:
-        yield server
 
 
 @pytest.fixture(scope="module")
@@ -38,10 +31,8 @@ def run(tiny_run, tmp_path_factory):
 @pytest.fixture
 def push(hub, run, monkeypatch, capfd):
     """The command as a user gives it, but in this process, whose client has read its environment already."""
-    from huggingface_hub import constants, hf_api
+    from huggingface_hub import constants
 
-    monkeypatch.setattr(constants, "ENDPOINT", hub.url)
-    monkeypatch.setattr(hf_api.api, "endpoint", hub.url)
     monkeypatch.setattr(finetune_r1, "READ_AGAIN_SECONDS", 0)
 
     def command(*arguments, way: str = "lfs", token: str | None = WRITE) -> Done:
@@ -435,3 +426,85 @@ def test_after_a_cut_only_what_is_missing_is_sent(push, hub, run, way):
 
 def test_the_card_names_one_base_model_where_the_bases_own_card_names_several(tiny_deepseek):
     assert finetune_r1.public_name(str(tiny_deepseek)) == "meta-llama/Llama-3.1-8B"
+
+
+# ------------------------------------------------------------- a disk without room for the merged weights
+
+
+@pytest.fixture
+def small(push, hub, run, tiny_r1, small_disk, monkeypatch):
+    """Pushes a run whose base is on the Hub, from a disk that holds one file of it and one of the result."""
+    add_base(hub, tiny_r1)
+    copy = small_disk.folder / "run"
+    shutil.copytree(run, copy, ignore=shutil.ignore_patterns("merged*"))
+    name_base(copy, "org/base")
+    finetune_r1.Run(copy).update(saved={})
+    monkeypatch.setattr(finetune_r1, "SHARD", 170_000)
+    finetune_r1.download_model("org/base", weights=False)
+    before = set(copy.iterdir())
+    largest = finetune_r1.weights_size("org/base")[2]
+    small_disk.hold(largest + finetune_r1.SHARD + 10_000)
+
+    def command(*arguments, **options):
+        done = push("--run", str(copy), *arguments, **options)
+        assert set(copy.iterdir()) - before <= {copy / "README.md", copy / ".lock"}
+        assert not list(small_disk.folder.glob("hub/*/snapshots/*/*.safetensors"))
+        assert small_disk.most <= small_disk.size
+        return done
+
+    return command
+
+
+def sent(hub):
+    """The files of weights that arrived."""
+    return [path for method, path in hub.requests if method == "PUT" and path.startswith(GIT)]
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_what_a_small_disk_sends_file_by_file_is_the_same_byte_for_byte(push, small, small_disk, hub, way):
+    done = small(way=way)
+    assert done.code == 0 and "file by file" in done.err and "same hash" in json.loads(done.out)["verified"]
+    repo = hub.repos["model", REPO]
+    assert repo.private and len(repo.commits) == 2
+    assert len([name for name in repo.files if name.startswith("model-")]) == 3
+    by_file = files(hub)
+    assert json.loads(done.out)["bytes"] == sum(map(len, by_file.values())) - len(by_file[".gitattributes"])
+
+    del hub.repos["model", REPO]
+    small_disk.hold(10**12)
+    assert push("--run", str(small_disk.folder / "run"), way=way).code == 0
+    assert (small_disk.folder / "run" / "merged").exists() and files(hub) == by_file
+
+
+def test_a_push_from_a_small_disk_that_ends_between_two_files_is_completed_by_the_next(small, hub):
+    hub.faults.append(Fault("PUT", GIT, 403, times=math.inf, skip=2))
+    done = small()
+    assert done.code == 1 and f"{REPO} is as it was" in done.err and set(files(hub)) == {".gitattributes"}
+    assert "write access" in done.err
+    first = sent(hub)[:2]
+    hub.faults.clear()
+    hub.requests.clear()
+    assert small().code == 0 and not set(first) & set(sent(hub)), "what has arrived is not sent again"
+    assert "model.safetensors.index.json" in files(hub)
+    hub.requests.clear()
+    assert small().code == 0 and not sent(hub) and len(hub.repos["model", REPO].commits) == 2
+
+
+def test_from_a_small_disk_nothing_goes_to_a_repository_with_other_weights_without_force(small, hub):
+    hub.add_repo("model", REPO, {"model.safetensors": b"other weights"})
+    done = small()
+    assert done.code == 1 and "holds other weights: model.safetensors" in done.err and not sent(hub)
+    assert json.loads(small("--create-pr").out)["revision"] == "refs/pr/1" and len(files(hub)) == 1
+    assert small("--force").code == 0 and "model.safetensors" not in files(hub)
+
+
+def test_from_a_small_disk_a_merge_that_fails_its_check_is_not_committed(small, hub, monkeypatch):
+    walk = finetune_r1.Merge.walk
+
+    def lost(merge, tokenizer):
+        merge.scale = 0
+        return walk(merge, tokenizer)
+
+    monkeypatch.setattr(finetune_r1.Merge, "walk", lost)
+    done = small()
+    assert done.code == 1 and "do not act as base" in done.err and set(files(hub)) == {".gitattributes"}

@@ -1,14 +1,12 @@
 """Merged weights are base + adapter, load in plain transformers, and never lie beside an adapter."""
 
-import dataclasses
 import shlex
 import shutil
 import subprocess
 import sys
 
 import pytest
-from conftest import EOS, SCRIPT
-from servers.hub import HubServer
+from conftest import EOS, SCRIPT, add_base, name_base
 
 import finetune_r1
 import prompts
@@ -120,60 +118,97 @@ def test_what_would_fill_the_disk_is_refused_before_it_starts_with_the_way_out(t
     assert refused.value.next_step == "save elsewhere"
 
 
-def test_the_size_of_a_base_model_is_known_before_and_after_its_download(tiny_r1, tmp_path, monkeypatch):
+def test_the_size_of_a_base_model_is_known_before_and_after_its_download(tiny_r1, hub):
     import huggingface_hub
-    from huggingface_hub import constants, hf_api
 
-    size = sum(file.stat().st_size for file in tiny_r1.glob("*.safetensors"))
-    assert finetune_r1.weights_size(str(tiny_r1)) == (size, 0)
-    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
-    with HubServer() as hub:
-        monkeypatch.setattr(constants, "ENDPOINT", hub.url)
-        monkeypatch.setattr(
-            constants, "HUGGINGFACE_CO_URL_TEMPLATE", hub.url + "/{repo_id}/resolve/{revision}/{filename}"
-        )
-        monkeypatch.setattr(hf_api.api, "endpoint", hub.url)
-        hub.add_repo("model", "org/base", {path.name: path.read_bytes() for path in tiny_r1.iterdir()})
-        assert finetune_r1.weights_size("org/base") == (size, size)
-        huggingface_hub.snapshot_download("org/base")
-        assert finetune_r1.weights_size("org/base") == (size, 0)
-    assert finetune_r1.weights_size("org/base") == (size, 0), "without a network what was downloaded counts"
+    sizes = [file.stat().st_size for file in tiny_r1.glob("*.safetensors")]
+    size = sum(sizes)
+    assert finetune_r1.weights_size(str(tiny_r1)) == (size, 0, 0)
+    add_base(hub, tiny_r1)
+    assert finetune_r1.weights_size("org/base") == (size, size, max(sizes))
+    huggingface_hub.snapshot_download("org/base")
+    assert finetune_r1.weights_size("org/base") == (size, 0, 0)
+    hub.close()
+    assert finetune_r1.weights_size("org/base") == (size, 0, 0), "without a network what is there counts"
+
+
+def test_on_a_small_disk_one_file_of_the_base_is_there_at_a_time(run, merged, tiny_r1, hub, small_disk):
+    """Of those that were downloaded for this: what was in the cache stays there, and is used."""
+    import huggingface_hub
+
+    add_base(hub, tiny_r1)
+    copy = small_disk.folder / "run"
+    shutil.copytree(run, copy, ignore=shutil.ignore_patterns("merged*"))
+    name_base(copy, "org/base")
+    kept = huggingface_hub.hf_hub_download("org/base", "model-00003-of-00004.safetensors")
+    finetune_r1.download_model("org/base", weights=False)
+    size, _, largest = finetune_r1.weights_size("org/base")
+    small_disk.hold(size + largest + 10_000)
+    saved = finetune_r1.save(run=copy)
+    assert saved["adapter_share"] > 0.9 and size < small_disk.most <= small_disk.size
+    assert (copy / "merged" / "model.safetensors").read_bytes() == (merged / "model.safetensors").read_bytes()
+    assert not (copy / "merged" / ".base").exists()
+    cached = [file.name for file in small_disk.folder.glob("hub/*/snapshots/*/*.safetensors")]
+    downloads = [path for method, path in hub.requests if method == "GET" and path.endswith(".safetensors")]
+    assert cached == [finetune_r1.Path(kept).name] and len(downloads) == 4
+
+
+def test_without_room_for_the_result_nothing_is_downloaded(run, tiny_r1, hub, small_disk):
+    add_base(hub, tiny_r1)
+    copy = shutil.copytree(run, small_disk.folder / "run", ignore=shutil.ignore_patterns("merged*"))
+    name_base(copy, "org/base")
+    small_disk.hold(finetune_r1.weights_size("org/base")[0])
+    with pytest.raises(UserError, match="GB are needed"):
+        finetune_r1.save(run=copy)
+    assert not list(small_disk.folder.rglob("model*.safetensors"))
 
 
 @pytest.mark.parametrize("damage", ["missing", "left over"])
-def test_merged_weights_that_are_no_whole_model_are_not_saved(run, tmp_path, monkeypatch, damage):
-    """As read back from the disk, where a weight may have been left out, or something in."""
-    whole = finetune_r1.merge
-
-    def merge(source, adapter, folder):
-        from safetensors.torch import load_file, save_file
-
-        whole(source, adapter, folder)
-        weights = load_file(folder / "model.safetensors")
-        norm = weights.pop("model.norm.weight")
-        if damage == "left over":
-            weights |= {"model.norm.weight": norm, "model.layers.9.mlp.up_proj.weight": norm.clone()}
-        save_file(weights, folder / "model.safetensors", {"format": "pt"})
-
-    monkeypatch.setattr(finetune_r1, "merge", merge)
+def test_a_base_that_is_no_whole_model_is_not_merged_into(run, tiny_r1, tmp_path, damage):
+    index = shutil.copytree(tiny_r1, tmp_path / "base") / "model.safetensors.index.json"
+    places = finetune_r1.read_json(index)["weight_map"]
+    norm = places.pop("model.norm.weight")
+    if damage == "left over":
+        places |= {"model.norm.weight": norm, "model.layers.9.mlp.up_proj.weight": norm}
+    finetune_r1.write_json(index, {"weight_map": places})
     with pytest.raises(UserError, match="no whole model"):
+        merge(tmp_path / "base", run / "adapter", tmp_path / "merged")
+
+
+@pytest.mark.parametrize("damage", ["missing", "left over", "changed"])
+def test_a_file_that_is_not_what_was_merged_is_not_saved(run, tmp_path, monkeypatch, damage):
+    """As read back from the disk, where a weight may have been left out, or something in."""
+    import safetensors.torch
+
+    def save_file(weights, *rest):
+        norm = weights["model.norm.weight"]
+        changes = {"left over": {"more": norm.clone()}, "changed": {"model.norm.weight": -norm}}
+        weights = {**weights, **changes.get(damage, {})}
+        if damage == "missing":
+            del weights["model.norm.weight"]
+        whole(weights, *rest)
+
+    whole = safetensors.torch.save_file
+    monkeypatch.setattr(safetensors.torch, "save_file", save_file)
+    with pytest.raises(UserError, match="was not written as it should be"):
         finetune_r1.save(run=run, output=tmp_path / "merged")
     assert not list(tmp_path.iterdir())
 
 
+def merge(base, adapter, folder):
+    return finetune_r1.Merge("", base, adapter, folder).walk(finetune_r1.load_tokenizer(adapter))
+
+
 def test_file_by_file_the_weights_are_pefts_own_bit_for_bit(run, tiny_r1, tmp_path, monkeypatch):
     """Also where base and result are spread over several files."""
-    import huggingface_hub
     from peft import PeftModel
     from safetensors.torch import load_file
     from transformers import AutoModelForCausalLM
 
     base = AutoModelForCausalLM.from_pretrained(tiny_r1, dtype="auto")
     base.save_pretrained(tmp_path / "base", max_shard_size="100KB")
-    split = huggingface_hub.split_torch_state_dict_into_shards
-    small = lambda weights, max_shard_size: split(weights, max_shard_size="70KB")  # noqa: E731
-    monkeypatch.setattr(huggingface_hub, "split_torch_state_dict_into_shards", small)
-    finetune_r1.merge(tmp_path / "base", run / "adapter", tmp_path / "merged")
+    monkeypatch.setattr(finetune_r1, "SHARD", 70_000)
+    merge(tmp_path / "base", run / "adapter", tmp_path / "merged")
     PeftModel.from_pretrained(base, run / "adapter").merge_and_unload().save_pretrained(tmp_path / "pefts")
 
     def weights(folder):
@@ -190,6 +225,35 @@ def test_file_by_file_the_weights_are_pefts_own_bit_for_bit(run, tiny_r1, tmp_pa
     assert changed == set(Run(run).config.target_modules.split(","))
 
 
+def test_biases_and_an_output_layer_that_is_the_embedding_are_walked_through_too(
+    tiny_qwen, hub, tmp_path, monkeypatch
+):
+    """Also file by file, where the embedding is downloaded once more."""
+    import torch
+    from peft import LoraConfig, get_peft_model
+    from safetensors.torch import load_file
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    settings = AutoConfig.from_pretrained(tiny_qwen, tie_word_embeddings=True)
+    base = AutoModelForCausalLM.from_config(settings, dtype=torch.bfloat16)
+    base.save_pretrained(tmp_path / "base", max_shard_size="200KB")
+    add_base(hub, tmp_path / "base")
+    lora = LoraConfig(target_modules=["q_proj", "down_proj"], init_lora_weights=False, task_type="CAUSAL_LM")
+    tuned = get_peft_model(base, lora)
+    tuned.save_pretrained(tmp_path / "adapter")
+    tokenizer = finetune_r1.load_tokenizer(tiny_qwen)
+    source = finetune_r1.download_model("org/base", weights=False)
+    monkeypatch.setattr(finetune_r1, "SHARD", 100_000)
+    found = finetune_r1.Merge("org/base", source, tmp_path / "adapter", tmp_path / "merged").walk(tokenizer)
+    assert finetune_r1.check_merge(*found)["adapter_share"] == pytest.approx(1, abs=0.05)
+    assert not list(tmp_path.glob("hub/*/snapshots/*/*.safetensors")) and torch.isfinite(found).all()
+    merged = tuned.merge_and_unload().state_dict()
+    files = list((tmp_path / "merged").glob("*.safetensors"))
+    ours = {name: weight for file in files for name, weight in load_file(file).items()}
+    assert len(files) > 2 and merged.keys() - ours.keys() == {"lm_head.weight"}
+    assert all(weight.equal(merged[name]) for name, weight in ours.items())
+
+
 def test_the_scale_of_rslora_is_pefts_too(run, tiny_r1, tmp_path):
     from peft import PeftModel
     from safetensors.torch import load_file
@@ -198,7 +262,7 @@ def test_the_scale_of_rslora_is_pefts_too(run, tiny_r1, tmp_path):
     adapter = shutil.copytree(run / "adapter", tmp_path / "adapter")
     settings = finetune_r1.read_json(adapter / "adapter_config.json") | {"use_rslora": True, "lora_alpha": 5}
     finetune_r1.write_json(adapter / "adapter_config.json", settings)
-    finetune_r1.merge(tiny_r1, adapter, tmp_path / "merged")
+    merge(tiny_r1, adapter, tmp_path / "merged")
     base = AutoModelForCausalLM.from_pretrained(tiny_r1, dtype="auto")
     PeftModel.from_pretrained(base, adapter).merge_and_unload().save_pretrained(tmp_path / "pefts")
     ours, pefts = (load_file(tmp_path / name / "model.safetensors") for name in ("merged", "pefts"))
@@ -212,13 +276,13 @@ def test_what_old_versions_saved_beside_the_weights_does_not_stop_a_merge(run, t
     base, extra = shutil.copytree(tiny_r1, tmp_path / "base"), "model.layers.0.self_attn.rotary_emb.inv_freq"
     file = sorted(base.glob("*.safetensors"))[0]
     save_file({**load_file(file), extra: torch.ones(8)}, file, {"format": "pt"})
-    finetune_r1.merge(base, run / "adapter", tmp_path / "merged")
+    merge(base, run / "adapter", tmp_path / "merged")
     assert extra not in load_file(tmp_path / "merged" / "model.safetensors")
 
 
 def test_weights_of_an_adapter_that_find_no_place_are_not_left_out_in_silence(run, tiny_r1, tmp_path):
     with pytest.raises(UserError, match="do not fit"):
-        finetune_r1.merge(tiny_r1, more_layers(run / "adapter", tmp_path), tmp_path / "merged")
+        merge(tiny_r1, more_layers(run / "adapter", tmp_path), tmp_path / "merged")
 
 
 def more_layers(adapter, tmp_path):
@@ -234,19 +298,11 @@ def more_layers(adapter, tmp_path):
     return folder
 
 
-def name_base(run, config):
-    finetune_r1.write_json(run / "config.json", dataclasses.asdict(config))
-    settings = finetune_r1.read_json(run / "adapter" / "adapter_config.json")
-    settings["base_model_name_or_path"] = config.model
-    finetune_r1.write_json(run / "adapter" / "adapter_config.json", settings)
-    Run(run).update(adapter={})  # its hashes
-
-
 def test_a_quantized_base_is_not_merged_into(run, tiny_four_bit, tmp_path):
     """One that is quantized without its name saying so."""
     quantized = shutil.copytree(tiny_four_bit, tmp_path / "base")
     copy = shutil.copytree(run, tmp_path / "run", ignore=shutil.ignore_patterns("merged*"))
-    name_base(copy, dataclasses.replace(Run(copy).config, model=str(quantized)))
+    name_base(copy, str(quantized))
     with pytest.raises(UserError, match="is quantized"):
         finetune_r1.save(run=copy)
 
@@ -284,23 +340,51 @@ def test_a_good_merge_of_which_rounding_swallows_a_part_is_saved_and_the_part_is
     assert ("of the adapter's effect" in capsys.readouterr().err) == said
 
 
-def test_a_failed_check_leaves_no_folder(run, tmp_path, monkeypatch):
-    """A merge that loses the adapter, as some have: nothing may look saved afterwards."""
-    copy, whole = tmp_path / "run", finetune_r1.merge
+@pytest.mark.parametrize("times", [0, 3])
+def test_a_failed_check_leaves_no_folder(run, tmp_path, monkeypatch, times):
+    """A merge that loses the adapter or has it twice, as some have: nothing may look saved afterwards."""
+    copy, walk = tmp_path / "run", finetune_r1.Merge.walk
     shutil.copytree(run, copy, ignore=shutil.ignore_patterns("merged*"))
 
-    def merge(source, adapter, folder):
-        from safetensors.torch import load_file, save_file
+    def wrong(merge, tokenizer):
+        merge.scale *= times
+        return walk(merge, tokenizer)
 
-        lost = shutil.copytree(adapter, tmp_path / "lost")
-        weights = load_file(lost / "adapter_model.safetensors")
-        save_file({name: weight * 0 for name, weight in weights.items()}, lost / "adapter_model.safetensors")
-        whole(source, lost, folder)
-
-    monkeypatch.setattr(finetune_r1, "merge", merge)
+    monkeypatch.setattr(finetune_r1.Merge, "walk", wrong)
     with pytest.raises(UserError, match="Nothing was saved"):
         finetune_r1.save(run=copy)
     assert not list(copy.glob("*merged*"))
+
+
+def test_the_check_has_the_logits_of_base_of_peft_and_of_what_was_saved(run, merged, tiny_r1, tmp_path):
+    """Though all three are of one walk through the base."""
+    import torch
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM
+
+    found = merge(tiny_r1, run / "adapter", tmp_path / "merged")
+    questions = prompts.BEFORE_AFTER.items()
+    text = "\n".join(prompts.build_prompt(question, lang) for lang, question in questions)
+    batch = finetune_r1.load_tokenizer(run / "adapter")(text, return_tensors="pt")
+    plain = AutoModelForCausalLM.from_pretrained(merged, dtype="auto")
+    base = AutoModelForCausalLM.from_pretrained(tiny_r1, dtype="auto")
+    with torch.no_grad():
+        expected = [base(**batch), PeftModel.from_pretrained(base, run / "adapter")(**batch), plain(**batch)]
+    effect = (found[1] - found[0]).norm()
+    for ours, theirs in zip(found, expected, strict=True):
+        assert (ours - theirs.logits[0].float()).norm() < 0.05 * effect
+
+
+def test_an_adapter_that_was_never_trained_changes_no_bit(run, tiny_r1, tmp_path):
+    from safetensors.torch import load_file, save_file
+
+    adapter = shutil.copytree(run / "adapter", tmp_path / "adapter")
+    weights = load_file(adapter / "adapter_model.safetensors")
+    for name in weights:
+        weights[name] = weights[name] * ("lora_A" in name)
+    save_file(weights, adapter / "adapter_model.safetensors")
+    with pytest.raises(UserError, match="never trained"):
+        finetune_r1.check_merge(*merge(tiny_r1, adapter, tmp_path / "merged"))
 
 
 def test_a_disk_that_takes_no_more_ends_in_a_message_and_leaves_nothing(run, tmp_path):
@@ -316,6 +400,5 @@ def test_the_16_bit_base_is_found_behind_a_quantized_name(run, tiny_r1, tmp_path
     shutil.copytree(tiny_r1, tmp_path / "tiny")
     copy = tmp_path / "run"
     shutil.copytree(run, copy, ignore=shutil.ignore_patterns("merged*"))
-    config = dataclasses.replace(Run(copy).config, model=str(renamed))
-    name_base(copy, config)
+    name_base(copy, str(renamed))
     assert finetune_r1.save(run=copy)["adapter_share"] > 0.9

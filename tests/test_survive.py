@@ -9,13 +9,13 @@ import shutil
 import signal
 import subprocess
 import sys
+from pathlib import Path
 
 import filelock
 import pytest
 from conftest import SAMPLE, SCRIPT
 from safetensors.torch import load_file
-from servers.base import Fault
-from servers.hub import HubServer
+from servers.base import STALL, Fault
 
 import finetune_r1
 from finetune_r1 import EvalConfig, GenerationConfig, Run, TrainConfig, UserError, read_jsonl
@@ -492,9 +492,8 @@ SEND = finetune_r1.HubCheckpoints.send
 
 
 @pytest.fixture
-def hub(monkeypatch):
-    """A Hub, and a client that is told of it; a checkpoint is on it before the next step begins."""
-    from huggingface_hub import constants, hf_api
+def hub(hub, monkeypatch):
+    """A Hub on which a checkpoint is before the next step begins."""
 
     def wait(keeper):
         SEND(keeper)
@@ -503,28 +502,34 @@ def hub(monkeypatch):
     monkeypatch.setattr(finetune_r1.HubCheckpoints, "send", wait)
     monkeypatch.setenv("HF_TOKEN", TOKEN)
     finetune_r1.use_hub_token.cache_clear()
-    with HubServer(tokens={TOKEN: ("alice", "write")}) as server:
-        template = server.url + "/{repo_id}/resolve/{revision}/{filename}"
-        monkeypatch.setattr(constants, "ENDPOINT", server.url)
-        monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
-        monkeypatch.setattr(hf_api.api, "endpoint", server.url)
-        yield server
+    yield hub
     finetune_r1.use_hub_token.cache_clear()
 
 
 def test_what_the_hub_keeps_is_resumed_on_another_machine_bit_for_bit(
-    config, undisturbed, killed, hub, told, tmp_path
+    config, undisturbed, killed, hub, told, tiny_r1, tmp_path
 ):
-    run = killed(5, dataclasses.replace(config, hub_checkpoints=REPO))
+    model = shutil.copytree(tiny_r1, tmp_path / "snapshots" / tiny_r1.name)
+    run = killed(5, dataclasses.replace(config, hub_checkpoints=REPO, model=str(model)))
     shutil.rmtree(run.folder)
+    shutil.rmtree(model)
     repo = hub.repos["model", REPO]
     kept = dict(repo.files)
     steps = {re.search(r"checkpoint-\d+", name)[0] for name in kept if "checkpoint-" in name}
     assert repo.private and steps == {"checkpoint-4"}, "the newest alone"
     assert not [name for name in kept if name.endswith((".bin", "README.md"))]
+    private = "|".join(map(str, (TOKEN, tmp_path, tiny_r1.parent, SAMPLE.parent, Path.cwd()))).encode()
     for name, content in kept.items():
-        assert TOKEN.encode() not in content and str(run.folder).encode() not in content, name
-    done = told(["train", "--resume", f"hub:{REPO}"])
+        assert not re.search(private, content), name
+    # Model and dataset were folder and file of the machine, and are elsewhere on this one.
+    moved = shutil.copytree(tiny_r1, tmp_path / "here" / tiny_r1.name), shutil.copy(SAMPLE, tmp_path / "here")
+    named = ["--model", moved[0], "--dataset", moved[1]]
+    lacks = told(["train", "--resume", f"hub:{REPO}"])
+    assert lacks.code == 1 and "its model was tiny-r1 on another machine" in lacks.err
+    assert "train --resume runs/alice--kept --model PATH`" in lacks.err
+    lacks = told(["train", "--resume", *named[:2]])
+    assert "its dataset was medical_sample.jsonl on another machine" in lacks.err
+    done = told(["train", "--resume", "runs/alice--kept", *named])
     assert done.code == 0, done.err
     resumed = Run(tmp_path / "runs" / "alice--kept")
     assert "resuming runs/alice--kept after step 4" in done.err and same(resumed, undisturbed)
@@ -549,8 +554,7 @@ def test_a_run_that_is_stopped_waits_until_its_last_checkpoint_is_there(config, 
     run = Run(tmp_path / "run")
     with pytest.raises(KeyboardInterrupt):
         finetune_r1.train_run(dataclasses.replace(config, hub_checkpoints=REPO, save_steps=1), run)
-    names = " ".join(hub.repos["model", REPO].files)
-    assert run.last_step == 2 and set(re.findall(r"checkpoint-\d+", names)) == {"checkpoint-2"}
+    assert run.last_step == 2 and kept_steps(hub) == {"checkpoint-2"}
 
 
 def test_the_last_checkpoint_is_kept_if_asked(config, hub, tmp_path, monkeypatch):
@@ -562,12 +566,57 @@ def test_the_last_checkpoint_is_kept_if_asked(config, hub, tmp_path, monkeypatch
     assert [name for name in hub.repos["model", REPO].files if "checkpoint-2/optimizer" in name]
 
 
-def test_a_hub_that_takes_no_checkpoint_is_told_once_and_stops_nothing(config, hub, tmp_path, capsys):
-    hub.faults.append(Fault("POST", "", status=503, times=math.inf))
-    run = Run(tmp_path / "run")
-    finetune_r1.train_run(dataclasses.replace(config, hub_checkpoints=REPO), run)
-    assert run.record["status"] == "finished" and not (run / ".hub").exists()
-    assert capsys.readouterr().err.count("did not take a checkpoint") == 1
+TROUBLE = {
+    "down": Fault("*", "", "drop", times=math.inf),
+    "too many requests": Fault("POST", "", 429, times=math.inf, headers={"Retry-After": "1"}),
+    "5xx at the commit": Fault("POST", "/commit/", 500, times=math.inf),
+    "silent": Fault("*", "", delay=STALL, times=math.inf),
+}
+
+
+@pytest.mark.parametrize("fault", TROUBLE.values(), ids=TROUBLE)
+def test_a_hub_in_trouble_is_told_once_and_has_the_newest_checkpoint_when_it_is_back(
+    config, undisturbed, hub, tmp_path, monkeypatch, capsys, fault
+):
+    """In trouble for the first three steps, each with a checkpoint."""
+    import huggingface_hub
+    import trl
+
+    def step(trainer, *arguments):
+        if trainer.state.global_step == 3:
+            assert kept_steps(hub) == set()
+            hub.faults.clear()
+        return training_step(trainer, *arguments)
+
+    training_step, run = trl.SFTTrainer.training_step, Run(tmp_path / "run")
+    monkeypatch.setattr(trl.SFTTrainer, "training_step", step)
+    monkeypatch.setattr(finetune_r1, "SILENT_SECONDS", {"": 0.5})
+    huggingface_hub.set_client_factory(finetune_r1.hub_client)
+    hub.faults.append(dataclasses.replace(fault))
+    settings = dataclasses.replace(config, save_steps=1, hub_checkpoints=REPO, keep_hub_checkpoints=True)
+    finetune_r1.train_run(settings, run)
+    assert run.record["status"] == "finished" and same(run, undisturbed)
+    said = capsys.readouterr().err
+    assert said.count("did not take a checkpoint") == 1 and "lacks" not in said
+    assert kept_steps(hub) == {"checkpoint-6"} and not (run / ".hub").exists()
+
+
+def kept_steps(hub):
+    """The checkpoints that are on the Hub."""
+    repo = hub.repos.get(("model", REPO))
+    return set(re.findall(r"checkpoint-\d+", " ".join(repo.files if repo else ())))
+
+
+@pytest.mark.parametrize(("times", "kept"), [(1, {"checkpoint-2"}), (math.inf, {"checkpoint-1"})])
+def test_the_last_checkpoint_is_tried_again_and_told_if_it_did_not_arrive(
+    config, hub, tmp_path, capsys, times, kept
+):
+    hub.faults.append(Fault("POST", "/commit/", 503, times=times, skip=1))
+    settings = dataclasses.replace(config, max_steps=2, save_steps=1, hub_checkpoints=REPO)
+    finetune_r1.train_run(dataclasses.replace(settings, keep_hub_checkpoints=True), Run(tmp_path / "run"))
+    said = capsys.readouterr().err
+    assert kept_steps(hub) == kept and said.count("did not take a checkpoint") == 1
+    assert (f"{REPO} lacks the newest checkpoint" in said) == (times == math.inf)
 
 
 def test_a_public_repository_is_left_alone(config, hub, tmp_path, capsys):
