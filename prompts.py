@@ -384,10 +384,12 @@ def guess_columns(columns: dict[str, list[Any]]) -> list[str] | None:
     return guess if all(guess) else None
 
 
-def build_modelfile(eos: str, context: int, sampling: dict[str, float], lang: Lang = "en") -> str:
-    """An Ollama Modelfile for the folder it lies in: training prompt, stop at `eos`, `context` in tokens."""
+def build_modelfile(
+    eos: str, context: int, sampling: dict[str, float], lang: Lang = "en", weights: str = "."
+) -> str:
+    """An Ollama Modelfile for `weights` beside it: training prompt, stop at `eos`, `context` in tokens."""
     template = TEMPLATES[lang].replace("{question}", "{{ .Prompt }}")
-    text = f'FROM .\nTEMPLATE """{template}"""\nPARAMETER stop "{eos}"\nPARAMETER num_ctx {context}\n'
+    text = f'FROM {weights}\nTEMPLATE """{template}"""\nPARAMETER stop "{eos}"\nPARAMETER num_ctx {context}\n'
     for name, value in sampling.items():
         text += f"PARAMETER {name} {value:g}\n"
     return text

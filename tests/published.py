@@ -17,7 +17,7 @@ Call `finetune_r1.import_unsloth()` first: Unsloth has to be imported before tra
 import hashlib
 import json
 import shutil
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -127,8 +127,8 @@ def added_token(text: str, normalized: bool = False) -> dict[str, Any]:
     return {"content": text, "lstrip": False, "normalized": normalized, "rstrip": False, "single_word": False}
 
 
-def byte_level_tokenizer(layout: Layout) -> Any:
-    """Llama 3's or Qwen 2's parts, and DeepSeek's added tokens behind a small vocabulary."""
+def byte_level_tokenizer(layout: Layout, texts: Sequence[str] = ()) -> Any:
+    """Llama 3's or Qwen 2's parts, and DeepSeek's added tokens behind a small vocabulary, also of `texts`."""
     from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, processors
     from tokenizers import pre_tokenizers as pre
     from tokenizers.trainers import BpeTrainer
@@ -145,7 +145,7 @@ def byte_level_tokenizer(layout: Layout) -> Any:
     alphabet = pre.ByteLevel.alphabet()
     trainer = BpeTrainer(vocab_size=1000, initial_alphabet=alphabet, show_progress=False)
     rows = [*sample_rows(), *CHINESE]
-    backend.train_from_iterator((text for row in rows for text in row.values()), trainer)
+    backend.train_from_iterator([*(text for row in rows for text in row.values()), *texts], trainer)
     for text in QWEN_ADDED if is_qwen else LLAMA_ADDED:
         backend.add_tokens([AddedToken(text, normalized=False, special=text not in NOT_SPECIAL)])
     backend.post_processor = processors.ByteLevel(trim_offsets=False)
@@ -157,10 +157,10 @@ def byte_level_tokenizer(layout: Layout) -> Any:
     return backend
 
 
-def write_tokenizer(folder: Path, layout: Layout) -> Any:
+def write_tokenizer(folder: Path, layout: Layout, texts: Sequence[str] = ()) -> Any:
     """Writes a tokenizer's files, which call a byte-level one LlamaTokenizerFast; returns what is in them."""
     folder.mkdir(parents=True, exist_ok=True)
-    backend = byte_level_tokenizer(layout)
+    backend = byte_level_tokenizer(layout, texts)
     backend.save(str(folder / "tokenizer.json"))
     special = {"bos_token": BOS, "eos_token": EOS, "pad_token": PAD if layout == "unsloth" else EOS}
     if layout == "unsloth":
@@ -178,13 +178,13 @@ def write_tokenizer(folder: Path, layout: Layout) -> Any:
     return backend
 
 
-def write_model(folder: Path, layout: Layout) -> Path:
+def write_model(folder: Path, layout: Layout, texts: Sequence[str] = ()) -> Path:
     """Writes a model's repository: tokenizer, configs, card, and random bf16 weights in two files or four."""
     import torch
     from safetensors.torch import save_file
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    backend = write_tokenizer(folder, layout)
+    backend = write_tokenizer(folder, layout, texts)
     bos, eos, pad = (backend.token_to_id(token) for token in (BOS, EOS, PAD))
     size = backend.get_vocab_size()
     config, generation = CONFIG | SIZES, GENERATION | {"bos_token_id": bos, "eos_token_id": eos}

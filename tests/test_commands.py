@@ -212,6 +212,9 @@ MISTAKES = {
     "run without adapter": ("save --run runs/unfinished --as adapter", ["--run", "no adapter", "failed"]),
     "saving over something": ("save -o full", ["--output", "there already"]),
     "a Modelfile for an adapter": ("save --as adapter --modelfile", ["--modelfile", "--as"]),
+    "a Modelfile for an adapter's GGUF": ("save --as gguf-adapter --modelfile", ["--modelfile", "--as"]),
+    "numbers of no GGUF": ("save --outtype f16", ["--outtype f16", "--as gguf"]),
+    "an adapter in eight bits": ("save --as gguf-adapter --outtype q8_0", ["--outtype q8_0", "adapter"]),
     "no repository name": ("push --repo medical-cot", ["--repo medical-cot", "push --repo"]),
     "a repository that leads elsewhere": ("push --repo ../x", ["--repo ../x"]),
     "a repository in a repository": ("push --repo user/a/b", ["--repo user/a/b"]),
@@ -240,7 +243,8 @@ MISTYPED = {
     "no answer at all": ("infer Why? --max-new-tokens 0", ["--max-new-tokens"]),
     "too hot": ("infer Why? --temperature 9", ["--temperature"]),
     "fewer rows than none": ("train --eval-rows -1", ["--eval-rows"]),
-    "a format of another tool": ("save --as gguf", ["--as", "merged-16bit"]),
+    "a format of another tool": ("save --as exl2", ["--as", "merged-16bit"]),
+    "numbers of another tool": ("save --as gguf --outtype q4_k_m", ["--outtype", "q8_0"]),
 }
 
 

@@ -268,7 +268,7 @@ def test_the_card_has_metadata_that_the_hub_takes_and_all_that_a_reader_asks(pus
     card = yaml.safe_load(front)
     assert card["pipeline_tag"] == "text-generation" and card["library_name"] == "transformers"
     assert {"medical", "reasoning"} <= set(card["tags"]) and card["language"] == "en"
-    use = [f'from_pretrained("{REPO}"', 'subfolder="adapter"', "{question}", "Limits", "no medical device"]
+    use = [f'pipeline("text-generation", "{REPO}"', 'subfolder="adapter"', "Limits", "no medical device"]
     for part in [*use, "Before", "After", "![training loss](loss.png)", "learning_rate", '"dropped"']:
         assert part in text, part
 
@@ -508,3 +508,42 @@ def test_from_a_small_disk_a_merge_that_fails_its_check_is_not_committed(small, 
     monkeypatch.setattr(finetune_r1.Merge, "walk", lost)
     done = small()
     assert done.code == 1 and "do not act as base" in done.err and set(files(hub)) == {".gitattributes"}
+
+
+@pytest.fixture
+def ggufs(run):
+    """What `save` would have left in the run; to `push` they are files."""
+    folder = run / "gguf"
+    folder.mkdir()
+    for name in ("run-q8_0.gguf", "run-f16-lora.gguf"):
+        (folder / name).write_bytes(b"GGUF" + name.encode())
+    yield folder
+    shutil.rmtree(folder)
+
+
+def test_gguf_files_come_along_when_asked_for_and_then_stay(push, hub, run, ggufs):
+    push()
+    assert not any("gguf" in name for name in files(hub) if name != ".gitattributes")
+    push("--gguf")
+    assert set(files(hub)) == expected(run) | {"run-q8_0.gguf", "adapter/run-f16-lora.gguf"}
+    assert push().code == 0, "they are not taken for somebody else's"
+    (ggufs / "run-q8_0.gguf").write_bytes(b"GGUF, made anew")
+    push("--force")
+    assert files(hub)["run-q8_0.gguf"] == b"GGUF, made anew", "nor left behind when they are made anew"
+
+
+def test_of_an_adapter_alone_its_gguf_alone_comes_along(push, hub, ggufs):
+    push("--adapter-only", "--gguf")
+    assert [name for name in files(hub) if name.endswith(".gguf")] == ["adapter/run-f16-lora.gguf"]
+
+
+def test_somebody_elses_gguf_is_other_weights(push, hub, ggufs):
+    hub.add_repo("model", REPO, {"theirs.gguf": b"GGUF"})
+    done = push("--gguf")
+    assert done.code == 1 and "holds other weights: theirs.gguf" in done.err
+
+
+def test_a_gguf_that_was_not_made_is_asked_for(push, hub):
+    done = push("--gguf")
+    assert done.code == 1 and "--gguf: there is none" in done.err and "save --as gguf --run" in done.err
+    assert "save --as gguf-adapter" in push("--gguf", "--adapter-only").err
