@@ -17,6 +17,7 @@ import pytest
 from conftest import SAMPLE
 
 import finetune_r1
+import prompts
 from finetune_r1 import Run, TrainConfig, UserError, read_json, write_json
 
 ALPHABETS = [
@@ -220,12 +221,23 @@ def test_200_texts_become_the_tokenizers_tokens(case, server):
         assert server.tokens(text) == case.tokenizer(text)["input_ids"], repr(text)
 
 
-def test_a_chat_begins_with_one_bos(case, server):
-    talk = [{"role": "user", "content": "Why?"}]
+def test_a_chat_is_asked_by_the_training_prompt_with_one_bos(case, server):
+    talk = [{"role": "user", "content": " Why {question}?\n"}]
     text = server.ask("/apply-template", messages=talk)["prompt"]
-    wanted = case.tokenizer.apply_chat_template(talk, add_generation_prompt=True, return_dict=False)
-    assert server.tokens(text) == wanted and wanted.count(case.tokenizer.bos_token_id) >= 1
-    assert wanted[1] != case.tokenizer.bos_token_id
+    assert server.tokens(text) == case.tokenizer(prompts.build_prompt("Why {question}?"))["input_ids"]
+
+
+def test_a_chat_tells_thought_from_answer_and_is_sampled_as_the_base_was(case, server):
+    """What it says is forced here: small models with random weights close no thought."""
+    talk, forced = [{"role": "user", "content": "Why?"}], 'root ::= "Hm, so.\\n</think>\\nBecause."'
+    [choice] = server.ask("/v1/chat/completions", messages=talk, grammar=forced, max_tokens=60)["choices"]
+    said = choice["message"]
+    assert (said["reasoning_content"].strip(), said["content"].strip()) == ("Hm, so.", "Because.")
+    assert choice["finish_reason"] == "stop"
+    own = finetune_r1.own_sampling(read_json(case.run / "merged" / "generation_config.json"))
+    found = server.ask("/props")["default_generation_settings"]["params"]
+    assert found["temperature"] == pytest.approx(own["temperature"])
+    assert found["top_p"] == pytest.approx(own.get("top_p", 1.0))
 
 
 def test_a_tokenizer_without_bos_gets_none(r1_run, tmp_path, monkeypatch):
