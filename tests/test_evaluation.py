@@ -1,6 +1,7 @@
 """Evaluation: base against tuned on the same rows, not trained on, and a verdict that can be bad."""
 
 import copy
+import collections
 import dataclasses
 import json
 import math
@@ -373,6 +374,29 @@ def test_questions_trained_on_and_those_without_a_key_are_left_out_of_multiple_c
     hashes = list(finetune_r1.read_json(run / "trained.json"))
     finetune_r1.write_json(run / "trained.json", hashes)
     assert evaluated(run, **asked)["rows"] == 3
+
+
+# ----------------------------------------------------------------------------------------- what was forgotten
+
+GENERAL = SAMPLE.with_name("general.jsonl")
+
+
+def test_the_general_texts_are_as_promised(r1_tokenizer):
+    """Forty passages of ten kinds, a paragraph or two each, and eight questions; nothing forges a row."""
+    rows = read_jsonl(GENERAL)
+    kinds = collections.Counter(row["kind"] for row in rows)
+    assert kinds.pop("question") == 8 and len(kinds) == 10 and set(kinds.values()) == {4}
+    texts = [row["text"] for row in rows]
+    assert len(set(map(prompts.same_question, texts))) == len(rows) == 48
+    special = (*prompts.special_tokens(r1_tokenizer), "<|im_end|>", "<|endoftext|>")
+    assert not any(prompts.find_marker(text, special) for text in texts)
+    for row in rows:
+        if row["kind"] == "chinese":
+            assert 150 <= len(row["text"]) <= 200, row
+        elif row["kind"] != "question":
+            assert 60 <= len(row["text"].split()) <= 120, row
+    assert sum(re.search("[一-鿿]", row["text"]) is not None for row in rows) == 5
+    assert not set(texts) & {row["Question"] for row in read_jsonl(SAMPLE)}
 
 
 # ------------------------------------------------------------------------------------------------ the verdict
