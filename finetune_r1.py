@@ -112,6 +112,7 @@ PACKAGES = "unsloth unsloth_zoo torch transformers trl peft accelerate datasets 
 
 DEMO_MODEL = "HuggingFaceTB/SmolLM2-135M-Instruct"
 DEMO_ROWS = PROJECT / "data" / "medical_sample.jsonl"
+GENERAL_TEXTS = PROJECT / "data" / "general.jsonl"
 RECIPE_COLUMNS = ("Question", "Complex_CoT", "Response")
 READERS = {".jsonl": "json", ".json": "json", ".csv": "csv", ".tsv": "csv", ".parquet": "parquet"}
 # Every tokenizer has to give this back byte for byte: white space, accents, Chinese, code, both tags.
@@ -2222,6 +2223,19 @@ def row_losses(loaded: LoadedModel, rows: Any, label: str = "losses") -> dict[st
     return {"loss": list(loss), "answer_loss": list(answer_loss), "relevance": list(relevance)}
 
 
+def general_texts(questions: bool) -> list[str]:
+    """Texts without medicine, which show what a training forgot: everyday questions, or passages."""
+    return [row["text"] for row in read_jsonl(GENERAL_TEXTS) if (row["kind"] == "question") == questions]
+
+
+def forgetting(loaded: LoadedModel, label: str) -> dict[str, list[float]]:
+    """Mean loss of each general passage, in nats per token, without the prompt."""
+    encoded = loaded.tokenizer(general_texts(questions=False))["input_ids"]
+    texts = [(ids[: loaded.model.max_seq_length], 1) for ids in encoded]
+    losses = token_losses(loaded, my_share(texts), label)
+    return {"general_loss": gather(list(map(statistics.fmean, losses)))}
+
+
 def token_losses(
     loaded: LoadedModel, texts: Sequence[tuple[list[int], int]], label: str
 ) -> list[list[float]]:
@@ -2256,18 +2270,19 @@ def evaluate(
 ) -> dict[str, Any]:  # fmt: skip
     """Compares base and tuned on held-out `rows` or multiple `choices`; writes `name`.json into the run.
 
-    Of rows there are losses, and answers to the first few, `samples` of each. An answer to a choice from
-    which no option can be read is wrong, as where its thought was not closed. The report is returned without
-    the texts.
+    Of rows there are losses, answers to the first few, `samples` of each, and what was forgotten of general
+    text. An answer to a choice from which no option can be read is wrong, as where its thought was not
+    closed. The report is returned without the texts.
     """
     base: dict[str, list[float]] = {}
     tuned: dict[str, list[float]] = {}
     questions = [choice.text for choice in choices] or rows["question"][:answers]
+    everyday = [] if choices else general_texts(questions=True)[: answers // 2]
     if not choices:
         log("", f"losses on {len(rows)} held-out rows, after and before training")
-        tuned = row_losses(loaded, rows, "after")
+        tuned = row_losses(loaded, rows, "after") | forgetting(loaded, "general text, after")
         with loaded.model.disable_adapter():
-            base = row_losses(loaded, rows, "before")
+            base = row_losses(loaded, rows, "before") | forgetting(loaded, "general text, before")
 
     log(f"answers to {len(questions)} questions, before and after, of at most {config.max_new_tokens} tokens")
     by_sample = []
@@ -2282,6 +2297,10 @@ def evaluate(
                 if side in pair:
                     letter = prompts.chosen(pair[side]["answer"], choices[number].options)
                     pair[side] |= {"chosen": letter, "right": letter == choices[number].key}
+    for pair in gather(loaded.answer_both(my_share(everyday), config)):
+        for side, numbers in (("base", base), ("tuned", tuned)):
+            finished = pair[side]["closed"] and pair[side]["stopped"]
+            numbers.setdefault("everyday_stopped", []).append(float(finished))
 
     report = prompts.build_report(base, tuned, by_question, len(choices or rows), config.seed)
     summary = dict(report)

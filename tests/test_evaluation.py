@@ -1,7 +1,7 @@
 """Evaluation: base against tuned on the same rows, not trained on, and a verdict that can be bad."""
 
-import copy
 import collections
+import copy
 import dataclasses
 import json
 import math
@@ -397,6 +397,68 @@ def test_the_general_texts_are_as_promised(r1_tokenizer):
             assert 60 <= len(row["text"].split()) <= 120, row
     assert sum(re.search("[一-鿿]", row["text"]) is not None for row in rows) == 5
     assert not set(texts) & {row["Question"] for row in read_jsonl(SAMPLE)}
+
+
+def test_general_loss_is_the_mean_of_each_passage_without_a_prompt(config, untrained, monkeypatch):
+    """By hand, from the model's own logits; what is longer than a row may be is cut."""
+    import torch
+
+    found = finetune_r1.forgetting(untrained, "now")["general_loss"]
+    passages = [row["text"] for row in read_jsonl(GENERAL) if row["kind"] != "question"]
+    ids = torch.tensor([untrained.tokenizer(passages[7])["input_ids"]])
+    with torch.no_grad():
+        scores = untrained.model(input_ids=ids).logits[0, :-1].float()
+    by_hand = float(torch.nn.functional.cross_entropy(scores, ids[0, 1:]))
+    assert len(found) == 40 and found[7] == pytest.approx(by_hand, abs=1e-3)
+    monkeypatch.setattr(untrained.model, "max_seq_length", 50)
+    by_hand = float(torch.nn.functional.cross_entropy(scores[:49], ids[0, 1:50]))
+    cut = finetune_r1.forgetting(untrained, "now")["general_loss"]
+    assert cut[7] == pytest.approx(by_hand, abs=1e-3)
+
+
+def test_half_as_many_everyday_questions_are_asked_and_counted_apart(config, untrained, run, monkeypatch):
+    """Of the eight, three are finished before and none after; a row's answers count for the shares alone."""
+    asked = []
+
+    def answer_both(loaded, questions, config):
+        asked.extend(questions)
+        pairs = []
+        for number, question in enumerate(questions):
+            ended = {"thought": "", "answer": "", "seconds": 1, "closed": number < 5, "stopped": True}
+            cut = ended | {"stopped": False}
+            pairs.append({"question": question, "base": ended, "tuned": cut})
+        return pairs
+
+    monkeypatch.setattr(LoadedModel, "answer_both", answer_both)
+    rows = prepare_rows(finetune_r1.read_records(config), untrained.tokenizer, config).held_out.select([0, 1])
+    report = finetune_r1.evaluate(untrained, run, rows, [], 16, config)
+    everyday = [row["text"] for row in read_jsonl(GENERAL) if row["kind"] == "question"]
+    assert asked == [*rows["question"], *everyday] and report["answers"] == 2 and report["everyday"] == 8
+    assert report["everyday_stopped"]["base"] == 3 / 8 and report["everyday_stopped"]["tuned"] == 0
+    assert report["stopped"] == compared([1.0, 1.0], [0.0, 0.0])
+    note = prompts.report_note(report)
+    assert re.search(r"loss (\d+\.\d\d) to \1 \(\+0\.00\), everyday questions finished 3 to 0 of 8\. ", note)
+    lines = {row[0]: row[-1] for row in prompts.report_rows(report)}
+    assert lines["general loss"] == "lower" and lines["everyday stopped"] == "higher"
+    # None are asked where no row is, and then no number is made up.
+    report = finetune_r1.evaluate(untrained, run, rows, [], 0, config)
+    assert "everyday_stopped" not in report and "general_loss" in report
+    assert "everyday" not in prompts.report_note(report)
+
+
+@pytest.mark.parametrize(
+    ("change", "ending"),
+    [
+        (0.08, "before or more"),
+        (0.2, "or more; general text is predicted worse than before"),
+        (-1.0, "or more"),
+    ],
+)
+def test_a_verdict_tells_when_general_text_is_predicted_clearly_worse(change, ending):
+    base = {"loss": [3.0] * 9, "relevance": [0.5] * 9, "general_loss": [2.0, 3.0] * 20}
+    tuned = {"loss": [2.0] * 9, "relevance": [0.5] * 9, "general_loss": [2.0 + change, 3.0 + change] * 20}
+    said = prompts.build_report(base, tuned, [], 9, seed=1)["verdict"]
+    assert said.startswith("better: ") and said.endswith(ending)
 
 
 # ------------------------------------------------------------------------------------------------ the verdict
