@@ -334,7 +334,7 @@ def test_medqa_is_graded_from_the_hub_by_the_command_line(run, cli):
 def test_right_and_unread_answers_are_counted_for_each_side(
     config, untrained, run, monkeypatch, answers, accuracy, unread, verdict
 ):
-    def answer_both(loaded, questions, config, chat):
+    def answer_both(loaded, questions, config, chat=False):
         written = {"thought": "", "closed": True, "stopped": True, "tokens": 1}
         sides = {
             n: written | {"answer": answer} for n, answer in zip(("base", "tuned"), answers, strict=True)
@@ -417,10 +417,10 @@ def test_general_loss_is_the_mean_of_each_passage_without_a_prompt(config, untra
 
 
 def test_half_as_many_everyday_questions_are_asked_and_counted_apart(config, untrained, run, monkeypatch):
-    """Of the eight, three are finished before and none after; a row's answers count for the shares alone."""
+    """Of the eight, five are finished before and none after; a row's answers count for the shares alone."""
     asked = []
 
-    def answer_both(loaded, questions, config):
+    def answer_both(loaded, questions, config, chat=False):
         asked.extend(questions)
         pairs = []
         for number, question in enumerate(questions):
@@ -434,10 +434,10 @@ def test_half_as_many_everyday_questions_are_asked_and_counted_apart(config, unt
     report = finetune_r1.evaluate(untrained, run, rows, [], 16, config)
     everyday = [row["text"] for row in read_jsonl(GENERAL) if row["kind"] == "question"]
     assert asked == [*rows["question"], *everyday] and report["answers"] == 2 and report["everyday"] == 8
-    assert report["everyday_stopped"]["base"] == 3 / 8 and report["everyday_stopped"]["tuned"] == 0
+    assert report["everyday_stopped"]["base"] == 5 / 8 and report["everyday_stopped"]["tuned"] == 0
     assert report["stopped"] == compared([1.0, 1.0], [0.0, 0.0])
     note = prompts.report_note(report)
-    assert re.search(r"loss (\d+\.\d\d) to \1 \(\+0\.00\), everyday questions finished 3 to 0 of 8\. ", note)
+    assert re.search(r"loss (\d+\.\d\d) to \1 \(\+0\.00\), everyday questions finished 5 to 0 of 8\. ", note)
     lines = {row[0]: row[-1] for row in prompts.report_rows(report)}
     assert lines["general loss"] == "lower" and lines["everyday stopped"] == "higher"
     # None are asked where no row is, and then no number is made up.
