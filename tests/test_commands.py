@@ -25,7 +25,7 @@ from finetune_r1 import VERSION, Lazy, TrainConfig
 
 COMMANDS = ["demo", "doctor", "login", "load", "format", "train", "infer", "eval", "runs", "save", "push"]
 HEADINGS = ["Options", "Model", "Data", "Answers", "LoRA", "Training", "Run", "Tracking"]
-HEAVY = {"torch", "transformers", "unsloth", "trl", "peft", "datasets", "bitsandbytes", "wandb"}
+HEAVY = {"torch", "transformers", "unsloth", "trl", "peft", "datasets", "bitsandbytes", "wandb", "gguf"}
 
 
 @pytest.mark.parametrize("command", [[], *[[name] for name in COMMANDS]], ids=["", *COMMANDS])

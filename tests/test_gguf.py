@@ -25,8 +25,8 @@ ALPHABETS = [
     "0123456789.,:%/", "你好世界，。心电图", "🚀😶\u200d🌫️✅🦙", " \n\t\r", "naïveéßñøЖщуктарΩµ", "कमលាកាន់",
     "{}[]()<>|\\/#'\"`=+-*&^~_@$;!?",
 ]  # fmt: skip
-# Of log-probabilities in nats. Seen were 0.015 at most (llama.cpp rounds activations to 16 bits), of an
-# adapter's effect of up to 3.5 on them; the faults that these tests are for move them by 0.3 and more.
+# Of log-probabilities, in nats: 0.015 at most was seen, as llama.cpp rounds activations to 16 bits. Rows in
+# a wrong order or rope without its factors move them by 2 and more.
 NEAR = 0.05
 # What base + adapter are off merged weights, which are rounded to 16 bits; 0.051 at most were seen.
 ROUNDED = 0.2
