@@ -31,3 +31,13 @@ def test_speed_of_training_and_decoding(decoding):
 def test_nothing_is_lost_by_signals_at_random_moments(tiny_r1):
     said = run("survive.py", "kills", "soak", "--times", 3, "--only", "infer --file", "--model", tiny_r1)
     assert said.count("killed after") == 3 and said.count("lost: 0") == 2
+
+
+@pytest.mark.slow
+def test_a_leak_is_not_scored_and_an_empty_thought_is_refused(tiny_r1, tmp_path):
+    """The other damages are told from an honest training by a model that can learn."""
+    options = ["--only", "thoughts-empty,leaked", "--steps", 1, "--model", tiny_r1]
+    said = run("damage.py", *options, "--out", tmp_path / "damage.json")
+    empty, leaked = json.loads((tmp_path / "damage.json").read_text())
+    assert "0 usable rows of 84" in empty["verdict"] and leaked["verdict"].startswith("not scored")
+    assert leaked["left out"] == 12 and said.endswith("2 runs, 0 ended as they must not: none\n")
