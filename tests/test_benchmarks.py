@@ -41,3 +41,13 @@ def test_a_leak_is_not_scored_and_an_empty_thought_is_refused(tiny_r1, tmp_path)
     empty, leaked = json.loads((tmp_path / "damage.json").read_text())
     assert "0 usable rows of 84" in empty["verdict"] and leaked["verdict"].startswith("not scored")
     assert leaked["left out"] == 12 and said.endswith("2 runs, 0 ended as they must not: none\n")
+
+
+@pytest.mark.slow
+def test_the_recipes_are_compared_on_the_same_rows_at_equal_compute(tiny_r1, tmp_path):
+    options = ["--seeds", 1, "--visits", 16, "--only", "published,thorough", "--model", tiny_r1]
+    said = run("recipes.py", *options, "--out", tmp_path / "recipes.json")
+    published, thorough = json.loads((tmp_path / "recipes.json").read_text())
+    assert published["rows"] == thorough["rows"] == 20
+    assert published["loss"][0] == thorough["loss"][0] and published["loss"][1] != thorough["loss"][1]
+    assert [line.split()[0] for line in said.splitlines()[-2:]] == ["published", "thorough"]
