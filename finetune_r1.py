@@ -3298,7 +3298,7 @@ def demo_model() -> Path:
     The GGUF names the wrong EOS and no pad token; both are set here, and BOS comes first, as R1's does.
     """
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    folder = cache / "finetune_r1" / DEMO_MODEL
+    folder = cache / "finetune_r1" / "unpacked-2" / DEMO_MODEL  # the first way took digits together
     folder.parent.mkdir(parents=True, exist_ok=True)
     # Another process that is at it is waited for.
     with filelock.FileLock(folder.with_name(f".{folder.name}.lock")):
