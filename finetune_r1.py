@@ -1236,7 +1236,7 @@ def save_tokenizer(tokenizer: Any, folder: Path, lang: Lang | None = None) -> No
     found = [read_back(prompt)["input_ids"]] * 2
     if lang:
         chat = [{"role": "user", "content": ROUND_TRIP}]
-        found[1] = read_back.apply_chat_template(chat, add_generation_prompt=True)["input_ids"]
+        found[1] = read_back.apply_chat_template(chat, add_generation_prompt=True, return_dict=False)
     if found != expected:
         fault = f"the tokenizer in {folder} reads back differently."
         raise UserError(fault, "nothing was saved; please report it")

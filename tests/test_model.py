@@ -88,7 +88,7 @@ def chat(tmp_path, request):
 
 def test_a_question_in_a_chat_is_the_prompt_of_training_token_by_token(chat):
     tokenizer, lang = chat
-    asked = tokenizer.apply_chat_template(ASKED, add_generation_prompt=True)["input_ids"]
+    asked = tokenizer.apply_chat_template(ASKED, add_generation_prompt=True, return_dict=False)
     assert asked == tokenizer(prompts.build_prompt("Why {question}?", lang))["input_ids"]
 
 
