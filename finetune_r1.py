@@ -83,9 +83,9 @@ gguf, huggingface_hub, hub_constants = (
 )
 hub_errors, hub_utils = Lazy("huggingface_hub.errors"), Lazy("huggingface_hub.utils")
 hub_http, hub_sha = Lazy("huggingface_hub.utils._http"), Lazy("huggingface_hub.utils.sha")
-kaggle_secrets, numpy, pandas = Lazy("kaggle_secrets"), Lazy("numpy"), Lazy("pandas")
-peft, psutil, safetensors = Lazy("peft"), Lazy("psutil"), Lazy("safetensors")
-safetensors_torch = Lazy("safetensors.torch")
+hub_xet, kaggle_secrets = Lazy("huggingface_hub.utils._xet"), Lazy("kaggle_secrets")
+numpy, pandas, peft, psutil = Lazy("numpy"), Lazy("pandas"), Lazy("peft"), Lazy("psutil")
+safetensors, safetensors_torch = Lazy("safetensors"), Lazy("safetensors.torch")
 pyplot, rich_console, rich_table = Lazy("matplotlib.pyplot"), Lazy("rich.console"), Lazy("rich.table")
 tokenizers, torch, transformers = Lazy("tokenizers"), Lazy("torch"), Lazy("transformers")
 trl, unsloth, wandb, yaml = Lazy("trl"), Lazy("unsloth"), Lazy("wandb"), Lazy("yaml")
@@ -145,6 +145,8 @@ CHECKPOINT_SECONDS = 300
 HUB_FOLDER, HUB_SECONDS = "run-to-resume", 600
 # How long the Hub may send nothing, by a part of the address; an upload may stand still, W&B may take to end.
 SILENT_SECONDS = {"whoami": 5, "/revision/": 5, "/commit/": 100, "": 30}
+FIRST_QUESTIONS = "whoami|/revision/(?!refs)|/resolve/main/README.md|/xet-read-token/"
+XET_DOWNLOADS = {"HF_XET_CLIENT_READ_TIMEOUT": "20s", "HF_XET_CLIENT_RETRY_MAX_ATTEMPTS": "2"}
 STALLED_SECONDS, READ_AGAIN_SECONDS, WANDB_SECONDS = 120, 3, 45
 # For the plan, as measured on a GPU (tests/bench/NOTES.md).
 WORKSPACE = 0.35 * GIB  # memory that the libraries hold
@@ -499,7 +501,7 @@ ADVICE = {
     "HTTP 5": "the Hub has trouble: the same command again, later",
     "LocalEntryNotFoundError|OfflineModeIsEnabled": NOT_REACHED,
     "HfHubHTTPError": "check the name, and the token with `login`",
-    "HTTPError|ConnectionError": NOT_REACHED,
+    "HTTPError|ConnectionError|CAS Client Error": NOT_REACHED,
     r"\bTimeout\b": "another process is at work there: wait for it, or name another folder",
     "ModuleNotFoundError": "install the pinned packages: `uv run finetune_r1.py` does (see the README)",
     "OutOfMemoryError": "try --micro-batch 1, or a smaller --max-seq-length or --max-new-tokens",
@@ -893,6 +895,8 @@ def read_records(config: DataConfig) -> Any:
             for file in sorted(path.rglob("*.*")) if path.is_dir() else [path]:
                 if file.suffix != ".json":  # in a folder of tables it holds settings
                     files.setdefault(READERS.get(file.suffix.lower(), ""), []).append(file)
+            if path.is_dir() and len(files) == 1 and pattern != str(path.absolute()):
+                source = {"path": next(iter(files)), "data_dir": pattern}  # a [ would be taken for a pattern
             if "csv" in files and not {"json", "parquet"} & files.keys():
                 # Text stays text, be it a number or "NA", and a column has one type throughout.
                 source |= {"converters": dict.fromkeys(config.columns, str), "keep_default_na": False}
@@ -948,10 +952,9 @@ def read_from_hub(config: DataConfig, flags: str) -> Any:
         if config.subset or config.lang in names or len(names) > 1:
             raise UserError(f"{flags}: {error}", "check --split and --subset") from error
         return read(name=names[0])
-    except FileNotFoundError as error:
-        raise UserError(
-            f"{flags}: {error}", "check the name; a file has to end in " + ", ".join(READERS)
-        ) from error
+    except FileNotFoundError as error:  # or the Hub fell silent
+        way_out = "check the name, and the Hub with `doctor`; a file has to end in " + ", ".join(READERS)
+        raise UserError(f"{flags}: {error}", way_out) from error
 
 
 def check_columns(records: Any, config: DataConfig) -> None:
@@ -1067,7 +1070,7 @@ def is_hub_name(name: str) -> bool:
     return False
 
 
-def check_model(config: ModelConfig) -> None:
+def check_model(config: ModelConfig, revision: str | None = None) -> None:
     """Raises, before the heavy imports, for a model that is not there or that this machine can't train."""
     folder, name = Path(config.model), config.model
     size = re.search(r"(\d+(?:\.\d+)?)([bm])(?![a-z])", name.lower())
@@ -1083,7 +1086,7 @@ def check_model(config: ModelConfig) -> None:
     use_hub_token()
     if not folder.is_dir() and not huggingface_hub.try_to_load_from_cache(name, "config.json"):
         huggingface_hub.model_info(name, timeout=10)  # asks once; a download would try for half a minute
-    if not (download_model(name, weights=False) / "config.json").is_file():
+    if not (download_model(name, weights=False, revision=revision) / "config.json").is_file():
         raise UserError(f"--model {name} has no config.json.", "name a model that save_pretrained wrote")
 
 
@@ -1362,15 +1365,14 @@ class LoadedModel:
 
         `revisions` has the commits to load, where they have to be those of before.
         """
-        check_model(config)
+        name, known = config.model, revisions or {}
+        check_model(config, known.get(name))
         read_ahead(config)
         processes()  # several processes: each takes a GPU of its own
         if config.gpu_memory_gib and torch.cuda.is_available():
             total = torch.cuda.get_device_properties(0).total_memory / GIB
             torch.cuda.set_per_process_memory_fraction(min(1.0, config.gpu_memory_gib / total))
-        fast_model, name, known = import_unsloth(), config.model, revisions or {}
-
-        weights = weights_name(config)
+        fast_model, weights = import_unsloth(), weights_name(config)
         named = download_model(name, weights=False, revision=known.get(name))
         folder = download_model(weights, revision=known.get(weights))
         tokenizer = load_tokenizer(named)
@@ -1774,6 +1776,18 @@ def expect(config: TrainConfig, lengths: Sequence[int]) -> dict[str, Any]:
     return {"plan": plan_text(plan), "time": time_needed, "disk": disk}
 
 
+@contextlib.contextmanager
+def uploading() -> Iterator[None]:
+    """Lifts a download's deadlines meanwhile: they count for a whole block, minutes on a slow line."""
+    limits = {name: os.environ.pop(name) for name in XET_DOWNLOADS if name in os.environ}
+    hub_xet.abort_xet_session()  # the next one reads the environment again
+    try:
+        yield
+    finally:
+        os.environ |= limits
+        hub_xet.abort_xet_session()
+
+
 class HubCheckpoints:
     """Keeps a run's newest checkpoint in a private repository, so that it outlives the machine.
 
@@ -1819,7 +1833,8 @@ class HubCheckpoints:
             if not api.model_info(self.repo).private:
                 raise ValueError("it is public")
             options: dict[str, Any] = {"delete_patterns": "checkpoints/*", "commit_message": message}
-            api.upload_folder(repo_id=self.repo, folder_path=folder, path_in_repo=HUB_FOLDER, **options)
+            with uploading():
+                api.upload_folder(repo_id=self.repo, folder_path=folder, path_in_repo=HUB_FOLDER, **options)
             self.failed = False
         except Exception as error:  # whatever it is, the training goes on
             if not self.failed:
@@ -1912,6 +1927,14 @@ class TrainingLog(LibraryClass):  # type: ignore[misc]
         pace = (time.monotonic() - self.first_step_done) / (state.global_step - self.first_step)
         left = clock(pace * (state.max_steps - state.global_step))
         return f"{line}  {pace:.2f} s/step  {self.tokens_per_step / pace:.0f} tok/s  {left} left"
+
+
+class LastingWandb(LibraryClass):  # type: ignore[misc]
+    """A transformers.WandbCallback that outlives W&B's own process; what W&B lacks is told at the end."""
+
+    def on_log(self, *arguments: Any, **options: Any) -> None:
+        with contextlib.suppress(Exception):
+            super().on_log(*arguments, **options)
 
 
 class NanCheckingTrainer(LibraryClass):  # type: ignore[misc]
@@ -2025,7 +2048,7 @@ def train_steps(
                 completion_only_loss=config.loss_on == "response",
                 gradient_checkpointing=plan["kept_layers"] < plan["layers"],
                 bf16=precision(config) == "bfloat16", fp16=precision(config) == "float16",
-                report_to=["wandb"] if tracked else "none", logging_first_step=True, disable_tqdm=True,
+                report_to="none", logging_first_step=True, disable_tqdm=True,
                 save_strategy="no", save_total_limit=config.keep_checkpoints + config.keep_best,
                 eval_strategy="steps" if config.eval_rows else "no", eval_steps=config.eval_steps,
                 eval_on_start=config.eval_rows > 0 and not run.checkpoints,
@@ -2040,6 +2063,8 @@ def train_steps(
                 eval_dataset=rows.held_out.select_columns(columns) if config.eval_rows else None,
             )  # fmt: skip
             trainer.remove_callback(transformers.PrinterCallback)
+            if tracked:
+                trainer.add_callback(with_base(LastingWandb, transformers.integrations.WandbCallback))
             callback = with_base(TrainingLog, transformers.TrainerCallback)
             trainer.add_callback(callback(run, config, plan["tokens_per_step"], stop, hub))
             try:
@@ -2074,7 +2099,8 @@ def train_run(config: TrainConfig, run: Run, resume: bool = False) -> tuple[Load
     """Trains a new run, or goes on with one; returns the model with its adapter, and the held-out rows."""
     # What can be refused is refused before anything large is imported or downloaded.
     check_config(config)
-    check_model(config)
+    revisions = run.record.get("model_revisions", {}) if resume else {}
+    check_model(config, revisions.get(config.model))
     read_ahead(config)
     records = read_records(config)
     check_columns(records, config)
@@ -2083,7 +2109,6 @@ def train_run(config: TrainConfig, run: Run, resume: bool = False) -> tuple[Load
 
     # The rows, every one accounted for.
     import_unsloth()
-    revisions = run.record.get("model_revisions", {}) if resume else {}
     folder = download_model(config.model, weights=False, revision=revisions.get(config.model))
     rows = prepare_rows(records, load_tokenizer(folder), config)
     config = with_steps(config, len(rows.used))
@@ -2362,16 +2387,17 @@ def sixteen_bit(model: str) -> str:
     return re.sub(r"(-unsloth)?-bnb-4bit$", "", model)
 
 
-def weights_size(model: str) -> tuple[int, int, int]:
+def weights_size(model: str, revision: str | None = None) -> tuple[int, int, int]:
     """Bytes of a model's weights, of those that are still to be downloaded, and of the largest such file."""
     if Path(model).is_dir():
         return sum(file.stat().st_size for file in Path(model).glob("*.safetensors")), 0, 0
-    weights_of = functools.partial(huggingface_hub.snapshot_download, allow_patterns="*.safetensors")
+    wanted = {"revision": revision, "allow_patterns": "*.safetensors"}
+    weights_of = functools.partial(huggingface_hub.snapshot_download, model, **wanted)
     hub_utils.disable_progress_bars()
     try:
-        files = weights_of(model, dry_run=True)
+        files = weights_of(dry_run=True)
     except hub_errors.DryRunError:  # no network: what was downloaded before has to do
-        return weights_size(weights_of(model, local_files_only=True))
+        return weights_size(weights_of(local_files_only=True))
     finally:
         hub_utils.enable_progress_bars()
     missing = [file.file_size for file in files if file.will_download]
@@ -2398,7 +2424,8 @@ def merged_weights(run: Run, output: Path | None = None, take: Any = None) -> tu
     with run.lock(), atomic_path(folder) as partial:
         # What is merged, and room for it.
         name, adapter = sixteen_bit(run.config.model), run.adapter
-        size, missing, largest = weights_size(name)
+        revision = run.record.get("model_revisions", {}).get(name)
+        size, missing, largest = weights_size(name, revision)
         download = f"downloads {missing / 1e9:.1f} GB and " if missing else ""
         log(f"merging the adapter into a copy of {name}: {download}writes {size / 1e9:.1f} GB")
         way_out = "the adapter needs no room: `push --adapter-only`; or set --output and HF_HOME"
@@ -2409,7 +2436,6 @@ def merged_weights(run: Run, output: Path | None = None, take: Any = None) -> tu
             check_room({folder: largest + (min(size, SHARD) if take else size)}, way_out)
             by_file = True
             log("note: the disk can't hold that at once, so it is done file by file, and none stays unneeded")
-        revision = run.record.get("model_revisions", {}).get(name)
         source = download_model(name, weights=not by_file, revision=revision)
         check_code(source)
         tokenizer = load_tokenizer(adapter)
@@ -2434,8 +2460,10 @@ def merged_weights(run: Run, output: Path | None = None, take: Any = None) -> tu
             remove(partial)
             return folder, checked
         # Noted before the folder has its name: one that has it is known, whenever the process ends.
-        place = str(output.resolve()) if output else "merged"
-        run.update(saved={"folder": place, "files": file_sizes(partial), "checked": checked})
+        place, files = str(output.resolve()) if output else "merged", file_sizes(partial)
+        with ThreadPool() as pool:
+            hashes = dict(zip(files, pool.map(file_hash, map(partial.joinpath, files)), strict=True))
+        run.update(saved={"folder": place, "files": files, "hashes": hashes, "checked": checked})
     return folder, checked
 
 
@@ -2897,19 +2925,23 @@ class Repository:
             huggingface_hub.create_repo(self.name, private=private is not False)
             self.is_made = True
 
-    def refusal(self, fault: str, failure: BaseException | None) -> UserError:
+    def refusal(self, fault: str, failure: BaseException | None, create_pr: bool) -> UserError:
         """What to say when a push has failed."""
         known = (advice(failure) or advice(failure.__cause__)) if failure else None
         again = "`push` again, later: what has arrived is not sent again"
+        if create_pr:
+            again = f"see {hub_constants.ENDPOINT}/{self.name}/discussions, it may be there; else {again}"
         return UserError(f"{self.name} {fault}", again if known in (None, NOT_REACHED) else known)
 
     def send(self, add: Any, private: bool | None, create_pr: bool) -> None:
         """Sends a large file that a commit is going to bring."""
         try:
             self.make(private)
-            while_it_moves(lambda: huggingface_hub.preupload_lfs_files(self.name, [add], create_pr=create_pr))
+            send = functools.partial(huggingface_hub.preupload_lfs_files, self.name, [add])
+            with uploading():
+                while_it_moves(lambda: send(create_pr=create_pr))
         except (httpx.HTTPError, OSError, RuntimeError) as error:
-            raise self.refusal(f"is as it was: {error}", error) from error
+            raise self.refusal(f"is as it was: {error}", error, create_pr) from error
 
     def upload(self, adds: list[Any], private: bool | None, create_pr: bool) -> dict[str, Any]:
         """Commits what differs, removes other weights, and reads all back, even if the answer was lost."""
@@ -2922,7 +2954,8 @@ class Repository:
             if changes:  # the parent is named so that nobody's commit of this minute is undone
                 options = {"parent_commit": self.info.sha if self.info else None, "create_pr": create_pr}
                 send = functools.partial(huggingface_hub.create_commit, self.name, changes, **options)
-                revision = while_it_moves(lambda: send(commit_message="By finetune_r1")).pr_revision
+                with uploading():
+                    revision = while_it_moves(lambda: send(commit_message="By finetune_r1")).pr_revision
         except (httpx.HTTPError, OSError, RuntimeError) as error:
             failure = error
         for pause in (0, READ_AGAIN_SECONDS):  # this answer may be lost too, or the commit be under way
@@ -2938,7 +2971,7 @@ class Repository:
                 report |= {"commit": after.info.sha, "verified": "every file is there, with the same hash"}
                 return report
             fault = f"is as it was: {failure}" if failure else f"differs in {', '.join(wrong)}"
-        raise self.refusal(fault, failure) from failure
+        raise self.refusal(fault, failure, create_pr) from failure
 
 
 def files_to_push(
@@ -3116,7 +3149,7 @@ def track_in_wandb(config: TrainConfig, run: Run) -> Iterator[bool]:
         except (Exception, KeyboardInterrupt):  # whatever it is, the training is done
             lacks = True
         if lacks:
-            log(f"W&B lacks some of the run: `wandb sync --no-skip-online {place}` sends it")
+            log(f"W&B lacks some of the run: `wandb sync --no-skip-online {place}` sends what was kept")
 
 
 # -------------------------------------------------------------------------------------------------- commands
@@ -3153,7 +3186,7 @@ class GroupedCommand(typer.core.TyperCommand):
                 formatter.write(f"{'':8}{comment.strip()}\n" if comment else "")
 
 
-def prepare_environment(uploads: bool = False) -> None:
+def prepare_environment() -> None:
     """Reads `.env`, takes one GPU, and quiets the libraries, before any of them reads its variables."""
     for number in STOP_SIGNALS[1:]:
         signal.signal(number, interrupt)
@@ -3164,9 +3197,7 @@ def prepare_environment(uploads: bool = False) -> None:
     os.environ.pop("HF_HUB_DISABLE_PROGRESS_BARS", None)  # by them an upload is seen to move
     wanted = {} if WORLD > 1 else {"CUDA_VISIBLE_DEVICES": "0"}
     os.environ["MPLBACKEND"] = "Agg"  # a notebook's kernel sets its own, which is not installed here
-    wanted |= {"UNSLOTH_DISABLE_STATISTICS": "1", "HF_UPDATE_DOWNLOAD_COUNTS": "0"}
-    if not uploads:  # of which it would count for a whole block, minutes on a slow line
-        wanted |= {"HF_XET_CLIENT_READ_TIMEOUT": "20s", "HF_XET_CLIENT_RETRY_MAX_ATTEMPTS": "2"}
+    wanted |= {"UNSLOTH_DISABLE_STATISTICS": "1", "HF_UPDATE_DOWNLOAD_COUNTS": "0"} | XET_DOWNLOADS
     wanted |= {"UNSLOTH_DECODE_CUDA_GRAPHS": "1", "UNSLOTH_DECODE_GRAPH_PREALLOC": "1"}  # faster decoding
     for name, value in wanted.items():
         os.environ.setdefault(name, value)
@@ -3174,15 +3205,29 @@ def prepare_environment(uploads: bool = False) -> None:
 
 
 def hub_client() -> Any:
-    """The Hub's HTTP client, with a deadline for the next byte where the library sets none."""
+    """The Hub's HTTP client, with a deadline for the next byte where the library sets none.
 
-    def bound(request: Any) -> None:
-        limit = next(limit for part, limit in SILENT_SECONDS.items() if part in request.url.path)
-        limits = request.extensions["timeout"]
+    One that does not answer a first question, or has fallen silent, is not asked on and on: the cache serves.
+    """
+    client, silent_since = hub_http.default_client_factory(), math.inf
+    send = client.send
+
+    def bounded(request: Any, **options: Any) -> Any:
+        nonlocal silent_since
+        path, limits, began = request.url.path, request.extensions["timeout"], time.monotonic()
+        limit = next(limit for part, limit in SILENT_SECONDS.items() if part in path)
         limits |= dict.fromkeys([name for name in limits if not limits[name]], limit)
+        is_first = re.search(FIRST_QUESTIONS, path)
+        if began - silent_since > limit and (is_first or request.method == "HEAD"):
+            raise hub_errors.OfflineModeIsEnabled(f"{request.url.host} does not answer")
+        try:
+            answer, silent_since = send(request, **options), math.inf
+            return answer
+        except httpx.TimeoutException:
+            silent_since = -math.inf if is_first else min(silent_since, began)
+            raise
 
-    client = hub_http.default_client_factory()
-    client.event_hooks["request"].append(bound)
+    client.send = bounded
     return client
 
 
@@ -3239,7 +3284,7 @@ def command(
             with contextlib.redirect_stdout(stderr if verbose and RANK == 0 else nowhere):
                 if WORLD > 1 and name not in MULTI_PROCESS_COMMANDS:
                     raise UserError("torchrun is for `train`, `eval` and `infer --file`.", "leave it out")
-                prepare_environment(uploads=name == "push")
+                prepare_environment()
                 report = function(**values)
             if report is not None and as_json:
                 print_result(json.dumps(report, ensure_ascii=False))
@@ -3584,7 +3629,7 @@ def run_from_hub(place: str) -> Path:
 def resumed_config(run: Run, config: TrainConfig, given: set[str]) -> TrainConfig:
     """The run's own settings, with those of the options `given` that may change; raises for the others."""
     settings, changed, fixed = run.config, {}, []
-    if run.record["status"] == "finished":
+    if run.record["status"] == "finished" and (run / "adapter").exists():  # a lost one is made again
         raise UserError(f"--resume {run}: it is finished, with {settings.max_steps} steps.", "`train` anew")
     for entry in dataclasses.fields(config):
         before, now = getattr(settings, entry.name), getattr(config, entry.name)
@@ -3773,28 +3818,29 @@ def eval_(config: EvalConfig, run: RunOption = None) -> dict[str, Any]:
         changed = {"dataset": str(found / "held_out.jsonl"), "split": "train"}
         changed |= dict(zip(("question_col", "cot_col", "response_col"), RECIPE_COLUMNS, strict=True))
     asked = dataclasses.replace(settings, **changed, eval_rows=0)
-    import_unsloth()
     records, trained = read_records(asked), trained_questions(found)
     held = [pair for pair in prompts.CHOICE_COLUMNS if set(pair) <= set(records.column_names)]
+    choices: list[prompts.Choice] = []
     if held:
         if not answers:
             raise UserError("--answers 0: multiple choice is graded by its answers.", "leave the option out")
         read = [prompts.as_choice(record, held[0]) for record in records.take(min(answers, len(records)))]
         keyed = [choice for choice in read if choice]
         choices = [choice for choice in keyed if not (trained(choice.question) or trained(choice.text))]
-        rows, total, unkeyed = [], len(read), len(read) - len(keyed)
+        total, unkeyed, known = len(read), len(read) - len(keyed), len(keyed) - len(choices)
     else:
         check_columns(records, asked)
-        rows, choices = prepare_rows(records, load_tokenizer(adapter), asked).usable, []
-        total, unkeyed = len(rows), 0
-        rows = rows.select([i for i, question in enumerate(rows["question"]) if not trained(question)])
-    known = total - unkeyed - len(choices or rows)
+        questions = [prompts.read_record(record, asked.columns, ()).question for record in records]
+        new = [i for i, question in enumerate(questions) if not trained(question)]
+        total, unkeyed, known = len(records), 0, len(records) - len(new)
     reasons = {"their key is none of their options": unkeyed, "trained on, or nearly the same": known}
     for reason, number in reasons.items():
         if number:
             log(f"note: {number} of {total} questions are left out: {reason}")
     if total == unkeyed + known:
         raise UserError(f"--split {asked.split}: no question is left.", "name another, which has answers")
+    import_unsloth()
+    rows = [] if held else prepare_rows(records.select(new), load_tokenizer(adapter), asked).usable
     log(f"evaluating {found}")
     loaded = LoadedModel.load_run(found)
     report = evaluate(loaded, found, rows, choices, answers, config, name, config.samples)
@@ -3856,9 +3902,12 @@ def clean_runs(yes: bool) -> dict[str, Any]:
     if not yes and not typer.confirm(f"Remove these {file_size(size)}?", err=True):
         return {"removed": 0}
     for run, path in useless:
-        with run.lock():  # a run that is at work keeps its files
+        with contextlib.suppress(filelock.Timeout), run.lock():
             remove(path)
-    return {"removed": len(useless), "freed": file_size(size)}
+        if path.exists():
+            log(f"{run} is at work, and keeps its files")
+    left = [path for _, path in useless if path.exists()]
+    return {"removed": len(useless) - len(left), "freed": file_size(size - sum(map(folder_size, left)))}
 
 
 @command
@@ -3980,7 +4029,7 @@ def push(
 
     for name, content in files_to_push(found, adapter_only, gguf_too, dry_run, remote, send).items():
         add(name, content)
-    total = sum(add.upload_info.size for add in adds)
+    total = sum(operation.upload_info.size for operation in adds)
     hidden = remote.info.private if remote.info else private is not False
     visibility = ("private" if hidden else "public") + ("" if remote.info else ", new")
     report = {"repo": repo, "visibility": visibility, "files": len(adds), "bytes": total}
@@ -3988,6 +4037,12 @@ def push(
     refuse_others()
     if dry_run:
         return {**report, "dry_run": True}
+    hashes = found.record.get("saved", {}).get("hashes", {})
+    for operation in adds:  # which are worked out for the Hub, too
+        found_hash = operation.upload_info.sha256.hex()
+        if hashes.get(operation.path_in_repo, found_hash) != found_hash:
+            fault = f"{operation.path_or_fileobj} is not what `save` verified: it was changed."
+            raise UserError(fault, "remove its folder, `save` again")
     return {**report, **remote.upload(adds, private, create_pr)}
 
 

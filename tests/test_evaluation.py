@@ -247,7 +247,9 @@ def test_the_card_shows_the_largest_evaluation_of_each_kind(run):
 # ---------------------------------------------------------------------------------- which rows, which columns
 
 
-def test_held_out_rows_stay_those_of_the_run_whatever_becomes_of_the_dataset(config, tmp_path, capsys):
+def test_held_out_rows_stay_those_of_the_run_whatever_becomes_of_the_dataset(
+    config, tmp_path, capsys, monkeypatch
+):
     data, rows = tmp_path / "rows.jsonl", read_jsonl(SAMPLE)
     finetune_r1.write_jsonl(data, rows[:24])
     config = dataclasses.replace(config, dataset=str(data), split="train")
@@ -267,6 +269,7 @@ def test_held_out_rows_stay_those_of_the_run_whatever_becomes_of_the_dataset(con
     assert report["rows"] == 26 - left_out < 26
     assert f"{left_out} of 26 questions are left out" in capsys.readouterr().err
     finetune_r1.write_jsonl(data, [row for row in rows if row["Question"] in trained])
+    monkeypatch.setattr(finetune_r1, "import_unsloth", None)  # it takes long, so this is said before
     with pytest.raises(UserError, match="no question is left"):
         evaluated(run, dataset=str(data), split="train")
 

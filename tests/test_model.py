@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import math
 import os
 import shutil
 import subprocess
@@ -10,7 +11,7 @@ import sys
 import published
 import pytest
 from conftest import BOS, EOS, SAMPLE
-from servers.base import LoopbackServer
+from servers.base import STALL, Fault, LoopbackServer
 from servers.hub import HubServer
 
 import finetune_r1
@@ -295,7 +296,7 @@ def test_the_weights_of_a_name_are_those_that_unsloth_has_ready(monkeypatch, mod
         if weights:
             raise StopAsyncIteration
 
-    monkeypatch.setattr(finetune_r1, "check_model", lambda config: None)
+    monkeypatch.setattr(finetune_r1, "check_model", lambda config, revision: None)
     monkeypatch.setattr(finetune_r1, "download_model", download)
     with pytest.raises(StopAsyncIteration):
         LoadedModel.load(TrainConfig(model=model, load_in_4bit=four_bit))
@@ -368,6 +369,49 @@ def test_the_ready_4_bit_copy_is_trained_and_its_commit_noted(lines, hub):
 def test_nothing_but_the_hub_is_asked_for_anything(lines):
     """Its own service for datasets is a host beside it."""
     assert [path for _, path in lines[2] if not path.startswith("http://datasets-server.127.0.0.1")] == []
+
+
+@pytest.fixture
+def here(hub, monkeypatch):
+    """Has this process ask that Hub, which is silent after `here()`."""
+    from huggingface_hub import constants, hf_api
+
+    template = hub.url + "/{repo_id}/resolve/{revision}/{filename}"
+    monkeypatch.setattr(constants, "ENDPOINT", hub.url)
+    monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
+    monkeypatch.setattr(hf_api.api, "endpoint", hub.url)
+    yield lambda path="": hub.faults.append(Fault("*", path, delay=STALL, times=math.inf))
+    hub.faults.clear()
+
+
+def test_a_silent_hub_is_waited_for_once_where_the_cache_has_the_model(hub, here, told, monkeypatch):
+    """Only by what has to know the newest commit: a run has its own."""
+    train = ["train", "--model", QWEN, "--dataset", SAMPLE, "--split", "train[:4]", "--max-seq-length", 1024]
+    train += ["--max-steps", 1, "--learning-rate", 1e-2, "--effective-batch", 2, "--max-new-tokens", 2]
+    train += ["--run-dir", "runs/a"]
+    assert told(train).code == 0 and told(["save", "--output", "full"]).code == 0
+    monkeypatch.setattr(finetune_r1, "SILENT_SECONDS", dict.fromkeys(finetune_r1.SILENT_SECONDS, 1))
+    here()
+    train[-1] = "runs/b"
+    for line, requests in ((train, 1), (["infer", "Why?", "--max-new-tokens", 2], 0), (["save"], 0)):
+        before = len(hub.requests)
+        done = told(line)
+        assert done.code == 0, done.err
+        assert len(hub.requests) - before == requests, hub.requests[before:]
+
+
+def test_weights_that_stop_coming_are_told_with_what_to_do(hub, here, told, tiny_r1, monkeypatch):
+    from huggingface_hub import constants
+
+    monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", False)
+    monkeypatch.setenv("HF_XET_CLIENT_READ_TIMEOUT", "500ms")
+    hub.add_repo("model", "org/tiny", published.repo_files(tiny_r1))
+    here("/xorbs/")
+    load = ["load", "--model", "org/tiny", "--no-load-in-4bit"]
+    done = told(load)
+    assert done.code == 1 and "the Hub was not reached" in done.err and "Traceback" not in done.err
+    hub.faults.clear()
+    assert told(load).code == 0
 
 
 def test_what_was_pushed_loads_by_name_and_gives_texts_back(lines, hub, tmp_path):

@@ -185,6 +185,14 @@ def test_a_pull_request_offers_the_weights_and_leaves_the_repository_as_it_was(p
     assert set(hub.repos["model", REPO].pull_requests[0].files) == expected(run) - {".gitattributes"}
 
 
+def test_a_pull_request_whose_answer_was_lost_is_told_to_be_looked_for(push, hub, run):
+    hub.add_repo("model", REPO, {"model.safetensors": b"other weights"})
+    hub.faults.append(Fault("POST", "/commit/", "drop", after=0))
+    done = push("--create-pr")
+    assert done.code == 1 and f"{hub.url}/{REPO}/discussions, it may be there; else" in done.err
+    assert set(hub.repos["model", REPO].pull_requests[0].files) == expected(run) - {".gitattributes"}
+
+
 def test_a_pull_request_needs_a_repository(push, hub):
     done = push("--create-pr")
     assert done.code == 1 and "--create-pr" in done.err and not hub.repos
@@ -226,12 +234,17 @@ def test_a_folder_with_adapter_and_merged_weights_is_refused_with_the_reason(pus
     assert done.code == 1 and "apply the adapter twice" in done.err and files(hub) is None
 
 
-@pytest.mark.parametrize("damage", ["a shard is cut", "a file is missing", "a file is added"])
+@pytest.mark.parametrize(
+    "damage", ["a shard is cut", "a byte is changed", "a file is missing", "a file is added"]
+)
 def test_only_what_save_verified_is_pushed(push, hub, run, tmp_path, damage):
     weights, extra = run / "merged" / "model.safetensors", run / "merged" / "pytorch_model.bin"
     shutil.copy(weights, tmp_path)
     if damage == "a file is added":
         extra.touch()
+    elif damage == "a byte is changed":
+        content = weights.read_bytes()
+        weights.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
     else:
         weights.write_bytes(weights.read_bytes()[:1000]) if damage == "a shard is cut" else weights.unlink()
     try:
@@ -327,6 +340,14 @@ def test_a_hub_that_falls_silent_is_left_with_what_to_do(push, hub, run, monkeyp
     assert time.monotonic() - started < 15
     hub.faults.clear()
     assert push(way="lfs").code == 0 and set(files(hub)) == expected(run)
+
+
+def test_a_block_may_take_longer_to_send_than_one_to_fetch(push, hub, run, monkeypatch):
+    monkeypatch.setenv("HF_XET_CLIENT_READ_TIMEOUT", "500ms")
+    hub.faults.append(Fault("PUT", "/xorb-uploads/", delay=1, times=math.inf))
+    assert push(way="xet").code == 0 and set(files(hub)) == expected(run)
+    sent = [path for method, path in hub.requests if method == "PUT"]
+    assert len(sent) == len(set(sent)), "nothing is sent again"
 
 
 @pytest.mark.parametrize("seed", range(3))

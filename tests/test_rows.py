@@ -4,6 +4,7 @@ import csv
 import dataclasses
 import itertools
 import json
+import math
 import random
 import re
 
@@ -12,6 +13,7 @@ import pytest
 from conftest import BOS, EOS, PAD, SAMPLE
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from servers.base import STALL, Fault
 from servers.hub import HubServer
 
 import finetune_r1
@@ -107,10 +109,14 @@ def test_a_folders_files_are_read_in_the_order_of_their_names(tmp_path):
     assert questions(tmp_path) == ["Why 1?", "Why 0?"]
 
 
-def test_the_names_of_a_folders_files_tell_their_split(tmp_path):
-    for name, row in zip(("train.jsonl", "test.jsonl"), records({}, {}), strict=True):
-        (tmp_path / name).write_text(json.dumps(row))
-    assert (questions(tmp_path, "train[:5]"), questions(tmp_path, "test")) == (["Why 0?"], ["Why 1?"])
+@pytest.mark.parametrize("name", ["rows", "rows [1]*"])
+def test_the_names_of_a_folders_files_tell_their_split(tmp_path, name):
+    folder = tmp_path / name
+    folder.mkdir()
+    for file, row in zip(("train.jsonl", "test.jsonl"), records({}, {}), strict=True):
+        (folder / file).write_text(json.dumps(row))
+    assert (questions(folder, "train[:5]"), questions(folder, "test")) == (["Why 0?"], ["Why 1?"])
+    assert questions(folder / "train.jsonl") == ["Why 0?"]
 
 
 def test_what_is_in_a_csv_is_text_be_it_a_number_or_na(tmp_path):
@@ -491,8 +497,31 @@ def test_model_and_dataset_come_by_name_and_the_language_is_the_subset(cli, tiny
         hub.add_repo("dataset", DataConfig.dataset, published.medical_o1_repo())
         hub.add_repo("model", "org/tiny", published.repo_files(tiny_r1))
         # datasets also asks datasets-server.127.0.0.1 for an export: the proxy keeps that on loopback.
-        done = cli("format", *options, HF_ENDPOINT=hub.url, HTTP_PROXY=hub.url)
-    assert done.code == 0, done.err
+        here = {"HF_ENDPOINT": hub.url, "HTTP_PROXY": hub.url}
+        done = cli("format", *options, **here)
+        assert done.code == 0, done.err
+        # A Hub that falls silent is asked once, by a command that finds all in the cache.
+        hub.faults.append(Fault("*", "", delay=STALL, times=math.inf))
+        before = len(hub.requests)
+        again = cli("format", *options, **here, HF_HUB_ETAG_TIMEOUT="1")
+        assert again.code == 0 and again.out == done.out, again.err
+        assert [path.rpartition("/")[2] for _, path in hub.requests[before:]] == ["README.md"]
     assert json.loads(done.out)["rows"]["read"] == 1
     prompt = build_prompt(published.CHINESE[0]["Question"], "zh")
     assert json.loads(done.out)["first_row"]["text"].startswith(prompt)
+
+
+def test_a_hub_that_falls_silent_is_not_asked_on_and_on_about_its_files(monkeypatch):
+    """Hugging Face's client would ask for a file's size for 400 seconds."""
+    import httpx
+    from huggingface_hub.errors import OfflineModeIsEnabled
+
+    monkeypatch.setattr(finetune_r1, "SILENT_SECONDS", {"": 0.2})
+    with HubServer(tokens={"hf_a": ("alice", "read")}) as hub, finetune_r1.hub_client() as client:
+        repo = hub.add_repo("dataset", "org/rows", {"rows.json": b"[]"})
+        file = f"{hub.url}/datasets/org/rows/resolve/{repo.commits[0].oid}/rows.json"
+        hub.faults.append(Fault("HEAD", "", delay=STALL, times=2))
+        for error in (httpx.ReadTimeout, httpx.ReadTimeout, OfflineModeIsEnabled):
+            with pytest.raises(error):
+                client.head(file, timeout=0.15)
+        assert client.get(file).content == b"[]" and client.head(file).is_success, "one that is back is asked"

@@ -430,8 +430,10 @@ def test_the_checkpoints_of_a_run_without_its_adapter_stay(several, told):
 
 def test_a_run_that_is_at_work_is_not_cleaned(several, told):
     with Run(several / "failed").lock():
-        done = told(["runs", "--clean", "--yes"])
-    assert done.code == 1 and (several / "failed" / "run.json").exists()
+        done = told(["runs", "--clean", "--yes", "--json"])
+    assert json.loads(done.out)["removed"] == 1 and "runs/failed is at work" in done.err
+    assert (several / "failed" / "run.json").exists()
+    assert not (several / "20260301-141205-r16-s60" / "checkpoints").exists(), "another one is"
 
 
 def test_without_runs_the_next_step_is_told(told):

@@ -456,6 +456,18 @@ def test_a_save_killed_before_or_after_its_weights_have_their_name_can_be_repeat
     assert (finetune_r1.merged_weights(run)[0] / "model.safetensors").is_file()
 
 
+def test_the_lost_adapter_of_a_finished_run_is_made_again_by_the_line_that_is_told(
+    undisturbed, told, tmp_path
+):
+    run = Run(shutil.copytree(undisturbed.folder, tmp_path / "run"))
+    refused = told(["train", "--resume", "run"])
+    assert refused.code == 1 and "it is finished" in refused.err
+    shutil.rmtree(run / "adapter")
+    line = re.search(r"finetune_r1.py (train --resume run)`", told(["infer", "Why?", "--run", "run"]).err)
+    done = told(line[1].split())
+    assert done.code == 0 and run.record["status"] == "finished" and same(run, undisturbed), done.err
+
+
 # ---------------------------------------------------------------------------------------- on the command line
 
 

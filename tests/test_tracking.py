@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 
+import psutil
 import pytest
 from conftest import SAMPLE
 from servers.base import STALL, Fault
@@ -80,3 +81,18 @@ def test_a_training_ends_whatever_w_and_b_does_and_what_it_lacks_can_be_sent_lat
         [arrived] = server.runs.values()
         steps = {row.get("train/global_step") for row in arrived.history}
         assert arrived.finished and steps >= set(range(1, STEPS + 1))
+
+
+def test_a_training_outlives_w_and_bs_own_process(tracked, tmp_path):
+    def kill():
+        for process in psutil.Process().children(recursive=True):
+            if "wandb-core" in " ".join(process.cmdline()):
+                process.kill()
+                killed.append(process.pid)
+
+    killed: list[int] = []
+    with WandbServer(keys={KEY: "alice"}) as server:
+        code, said = tracked(server, kill)
+    run = Run(tmp_path / "run")
+    assert killed and code == 0 and run.record["status"] == "finished" and run.adapter, said
+    assert said.count("W&B lacks some of the run") == 1
