@@ -2318,6 +2318,8 @@ def evaluate(
     for number, pairs in enumerate(by_question):
         for pair in pairs:
             pair["reference"] = choices[number].key if choices else rows["answer"][number]
+            if not choices:
+                pair["reference_thought"] = rows["thought"][number]
             for side in ("base", "chat", "tuned") if choices else ():
                 if side in pair:
                     letter = prompts.chosen(pair[side]["answer"], choices[number].options)

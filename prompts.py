@@ -531,6 +531,7 @@ def chosen(answer: str, options: dict[str, str]) -> str | None:
     return None
 
 
+SHRUNK = 0.25  # of the rows' own thoughts: what is shorter is no thinking step by step
 Measures = dict[str, list[float]]  # by name, a number for each row or answer
 FEWEST_ROWS = 8  # for a verdict
 RESAMPLES = 2000  # of the bootstrap
@@ -579,7 +580,12 @@ def build_report(
     for pair in pairs:
         for side in ("base", "chat", "tuned"):
             pair.get(side, {}).pop("seconds", None)  # the same command gives the same report
-    said, general = verdict(measures, rows), measures.get("general_loss")
+    thought = wanted = 0  # in characters, which count in every language
+    for pair in pairs:
+        if pair["tuned"]["closed"] and "reference_thought" in pair:
+            thought += len(pair["tuned"]["thought"])
+            wanted += len(pair["reference_thought"])
+    said, general = verdict(measures, rows, thought < SHRUNK * wanted), measures.get("general_loss")
     if general and general["low"] > FORGOTTEN:
         said += "; general text is predicted worse than before"
     report = {"verdict": said, "rows": rows, "answers": len(pairs)}
@@ -587,8 +593,8 @@ def build_report(
     return {**report, **measures, "pairs": pairs}
 
 
-def verdict(report: dict[str, Any], rows: int) -> str:
-    """In words, from the intervals of an evaluation and the number of its rows.
+def verdict(report: dict[str, Any], rows: int, shrunk: bool = False) -> str:
+    """In words, from the intervals of an evaluation, the number of its rows, and whether thoughts shrank.
 
     A model that learned the style alone has a lower loss too; but then an answer is no likelier after its own
     question and thought than after another row's. `relevance` is that difference.
@@ -613,9 +619,11 @@ def verdict(report: dict[str, Any], rows: int) -> str:
         return "can't tell: the 95% interval of the loss includes 0"
     if closed and closed["high"] < 0:
         return "can't tell: the held-out loss fell, but fewer thoughts were closed within --max-new-tokens"
-    unseen = "; but no thought was closed within --max-new-tokens, so there was no answer to see"
-    better = "better: the held-out loss fell, and answers depend on their questions as before or more"
-    return better + (unseen if closed and not closed["tuned"] else "")
+    if closed and not closed["tuned"]:
+        return "can't tell: the held-out loss fell, but no thought was closed within --max-new-tokens"
+    if shrunk:
+        return "can't tell: the held-out loss fell, but thoughts are much shorter than the rows' own"
+    return "better: the held-out loss fell, and answers depend on their questions as before or more"
 
 
 REPORT_HEADINGS = ("measure", "before", "own chat", "after", "change (95% interval)", "better is")

@@ -508,11 +508,22 @@ def test_a_few_rows_tell_nothing(measures):
     assert not prompts.verdict(measures, rows=8).startswith("can't")
 
 
+@pytest.mark.parametrize(("words", "verdict"), [(40, "better: "), (1, "can't tell: .* much shorter")])
+def test_a_training_that_unlearned_to_think_is_not_called_better(words, verdict):
+    """Neither on one row's nor on the other's account: all thoughts that were closed count together."""
+    answer = {"answer": "So.", "closed": True, "stopped": True, "seconds": 1}
+    sides = {side: answer | {"thought": "so " * words} for side in ("base", "tuned")}
+    questions = [[{"question": "Why?", "reference_thought": "so " * 60, **sides}] for _ in range(9)]
+    before, after = ({"loss": [loss] * 9, "relevance": [1.0] * 9} for loss in (3.0, 2.0))
+    report = prompts.build_report(before, after, copy.deepcopy(questions), 9, seed=1)
+    assert re.match(verdict, report["verdict"])
+
+
 @pytest.mark.parametrize(
     ("closed", "verdict"),
     [
         (compared([0.0, 0.0], [0.0, 1.0]), "better: .* before or more$"),
-        (compared([0.0, 0.0], [0.0, 0.0]), "better: .*; but no thought was closed"),
+        (compared([0.0, 0.0], [0.0, 0.0]), "can't tell: .* no thought was closed"),
         (compared([1.0, 1.0, 1.0], [0.0, 0.0, 0.0]), "can't tell: .* fewer thoughts were closed"),
     ],
 )
