@@ -1439,7 +1439,9 @@ class LoadedModel:
         At most 128, on a CPU 16, as an interruption loses what is not finished.
         """
         shape, most = self.model.config, self.model.max_seq_length
-        longest = max(map(len, self.tokenizer(self.asked(questions))["input_ids"])) if questions else 0
+        longest = 0
+        for text in self.asked(questions):
+            longest = max(longest, len(self.tokenizer.encode(text, add_special_tokens=False)))
         if longest > most:  # Unsloth would cut off its end
             fault = f"a question is {longest} tokens long with its prompt; the model takes {most}."
             raise UserError(fault, "shorten the question, or `train` with a larger --max-seq-length")
@@ -2168,7 +2170,8 @@ def train_run(config: TrainConfig, run: Run, resume: bool = False) -> tuple[Load
             remove(partial / "README.md")  # PEFT's empty form; the run has a card of its own
             run.update(adapter={path.name: file_hash(path) for path in partial.iterdir()})
             # What was made of an earlier state must not pass for what is made of this one.
-            for path in (run / "adapter", run / "merged", *run.folder.glob("eval*.*")):
+            reports = [path for path in run.folder.glob("eval*") if path.suffix in (".json", ".png", ".html")]
+            for path in (run / "adapter", run / "merged", run / "gguf", *reports):
                 remove(path)
         seconds["train"] = round(time.perf_counter() - started, 1)
         losses = draw_losses(run)
@@ -3922,7 +3925,7 @@ def save(
     output: OutputOption = None,
     modelfile: Annotated[bool, typer.Option("--modelfile", help="Add a Modelfile for Ollama.")] = False,
 ) -> dict[str, Any]:
-    """Merge the adapter into 16-bit weights, and verify them; or make a GGUF of either."""
+    """Merge the adapter into 16-bit weights, or make a GGUF."""
     is_gguf = as_.startswith("gguf")
     if modelfile and as_.endswith("adapter"):
         fault = f"--modelfile: Ollama takes a whole model, which --as {as_} is not."

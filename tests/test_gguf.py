@@ -182,7 +182,7 @@ def known(models, tiny_r1):
         yield folders
 
 
-@pytest.fixture(scope="module", params=["smollm2", "unsloth", "qwen"])
+@pytest.fixture(scope="module", params=[pytest.param("smollm2", marks=pytest.mark.slow), "unsloth", "qwen"])
 def case(request, known, tmp_path_factory):
     """The demo's model, and small ones laid out like the 8B (with Llama 3's rope) and like Qwen 2."""
     import torch

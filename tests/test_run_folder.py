@@ -9,6 +9,7 @@ import shutil
 import subprocess
 import sys
 import time
+import types
 
 import pytest
 from conftest import SAMPLE, SCRIPT
@@ -349,7 +350,8 @@ def test_a_run_that_was_spoilt_is_refused_by_name(run, spoilt):
     with pytest.raises(UserError, match=said):
         finetune_r1.infer(finetune_r1.GenerationConfig(), as_json=True, question="Why?", run=run.folder)
     with pytest.raises(UserError, match=said):
-        finetune_r1.files_to_push(run, adapter_only=True, dry_run=False, repo="user/name")
+        remote = types.SimpleNamespace(name="user/name", files={})
+        finetune_r1.files_to_push(run, True, gguf_too=False, dry_run=False, remote=remote, take=None)
 
 
 @pytest.mark.parametrize("damaged", ["run.json", "adapter/adapter_model.safetensors"])
