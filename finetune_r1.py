@@ -2649,8 +2649,20 @@ def public_name(model: str) -> str:
     return named if is_hub_name(named) else Path(model).name
 
 
-def write_card(run: Run, repo: str = "OWNER/NAME") -> None:
-    """Writes the model card, README.md: Hub metadata, verdict, before and after, how to use it, numbers."""
+def serving_options(run: Run) -> list[str]:
+    """What vLLM has to know of the model: its length, and where each think tag is one token, to tell them."""
+    options = ["--max-model-len", str(run.config.max_seq_length)]
+    tokenizer = tokenizers.Tokenizer.from_file(str(run / "adapter" / "tokenizer.json"))
+    if tokenizer.token_to_id(prompts.THINK_CLOSE):
+        options += ["--reasoning-parser", "deepseek_r1"]
+    return options
+
+
+def write_card(run: Run, repo: str = "OWNER/NAME", files: Iterable[str] = ()) -> None:
+    """Writes the model card, README.md: Hub metadata, verdict, before and after, how to use it, numbers.
+
+    `files` are the names of what llama.cpp and Ollama take, in the repository.
+    """
     config, record, base = run.config, run.record, public_name(run.config.model)
     is_local = Path(config.dataset).exists() or Path(config.dataset).suffix.lower() in READERS
     licence = {key: value for key, value in base_card(config.model).items() if key.startswith("license")}
@@ -2670,10 +2682,16 @@ def write_card(run: Run, repo: str = "OWNER/NAME") -> None:
     numbers = {"rows": record["rows"], "losses": record["losses"], "plan": record["plan"]}
     numbers |= {"device": record["device"], "seconds": record["seconds"]}
     numbers["settings"] = dataclasses.asdict(config) | {"model": base, "dataset": Path(config.dataset).name}
+    serve = [shlex.join(["vllm", "serve", repo, *serving_options(run)])]
+    for name in files:
+        if name == "Modelfile":
+            serve.append(f"ollama create {repo.partition('/')[2].lower()} -f Modelfile")
+        elif "/" not in name:
+            serve.append(f"llama-server -m {name} --jinja -c {config.max_seq_length}")
     text = prompts.MODEL_CARD.format(
         metadata=metadata.to_yaml(), base=prompts.as_text(base), repo=repo, tokens=config.max_new_tokens,
         evaluation=reports or "Not evaluated yet.\n", sample=prompts.as_markdown(pair),
-        numbers=json.dumps(numbers, indent=2),
+        serve="\n".join(serve), numbers=json.dumps(numbers, indent=2),
     )  # fmt: skip
     write_text(run / "README.md", text)
 
@@ -2995,7 +3013,10 @@ def files_to_push(
     if gguf_too and not ggufs:
         way_out = f"`save --as {'gguf-adapter' if adapter_only else 'gguf'} --run {shlex.quote(str(run))}`"
         raise UserError(f"--gguf: there is none in {run / 'gguf'}.", way_out)
-    write_card(run, remote.name)
+    modelfile = run / "gguf" / "Modelfile"
+    if modelfile.exists() and any("/" not in name for name in ggufs):
+        ggufs["Modelfile"] = modelfile
+    write_card(run, remote.name, ggufs)
     files: dict[str, Path | bytes] = {"README.md": run / "README.md"}
     files |= {path.name: path for path in run.folder.glob("*.png")}
     adapter = run.adapter
@@ -3951,17 +3972,15 @@ def save(
         serve += [f"tuned={saved}", "--max-lora-rank"]
         serve.append(str(min(rank for rank in VLLM_RANKS if rank >= config.lora_r)))
         serve += ["--chat-template", str(saved / "chat_template.jinja")]  # or it takes the base's
+        serve += serving_options(found)
         if output:
             with atomic_path(output) as partial:
                 shutil.copytree(adapter, partial, symlinks=True)
     else:
         merged, checked = merged_weights(found, output)
-        saved, serve = merged, ["vllm", "serve", str(merged)]
-    tokenizer = tokenizers.Tokenizer.from_file(str(adapter / "tokenizer.json"))
-    if not is_gguf and tokenizer.token_to_id(prompts.THINK_CLOSE):
-        serve += ["--reasoning-parser", "deepseek_r1"]  # which takes each tag as one token
-    serve += ["--jinja", "-c"] if is_gguf else ["--max-model-len"]
-    serve.append(str(config.max_seq_length))
+        saved, serve = merged, ["vllm", "serve", str(merged), *serving_options(found)]
+    if is_gguf:
+        serve += ["--jinja", "-c", str(config.max_seq_length)]
     report = {"saved": str(saved), "as": as_, **checked, "serve": shlex.join(serve)}
     if modelfile:
         folder, weights = (saved.parent, f"./{saved.name}") if is_gguf else (saved, ".")

@@ -137,7 +137,11 @@ print(chat(messages, max_new_tokens={tokens})[0]["generated_text"][-1]["content"
 ```
 
 The adapter on its base: `PeftModel.from_pretrained(base_model, "{repo}", subfolder="adapter")`, with the
-tokenizer of `adapter/`.
+tokenizer of `adapter/`. With vLLM, and with llama.cpp or Ollama once a GGUF file is downloaded:
+
+```
+{serve}
+```
 
 ## Limits
 

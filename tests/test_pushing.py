@@ -282,6 +282,7 @@ def test_the_card_has_metadata_that_the_hub_takes_and_all_that_a_reader_asks(pus
     assert card["pipeline_tag"] == "text-generation" and card["library_name"] == "transformers"
     assert {"medical", "reasoning"} <= set(card["tags"]) and card["language"] == "en"
     use = [f'pipeline("text-generation", "{REPO}"', 'subfolder="adapter"', "Limits", "no medical device"]
+    use.append(f"vllm serve {REPO} --max-model-len 768 --reasoning-parser deepseek_r1\n```")
     for part in [*use, "Before", "After", "![training loss](loss.png)", "learning_rate", '"dropped"']:
         assert part in text, part
 
@@ -545,8 +546,12 @@ def ggufs(run):
 def test_gguf_files_come_along_when_asked_for_and_then_stay(push, hub, run, ggufs):
     push()
     assert not any("gguf" in name for name in files(hub) if name != ".gitattributes")
+    (ggufs / "Modelfile").write_text("FROM ./run-q8_0.gguf\n")
     push("--gguf")
-    assert set(files(hub)) == expected(run) | {"run-q8_0.gguf", "adapter/run-f16-lora.gguf"}
+    assert set(files(hub)) == expected(run) | {"run-q8_0.gguf", "Modelfile", "adapter/run-f16-lora.gguf"}
+    name = REPO.partition("/")[2].lower()
+    for line in ("llama-server -m run-q8_0.gguf --jinja -c 768", f"ollama create {name} -f Modelfile"):
+        assert f"\n{line}\n" in files(hub)["README.md"].decode()
     assert push().code == 0, "they are not taken for somebody else's"
     (ggufs / "run-q8_0.gguf").write_bytes(b"GGUF, made anew")
     push("--force")

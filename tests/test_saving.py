@@ -97,7 +97,7 @@ def test_an_end_of_text_token_that_ollama_would_read_otherwise_gets_no_modelfile
 
 
 def test_the_line_for_vllm_names_base_and_adapter_or_the_merged_folder(run, merged, tiny_r1, tmp_path):
-    ending = "--reasoning-parser deepseek_r1 --max-model-len 768"
+    ending = "--max-model-len 768 --reasoning-parser deepseek_r1"
     assert finetune_r1.save(run=run)["serve"] == f"vllm serve {merged} {ending}"
     adapter = finetune_r1.save(run=run, as_="adapter")["serve"]
     assert adapter.startswith(f"vllm serve {tiny_r1} --enable-lora --lora-modules tuned={run / 'adapter'}")
