@@ -2093,7 +2093,7 @@ def train_steps(
     broadcast()  # the first process has written the checkpoints
     if config.keep_best:
         best = run.best_checkpoint
-        log(f"the lowest held-out loss is that of {best.name}, so its weights are kept")
+        log(f"the weights kept are those of {best.name}")
         peft.set_peft_model_state_dict(loaded.model, adapter_weights(loaded.model, best))
 
 
