@@ -438,6 +438,7 @@ print(float((merged - tuned).norm() / (merged - before).norm()))
     assert answer.strip() and "What widens" not in answer and "DeepSeek-R1-Medical-COT" in to_paste
 
 
+@pytest.mark.slow
 def test_a_commit_on_the_hub_does_not_keep_a_run_from_going_on(lines, hub, tmp_path):
     """It goes on with the model that it was begun with."""
     copy = shutil.copytree(lines[1], tmp_path / "later")

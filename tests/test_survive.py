@@ -82,6 +82,8 @@ def killed(config, unsloth, tmp_path):
             assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGKILL
             return Run(folder)
         try:
+            # The threads of Xet's session, if an earlier test made one, did not come along.
+            finetune_r1.hub_xet._GLOBAL_XET_HOLDER._session = None
             compute_loss, save_to_json = trl.SFTTrainer.compute_loss, transformers.TrainerState.save_to_json
 
             def die_in_step(trainer, *arguments, **options):
