@@ -3016,10 +3016,10 @@ def files_to_push(
     modelfile = run / "gguf" / "Modelfile"
     if modelfile.exists() and any("/" not in name for name in ggufs):
         ggufs["Modelfile"] = modelfile
+    adapter = run.adapter  # which is checked before anything is made of it
     write_card(run, remote.name, ggufs)
     files: dict[str, Path | bytes] = {"README.md": run / "README.md"}
     files |= {path.name: path for path in run.folder.glob("*.png")}
-    adapter = run.adapter
     files |= {f"adapter/{name}": adapter / name for name in run.record.get("adapter", file_sizes(adapter))}
     settings = read_json(adapter / "adapter_config.json")
     settings["base_model_name_or_path"] = public_name(run.config.model)

@@ -77,6 +77,7 @@ def test_one_commit_brings_merged_weights_to_the_root_and_the_adapter_to_its_fol
     assert any("/xet/" in path for _, path in hub.requests) == (way == "xet")
 
 
+@pytest.mark.slow
 def test_what_was_pushed_loads_by_name_with_equal_logits(push, hub, run, tiny_r1, tmp_path):
     push(way="xet")
     code = f"""

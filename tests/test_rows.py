@@ -491,6 +491,7 @@ def test_format_writes_jsonl_alone_and_over_no_file(told, tmp_path, name, said):
     assert done.code == 1 and f"error: --output {name}: " in done.err and said in done.err
 
 
+@pytest.mark.slow
 def test_model_and_dataset_come_by_name_and_the_language_is_the_subset(cli, tiny_r1):
     options = ("--model", "org/tiny", "--split", "train[:1]", "--lang", "zh", "--json")
     with HubServer(tokens={}) as hub:

@@ -152,7 +152,7 @@ def test_the_card_shows_an_answer_as_text_whatever_is_in_it(run):
     assert card.data.datasets == [names["dataset"]] and card.data.language == "en"
     tokens = MarkdownIt("commonmark").enable(["table", "strikethrough"]).parse(card.text)
     kinds = [token.type for token in tokens]
-    assert "html_block" not in kinds and kinds.count("fence") == 2 and kinds.count("blockquote_open") == 2
+    assert "html_block" not in kinds and kinds.count("fence") == 3 and kinds.count("blockquote_open") == 2
     (title, _), *headings = inline(tokens, "heading_open")
     assert title == "a # <b> 'name' \"of\" a {model}, fine-tuned on medical chains of thought"
     assert [heading for heading, _ in headings] == ["Before and after", "Use", "Limits", *OF_NUMBERS]

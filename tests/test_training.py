@@ -330,6 +330,7 @@ def test_weights_that_are_no_numbers_are_never_a_checkpoint(config, unsloth, tmp
 def test_w_and_b_gets_the_run_when_asked_to_keep_it_offline(config, tmp_path, monkeypatch):
     import wandb
 
+    wandb.teardown()  # an earlier test's settings, which were read from its environment
     monkeypatch.setenv("WANDB_MODE", "offline")
     config, run = dataclasses.replace(config, wandb=True), Run(tmp_path)
     with run.track_status(config, resume=False), finetune_r1.track_in_wandb(config, run) as tracked:
