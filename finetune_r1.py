@@ -76,11 +76,8 @@ class Lazy:
 
 accelerate, accelerate_utils = Lazy("accelerate"), Lazy("accelerate.utils")
 datasets, dotenv, filelock, httpx = Lazy("datasets"), Lazy("dotenv"), Lazy("filelock"), Lazy("httpx")
-gguf, huggingface_hub, hub_constants = (
-    Lazy("gguf"),
-    Lazy("huggingface_hub"),
-    Lazy("huggingface_hub.constants"),
-)
+gguf, huggingface_hub = Lazy("gguf"), Lazy("huggingface_hub")
+hub_constants = Lazy("huggingface_hub.constants")
 hub_errors, hub_utils = Lazy("huggingface_hub.errors"), Lazy("huggingface_hub.utils")
 hub_http, hub_sha = Lazy("huggingface_hub.utils._http"), Lazy("huggingface_hub.utils.sha")
 hub_xet, kaggle_secrets = Lazy("huggingface_hub.utils._xet"), Lazy("kaggle_secrets")
