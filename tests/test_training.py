@@ -339,6 +339,7 @@ def test_w_and_b_gets_the_run_when_asked_to_keep_it_offline(config, tmp_path, mo
     assert wandb.run is None and list(tmp_path.glob("wandb/offline-run-*/*.wandb"))
 
 
+@pytest.mark.slow
 def test_w_and_b_gets_the_history_of_a_run_trained_by_the_command_line(tiny_r1, cli, tmp_path):
     options = ["--dataset", SAMPLE, "--split", "train[:12]", "--eval-rows", 2, "--max-steps", 3,
                "--logging-steps", 1, "--max-new-tokens", 4, "--json"]  # fmt: skip
