@@ -2352,11 +2352,12 @@ def draw_measures(summary: dict[str, Any], path: Path) -> None:
     figure, axes = pyplot.subplots(1, unit.nunique(), figsize=(12, 4.5), layout="constrained", squeeze=False)
     for panel, (label, group) in zip(axes[0], measures.groupby(unit, sort=False), strict=True):
         places = numpy.arange(len(group))
-        sides = {"base": "before", "chat": "before, own chat", "tuned": "after"}
+        sides = {"base": ("before", "C0"), "chat": ("before, own chat", "0.75"), "tuned": ("after", "C1")}
         shown = [side for side in sides if side in group and group[side].notna().any()]
         for number, side in enumerate(shown):
             place = places + 0.8 * ((number + 0.5) / len(shown) - 0.5)
-            bars = panel.bar(place, group[side], width=0.8 / len(shown), label=sides[side])
+            title, color = sides[side]
+            bars = panel.bar(place, group[side], width=0.8 / len(shown), label=title, color=color)
             panel.bar_label(bars, fmt="{:.3g}", fontsize=8, padding=3)
         interval = [group["difference"] - group["low"], group["high"] - group["difference"]]
         panel.errorbar(place, group["tuned"], yerr=interval, fmt="none", ecolor="0.6", capsize=3)
@@ -2364,7 +2365,8 @@ def draw_measures(summary: dict[str, Any], path: Path) -> None:
         panel.set_ylabel(label)
         if label == "share of answers":
             panel.set_ylim(0, 1.1)
-    axes[0][0].legend(fontsize=9)
+    handles = axes[0][-1].get_legend_handles_labels()  # the last panel has every side
+    figure.legend(*handles, loc="outside lower right", ncols=3, fontsize=9)
     axes[0][0].set_xlabel("(in brackets: what is better)", fontsize=9)
     figure.suptitle(f"{summary['rows']} rows: {summary['verdict']}", fontsize=10)
     with atomic_path(path) as partial:
