@@ -142,6 +142,7 @@ CHECKPOINT_SECONDS = 300
 HUB_FOLDER, HUB_SECONDS = "run-to-resume", 600
 # How long the Hub may send nothing, by a part of the address; an upload may stand still, W&B may take to end.
 SILENT_SECONDS = {"whoami": 5, "/revision/": 5, "/commit/": 100, "": 30}
+# What is asked first of an account, a model, a dataset or Xet; who leaves that unanswered is asked no more.
 FIRST_QUESTIONS = "whoami|/revision/(?!refs)|/resolve/main/README.md|/xet-read-token/"
 XET_DOWNLOADS = {"HF_XET_CLIENT_READ_TIMEOUT": "20s", "HF_XET_CLIENT_RETRY_MAX_ATTEMPTS": "2"}
 STALLED_SECONDS, READ_AGAIN_SECONDS, WANDB_SECONDS = 120, 3, 45
@@ -746,9 +747,8 @@ class Run:
     def best_checkpoint(self) -> Path:
         """With --keep-best the checkpoint with the lowest held-out loss, else the newest."""
         newest = self.checkpoints[-1]
-        best = newest.with_name(
-            Path(read_json(newest / "trainer_state.json")["best_model_checkpoint"] or newest).name
-        )
+        kept = read_json(newest / "trainer_state.json")["best_model_checkpoint"]
+        best = newest.with_name(Path(kept or newest).name)  # the run may have moved since
         return best if best.exists() else newest
 
     @property
@@ -1469,11 +1469,10 @@ class LoadedModel:
             if marker:
                 fault = f"a question contains {marker}, which the model takes for a control token."
                 raise UserError(fault, "leave it out")
-        if config.think_budget and config.think_budget + CLOSING_TOKENS >= config.max_new_tokens:
-            fault = (
-                f"--think-budget {config.think_budget}: --max-new-tokens has no room for an answer after it."
-            )
-            raise UserError(fault, f"set --max-new-tokens above {config.think_budget + CLOSING_TOKENS}")
+        least = config.think_budget + CLOSING_TOKENS if config.think_budget else 0
+        if config.max_new_tokens <= least:
+            fault = f"--think-budget {config.think_budget}: --max-new-tokens has no room for an answer."
+            raise UserError(fault, f"set --max-new-tokens above {least}")
         import_unsloth().for_inference(model)
         # What is drawn is decided by `Sampler`, so that nothing is to be drawn here.
         sampling: dict[str, Any] = {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}
@@ -1538,12 +1537,8 @@ class Sampler:
     def __init__(
         self, loaded: LoadedModel, questions: Sequence[str], prompt_tokens: int, config: GenerationConfig
     ):
-        own, self.tokenizer, self.prompt_tokens = (
-            loaded.model.generation_config,
-            loaded.tokenizer,
-            prompt_tokens,
-        )
-        sampling = own_sampling(own.to_dict())
+        self.tokenizer, self.prompt_tokens = loaded.tokenizer, prompt_tokens
+        sampling = own_sampling(loaded.model.generation_config.to_dict())
         self.temperature = sampling["temperature"] if config.temperature is None else config.temperature
         self.nucleus = transformers.TopPLogitsWarper(config.top_p or sampling.get("top_p", 1.0))
         device = loaded.model.device
@@ -2450,7 +2445,7 @@ def merged_weights(run: Run, output: Path | None = None, take: Any = None) -> tu
         generation = transformers.GenerationConfig()  # its fields are None, but for the base's
         if (source / "generation_config.json").exists():
             generation = transformers.GenerationConfig.from_pretrained(source)
-        generation.max_length = None  # the published one's, of 131072, wins over nothing and warns of all
+        generation.max_length = None  # the published 131072 would let an answer run on for hours
         generation.bos_token_id, generation.eos_token_id = tokenizer.bos_token_id, tokenizer.eos_token_id
         for part in (settings, generation):
             part.pad_token_id = tokenizer.pad_token_id
