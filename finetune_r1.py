@@ -564,7 +564,8 @@ def friendly_errors() -> Iterator[None]:
 def atomic_path(path: Path) -> Iterator[Path]:
     """Gives a temporary path for a file or folder that takes the place of `path` if the block ends well.
 
-    Otherwise it vanishes; what a killed process left of it vanishes at the next attempt.
+    Otherwise it vanishes; what a killed process left of it vanishes at the next attempt. A block that takes
+    it away itself leaves all as it was.
     """
     partial = path.with_name(f".{path.name}.partial-{os.getpid()}")
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -1232,12 +1233,11 @@ def save_tokenizer(tokenizer: Any, folder: Path, lang: Lang | None = None) -> No
     read_back = transformers.AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     check_round_trip(read_back, folder)
     prompt = prompts.build_prompt(ROUND_TRIP, lang or "en")
-    expected = [tokenizer(prompt)["input_ids"]] * 2
-    found = [read_back(prompt)["input_ids"]] * 2
+    expected, found = tokenizer(prompt)["input_ids"], [read_back(prompt)["input_ids"]]
     if lang:
         chat = [{"role": "user", "content": ROUND_TRIP}]
-        found[1] = read_back.apply_chat_template(chat, add_generation_prompt=True, return_dict=False)
-    if found != expected:
+        found.append(read_back.apply_chat_template(chat, add_generation_prompt=True, return_dict=False))
+    if any(ids != expected for ids in found):
         fault = f"the tokenizer in {folder} reads back differently."
         raise UserError(fault, "nothing was saved; please report it")
 
