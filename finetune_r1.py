@@ -2652,7 +2652,9 @@ def serving_options(run: Run) -> list[str]:
     return options
 
 
-def write_card(run: Run, repo: str = "OWNER/NAME", files: Iterable[str] = ()) -> None:
+def write_card(
+    run: Run, repo: str = "OWNER/NAME", files: Iterable[str] = (), adapter_only: bool = False
+) -> None:
     """Writes the model card, README.md: Hub metadata, verdict, before and after, how to use it, numbers.
 
     `files` are the names of what llama.cpp and Ollama take, in the repository.
@@ -2676,16 +2678,19 @@ def write_card(run: Run, repo: str = "OWNER/NAME", files: Iterable[str] = ()) ->
     numbers = {"rows": record["rows"], "losses": record["losses"], "plan": record["plan"]}
     numbers |= {"device": record["device"], "seconds": record["seconds"]}
     numbers["settings"] = dataclasses.asdict(config) | {"model": base, "dataset": Path(config.dataset).name}
-    serve = [shlex.join(["vllm", "serve", repo, *serving_options(run)])]
+    use = prompts.CHAT_BY_ADAPTER if adapter_only else prompts.CHAT_BY_WEIGHTS
+    serve = [] if adapter_only else [shlex.join(["vllm", "serve", repo, *serving_options(run)])]
     for name in files:
         if name == "Modelfile":
             serve.append(f"ollama create {repo.partition('/')[2].lower()} -f Modelfile")
         elif "/" not in name:
             serve.append(f"llama-server -m {name} --jinja -c {config.max_seq_length}")
+    lines = "\n".join(["```", *serve, "```"])
     text = prompts.MODEL_CARD.format(
         metadata=metadata.to_yaml(), base=prompts.as_text(base), repo=repo, tokens=config.max_new_tokens,
         evaluation=reports or "Not evaluated yet.\n", sample=prompts.as_markdown(pair),
-        serve="\n".join(serve), numbers=json.dumps(numbers, indent=2),
+        chat=use.format(repo=repo, base=base), numbers=json.dumps(numbers, indent=2),
+        serve=f"\nOn a server (the GGUF file, if any, is downloaded first):\n\n{lines}\n" if serve else "",
     )  # fmt: skip
     write_text(run / "README.md", text)
 
@@ -3011,7 +3016,7 @@ def files_to_push(
     if modelfile.exists() and any("/" not in name for name in ggufs):
         ggufs["Modelfile"] = modelfile
     adapter = run.adapter  # which is checked before anything is made of it
-    write_card(run, remote.name, ggufs)
+    write_card(run, remote.name, ggufs, adapter_only)
     files: dict[str, Path | bytes] = {"README.md": run / "README.md"}
     files |= {path.name: path for path in run.folder.glob("*.png")}
     files |= {f"adapter/{name}": adapter / name for name in run.record.get("adapter", file_sizes(adapter))}

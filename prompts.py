@@ -112,6 +112,20 @@ CHAT_TEMPLATE = """\
 {%- endif -%}
 """
 
+# Lines on the card that make `chat`, by whether the repository holds merged weights or the adapter alone.
+CHAT_BY_WEIGHTS = """\
+from transformers import pipeline
+
+chat = pipeline("text-generation", "{repo}", dtype="auto", device_map="auto")"""
+CHAT_BY_ADAPTER = """\
+from peft import PeftModel
+from transformers import AutoModelForCausalLM, AutoTokenizer, pipeline
+
+base = AutoModelForCausalLM.from_pretrained("{base}", dtype="auto", device_map="auto")
+model = PeftModel.from_pretrained(base, "{repo}", subfolder="adapter")
+tokenizer = AutoTokenizer.from_pretrained("{repo}", subfolder="adapter")
+chat = pipeline("text-generation", model, tokenizer=tokenizer)"""
+
 # Filled in by `write_card`: the README.md of a run and of a repository.
 MODEL_CARD = """---
 {metadata}
@@ -124,24 +138,16 @@ MODEL_CARD = """---
 {sample}
 ## Use
 
-Merged 16-bit weights are at the root; the LoRA adapter alone is in `adapter/`. The chat template is the
-prompt that the model was trained on, so ask it by chat messages. It thinks first; its answer follows
-`</think>`.
+The LoRA adapter is in `adapter/`; merged 16-bit weights are at the root, if they were pushed. The chat
+template is the prompt that the model was trained on, so ask it by chat messages. It thinks first; its answer
+follows `</think>`.
 
 ```python
-from transformers import pipeline
-
-chat = pipeline("text-generation", "{repo}", dtype="auto", device_map="auto")
+{chat}
 messages = [{{"role": "user", "content": "What widens the anion gap?"}}]
 print(chat(messages, max_new_tokens={tokens})[0]["generated_text"][-1]["content"])
 ```
-
-The adapter on its base: `PeftModel.from_pretrained(base_model, "{repo}", subfolder="adapter")`, with the
-tokenizer of `adapter/`. With vLLM, and with llama.cpp or Ollama once a GGUF file is downloaded:
-
-```
 {serve}
-```
 
 ## Limits
 

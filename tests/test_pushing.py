@@ -145,6 +145,9 @@ def test_the_adapter_alone_goes_to_the_same_folder(push, hub, run):
     assert set(files(hub)) == {
         name for name in expected(run) if "/" in name or name.startswith(("README", "loss", "."))
     }
+    card = files(hub)["README.md"].decode()
+    assert f'PeftModel.from_pretrained(base, "{REPO}", subfolder="adapter")' in card
+    assert "vllm serve" not in card and f'"text-generation", "{REPO}"' not in card
     push()
     assert set(files(hub)) == expected(run), "the merged weights of the same run join it"
 
@@ -282,7 +285,7 @@ def test_the_card_has_metadata_that_the_hub_takes_and_all_that_a_reader_asks(pus
     card = yaml.safe_load(front)
     assert card["pipeline_tag"] == "text-generation" and card["library_name"] == "transformers"
     assert {"medical", "reasoning"} <= set(card["tags"]) and card["language"] == "en"
-    use = [f'pipeline("text-generation", "{REPO}"', 'subfolder="adapter"', "Limits", "no medical device"]
+    use = [f'pipeline("text-generation", "{REPO}"', "`adapter/`", "Limits", "no medical device"]
     use.append(f"vllm serve {REPO} --max-model-len 768 --reasoning-parser deepseek_r1\n```")
     for part in [*use, "Before", "After", "![training loss](loss.png)", "learning_rate", '"dropped"']:
         assert part in text, part
