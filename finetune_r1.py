@@ -2446,6 +2446,7 @@ def merged_weights(run: Run, output: Path | None = None, take: Any = None) -> tu
         if (source / "generation_config.json").exists():
             generation = transformers.GenerationConfig.from_pretrained(source)
         generation.max_length = None  # the published 131072 would let an answer run on for hours
+        generation.do_sample = bool(generation.do_sample)  # unsaid, a pipeline would draw as it likes
         generation.bos_token_id, generation.eos_token_id = tokenizer.bos_token_id, tokenizer.eos_token_id
         for part in (settings, generation):
             part.pad_token_id = tokenizer.pad_token_id

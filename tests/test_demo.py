@@ -29,6 +29,7 @@ def test_everything_lies_where_the_design_says(demo):
     assert names >= FILES | FOLDERS and not [name for name in names if "partial" in name]
     assert read_json(demo[1] / "run.json")["status"] == "finished"
     assert not list((demo[1] / "merged").glob("adapter*"))
+    assert read_json(demo[1] / "merged" / "generation_config.json")["do_sample"] is False, "as its base"
 
 
 def test_it_goes_through_the_job_before_the_users_eyes(demo):
