@@ -22,6 +22,7 @@ command's `--help` shows its lines above.
 """
 
 import contextlib
+import copy
 import csv
 import dataclasses
 import difflib
@@ -152,6 +153,7 @@ MICRO_BATCH_TOKENS = 2000  # what a micro-batch costs beside its own tokens
 RECOMPUTE = 0.4  # what recomputing all activations costs, as a share of a step
 TEMPLATE_SECONDS = 5  # a chat template may take
 CLOSING_TOKENS = 12  # that a closed thought ends in, at most
+ANSWERS_AT_ONCE = 128  # at most, on a GPU
 LOSS_TOKENS = 8192  # that go through the model at once where losses are measured, on a GPU
 VLLM_RANKS = (16, 32, 64, 128, 256, 512, 1024)  # of an adapter, that vLLM can be told to expect
 MERGE_MEMORY, MERGE_DISK = 5, 7  # GiB that merging the 8B takes, where each file goes as soon as it can
@@ -1267,6 +1269,13 @@ def save_config(folder: Path) -> None:
 
 def import_unsloth() -> Any:
     """Unsloth's FastLanguageModel; it has to be imported before trl, transformers and peft."""
+    if "unsloth" not in sys.modules:
+        # As it is imported on a GPU, it makes over all of TRL's trainers, in 7 s, but not for its own tests.
+        if torch.cuda.is_available():
+            os.environ["UNSLOTH_ALLOW_CPU"] = "1"
+        importlib.import_module("unsloth")
+        os.environ.pop("UNSLOTH_ALLOW_CPU", None)
+        gc.freeze()  # what was imported stays: Unsloth collects garbage a dozen times, each 0.4 s otherwise
     fast_model = unsloth.FastLanguageModel
     transformers.utils.logging.disable_progress_bar()  # what takes seconds; downloads keep theirs
     if RANK or not Console.verbose:
@@ -1347,6 +1356,80 @@ def adapter_weights(model: Any, folder: Path) -> dict[str, Any]:
     return dict(weights)
 
 
+LibraryClass: Any = object  # stands in for a library's class until that is imported
+
+
+def with_base(mixin: type, base: Any) -> Any:
+    """The class `mixin` with a library's class as its base."""
+    return type(mixin.__name__, (mixin, base), {})
+
+
+def speed_up(tokenizer: Any) -> None:
+    """Keeps Unsloth on a GPU from loading the tokenizer anew, and from leaving its graphs at each attention.
+
+    A token is one CUDA graph then, where 33 were started by turns with attention (tests/bench/NOTES.md).
+    """
+    llama = vars(importlib.import_module("unsloth.models.llama"))
+    llama["load_correct_tokenizer"] = lambda **_: copy.copy(tokenizer)
+    llama["_decode_attention_core"] = attend_to_cache
+    graphs = vars(importlib.import_module("unsloth.models._decode_graphs"))
+    if not issubclass(graphs["_StepStatics"], WholeStep):
+        graphs["_StepStatics"] = with_base(WholeStep, graphs["_StepStatics"])
+
+
+def attend_to_cache(attention: Any, query: Any, length: int, mask: Any, rows: int, _: bool) -> tuple[Any]:
+    """Attention of one new token of each row to the whole cache, so that no shape depends on the length.
+
+    `query` has shape (rows, heads, 1, size), the cache (places, rows, fewer heads, size), `mask` is a
+    WholeStep's.
+    """
+    keys = attention.paged_attention_K.flatten(1, 2).transpose(0, 1)
+    values = attention.paged_attention_V.flatten(1, 2).transpose(0, 1)
+    shared, places, size = keys.shape
+    query = (query * attention.scalar).reshape(shared, -1, size)  # of neighbouring heads that share keys
+    scores = (query @ keys.mT).view(rows, -1, places) + mask[:rows, :, :places]
+    weights = scores.softmax(-1, dtype=torch.float32).to(query.dtype).view(shared, -1, places)
+    return ((weights @ values).view(rows, -1, 1, size),)
+
+
+class WholeStep(LibraryClass):  # type: ignore[misc]
+    """Unsloth's state of a decoding step, in which a graph is captured through attention to its end.
+
+    Its mask, of shape (ANSWERS_AT_ONCE, 1, places), stays where it is in memory, as a graph's addresses are
+    fixed: 0 for the places of the cache that a row looks at, else minus infinity.
+    """
+
+    places: Any = None
+
+    @property
+    def attention(self) -> Callable[..., Any]:
+        """Runs attention; Unsloth would have it end the graph, and begin another."""
+        return lambda attend: attend()
+
+    @attention.setter
+    def attention(self, _: Any) -> None:
+        pass
+
+    @property
+    def mask(self) -> Any:
+        return self.places
+
+    @mask.setter
+    def mask(self, seen: Any) -> None:
+        """Notes where each row looks, of shape (rows, 1, 1, tokens); None is at all tokens so far."""
+        if self.kv_len is None:
+            return
+        if self.places is None:
+            with torch.inference_mode(False):
+                self.places = torch.empty(ANSWERS_AT_ONCE, 1, self.rope_len, device=self.slot.device)
+        self.places.fill_(-math.inf)
+        text = self.places[..., : self.kv_len]
+        if seen is None:
+            text.zero_()
+        else:
+            text[: len(seen)].masked_fill_(seen[:, 0], 0)
+
+
 class LoadedModel:
     """A model in memory, its tokenizer, and the language it is asked in."""
 
@@ -1357,10 +1440,14 @@ class LoadedModel:
         self.memory_limit = limit  # in bytes
 
     @classmethod
-    def load(cls, config: ModelConfig, lang: Lang = "en", revisions: dict[str, str] | None = None) -> Self:
+    def load(
+        cls, config: ModelConfig, lang: Lang = "en", revisions: dict[str, str] | None = None,
+        tokenizer: Any = None,
+    ) -> Self:  # fmt: skip
         """Loads by Unsloth, from a folder, so that it asks neither the Hub nor GitHub for anything.
 
-        `revisions` has the commits to load, where they have to be those of before.
+        `revisions` has the commits to load, where they have to be those of before. A tokenizer that was
+        loaded before need not be loaded again.
         """
         name, known = config.model, revisions or {}
         check_model(config, known.get(name))
@@ -1372,9 +1459,9 @@ class LoadedModel:
         fast_model, weights = import_unsloth(), weights_name(config)
         named = download_model(name, weights=False, revision=known.get(name))
         folder = download_model(weights, revision=known.get(weights))
-        tokenizer = load_tokenizer(named)
-        if folder != named:
-            check_template(transformers.PreTrainedTokenizerFast.from_pretrained(folder), folder)
+        tokenizer = tokenizer or load_tokenizer(named)
+        if torch.cuda.is_available():
+            speed_up(tokenizer)
         model, _ = fast_model.from_pretrained(
             model_name=str(folder), use_exact_model_name=True, max_seq_length=config.max_seq_length,
             dtype=getattr(torch, config.dtype, None), load_in_4bit=config.load_in_4bit, use_safetensors=True,
@@ -1383,12 +1470,9 @@ class LoadedModel:
         widen_tables(model)
         model.config.pad_token_id = model.generation_config.pad_token_id = tokenizer.pad_token_id
 
-        # Faster decoding: before the last layer Unsloth leaves gaps between rows, which torch reads slowly;
-        # and of torch's kernels only the slowest takes both a mask and shared heads.
+        # Before the last layer Unsloth leaves gaps between rows, which torch reads slowly.
         gapless = {"memory_format": torch.contiguous_format}
         model.get_output_embeddings().register_forward_pre_hook(lambda _, inputs: inputs[0].clone(**gapless))
-        if torch.cuda.is_available():
-            vars(importlib.import_module("unsloth.models.llama"))["SDPA_HAS_GQA"] = False
         places = {name: named, weights: folder}  # in the Hub's cache a folder is named by its commit
         found = {}
         for name, place in places.items():
@@ -1433,7 +1517,7 @@ class LoadedModel:
     def plan_batches(self, questions: Sequence[str], config: GenerationConfig) -> list[list[int]]:
         """Positions of questions of like length that are answered at once, as many as fit in memory.
 
-        At most 128, on a CPU 16, as an interruption loses what is not finished.
+        On a CPU at most 16, as an interruption loses what is not finished.
         """
         shape, most = self.model.config, self.model.max_seq_length
         longest = 0
@@ -1450,7 +1534,8 @@ class LoadedModel:
         if len(questions) > 1 and getattr(self.model, "hf_quantizer", None) and self.memory_limit > wide:
             self.model.dequantize()
         room = self.memory_limit - self.model.get_memory_footprint()
-        size = min(128 if torch.cuda.is_available() else 16, 2 ** int(math.log2(max(1, room / answer))))
+        most = ANSWERS_AT_ONCE if torch.cuda.is_available() else 16
+        size = min(most, 2 ** int(math.log2(max(1, room / answer))))
         order = sorted(range(len(questions)), key=lambda i: len(questions[i]))
         return [order[start : start + size] for start in range(0, len(order), size)]
 
@@ -1587,14 +1672,6 @@ class TokenCounter:
 
     def end(self) -> None:
         """Does nothing."""
-
-
-LibraryClass: Any = object  # stands in for a library's class until that is imported
-
-
-def with_base(mixin: type, base: Any) -> Any:
-    """The class `mixin` with a library's class as its base."""
-    return type(mixin.__name__, (mixin, base), {})
 
 
 class AnswerPrinter(LibraryClass):  # type: ignore[misc]
@@ -2018,6 +2095,18 @@ def stop_after_step() -> Iterator[list[int]]:
             signal.signal(number, handler)
 
 
+def make_over_trainer() -> None:
+    """Has Unsloth make over the one of TRL's trainers that is used here, on a GPU."""
+    if not torch.cuda.is_available() or hasattr(trl, "__UNSLOTH_BACKWARDS_COMPATIBLE__"):
+        return
+    rl = vars(importlib.import_module("unsloth.models.rl"))
+    make_over = rl["_patch_trl_rl_trainers"]
+    rl["_patch_trl_rl_trainers"] = lambda name: make_over(name) if name == "sft_trainer" else None
+    rl["_import_trl_experimental_trainers"] = dict
+    rl["PatchFastRL"]()
+    importlib.import_module("unsloth.trainer")._patch_trl_trainer()
+
+
 def train_steps(
     loaded: LoadedModel, rows: Rows, config: TrainConfig, plan: dict[str, Any], run: Run, tracked: bool
 ) -> None:
@@ -2031,6 +2120,7 @@ def train_steps(
         return
     same = "max_steps warmup_steps learning_rate lr_scheduler_type optim weight_decay seed logging_steps"
     columns = ["input_ids", "completion_mask"]  # what was accounted for is what is trained on
+    make_over_trainer()
     hub = HubCheckpoints(run, config.hub_checkpoints) if config.hub_checkpoints and RANK == 0 else None
     with stop_after_step() as stop:
         while True:
@@ -2104,7 +2194,8 @@ def train_run(config: TrainConfig, run: Run, resume: bool = False) -> tuple[Load
     # The rows, every one accounted for.
     import_unsloth()
     folder = download_model(config.model, weights=False, revision=revisions.get(config.model))
-    rows = prepare_rows(records, load_tokenizer(folder), config)
+    tokenizer = load_tokenizer(folder)
+    rows = prepare_rows(records, tokenizer, config)
     config = with_steps(config, len(rows.used))
     log_header("run", str(run))
     log_header("settings", not_the_default(config))
@@ -2136,7 +2227,7 @@ def train_run(config: TrainConfig, run: Run, resume: bool = False) -> tuple[Load
         # The model, and how a step fits into memory.
         started = time.perf_counter()
         log("loading the model")
-        loaded = LoadedModel.load(config, config.lang, broadcast(revisions))
+        loaded = LoadedModel.load(config, config.lang, broadcast(revisions), tokenizer)
         seconds = {"load": round(time.perf_counter() - started, 1)}
         weights = loaded.model.get_memory_footprint()
         if torch.cuda.is_available():

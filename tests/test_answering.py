@@ -7,6 +7,7 @@ import json
 import os
 import pickle
 import shutil
+import subprocess
 import sys
 
 import pytest
@@ -54,6 +55,43 @@ def test_control_characters_of_a_model_do_not_reach_the_terminal(capsys):
         shown = capsys.readouterr().err
         assert not [c for c in shown if (c < " " and c not in "\n\t") or c in "\x9b\u202e"]
         assert shown.endswith("\n\ttab ✓ 咳嗽 \u05d0\n") and r"\x1b[2J" in shown
+
+
+# A step of decoding on a GPU, without one: Unsloth's attention over the true length beside ours over the cache.
+ATTEND = """
+import importlib, math, types
+import torch, unsloth
+import finetune_r1
+llama = importlib.import_module("unsloth.models.llama")
+graphs = importlib.import_module("unsloth.models._decode_graphs")
+torch.manual_seed(0)
+for rows, left_out in ((1, None), (3, [0, 2, 5])):
+    step = finetune_r1.with_base(finetune_r1.WholeStep, graphs._StepStatics)(40, torch.zeros(1))
+    step.attention = "Unsloth sets it to what ends a graph"
+    assert step.attention(lambda: "attended") == "attended"
+    keys, values = torch.randn(2, 32, rows, 2, 16)
+    shape = types.SimpleNamespace(num_attention_heads=8, num_key_value_heads=2)
+    attention = types.SimpleNamespace(
+        config=shape, num_key_value_groups=4, head_dim=16, scalar=1 / math.sqrt(16),
+        paged_attention_K=keys, paged_attention_V=values, attention=torch.empty(rows, 8, 1, 32),
+    )
+    for length in (20, 21, 7):  # the third is of another answer, with the same graph
+        query = torch.randn(rows, 8, 1, 16)
+        seen = left_out and torch.arange(length) >= torch.tensor(left_out)[:, None, None, None]
+        step.kv_len, step.mask = length, seen
+        [ours] = finetune_r1.attend_to_cache(attention, query, length, step.mask, rows, True)
+        theirs = llama._decode_attention_core(attention, query.clone(), length, seen, rows, True)[0]
+        print(rows, length, float((ours - theirs).abs().max()))
+        step.mask = None
+"""
+
+
+def test_attention_to_the_whole_cache_is_that_to_the_text_so_far():
+    environment = os.environ | {"PYTHONPATH": str(finetune_r1.PROJECT), "UNSLOTH_ALLOW_CPU": "1"}
+    done = subprocess.run([sys.executable, "-c", ATTEND], env=environment, capture_output=True, text=True)
+    differences = [line.split() for line in done.stdout.splitlines() if line[:1].isdigit()]
+    assert len(differences) == 6, done.stderr[-500:]
+    assert max(float(largest) for _, _, largest in differences) < 1e-5
 
 
 # -------------------------------------------------------------------------------------------------- questions
