@@ -25,12 +25,12 @@ import contextlib
 import copy
 import csv
 import dataclasses
+import datetime
 import difflib
 import functools
 import gc
 import glob
 import hashlib
-import importlib
 import importlib.util
 import inspect
 import json
@@ -223,9 +223,7 @@ class DataConfig(ModelConfig):
     cot_col: str = option(RECIPE_COLUMNS[1], "Column with the chain of thought.")
     response_col: str = option(RECIPE_COLUMNS[2], "Column with the answer.")
     lang: Lang = option("en", "Language of prompt and rows.")
-    overlong: Overlong = option(
-        "shorten-thought", "What to do with rows beyond --max-seq-length; answers are never cut."
-    )
+    overlong: Overlong = option("shorten-thought", "What to do with overlong rows; answers are never cut.")
     loss_on: Literal["all", "response"] = option("all", "Learn the whole row, or thought and answer only.")
     eval_rows: int = option(0, "Rows held out of training, chosen by seed.", min=0)
     seed: int = SEED
@@ -242,14 +240,12 @@ class GenerationConfig:
 
     max_new_tokens: int = option(1200, "Longest answer, thought included, in tokens.", min=1)
     temperature: float | None = option(
-        None, "0 always picks the likeliest token (default: the model's own).", min=0.0, max=5.0
+        None, "0 always picks the likeliest token (default: the model's own).", min=0, max=5
     )
     top_p: float | None = option(
-        None, "Draw from the likeliest tokens of this share (default: the model's own).", min=0.01, max=1.0
+        None, "Draw from the likeliest tokens of this share (default: the model's own).", min=0.01, max=1
     )
-    think_budget: int | None = option(
-        None, "Close a thought after so many tokens, so that there is an answer.", min=1
-    )
+    think_budget: int | None = option(None, "Close a thought after so many tokens, to get an answer.", min=1)
     seed: int = SEED
 
 
@@ -277,9 +273,7 @@ class TrainConfig(GenerationConfig, DataConfig):
     use_rslora: bool = option(False, "Scale by alpha / sqrt(r) instead.")
     target_modules: str = option(LAYERS, "Layers that get an adapter, separated by commas.")
     effective_batch: int = option(8, "Rows per step.", "--effective-batch", "--batch-size", min=1)
-    micro_batch: int | None = option(
-        None, "Rows per forward pass (default: all that fit).", *MICRO_BATCH_FLAGS, min=1
-    )
+    micro_batch: int | None = option(None, "Rows at once (default: all that fit).", *MICRO_BATCH_FLAGS, min=1)
     gradient_checkpointing: Checkpointing = option("auto", "Recompute activations: as needed, all, or none.")
     max_steps: int = option(60, "Optimizer steps.", min=1)
     epochs: float | None = option(None, "Instead of --max-steps: times to go over the rows.", min=0.01)
@@ -292,9 +286,7 @@ class TrainConfig(GenerationConfig, DataConfig):
     logging_steps: int = option(10, "Log the mean loss of this many steps.", min=1)
     eval_steps: int = option(20, "Measure the held-out loss every so many steps.", min=1)
     keep_best: bool = option(False, "Keep the weights with the lowest held-out loss.", "--keep-best")
-    save_steps: int | None = option(
-        None, "Checkpoint every so many steps, as well as every 5 minutes.", min=1
-    )
+    save_steps: int | None = option(None, "Checkpoint every so many steps, and every 5 minutes.", min=1)
     keep_checkpoints: int = option(2, "How many of the newest checkpoints to keep.", min=1)
     max_time: float | None = option(None, "Stop cleanly after this time, such as 90m or 2h.", parser=duration)
     hub_checkpoints: str | None = option(None, "Private repository that keeps the newest checkpoint.")
@@ -326,31 +318,27 @@ RECIPES: dict[str, dict[str, Any]] = {
 # The demo's settings: small enough for minutes on two CPU cores, large enough to see the format learned.
 DEMO: dict[str, Any] = {
     "dataset": str(DEMO_ROWS), "split": "train", "eval_rows": 12, "max_seq_length": 512,
-    "load_in_4bit": False,
-    "effective_batch": 2, "micro_batch": 2, "gradient_checkpointing": "none", "loss_on": "response",
-    "max_steps": 20, "warmup_steps": 2, "learning_rate": 2e-3, "logging_steps": 2, "wandb": False,
-    "max_new_tokens": 160,
+    "load_in_4bit": False, "loss_on": "response", "max_new_tokens": 160, "effective_batch": 2,
+    "micro_batch": 2, "gradient_checkpointing": "none", "max_steps": 20, "warmup_steps": 2,
+    "learning_rate": 2e-3, "logging_steps": 2, "wandb": False,
 }  # fmt: skip
 
 
 def check_config(config: TrainConfig) -> None:
     """Validates the settings against each other; reports all problems together."""
-    batch, micro, share = config.effective_batch, config.micro_batch or 1, config.effective_batch // WORLD
+    batch, micro, repo = config.effective_batch, config.micro_batch or 1, config.hub_checkpoints
+    share = batch // WORLD
     problems = []
     if batch % WORLD:
-        near = f"{share * WORLD or WORLD} and {(share + 1) * WORLD} can"
+        near = f"{max(1, share) * WORLD} and {(share + 1) * WORLD} can"
         problems.append(f"--effective-batch {batch} cannot be divided among {WORLD} processes, {near}")
     elif share % micro:
         near = ", ".join(str(n) for n in range(1, share + 1) if share % n == 0)
-        problems.append(
-            f"a process's {share} rows a step are no multiple of --micro-batch {micro}; {near} can be"
-        )
+        problems.append(f"--micro-batch {micro} does not divide a process's {share} rows a step; {near} do")
     if config.warmup_steps > config.max_steps and not config.epochs:
         problems.append(f"--warmup-steps {config.warmup_steps} is more than --max-steps {config.max_steps}")
-    if config.hub_checkpoints and not (is_hub_name(config.hub_checkpoints) and use_hub_token()):
-        problems.append(
-            f"--hub-checkpoints {config.hub_checkpoints} has to be OWNER/NAME, with a token to write"
-        )
+    if repo and not (is_hub_name(repo) and use_hub_token()):
+        problems.append(f"--hub-checkpoints {repo} has to be OWNER/NAME, with a token to write")
     if config.keep_best and not config.eval_rows:
         problems.append("--keep-best compares held-out losses: it needs --eval-rows")
     if not all(map(str.strip, config.target_modules.split(","))):
@@ -417,41 +405,34 @@ def harmless(text: object) -> str:
     return re.sub(control, lambda match: ascii(match[0])[1:-1], str(text))
 
 
-def main_process_only(function: Callable[..., None]) -> Callable[..., None]:
-    """Makes a function do nothing in all of torchrun's processes but the first."""
-    return function if RANK == 0 else lambda *_, **__: None
-
-
 def painted(text: str, color: str) -> str:
     """The text in a color (such as "31" for red, "2" for faint), if it goes to a terminal."""
     return f"\033[{color}m{text}\033[0m" if sys.stderr.isatty() and text else text
 
 
-@main_process_only
 def log(*lines: object, end: str = "\n", faint: bool = False) -> None:
-    """Prints lines to stderr; faint ones are dimmed on a terminal."""
+    """Prints lines to stderr, in the first process; faint ones are dimmed on a terminal."""
     text = "\n".join(map(harmless, lines))
     if sys.stderr.isatty() and end != "":
         end = f"\033[K{end}"  # a shorter line leaves nothing of the progress that it takes the place of
-    if not Console.quiet:
+    if RANK == 0 and not Console.quiet:
         print(painted(text, "2") if faint else text, end=end, file=sys.stderr, flush=True)
 
 
 def clock(seconds: float) -> str:
     """Minutes and seconds, and hours if there are some."""
-    minutes, rest = divmod(round(seconds), 60)
-    return f"{minutes // 60}:{minutes % 60:02d}:{rest:02d}" if minutes >= 60 else f"{minutes:02d}:{rest:02d}"
+    return str(datetime.timedelta(seconds=round(seconds))).removeprefix("0:")
 
 
 def progress(values: Sequence[Any], label: str) -> Iterator[Any]:
     """Yields the values; says how many are done and how long the others take, each second or half minute."""
-    every = 1 if sys.stderr.isatty() else 30
+    every, end = (1, "\r") if sys.stderr.isatty() else (30, "\n")
     started = said = time.monotonic()
     for done, value in enumerate(values):
         now = time.monotonic()
         if done and now - said > every:
             left = clock((now - started) / done * (len(values) - done))
-            log(f"{label} {done}/{len(values)}, {left} left", end="\r" if sys.stderr.isatty() else "\n")
+            log(f"{label} {done}/{len(values)}, {left} left", end=end)
             said = now
         yield value
 
@@ -459,8 +440,8 @@ def progress(values: Sequence[Any], label: str) -> Iterator[Any]:
 def as_table(headings: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     """An aligned table as wide as the terminal, or 80 columns where there is none; long cells are wrapped."""
     table = rich_table.Table(box=None, padding=(0, 1, 0, 0), header_style="")
-    for number, (heading, *cells) in enumerate(zip(headings, *rows, strict=True)):
-        whole = number == 0 or max(map(len, cells)) <= 12
+    for heading, *cells in zip(headings, *rows, strict=True):
+        whole = not table.columns or max(map(len, cells)) <= 12  # the first column holds names to copy
         table.add_column(heading, overflow="fold", no_wrap=whole)
     for row in rows:
         table.add_row(*row)
@@ -470,10 +451,10 @@ def as_table(headings: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     return "\n".join(map(str.rstrip, captured.get().splitlines()))
 
 
-@main_process_only
 def print_result(text: str, end: str = "\n") -> None:
-    """Prints to stdout, which the libraries' chatter never reaches."""
-    LastingStream(sys.__stdout__).write(harmless(text) + end)
+    """Prints to stdout, in the first process; the libraries' chatter never reaches it."""
+    if RANK == 0:
+        LastingStream(sys.__stdout__).write(harmless(text) + end)
 
 
 def is_interactive() -> bool:
@@ -550,10 +531,8 @@ def friendly_errors() -> Iterator[None]:
             raise
         if RANK:
             time.sleep(3)  # if the first process has the same error, torchrun ends this one before it speaks
-        for label, text in (("error: ", str(error)), ("next:  ", pasteable(next_step))):
-            print(
-                painted(label, "31" if label == "error: " else "36"), harmless(text), sep="", file=sys.stderr
-            )
+        print(painted("error: ", "31") + harmless(error), file=sys.stderr)
+        print(painted("next:  ", "36") + harmless(pasteable(next_step)), file=sys.stderr)
         raise typer.Exit(1) from None
 
 
@@ -636,10 +615,8 @@ def check_room(needs: dict[Path, int], way_out: str) -> None:
         disk, free = folder.stat().st_dev, shutil.disk_usage(folder).free
         wanted[disk] = wanted.get(disk, 0) + size
         if wanted[disk] > free:
-            fault = (
-                f"the disk of {folder} has {free / 1e9:.1f} GB free, {wanted[disk] / 1e9:.1f} GB are needed."
-            )
-            raise UserError(fault, way_out)
+            needed = f"{wanted[disk] / 1e9:.1f} GB are needed"
+            raise UserError(f"the disk of {folder} has {free / 1e9:.1f} GB free, {needed}.", way_out)
 
 
 def file_hash(path: Path) -> str:
@@ -658,22 +635,14 @@ class Run:
 
     def __init__(self, folder: Path):
         self.folder = folder
+        self.name = folder.resolve().name
+        self.resume_line = f"`train --resume {shlex.quote(str(folder))}`"  # the command that goes on with it
 
     def __truediv__(self, name: str) -> Path:
         return self.folder / name
 
     def __str__(self) -> str:
         return str(self.folder)
-
-    @property
-    def name(self) -> str:
-        """The folder's name."""
-        return self.folder.resolve().name
-
-    @property
-    def resume_line(self) -> str:
-        """The command that goes on with the run."""
-        return f"`train --resume {shlex.quote(str(self))}`"
 
     @classmethod
     def all(cls, *statuses: str) -> list[Self]:
@@ -689,19 +658,20 @@ class Run:
     @classmethod
     def find(cls, folder: Path | None) -> Self:
         """The run asked for, or the newest finished one under runs/."""
-        if folder and not (folder / "run.json").is_file() and (RUNS / folder / "run.json").is_file():
-            folder = RUNS / folder  # it was named only
-        if folder and not (folder / "run.json").is_file():
-            known = [path.parent.name for path in RUNS.glob("*/run.json")]
-            near = difflib.get_close_matches(folder.name, known, cutoff=0.5)
-            fault = f"{folder} (--run or --resume) is no run folder: it has no run.json."
-            hint = f", such as {', '.join(near)}" if near else ""
-            raise UserError(fault, f"name the folder of a training{hint}")
-        finished = cls.all(*HAVE_ADAPTER)
-        if not folder and not finished:
+        if not folder:
+            finished = cls.all(*HAVE_ADAPTER)
+            if finished:
+                return finished[-1]
             way_out = "`train` or `demo` makes one, --run DIR names one, `infer --base` asks the base model"
             raise UserError(f"there is no finished run under {RUNS}/.", way_out)
-        return cls(folder) if folder else finished[-1]
+        for place in (folder, RUNS / folder):
+            if (place / "run.json").is_file():
+                return cls(place)
+        known = [path.parent.name for path in RUNS.glob("*/run.json")]
+        near = difflib.get_close_matches(folder.name, known, cutoff=0.5)
+        hint = f", such as {', '.join(near)}" if near else ""
+        fault = f"{folder} (--run or --resume) is no run folder: it has no run.json."
+        raise UserError(fault, f"name the folder of a training{hint}")
 
     @property
     def config(self) -> TrainConfig:
@@ -718,14 +688,13 @@ class Run:
         try:
             return {"status": "unknown", "started": "", **read_json(self / "run.json")}
         except (TypeError, ValueError) as error:
-            raise UserError(
-                f"{self / 'run.json'} is damaged: {error}", "name another, or `train` anew"
-            ) from error
+            fault = f"{self / 'run.json'} is damaged: {error}"
+            raise UserError(fault, "name another, or `train` anew") from error
 
-    @main_process_only
     def update(self, **entries: Any) -> None:
-        """Adds entries to run.json."""
-        write_json(self / "run.json", self.record | entries)
+        """Adds entries to run.json, in the first process."""
+        if RANK == 0:
+            write_json(self / "run.json", self.record | entries)
 
     def lock(self, timeout: float = 0) -> Any:
         """Keeps other processes out of the folder, in a `with`; raises after `timeout` seconds."""
@@ -794,15 +763,15 @@ class Run:
         if not resume:
             self.check_new()
         with self.lock():
-            started = {"started": time.strftime(TIME, time.gmtime())}
-            record: dict[str, Any] = self.record if resume else started
-            for name in ("error", "ended"):
-                record.pop(name, None)
-            record |= {"status": "running", "command": [Path(sys.argv[0]).name, *sys.argv[1:]]}
-            record["versions"] = versions()
-            self.remove_torn_checkpoints()
+            record: dict[str, Any] = {"started": time.strftime(TIME, time.gmtime())}
             if resume:
+                record = self.record
                 record["resumed_at"] = [*record.get("resumed_at", ()), self.last_step]
+                record.pop("error", None)
+                record.pop("ended", None)
+            record |= {"status": "running", "versions": versions()}
+            record["command"] = [Path(sys.argv[0]).name, *sys.argv[1:]]
+            self.remove_torn_checkpoints()
             write_json(self / "config.json", dataclasses.asdict(config))  # it takes both to make a run
             write_json(self / "run.json", record)
             status = "finished"
@@ -824,7 +793,7 @@ class Run:
     @property
     def evaluation(self) -> dict[str, Any]:
         """The report of its evaluation on the most rows; empty without one."""
-        reports = list(map(read_json, self.folder.glob("eval*.json")))
+        reports = map(read_json, self.folder.glob("eval*.json"))
         return max(reports, key=lambda report: int(report["rows"]), default={})
 
     @property
@@ -858,8 +827,9 @@ def versions() -> dict[str, str]:
     commit = subprocess.run(line, shell=True, cwd=PROJECT, capture_output=True, text=True).stdout.strip()
     found = {"finetune_r1": commit or "no git checkout", "python": sys.version.split()[0]}
     for name in PACKAGES.split():
-        known = next(iter(metadata.Distribution.discover(name=name)), None)
-        found[name] = known.version if known else "missing"
+        found[name] = "missing"
+        with contextlib.suppress(metadata.PackageNotFoundError):
+            found[name] = metadata.version(name)
     return found
 
 
@@ -882,27 +852,14 @@ class Rows(NamedTuple):
 def read_records(config: DataConfig) -> Any:
     """The records of `--dataset`: a file (all `train`), a folder or a name on the Hub; at least one."""
     path, flags = Path(config.dataset), f"--dataset {config.dataset} --split {config.split}"
-    reader = READERS.get(path.suffix.lower())
+    reader = None if path.is_dir() else READERS.get(path.suffix.lower())
     if path.is_file() and not reader:
         raise UserError(f"--dataset {path}: not one of {', '.join(READERS)}.", "convert it, or name another")
     if path.exists() or reader:
-        pattern = glob.escape(str(path.absolute()))
-        source: dict[str, Any] = {"path": reader, "data_files": pattern} if reader else {"path": str(path)}
         datasets.disable_progress_bars()
         logging.getLogger("datasets").setLevel(logging.CRITICAL if reader else logging.WARNING)
         try:
-            files: dict[str, list[Path]] = {}
-            for file in sorted(path.rglob("*.*")) if path.is_dir() else [path]:
-                if file.suffix != ".json":  # in a folder of tables it holds settings
-                    files.setdefault(READERS.get(file.suffix.lower(), ""), []).append(file)
-            if path.is_dir() and len(files) == 1 and pattern != str(path.absolute()):
-                source = {"path": next(iter(files)), "data_dir": pattern}  # a [ would be taken for a pattern
-            if "csv" in files and not {"json", "parquet"} & files.keys():
-                # Text stays text, be it a number or "NA", and a column has one type throughout.
-                source |= {"converters": dict.fromkeys(config.columns, str), "keep_default_na": False}
-                source |= {"chunksize": 10**9, "sep": check_csv(files["csv"])}
-            if reader == "json":  # in one piece, or an error would tell the wrong row
-                source["chunksize"] = min(path.stat().st_size + 1, GIB)
+            source = local_source(path, reader, config.columns)
             records = datasets.load_dataset(**source, split=config.split)
             records.data.validate(full=True)
         except Exception as error:  # each reader has its own; the cause tells the row, counted from 0
@@ -918,27 +875,42 @@ def read_records(config: DataConfig) -> Any:
     return records
 
 
-def check_csv(files: Sequence[Path]) -> str:
-    """The delimiter of CSV files; raises for a row that has more or fewer fields than its file's header."""
+def local_source(path: Path, reader: str | None, columns: Sequence[str]) -> dict[str, Any]:
+    """What `load_dataset` takes for a file, which `reader` reads, or for a folder; raises for a torn CSV."""
+    pattern = glob.escape(str(path.absolute()))
+    source: dict[str, Any] = {"path": reader, "data_files": pattern} if reader else {"path": str(path)}
+    tables: dict[str, list[Path]] = {}
+    for file in sorted(path.rglob("*.*")) if path.is_dir() else [path]:
+        if file.suffix != ".json":  # in a folder of tables it holds settings
+            tables.setdefault(READERS.get(file.suffix.lower(), ""), []).append(file)
+    if path.is_dir() and len(tables) == 1 and pattern != str(path.absolute()):
+        source = {"path": next(iter(tables)), "data_dir": pattern}  # a [ would be taken for a pattern
+    if "csv" in tables and not {"json", "parquet"} & tables.keys():
+        separators = set(map(check_csv, tables["csv"]))
+        if len(separators) > 1:
+            raise ValueError("the files of a folder have to be separated alike")
+        # Text stays text, be it a number or "NA", and a column has one type throughout.
+        source |= {"converters": dict.fromkeys(columns, str), "keep_default_na": False}
+        source |= {"chunksize": 10**9, "sep": separators.pop()}
+    if reader == "json":  # in one piece, or an error would tell the wrong row
+        source["chunksize"] = min(path.stat().st_size + 1, GIB)
+    return source
+
+
+def check_csv(path: Path) -> str:
+    """The separator of a CSV file; raises for a row that has more or fewer fields than the header."""
     csv.field_size_limit(sys.maxsize)
-    delimiters = set()
-    for path in files:
-        with path.open(encoding="utf-8-sig", newline="") as file:
-            delimiter = max(",;\t", key=file.readline().count)
-            delimiters.add(delimiter)
-            file.seek(0)
-            header: list[str] = []
-            rows = csv.reader(file, delimiter=delimiter, strict=True)
-            for row in filter("".join, rows):
-                header = header or row
-                if len(row) != len(header):
-                    fault = (
-                        f"{path.name}, line {rows.line_num} has {len(row)} fields, the header {len(header)}"
-                    )
-                    raise ValueError(f"{fault}; quote a field that holds {delimiter!r} or a line end")
-    if len(delimiters) > 1:
-        raise ValueError("the files of a folder have to be separated alike")
-    return delimiters.pop()
+    with path.open(encoding="utf-8-sig", newline="") as file:
+        separator = max(",;\t", key=file.readline().count)
+        file.seek(0)
+        reader = csv.reader(file, delimiter=separator, strict=True)
+        rows = filter("".join, reader)  # blank ones are skipped
+        header = next(rows, [])
+        for row in rows:
+            if len(row) != len(header):
+                fault = f"{path.name}, line {reader.line_num} has {len(row)} fields, the header {len(header)}"
+                raise ValueError(f"{fault}; quote a field that holds {separator!r} or a line end")
+    return separator
 
 
 def read_from_hub(config: DataConfig, flags: str) -> Any:
@@ -959,28 +931,24 @@ def read_from_hub(config: DataConfig, flags: str) -> Any:
 
 def check_columns(records: Any, config: DataConfig) -> None:
     """Raises if a column that was named is missing, and tells which may be meant."""
-    flags = ("--question-col", "--cot-col", "--response-col")
     record = records[0]
     missing = sorted(set(config.columns) - record.keys())
     if record.get("input") and "instruction" in config.columns:
         log("note: the column `input` is not taught; join it to `instruction` if the questions need it")
     if missing:
-        way_out = f"name its columns with {', '.join(flags)}"
-        guess = prompts.guess_columns(records[: min(100, len(records))])
-        if guess:
-            way_out = "if they are meant:"
-            for flag, name in zip(flags, guess, strict=True):
-                way_out += f" {flag} {shlex.quote(name)}"
+        flags = ("--question-col", "--cot-col", "--response-col")
+        guess = prompts.guess_columns(records[:100])
+        way_out = "if they are meant:" if guess else "name its columns:"
+        for flag, name in zip(flags, guess or ["NAME"] * 3, strict=True):
+            way_out += f" {flag} {shlex.quote(name)}"
         fault = f"--dataset {config.dataset} has no {', '.join(missing)}; its columns: {', '.join(record)}."
         raise UserError(fault, way_out)
 
 
 def fingerprint(*parts: Any) -> str:
     """A hash that is equal for equal content, on any machine."""
-    digest = hashlib.sha256()
-    for part in parts:
-        digest.update(json.dumps(part, default=str).encode())
-    return digest.hexdigest()[:16]
+    text = "".join(json.dumps(part, default=str) for part in parts)
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
 def question_hash(question: str) -> str:
@@ -991,14 +959,13 @@ def question_hash(question: str) -> str:
 def trained_questions(run: Run) -> Callable[[str], bool]:
     """Tells whether a run was trained on a question, or on one that is nearly the same."""
     kept = read_json(run / "trained.json")
-    sketches = []
-    if isinstance(kept, dict):  # runs used to keep a list of hashes alone
-        sketches = [set(sketch.split()) for sketch in kept.values()]
+    texts = kept.values() if isinstance(kept, dict) else ()  # runs used to keep a list of hashes alone
+    sketches = [set(text.split()) for text in texts]
     return lambda question: question_hash(question) in kept or prompts.is_near(question, sketches)
 
 
 def tokenize(batch: dict[str, list[Any]], tokenizer: Any, config: DataConfig) -> dict[str, list[Any]]:
-    """Reads and tokenizes a batch of records, for `datasets.map`; a dropped row keeps its status alone."""
+    """Reads and tokenizes a batch of records, for `datasets.map`; `status` tells which are to be dropped."""
     special = prompts.special_tokens(tokenizer)
     rows = []
     for values in zip(*batch.values(), strict=True):
@@ -1006,22 +973,21 @@ def tokenize(batch: dict[str, list[Any]], tokenizer: Any, config: DataConfig) ->
     # All that are whole are tokenized at once.
     whole = {i: row for i, row in enumerate(rows) if row.status == "used"}
     for i, row in zip(whole, prompts.encode(list(whole.values()), tokenizer, config.lang), strict=True):
-        rows[i], length = row, len(row.input_ids)
-        if row.status == "used" and length > config.max_seq_length:
-            if config.overlong == "error":
-                fault = f"--overlong error: a row has {length} tokens: {row.question[:80]}"
-                raise UserError(fault, "raise --max-seq-length, or choose --overlong shorten-thought")
+        too_long = row.status == "used" and len(row.input_ids) > config.max_seq_length
+        if too_long and config.overlong == "error":
+            fault = f"--overlong error: a row has {len(row.input_ids)} tokens: {row.question[:80]}"
+            raise UserError(fault, "raise --max-seq-length, or choose --overlong shorten-thought")
+        if too_long and config.overlong == "drop":
             rows[i] = row._replace(status="longer than --max-seq-length")
-            if config.overlong == "shorten-thought":
-                rows[i] = prompts.shorten(row, tokenizer, config.lang, config.max_seq_length)
-    columns: dict[str, list[Any]] = {name: [] for name in (*prompts.Row._fields, "completion_mask", "tokens")}
-    for row in rows:
-        kept = row if row.status in prompts.KEPT else prompts.Row(status=row.status)
-        length, head = len(kept.input_ids), kept.prompt_tokens
-        mask = [0] * head + [1] * (length - head)
-        for name, value in {**kept._asdict(), "completion_mask": mask, "tokens": length}.items():
-            columns[name].append(value)
-    return columns
+        elif too_long:
+            rows[i] = prompts.shorten(row, tokenizer, config.lang, config.max_seq_length)
+        else:
+            rows[i] = row
+    table = pandas.DataFrame(rows)
+    table["tokens"] = table["input_ids"].map(len)
+    lengths = zip(table["prompt_tokens"], table["tokens"], strict=True)
+    table["completion_mask"] = [[0] * head + [1] * (length - head) for head, length in lengths]
+    return dict(table.to_dict("list"))
 
 
 def prepare_rows(records: Any, tokenizer: Any, config: DataConfig) -> Rows:
@@ -1030,8 +996,8 @@ def prepare_rows(records: Any, tokenizer: Any, config: DataConfig) -> Rows:
     # have to know of every change in prompts.py and the tokenizer.
     text, number = datasets.Value("string"), datasets.Value("int32")
     features = dict.fromkeys(("question", "thought", "answer", "status"), text)
-    features |= {"input_ids": datasets.List(number), "prompt_tokens": number}
-    features |= {"completion_mask": datasets.List(number), "tokens": number}
+    features |= dict.fromkeys(("input_ids", "completion_mask"), datasets.List(number))
+    features |= dict.fromkeys(("prompt_tokens", "tokens"), number)
     records = records.select_columns(sorted(set(config.columns)))
     content = fingerprint(*records)
     table = records.map(
@@ -1041,14 +1007,14 @@ def prepare_rows(records: Any, tokenizer: Any, config: DataConfig) -> Rows:
     )  # fmt: skip
     # Of rows with the same question the first one counts, so that none is both trained on and held out.
     dropped = prompts.drop(table["status"][:], table["question"][:])
-    counts = dict(zip(dropped, map(len, dropped.values()), strict=True))
+    counts = {reason: len(positions) for reason, positions in dropped.items()}
     usable = table.select(sorted(set(range(len(table))).difference(*dropped.values())))
     if len(usable) <= config.eval_rows:
         fault = f"{len(usable)} usable rows of {len(table)}, --eval-rows {config.eval_rows}"
         way_out = f"widen --split or mend the rows; dropped: {counts or 'none'}"
         raise UserError(f"--dataset {config.dataset}: {fault}.", way_out)
-    chinese = sum(map(bool, map(re.compile("[\u4e00-\u9fff]").search, usable["question"][:])))
-    if config.lang == "en" and chinese > len(usable) / 2:
+    chinese = [question for question in usable["question"] if re.search("[\u4e00-\u9fff]", question)]
+    if config.lang == "en" and len(chinese) > len(usable) / 2:
         log("note: most questions are Chinese, and the prompt is English; --lang zh asks in Chinese")
     chosen = sorted(random.Random(config.seed).sample(range(len(usable)), config.eval_rows))
     others = sorted(set(range(len(usable))) - set(chosen))

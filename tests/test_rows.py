@@ -109,7 +109,7 @@ def test_a_folders_files_are_read_in_the_order_of_their_names(tmp_path):
     assert questions(tmp_path) == ["Why 1?", "Why 0?"]
 
 
-@pytest.mark.parametrize("name", ["rows", "rows [1]*"])
+@pytest.mark.parametrize("name", ["rows", "rows [1]*", "rows.jsonl"])
 def test_the_names_of_a_folders_files_tell_their_split(tmp_path, name):
     folder = tmp_path / name
     folder.mkdir()
