@@ -57,7 +57,7 @@ def test_control_characters_of_a_model_do_not_reach_the_terminal(capsys):
         assert shown.endswith("\n\ttab ✓ 咳嗽 \u05d0\n") and r"\x1b[2J" in shown
 
 
-# A step of decoding on a GPU, without one: Unsloth's attention over the true length beside ours over the cache.
+# A step of decoding on a GPU, without one: Unsloth's attention to the text beside ours to the cache.
 ATTEND = """
 import importlib, math, types
 import torch, unsloth
