@@ -1547,9 +1547,9 @@ class LoadedModel:
                 if stopped:
                     ids = ids[: ids.index(tokenizer.eos_token_id)]
                 text = tokenizer.decode(ids, skip_special_tokens=False)
-                response = prompts.split_response(text, thinks)
-                answers[i] = {"question": questions[i], **response._asdict(), "stopped": stopped}
-                answers[i] |= {"tokens": len(ids), "seconds": seconds}
+                thought, answer, closed = prompts.split_response(text, thinks)
+                answers[i] = {"question": questions[i], "thought": thought, "answer": answer}
+                answers[i] |= {"closed": closed, "stopped": stopped, "tokens": len(ids), "seconds": seconds}
         return answers
 
     def answer_both(
@@ -2280,7 +2280,7 @@ def row_losses(loaded: LoadedModel, rows: Any, label: str = "losses") -> dict[st
     Relevance is how much more the answer costs after the next row's question and thought than after its own.
     Where those are too long to stand before it, their beginning is left out: Unsloth would cut off its end.
     """
-    prefixes = [prompts.build_lead(row["question"], row["thought"], loaded.lang) for row in rows]
+    prefixes = [prompts.build_example(row["question"], row["thought"], "", "", loaded.lang) for row in rows]
     prefixes = loaded.tokenizer(prefixes)["input_ids"]
     own, mismatched, answers = [], [], []
     for number in my_share(range(len(rows))):

@@ -12,6 +12,7 @@ given, is decided here too, and what an answer is worth.
 import collections
 import functools
 import html
+import itertools
 import json
 import random
 import re
@@ -27,39 +28,38 @@ Lang = Literal["en", "zh"]
 THINK_OPEN, THINK_CLOSE = "<think>", "</think>"
 
 TEMPLATES: dict[Lang, str] = {
-    "en": (
-        "Below is an instruction that describes a task,"
-        " paired with an input that provides further context. \n"
-        "Write a response that appropriately completes the request. \n"
-        "Before answering, think carefully about the question and create a step-by-step chain of thoughts"
-        " to ensure a logical and accurate response.\n"
-        "\n"
-        "### Instruction:\n"
-        "You are a medical expert with advanced knowledge in clinical reasoning, diagnostics,"
-        " and treatment planning. \n"
-        "Please answer the following medical question. \n"
-        "\n"
-        "### Question:\n"
-        "{question}\n"
-        "\n"
-        "### Response:\n"
-        "<think>\n"
-    ),
-    "zh": (
-        "以下是描述任务的指令,以及提供进一步上下文的输入。 \n"
-        "写出一个适当完成请求的回应。 \n"
-        "在回答之前,仔细思考问题并创建一个逐步的思维链,以确保回答的逻辑性和准确性。\n"
-        "\n"
-        "### 指令:\n"
-        "你是一位具有先进临床推理、诊断和治疗计划知识的医学专家。 \n"
-        "请回答以下医学问题。 \n"
-        "\n"
-        "### 问题:\n"
-        "{question}\n"
-        "\n"
-        "### 回应:\n"
-        "<think>\n"
-    ),
+    "en": """\
+Below is an instruction that describes a task, paired with an input that provides further context.\x20
+Write a response that appropriately completes the request.\x20
+Before answering, think carefully about the question and create a step-by-step chain of thoughts to ensure \
+a logical and accurate response.
+
+### Instruction:
+You are a medical expert with advanced knowledge in clinical reasoning, diagnostics, and treatment \
+planning.\x20
+Please answer the following medical question.\x20
+
+### Question:
+{question}
+
+### Response:
+<think>
+""",
+    "zh": """\
+以下是描述任务的指令,以及提供进一步上下文的输入。\x20
+写出一个适当完成请求的回应。\x20
+在回答之前,仔细思考问题并创建一个逐步的思维链,以确保回答的逻辑性和准确性。
+
+### 指令:
+你是一位具有先进临床推理、诊断和治疗计划知识的医学专家。\x20
+请回答以下医学问题。\x20
+
+### 问题:
+{question}
+
+### 回应:
+<think>
+""",
 }
 
 # Asked before and after training: the recipe's question.
@@ -68,21 +68,19 @@ BEFORE_AFTER: dict[Lang, str] = {
     "or sneezing but no leakage at night undergoes a gynecological exam and Q-tip test. Based on these "
     "findings, what would cystometry most likely reveal about her residual volume and detrusor contractions?",
     "zh": "一位 61 岁的女性,长期在咳嗽或打喷嚏等活动中出现非自愿性尿失禁,但夜间没有漏尿。"
-    "她接受了妇科检查和棉签测试。"
-    "根据这些发现,膀胱测压术最有可能揭示她的残余体积和逼尿肌收缩情况如何?",
+    "她接受了妇科检查和棉签测试。根据这些发现,膀胱测压术最有可能揭示她的残余体积和逼尿肌收缩情况如何?",
 }
 
 
 # What clients render a conversation with (Jinja), so that they ask as training did. A system message joins
 # the instruction. Of earlier answers, the thoughts are left out, as DeepSeek's own template does it.
 CHAT_TEMPLATE = """\
-{%- set system = namespace(text='') -%}
+{{- BOS + INSTRUCTION -}}
 {%- for message in messages -%}
     {%- if message['role'] == 'system' -%}
-        {%- set system.text = system.text + '\\n' + message['content'] | trim -%}
+        {{- '\\n' + message['content'] | trim -}}
     {%- endif -%}
 {%- endfor -%}
-{{- BOS + INSTRUCTION + system.text -}}
 {%- for message in messages -%}
     {%- if message['role'] == 'user' -%}
         {{- QUESTION + message['content'] | trim -}}
@@ -92,17 +90,11 @@ CHAT_TEMPLATE = """\
         {%- if not thought -%}
             {%- set thought = parts[0].split('<think>')[-1] if parts | length > 1 else '' -%}
         {%- endif -%}
-        {{- RESPONSE -}}
-        {%- if loop.last -%}
-            {{- '<think>\\n' -}}
-            {%- generation -%}
-            {{- thought | trim + '\\n</think>\\n' + parts[-1] | trim + eos_token -}}
-            {%- endgeneration -%}
-        {%- else -%}
-            {%- generation -%}
-            {{- parts[-1] | trim + eos_token -}}
-            {%- endgeneration -%}
-        {%- endif -%}
+        {%- set shown = thought | trim + '\\n</think>\\n' if loop.last else '' -%}
+        {{- RESPONSE + ('<think>\\n' if loop.last else '') -}}
+        {%- generation -%}
+        {{- shown + parts[-1] | trim + eos_token -}}
+        {%- endgeneration -%}
     {%- elif message['role'] != 'system' -%}
         {{- raise_exception('This model knows the roles system, user and assistant.') -}}
     {%- endif -%}
@@ -165,29 +157,17 @@ it. It was tuned on few rows and knows what its base model knows; a fluent thoug
 
 
 class Row(NamedTuple):
-    """A record as it is taught.
-
-    `status` is "used", "shortened", or the reason why it is dropped. Of the text's tokens, `input_ids`, the
-    first `prompt_tokens` are the prompt's.
-    """
+    """A record as it is taught; the first `prompt_tokens` of its `input_ids` are the prompt's."""
 
     question: str = ""
     thought: str = ""
     answer: str = ""
-    status: str = "used"
+    status: str = "used"  # or "shortened", or the reason why it is dropped
     input_ids: Sequence[int] = ()
     prompt_tokens: int = 0
 
 
 KEPT = ("used", "shortened")
-
-
-class Response(NamedTuple):
-    """What a model wrote after the prompt. A thought that was never closed has no answer."""
-
-    thought: str
-    answer: str
-    closed: bool
 
 
 def build_prompt(question: str, lang: Lang = "en") -> str:
@@ -197,37 +177,32 @@ def build_prompt(question: str, lang: Lang = "en") -> str:
     return head + question.strip() + tail
 
 
-def build_lead(question: str, thought: str, lang: Lang = "en") -> str:
-    """All that stands before the answer."""
-    return f"{build_prompt(question, lang)}{thought.strip()}\n{THINK_CLOSE}\n"
-
-
 def build_example(question: str, thought: str, answer: str, eos: str, lang: Lang = "en") -> str:
-    """One training row; it starts with `build_prompt(question)`, as text and as tokens."""
-    return f"{build_lead(question, thought, lang)}{answer.strip()}{eos}"
+    """One training row, or without answer and EOS all before them; its tokens start with the prompt's."""
+    return f"{build_prompt(question, lang)}{thought.strip()}\n{THINK_CLOSE}\n{answer.strip()}{eos}"
 
 
 def build_chat_template(has_bos: bool, lang: Lang = "en") -> str:
     """`CHAT_TEMPLATE` with the training prompt's parts; `has_bos` says whether a text begins with BOS."""
     head, tail = TEMPLATES[lang].split("{question}")
     instruction, mark, question = head.rpartition("\n\n### ")
-    parts = {"INSTRUCTION": instruction, "QUESTION": mark + question}
-    parts["RESPONSE"] = tail.removesuffix(f"{THINK_OPEN}\n")
+    response = tail.removesuffix(f"{THINK_OPEN}\n")
+    parts = {"INSTRUCTION": instruction, "QUESTION": mark + question, "RESPONSE": response}
     text = CHAT_TEMPLATE.replace("BOS", "bos_token" if has_bos else "''")
     for name, part in parts.items():
         text = text.replace(name, json.dumps(part, ensure_ascii=False))
     return text
 
 
-def split_response(text: str, thinks: bool = True) -> Response:
-    """Splits what follows the prompt at the first closing tag.
+def split_response(text: str, thinks: bool = True) -> tuple[str, str, bool]:
+    """Thought, answer, and whether the thought was closed: what is never closed has no answer.
 
     `thinks` says whether the prompt begins a thought; after another prompt all may be the answer.
     """
     thought, tag, answer = text.strip().removeprefix(THINK_OPEN).partition(THINK_CLOSE)
     if not tag and not thinks:
         thought, answer = "", thought
-    return Response(thought.strip(), answer.strip(), bool(tag))
+    return thought.strip(), answer.strip(), bool(tag)
 
 
 @functools.cache
@@ -236,11 +211,8 @@ def marker_pattern(special_tokens: tuple[str, ...]) -> re.Pattern[str]:
 
 
 def find_marker(text: str, special_tokens: Sequence[str] = ()) -> str | None:
-    """The first thing in `text` that could forge a row's structure; None if there is none.
-
-    It is a think tag, a special token, or half a surrogate pair, which no tokenizer takes.
-    """
-    # Two searches, as one for both would be a hundred times slower.
+    """The first think tag or special token in `text`, which could forge a row's structure."""
+    # Nor does a tokenizer take half a surrogate pair. One search for both would be a hundred times slower.
     found = marker_pattern(tuple(special_tokens)).search(text) or re.search("[\ud800-\udfff]", text)
     return found[0].encode(errors="backslashreplace").decode() if found else None
 
@@ -276,8 +248,7 @@ def read_fields(record: dict[str, Any], columns: Sequence[str]) -> list[Any]:
         answer = turn.get("text")
         thought = next((turn[name] for name in USUAL_COLUMNS[1] if turn.get(name)), answer)
     if columns[1] == columns[2] and thought == answer and isinstance(answer, str):
-        before, tag, after = answer.strip().removeprefix(THINK_OPEN).partition(THINK_CLOSE)
-        thought, answer = (before, after) if tag else (None, answer)
+        thought, answer, _ = split_response(answer)
     return [question, thought, answer]
 
 
@@ -304,10 +275,12 @@ def drop(statuses: Sequence[str], questions: Sequence[str]) -> dict[str, list[in
     seen: set[str] = set()
     for position, (status, question) in enumerate(zip(statuses, questions, strict=True)):
         same = same_question(question)
-        if status not in KEPT or same in seen:
-            dropped.setdefault("duplicate question" if status in KEPT else status, []).append(position)
-        else:
+        if status in KEPT and same in seen:
+            status = "duplicate question"
+        if status in KEPT:
             seen.add(same)
+        else:
+            dropped.setdefault(status, []).append(position)
     return dropped
 
 
@@ -331,9 +304,10 @@ def encode(rows: Sequence[Row], tokenizer: Any, lang: Lang) -> list[Row]:
     eos, special = tokenizer.eos_token, set(tokenizer.added_tokens_decoder)
     texts = [build_example(row.question, row.thought, row.answer, eos, lang) for row in rows]
     heads = tokenizer([build_prompt(row.question, lang) for row in rows])["input_ids"] if rows else []
-    *encoded, template = tokenizer([*texts, build_example("", "", "", eos, lang)])["input_ids"]
+    *encoded, empty = tokenizer([*texts, build_example("", "", "", eos, lang)])["input_ids"]
     decoded = tokenizer.backend_tokenizer.decode_batch(encoded, skip_special_tokens=False)
-    structure = [token for token in template if token in special]
+    composed = functools.partial(unicodedata.normalize, "NFC")  # as Qwen 2's tokenizer writes accents
+    structure = [token for token in empty if token in special]
     found = []
     for row, text, ids, head, back in zip(rows, texts, encoded, heads, decoded, strict=True):
         status = "used"
@@ -341,15 +315,10 @@ def encode(rows: Sequence[Row], tokenizer: Any, lang: Lang) -> list[Row]:
             status = "special tokens are not where the template has them"
         elif ids[: len(head)] != head:
             status = "its first token joins prompt and thought"
-        elif not same_text(back.removeprefix(tokenizer.bos_token or ""), text):
+        elif composed(back.removeprefix(tokenizer.bos_token or "")) != composed(text):
             status = "its tokens do not give its text back"
         found.append(row._replace(input_ids=ids, prompt_tokens=len(head), status=status))
     return found
-
-
-def same_text(one: str, other: str) -> bool:
-    """Whether two texts are equal but for how accents are composed, which Qwen 2's tokenizer settles."""
-    return one == other or unicodedata.normalize("NFC", one) == unicodedata.normalize("NFC", other)
 
 
 def shorten(row: Row, tokenizer: Any, lang: Lang, limit: int) -> Row:
@@ -360,29 +329,20 @@ def shorten(row: Row, tokenizer: Any, lang: Lang, limit: int) -> Row:
         keep -= excess
         if keep <= 0:
             return row._replace(status="question and answer alone exceed --max-seq-length")
-        thought = whole_sentences(row.thought[: offsets[keep][0]])
-        if not thought:
+        sentences = re.match(r"(?s).*(?:[.](?=\s)|[。!?！？\n])", row.thought[: offsets[keep][0]])
+        if not sentences:
             return row._replace(status="no whole sentence of the thought fits in --max-seq-length")
-        [shorter] = encode([row._replace(thought=thought)], tokenizer, lang)
+        [shorter] = encode([row._replace(thought=sentences[0].strip())], tokenizer, lang)
         excess = len(shorter.input_ids) - limit
     return shorter._replace(status="shortened")
 
 
-def whole_sentences(text: str) -> str:
-    """`text` up to the end of its last whole sentence; empty if there is none."""
-    ends = [match.end() for match in re.finditer(r"[.!?](?=\s)|[。!?！？]|\n", text)]
-    return text[: ends[-1]].strip() if ends else ""
-
-
 def guess_columns(columns: dict[str, list[Any]]) -> list[str] | None:
-    """The columns that question, thought and answer seem to be in; None if there is no telling.
-
-    It takes some records, column by column.
-    """
+    """Which of some records' columns seem to hold question, thought and answer; None if that is unclear."""
     names = {name.lower().partition(" (")[0]: name for name in columns}  # "reasoning (…)" is a reasoning
     guess = [""] * 3
     for i, choices in enumerate(USUAL_COLUMNS):
-        for usual in reversed(choices):
+        for usual in reversed(choices):  # the likelier one comes last, and stays
             guess[i] = names.get(usual, guess[i])
     if guess[0] == names.get("instruction") and "input" in names:  # Alpaca's; the question may be in either
         guess[0] = max(guess[0], names["input"], key=lambda name: len(set(map(str, columns[name]))))
@@ -394,9 +354,7 @@ def guess_columns(columns: dict[str, list[Any]]) -> list[str] | None:
     return guess if all(guess) else None
 
 
-def build_modelfile(
-    eos: str, context: int, sampling: dict[str, float], lang: Lang = "en", weights: str = "."
-) -> str:
+def build_modelfile(eos: str, context: int, sampling: dict[str, float], lang: Lang, weights: str) -> str:
     """An Ollama Modelfile for `weights` beside it: training prompt, stop at `eos`, `context` in tokens."""
     template = TEMPLATES[lang].replace("{question}", "{{ .Prompt }}")
     text = f'FROM {weights}\nTEMPLATE """{template}"""\nPARAMETER stop "{eos}"\nPARAMETER num_ctx {context}\n'
@@ -407,22 +365,19 @@ def build_modelfile(
 
 def measure(answer: dict[str, Any]) -> dict[str, float]:
     """What can be counted in an answer; `repetition` is the share of runs of four words that came before."""
-    words = f"{answer['thought']} {answer['answer']}".split()
+    thought, said = answer["thought"].split(), answer["answer"].split()
+    words = thought + said
     runs = list(zip(words, words[1:], words[2:], words[3:], strict=False))
     lines = re.findall(r"^\s*\S.*$", answer["answer"], re.MULTILINE)
     bullets = re.findall(r"^\s*(?:[-*•]|\d+[.)])", answer["answer"], re.MULTILINE)
-    graded = {}
+    counted = {}
     if "chosen" in answer:
-        graded = {"accuracy": float(answer["right"]), "unread": float(answer["chosen"] is None)}
-    return {
-        **graded,
-        "closed": float(answer["closed"]),
-        "stopped": float(answer["stopped"]),
-        "thought_words": len(answer["thought"].split()),
-        "answer_words": len(answer["answer"].split()),
-        "bullets": len(bullets) / max(len(lines), 1),
-        "repetition": 1 - len(set(runs)) / len(runs) if runs else 0.0,
-    }
+        counted = {"accuracy": float(answer["right"]), "unread": float(answer["chosen"] is None)}
+    counted |= {"closed": float(answer["closed"]), "stopped": float(answer["stopped"])}
+    counted |= {"thought_words": len(thought), "answer_words": len(said)}
+    counted["bullets"] = len(bullets) / max(len(lines), 1)
+    counted["repetition"] = 1 - len(set(runs)) / len(runs) if runs else 0.0
+    return counted
 
 
 class Choice(NamedTuple):
@@ -435,8 +390,10 @@ class Choice(NamedTuple):
     @property
     def text(self) -> str:
         """As it is asked."""
-        options = "".join(f"\n{letter}. {text}" for letter, text in self.options.items())
-        return f"{self.question}{options}\nSay which option is right."
+        text = self.question
+        for letter, option in self.options.items():
+            text += f"\n{letter}. {option}"
+        return f"{text}\nSay which option is right."
 
 
 # Columns of options and key: MedQA's, MMLU's, and MedMCQA's, whose options are in four.
@@ -450,47 +407,53 @@ def as_choice(record: dict[str, Any], columns: tuple[str, str]) -> Choice | None
     """
     options = record[columns[0]]
     if columns[0] == "opa":
-        options = [record[name] for name in ("opa", "opb", "opc", "opd")]
+        options = [record["opa"], record["opb"], record["opc"], record["opd"]]
     named = options if isinstance(options, dict) else dict(enumerate(options))
     # `datasets` fills in None for a name that only other records have.
     texts = {str(name): str(text) for name, text in named.items() if text is not None}
+    letters = string.ascii_uppercase[: len(texts)]
     meant: dict[str, str] = {}
-    for number, (letter, name) in enumerate(zip(string.ascii_uppercase, texts, strict=False)):
-        meant |= {str(number): letter, letter: letter, name: letter}
+    for names in (map(str, range(len(letters))), letters, texts):  # where they clash, the later one counts
+        meant |= dict(zip(names, letters, strict=False))
     question, right = record.get("question", record.get("Question")), meant.get(str(record[columns[1]]))
     if not question or not right:
         return None
-    return Choice(question, dict(zip(string.ascii_uppercase, texts.values(), strict=False)), right)
+    return Choice(question, dict(zip(letters, texts.values(), strict=False)), right)
 
 
-# An answer is read as signs, one for each of its words, and by rules that are patterns of signs. Options have
-# signs too: o a letter, O one after "option", # one that heads a line, n an option's text.
-SIGNS = {
-    "=": r"(?:is|are|was|be|would|must|does|can|could|should|seems)\b|->|→|[:=是为]",
-    "!": r"(?:not|neither|nor|unlike|(?:rather|other) than|instead of|rul(?:e|ed|ing) out|exclud(?:e|ing))\b"
+# An answer is read as signs, one for each of its words, and the rules are patterns of signs. A small letter
+# stands for a kind of word, whose first one begins with it.
+WORDS = {
+    "i": r"(?:is|are|was|be|would|must|does|can|could|should|seems)\b|->|→|[:=是为]",
+    "n": r"(?:not|neither|nor|unlike|(?:rather|other) than|instead of|rul(?:e|ed|ing) out|exclud(?:e|ing))\b"
     "|而?不[是应宜]|而非|不选|排除",
-    "-": r"(?:incorrect|wrong|false|unlikely|less|ruled out|excluded)\b|不正确|不对|错误?",
-    "+": r"(?:correct|right|best|better|fits|preferred|appropriate|suitable|(?:most|more) likely)\b"
+    "w": r"(?:wrong|incorrect|false|unlikely|less|ruled out|excluded)\b|不正确|不对|错误?",
+    "r": r"(?:right|correct|best|better|fits|preferred|appropriate|suitable|(?:most|more) likely)\b"
     "|正确|对的|最佳|符合",
     "a": r"(?:answer|ans|choice|option|response|diagnosis)\b|答案?",
     "c": r"(?:choose|chose|select|pick|say|leaves|go(?:ing)? (?:with|for))\b|选择?(?!项)",
     "&": r"(?:and|or)\b|[、和或及]",
     "b": r"but\b|而",
-    "f": r"(?:the|to|it|i|i'd|my|that|this|which|letter|think|believe|so|then|therefore|thus|both|either|all"
-    r"|only|because|as|since|for|\w+ly)\b|选项|因此|所以|认为|因为|由于|[项故应都均也最]",
-    "x": r"[a-z0-9]+(?:[.'-][a-z0-9]+)*|[一-鿿]",  # any other word
+    "f": r"(?:for|the|to|it|i|i'd|my|that|this|which|letter|think|believe|so|then|therefore|thus|both|either"
+    r"|all|only|because|as|since|\w+ly)\b|选项|因此|所以|认为|因为|由于|[项故应都均也最]",
+    "x": r"[a-z0-9]+(?:[.'-][a-z0-9]+)*|[一-鿿]",  # any other
     ".": r"[.!?;。\n]",
     ",": ",",
 }
-ONE = "(?:[oO#]n?|n)"
-SOME = f"(?:{ONE}(?:[,&]{ONE})*,?&{ONE}|{ONE})"
-DENIED = re.compile(f"!f*[cx]{{0,2}}f*{SOME},?b?|{SOME}[f,]*(?:=f*!|=?f*-)")
-CLAIMED = re.compile(
-    f"[ac+][^.oO#n]*=[.f]*({SOME})(?!x)"  # the answer is C
-    f"|cf*({SOME})(?!x)"  # I choose C
-    f"|(?<!x)({SOME})[f,]*(?:=[^.oO#n]*)?[+a]"  # C is right
-    f"|(?:(?:^|[.])[f,]*|f=f*)(?!#)({SOME})(?=[.]|$)"  # so, C
-)
+# An option is its letter, a capital, after a sign of how it was named: by its text (t), or by its letter at a
+# line's head (h), after "option" (o), or anywhere else (l).
+OPTION = "(?: [loh][A-Z] (?: t[A-Z] )? | t[A-Z] )"
+OPTIONS = f"(?: {OPTION} (?: [,&] {OPTION} )* ,? & {OPTION} | {OPTION} )"
+DENIED = re.compile(rf"""(?x)
+      n f* [cx]? [cx]? f* {OPTIONS} ,? b?     # not C; not A, but
+    | {OPTIONS} [f,]* (?: i f* n | i? f* w )  # C is not; C is wrong
+""")
+CLAIMED = re.compile(rf"""(?x)
+      [rac] [^.A-Z]* i [.f]* {OPTIONS} (?!x)                            # the answer is C
+    | c f* {OPTIONS} (?!x)                                              # I choose C
+    | (?<!x) {OPTIONS} [f,]* (?: i [^.A-Z]* )? [ra]                     # C is right
+    | (?: (?: ^ | [.] ) [f,]* | f i f* ) (?!h) {OPTIONS} (?= [.] | $ )  # so, C; it is C
+""")
 
 
 def plain(text: str) -> str:
@@ -501,51 +464,58 @@ def plain(text: str) -> str:
     return re.sub(r"\\[a-zA-Z]+|</?\w+>|[*_`$#>{}\[\]【】\"“”]", "", text)
 
 
+def read_signs(answer: str, options: dict[str, str]) -> str:
+    """The signs of an answer."""
+    names = {plain(text).strip(" .").casefold(): letter for letter, text in options.items()}
+    texts = sorted((re.escape(name) for name in names if len(name) > 1), key=len, reverse=True)
+    one = rf"(?<![a-z0-9-])(?-i:[{''.join(options)}](?![a-zA-Z0-9'-]|\.\s+[a-z]))"  # not of E. coli
+    kinds = {
+        "t": rf"(?<![a-z0-9])(?:{'|'.join(texts) or '(?!)'})(?![a-z0-9])",
+        "h": rf"(?m:^)\W*(?:option |choice )?\(?{one}[).:、]+(?=[^\S\n]*\S)(?![^\S\n]*{one})",
+        "o": rf"(?:\b(?:option|choice|answer) |选项\s*|答案)\(?{one}",
+        "l": one,
+        **WORDS,
+    }
+    pattern = "|".join(f"({words})" for words in kinds.values())
+    signs = ""
+    for match in re.finditer(pattern, plain(answer), re.IGNORECASE):
+        sign = list(kinds)[(match.lastindex or 1) - 1]
+        signs += sign
+        if sign == "t":
+            signs += names.get(match[0].casefold(), "")
+        elif sign in "hol":
+            signs += match[0].rstrip(").:、")[-1]
+    return signs
+
+
 def chosen(answer: str, options: dict[str, str]) -> str | None:
     """The letter of the option that an answer settles on; None if it can't be read, or stays open.
 
     What it denies is left aside. Its last claim counts; without one the option that it is headed by, then the
     only one that it calls an option, then the only one whose text it names.
     """
-    names = {plain(text).strip(" .").casefold(): letter for letter, text in options.items()}
-    texts = sorted((re.escape(name) for name in names if len(name) > 1), key=len, reverse=True)
-    letter = rf"(?<![a-z0-9-])(?-i:[{''.join(options)}](?![a-zA-Z0-9'-]|\.\s+[a-z]))"  # not of E. coli
-    kinds = {
-        "n": rf"(?<![a-z0-9])(?:{'|'.join(texts) or '(?!)'})(?![a-z0-9])",
-        "#": rf"(?m:^)\W*(?:option |choice )?\(?{letter}[).:、]+(?=[^\S\n]*\S)(?![^\S\n]*{letter})",
-        "O": rf"(?:\b(?:option|choice|answer) |选项\s*|答案)\(?{letter}",
-        "o": letter,
-        **SIGNS,
-    }
-    pattern = "|".join(f"({words})" for words in kinds.values())
-    signs, letters = "", ""  # the second has the letter of each option, and a space for any other word
-    for match in re.finditer(pattern, plain(answer), re.IGNORECASE):
-        signs += list(kinds)[(match.lastindex or 1) - 1]
-        if signs[-1] == "n":
-            letters += names.get(match[0].casefold(), " ")
-        else:
-            letters += match[0].rstrip(").:、")[-1] if signs[-1] in "oO#" else " "
-    signs = DENIED.sub(lambda denied: "f" * len(denied[0]), signs)
-    claims = list(CLAIMED.finditer(signs))
+    signs = DENIED.sub("f", read_signs(answer, options))
+    claims = CLAIMED.findall(signs)
     if claims:
-        start, end = claims[-1].span(claims[-1].lastindex or 0)
-        said = set(letters[start:end]) - {" "}
+        said = set(re.findall("[A-Z]", claims[-1]))
         return said.pop() if len(said) == 1 else None
-    for kind in "#On":
-        named = [
-            letter for letter, sign in zip(letters, signs, strict=True) if sign == kind and letter != " "
-        ]
+    for kind in "hot":
+        named: list[str] = re.findall(f"{kind}([A-Z])", signs)
         # A list of all the options is headed by the first of them.
-        if named and (len(set(named)) == 1 or (kind == "#" and named[0] != min(options))):
+        if named and (len(set(named)) == 1 or (kind == "h" and named[0] != min(options))):
             return named[0]
     return None
 
 
-SHRUNK = 0.25  # of the rows' own thoughts: what is shorter is no thinking step by step
+SIDES = {"base": "Before", "chat": "Before, own chat", "tuned": "After"}
 Measures = dict[str, list[float]]  # by name, a number for each row or answer
 FEWEST_ROWS = 8  # for a verdict
 RESAMPLES = 2000  # of the bootstrap
+SHRUNK = 0.25  # of the rows' own thoughts: what is shorter is no thinking step by step
 FORGOTTEN = 0.1  # nats per token that general text may lose unmentioned: a tenth more perplexity
+# What is better, where it is not the higher number: the lower one, or neither.
+BETTER = dict.fromkeys(("loss", "answer_loss", "general_loss", "unread", "repetition"), "lower")
+BETTER |= dict.fromkeys(("thought_words", "answer_words", "bullets"), "")
 
 
 def compare(base: Sequence[float], tuned: Sequence[float], seed: int) -> dict[str, float]:
@@ -556,9 +526,9 @@ def compare(base: Sequence[float], tuned: Sequence[float], seed: int) -> dict[st
     for _ in range(RESAMPLES):
         means.append(statistics.fmean(chance.choices(differences, k=len(differences))))
     means.sort()
-    low, high = means[round(0.025 * RESAMPLES)], means[round(0.975 * RESAMPLES)]
     numbers = {"base": statistics.fmean(base), "tuned": statistics.fmean(tuned)}
-    numbers |= {"difference": statistics.fmean(differences), "low": low, "high": high}
+    numbers["difference"] = statistics.fmean(differences)
+    numbers |= {"low": means[round(0.025 * RESAMPLES)], "high": means[round(0.975 * RESAMPLES)]}
     return {name: round(value, 4) for name, value in numbers.items()}
 
 
@@ -570,33 +540,37 @@ def build_report(
     Of each question there are one or more samples, answered by all sides; their mean counts. Where the base
     was also asked by its own chat template, the tuned side is compared with the better of both.
     """
-    chat: Measures = {}
+    sides: dict[str, Measures] = {"base": base, "chat": {}, "tuned": tuned}
+    pairs = []
+    thought = wanted = 0  # in characters, which count in every language
     for samples in questions:
-        for side, numbers in (("base", base), ("chat", chat), ("tuned", tuned)):
-            counted = [measure(pair[side]) for pair in samples if side in pair]
-            for name in counted[0] if counted else ():
-                numbers.setdefault(name, []).append(statistics.fmean(each[name] for each in counted))
+        for side in sides.keys() & samples[0].keys():
+            counted = []
+            for pair in samples:
+                pair[side].pop("seconds", None)  # the same command gives the same report
+                counted.append(measure(pair[side]))
+            for name in counted[0]:
+                mean = statistics.fmean(numbers[name] for numbers in counted)
+                sides[side].setdefault(name, []).append(mean)
+        for pair in samples:
+            pairs.append(pair)
+            if pair["tuned"]["closed"] and "reference_thought" in pair:
+                thought += len(pair["tuned"]["thought"])
+                wanted += len(pair["reference_thought"])
     measures = {}
     for name, before in base.items():
-        measures[name] = compare(before, tuned[name], seed)
-        if name in chat:
-            of_chat = compare(chat[name], tuned[name], seed)
-            gain = of_chat["base"] - measures[name]["base"]
-            better = BETTER.get(name.replace("_", " "), "higher")
+        found = compare(before, tuned[name], seed)
+        if name in sides["chat"]:
+            of_chat = compare(sides["chat"][name], tuned[name], seed)
+            befores = {"base": found["base"], "chat": of_chat["base"]}
+            gain = befores["chat"] - befores["base"]
+            better = BETTER.get(name, "higher")
             if (better == "higher" and gain > 0) or (better == "lower" and gain < 0):
-                measures[name] = of_chat | {"base": measures[name]["base"]}
-            measures[name]["chat"] = of_chat["base"]
-    pairs = [pair for samples in questions for pair in samples]
-    for pair in pairs:
-        for side in ("base", "chat", "tuned"):
-            pair.get(side, {}).pop("seconds", None)  # the same command gives the same report
-    thought = wanted = 0  # in characters, which count in every language
-    for pair in pairs:
-        if pair["tuned"]["closed"] and "reference_thought" in pair:
-            thought += len(pair["tuned"]["thought"])
-            wanted += len(pair["reference_thought"])
-    said, general = verdict(measures, rows, thought < SHRUNK * wanted), measures.get("general_loss")
-    if general and general["low"] > FORGOTTEN:
+                found = of_chat
+            found |= befores
+        measures[name] = found
+    said = verdict(measures, rows, thought < SHRUNK * wanted)
+    if "general_loss" in measures and measures["general_loss"]["low"] > FORGOTTEN:
         said += "; general text is predicted worse than before"
     report = {"verdict": said, "rows": rows, "answers": len(pairs)}
     report["everyday"] = len(base.get("everyday_stopped", ()))
@@ -611,90 +585,77 @@ def verdict(report: dict[str, Any], rows: int, shrunk: bool = False) -> str:
     """
     if rows < FEWEST_ROWS:
         return f"can't tell: {rows} {'row is' if rows == 1 else 'rows are'} too few, it takes {FEWEST_ROWS}"
-    accuracy, unread, closed = report.get("accuracy"), report.get("unread"), report.get("closed")
-    if accuracy:
-        aside = "; more could not be read" if unread and unread["low"] > 0 else ""
-        aside = "; fewer could not be read" if unread and unread["high"] < 0 else aside
-        if accuracy["high"] < 0:
-            return f"worse: fewer answers are right{aside}"
-        if accuracy["low"] > 0:
-            return f"better: more answers are right{aside}"
-        return "can't tell: the 95% interval of the accuracy includes 0"
-    loss, relevance = report["loss"], report["relevance"]
-    if loss["low"] > 0:
-        return "worse: the held-out loss rose"
-    if relevance["high"] < 0:
-        return "worse: its answers depend less on the question than the base model's"
-    if loss["high"] >= 0:
-        return "can't tell: the 95% interval of the loss includes 0"
-    if closed and closed["high"] < 0:
-        return "can't tell: the held-out loss fell, but fewer thoughts were closed within --max-new-tokens"
-    if closed and not closed["tuned"]:
-        return "can't tell: the held-out loss fell, but no thought was closed within --max-new-tokens"
-    if shrunk:
-        return "can't tell: the held-out loss fell, but thoughts are much shorter than the rows' own"
-    return "better: the held-out loss fell, and answers depend on their questions as before or more"
+    if "accuracy" in report:
+        accuracy, unread = report["accuracy"], report.get("unread", {"low": 0, "high": 0})
+        aside = "; more could not be read" if unread["low"] > 0 else ""
+        aside = "; fewer could not be read" if unread["high"] < 0 else aside
+        cases = [
+            (accuracy["high"] < 0, f"worse: fewer answers are right{aside}"),
+            (accuracy["low"] > 0, f"better: more answers are right{aside}"),
+            (True, "can't tell: the 95% interval of the accuracy includes 0"),
+        ]
+    else:
+        loss, relevance = report["loss"], report["relevance"]
+        closed = report.get("closed", {"high": 0, "tuned": 1})  # where no question was asked
+        but, limit = "can't tell: the held-out loss fell, but", "within --max-new-tokens"
+        cases = [
+            (loss["low"] > 0, "worse: the held-out loss rose"),
+            (relevance["high"] < 0, "worse: its answers depend less on the question than the base model's"),
+            (loss["high"] >= 0, "can't tell: the 95% interval of the loss includes 0"),
+            (closed["high"] < 0, f"{but} fewer thoughts were closed {limit}"),
+            (not closed["tuned"], f"{but} no thought was closed {limit}"),
+            (shrunk, f"{but} thoughts are much shorter than the rows' own"),
+            (True, "better: the held-out loss fell, and answers depend on their questions as before or more"),
+        ]
+    return next(said for applies, said in cases if applies)
 
 
 REPORT_HEADINGS = ("measure", "before", "own chat", "after", "change (95% interval)", "better is")
-BETTER = {
-    "loss": "lower",
-    "answer loss": "lower",
-    "general loss": "lower",
-    "unread": "lower",
-    "repetition": "lower",
-    "thought words": "",
-    "answer words": "",
-    "bullets": "",
-}
+DIGITS = {"loss": 3, "relevance": 3, "words": 1}  # that make sense, by a measure's last word
 
 
 def report_rows(evaluation: dict[str, Any]) -> list[tuple[str, ...]]:
-    """The measures of an evaluation under `REPORT_HEADINGS`, with as many digits as make sense."""
+    """The measures of an evaluation under `REPORT_HEADINGS`."""
     rows: list[tuple[str, ...]] = []
     for name, value in evaluation.items():
         if isinstance(value, dict):
-            name = name.replace("_", " ")
-            better = BETTER.get(name, "higher")
-            digits = 3 if "loss" in name or name == "relevance" else 1 if "words" in name else 2
-            change, low, high = (f"{value[key]:+.{digits}f}" for key in ("difference", "low", "high"))
-            before, after = f"{value['base']:.{digits}f}", f"{value['tuned']:.{digits}f}"
-            chat = f"{value['chat']:.{digits}f}" if "chat" in value else ""
-            rows.append((name, before, chat, after, f"{change} ({low} to {high})", better))
+            digits = DIGITS.get(name.split("_")[-1], 2)
+            shown = {"chat": ""}
+            for key, number in value.items():
+                shown[key] = f"{number:.{digits}f}" if key in SIDES else f"{number:+.{digits}f}"
+            sides = (shown["base"], shown["chat"], shown["tuned"])
+            change = f"{shown['difference']} ({shown['low']} to {shown['high']})"
+            rows.append((name.replace("_", " "), *sides, change, BETTER.get(name, "higher")))
     return rows
 
 
 def axis_label(name: str) -> str:
     """A measure's name for a picture, with which way is better."""
-    words = name.replace("_", " ")
-    better = BETTER.get(words, "higher")
-    return "\n".join(words.split()) + (f"\n({better})" if better else "")
+    label, better = name.replace("_", "\n"), BETTER.get(name, "higher")
+    return f"{label}\n({better})" if better else label
 
 
 def report_note(evaluation: dict[str, Any]) -> str:
     """What the measures of an evaluation are."""
-    note = f"All else is counted in {evaluation['answers']} answers; shares are of those."
-    if "chat" in evaluation.get("closed", ()):
-        note += (
-            " Own chat: the base model asked by its own chat template instead of the training prompt; changes"
-            " are from the better of both."
-        )
-    if "unread" in evaluation:
-        note = f"An answer is unread if no single option could be read from it; it counts as wrong. {note}"
-    if "general_loss" in evaluation:
-        before, after, change = (evaluation["general_loss"][key] for key in ("base", "tuned", "difference"))
-        general = f"loss {before:.2f} to {after:.2f} ({change:+.2f})"
-        number = evaluation["everyday"]
-        if number:
-            before, after = (number * evaluation["everyday_stopped"][key] for key in ("base", "tuned"))
-            general += f", everyday questions finished {before:.0f} to {after:.0f} of {number}"
-        note = f"General text without medicine, which shows what was forgotten: {general}. {note}"
+    notes = []
     if "loss" in evaluation:
-        note = (
-            "Losses are in nats per token: of thought and answer, and of the answer alone. Relevance is how"
-            f" much better the model predicts an answer from its own question than from another's. {note}"
-        )
-    return note
+        notes.append("Losses are in nats per token: of thought and answer, and of the answer alone.")
+        notes.append("Relevance is how much better its own question predicts an answer than another's.")
+    if "general_loss" in evaluation:
+        loss, number = evaluation["general_loss"], evaluation["everyday"]
+        note = "General text without medicine, which shows what was forgotten:"
+        note += f" loss {loss['base']:.2f} to {loss['tuned']:.2f} ({loss['difference']:+.2f})"
+        if number:
+            finished = evaluation["everyday_stopped"]
+            before, after = number * finished["base"], number * finished["tuned"]
+            note += f", everyday questions finished {before:.0f} to {after:.0f} of {number}"
+        notes.append(f"{note}.")
+    if "unread" in evaluation:
+        notes.append("An answer is unread if no single option could be read from it; it counts as wrong.")
+    notes.append(f"All else is counted in {evaluation['answers']} answers; shares are of those.")
+    if "chat" in evaluation.get("closed", ()):
+        notes.append("Own chat: the base asked by its own template; changes are from the better of both.")
+    return " ".join(notes)
 
 
 def as_report(evaluation: dict[str, Any]) -> str:
@@ -707,9 +668,9 @@ def as_report(evaluation: dict[str, Any]) -> str:
 
 def how_it_ended(answer: dict[str, Any]) -> str:
     """In words, of an answer that `generate` made."""
-    thought = "thought never closed, so there is no answer"
-    if answer["closed"] or answer["answer"]:
-        thought = "thought closed" if answer["closed"] else "no thought"
+    thought = "thought closed" if answer["closed"] else "no thought"
+    if not answer["closed"] and not answer["answer"]:
+        thought = "thought never closed, so there is no answer"
     return f"{thought}; {'stopped by itself' if answer['stopped'] else 'cut off at --max-new-tokens'}"
 
 
@@ -718,12 +679,12 @@ def fold(text: str) -> str:
 
     def once(match: re.Match[str]) -> str:
         said, space = match.groups()
-        times = (len(match[0]) + len(space)) // len(said + space)
+        times = (len(match[0]) + len(space)) // len(said + space)  # the last one has no space after it
         return f"{said} [{times} times]"
 
-    return re.sub(
-        r"(?<![^\s。!?！？])(\S.{7,300}?\S)(\s*)(?:\1\2)+\1(?![a-zA-Z])", once, text, flags=re.DOTALL
-    )
+    # Nine characters or more, from the beginning of a word on.
+    repeated = r"(?<![^\s。!?！？])(\S.{7,300}?\S)(\s*)(?:\1\2)+\1(?![a-zA-Z])"
+    return re.sub(repeated, once, text, flags=re.DOTALL)
 
 
 ANSWERS_PAGE = """<!DOCTYPE html>
@@ -743,30 +704,25 @@ h3, summary {{ font-size: 0.9em; color: #666; }}
 
 def as_html(report: dict[str, Any]) -> str:
     """All compared answers of an evaluation side by side, to be read by whoever knows the subject."""
-    titles = {"base": "Before", "chat": "Before, own chat", "tuned": "After"}
     questions = ""
     for pair in report["pairs"]:
-        columns = ""
-        for side, title in titles.items():
+        questions += f"<h2>{html.escape(pair['question'])}</h2>\n<section>\n"
+        for side, title in SIDES.items():
             if side in pair:
-                thought, answer = (
-                    html.escape(fold(pair[side]["thought"])),
-                    html.escape(fold(pair[side]["answer"])),
-                )
-                columns += (
-                    f"<div><h3>{title} ({how_it_ended(pair[side])})</h3><pre>{answer}</pre>"
-                    f"<details><summary>thought</summary><pre>{thought}</pre></details></div>\n"
-                )
-        columns += f"<div><h3>Reference</h3><pre>{html.escape(pair.get('reference', ''))}</pre></div>"
-        questions += f"<h2>{html.escape(pair['question'])}</h2>\n<section>\n{columns}\n</section>\n"
+                thought = html.escape(fold(pair[side]["thought"]))
+                answer = html.escape(fold(pair[side]["answer"]))
+                questions += f"<div><h3>{title} ({how_it_ended(pair[side])})</h3><pre>{answer}</pre>"
+                questions += f"<details><summary>thought</summary><pre>{thought}</pre></details></div>\n"
+        reference = html.escape(pair.get("reference", ""))
+        questions += f"<div><h3>Reference</h3><pre>{reference}</pre></div>\n</section>\n"
     return ANSWERS_PAGE.format(verdict=html.escape(report["verdict"].capitalize()), questions=questions)
 
 
 def as_markdown(pair: dict[str, Any]) -> str:
     """A question with both answers, for the model card."""
     text = f"**Question.** {as_text(pair['question'])}\n"
-    for side, title in (("base", "Before"), ("tuned", "After")):
-        text += f"\n**{title}** ({how_it_ended(pair[side])}).\n\n"
+    for side in ("base", "tuned"):
+        text += f"\n**{SIDES[side]}** ({how_it_ended(pair[side])}).\n\n"
         for line in fold(pair[side]["answer"] or pair[side]["thought"]).splitlines():
             text += f"> {as_text(line)}  \n"  # two spaces keep the line's end
     return text
@@ -792,20 +748,22 @@ def shingles(question: str) -> set[str]:
     text = unicodedata.normalize("NFKC", question).casefold()
     words = re.findall(r"[一-鿿]|[^\W一-鿿]+", text)
     length = 4 if re.search("[一-鿿]", text) else 2
-    runs = (" ".join(words[i : i + length]) for i in range(len(words) - length + 1))
-    return {f"{zlib.crc32(run.encode()):08x}" for run in runs}
+    found = set()
+    for start in range(len(words) - length + 1):
+        run = " ".join(words[start : start + length])
+        found.add(f"{zlib.crc32(run.encode()):08x}")
+    return found
 
 
 def sketches(questions: Sequence[str]) -> list[str]:
     """The rarest shingles of each question, to know it again; what many questions share tells nothing."""
     found = list(map(shingles, questions))
-    number = collections.Counter(shingle for each in found for shingle in each)
+    number = collections.Counter(itertools.chain.from_iterable(found))
     common = max(2, COMMON * len(found))
     kept = []
     for each in found:
-        rare = sorted(
-            (shingle for shingle in each if number[shingle] <= common), key=lambda s: (number[s], s)
-        )
+        rare = [shingle for shingle in sorted(each) if number[shingle] <= common]
+        rare.sort(key=number.__getitem__)
         kept.append(" ".join(rare[:KEPT_SHINGLES]))
     return kept
 

@@ -333,6 +333,8 @@ MEDMCQA = dict(zip(("opa", "opb", "opc", "opd"), TEXTS, strict=True)) | {"choice
         ({"options": dict(zip("ABCDE", [*TEXTS, None], strict=True)), "answer_idx": "D"}, "D"),
         ({"options": dict(zip("ABCDE", [*TEXTS, None], strict=True)), "answer_idx": "E"}, None),
         ({"options": dict(zip("1234", TEXTS, strict=True)), "answer_idx": "4"}, "D"),
+        ({"options": dict(zip("1234", TEXTS, strict=True)), "answer_idx": "2"}, "B"),
+        ({"options": dict(zip("BADC", TEXTS, strict=True)), "answer_idx": "B"}, "A"),
         ({"options": TEXTS, "answer_idx": "B"}, "B"),
         ({"options": TEXTS, "answer_idx": 3}, "D"),
         ({"options": TEXTS, "answer_idx": "3"}, "D"),
