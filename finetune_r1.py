@@ -1236,12 +1236,14 @@ def save_config(folder: Path) -> None:
 def import_unsloth() -> Any:
     """Unsloth's FastLanguageModel; it has to be imported before trl, transformers and peft."""
     if "unsloth" not in sys.modules:
-        # As it is imported on a GPU, it makes over all of TRL's trainers, in 7 s, but not for its own tests.
-        if torch.cuda.is_available():
+        # What is imported stays: no garbage is looked for in it now, nor in the dozen times that Unsloth does.
+        gc.disable()
+        if torch.cuda.is_available():  # as if it were tested, or it makes over all trainers of TRL, in 7 s
             os.environ["UNSLOTH_ALLOW_CPU"] = "1"
         importlib.import_module("unsloth")
         os.environ.pop("UNSLOTH_ALLOW_CPU", None)
-        gc.freeze()  # what was imported stays: Unsloth collects garbage a dozen times, each 0.4 s otherwise
+        gc.freeze()
+        gc.enable()
     fast_model = unsloth.FastLanguageModel
     transformers.utils.logging.disable_progress_bar()  # what takes seconds; downloads keep theirs
     if RANK or not Console.verbose:
