@@ -1236,7 +1236,7 @@ def save_config(folder: Path) -> None:
 def import_unsloth() -> Any:
     """Unsloth's FastLanguageModel; it has to be imported before trl, transformers and peft."""
     if "unsloth" not in sys.modules:
-        # What is imported stays: no garbage is looked for in it now, nor in the dozen times that Unsloth does.
+        # What is imported stays: no garbage is looked for in it, now or when Unsloth looks, a dozen times.
         gc.disable()
         if torch.cuda.is_available():  # as if it were tested, or it makes over all trainers of TRL, in 7 s
             os.environ["UNSLOTH_ALLOW_CPU"] = "1"
