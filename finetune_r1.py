@@ -2282,24 +2282,22 @@ def row_losses(loaded: LoadedModel, rows: Any, label: str = "losses") -> dict[st
     Relevance is how much more the answer costs after the next row's question and thought than after its own.
     Where those are too long to stand before it, their beginning is left out: Unsloth would cut off its end.
     """
-    prefixes = [prompts.build_example(row["question"], row["thought"], "", "", loaded.lang) for row in rows]
-    prefixes = loaded.tokenizer(prefixes)["input_ids"]
-    own, mismatched, answers = [], [], []
+    leads = [prompts.build_example(row["question"], row["thought"], "", "", loaded.lang) for row in rows]
+    leads = loaded.tokenizer(leads)["input_ids"]
+    texts = []
     for number in my_share(range(len(rows))):
-        row, prefix, other = rows[number], prefixes[number], prefixes[(number + 1) % len(rows)]
-        answer = row["input_ids"][len(prefix) :]
+        row, other = rows[number], leads[(number + 1) % len(rows)]
+        answer = row["input_ids"][len(leads[number]) :]
         excess = max(0, len(other) + len(answer) - loaded.model.max_seq_length)
-        lead = other[:1] + other[1 + excess :]  # the first token is BOS
-        own.append((row["input_ids"], row["prompt_tokens"]))
-        mismatched.append((lead + answer, len(lead)))
-        answers.append(len(answer))
-    losses = token_losses(loaded, [*own, *mismatched], label)
-    found: list[tuple[float, float, float]] = []
-    for all_of_it, elsewhere, length in zip(losses[: len(own)], losses[len(own) :], answers, strict=True):
-        of_answer = statistics.fmean(all_of_it[-length:])
-        found.append((statistics.fmean(all_of_it), of_answer, statistics.fmean(elsewhere) - of_answer))
-    loss, answer_loss, relevance = zip(*gather(found), strict=True)
-    return {"loss": list(loss), "answer_loss": list(answer_loss), "relevance": list(relevance)}
+        other = other[:1] + other[1 + excess :]  # the first token is BOS
+        texts += [(row["input_ids"], row["prompt_tokens"]), (other + answer, len(other))]
+    losses = token_losses(loaded, texts, label)
+    found = []
+    for own, elsewhere in zip(losses[::2], losses[1::2], strict=True):
+        answer_loss = statistics.fmean(own[-len(elsewhere) :])  # the answer comes last
+        relevance = statistics.fmean(elsewhere) - answer_loss
+        found.append({"loss": statistics.fmean(own), "answer_loss": answer_loss, "relevance": relevance})
+    return dict(pandas.DataFrame(gather(found)).to_dict("list"))
 
 
 def general_texts(questions: bool) -> list[str]:
@@ -2315,9 +2313,7 @@ def forgetting(loaded: LoadedModel, label: str) -> dict[str, list[float]]:
     return {"general_loss": gather(list(map(statistics.fmean, losses)))}
 
 
-def token_losses(
-    loaded: LoadedModel, texts: Sequence[tuple[list[int], int]], label: str
-) -> list[list[float]]:
+def token_losses(loaded: LoadedModel, texts: Sequence[tuple[list[int], int]], label: str) -> list[Any]:
     """Losses in nats of each text's tokens, from the one at the given place on.
 
     Texts of like length go through the model together. Padding comes after them, where no token looks.
@@ -2329,7 +2325,7 @@ def token_losses(
         if not batches or (len(batches[-1]) + 1) * len(texts[number][0]) > most:
             batches.append([])
         batches[-1].append(number)
-    losses: list[list[float]] = [[]] * len(texts)
+    losses: list[Any] = [None] * len(texts)
     for batch in progress(batches, f"{label}: batch"):
         rows = [torch.tensor(texts[number][0]) for number in batch]
         ids = torch.nn.utils.rnn.pad_sequence(rows, True, loaded.tokenizer.pad_token_id)
@@ -2364,65 +2360,64 @@ def evaluate(
             base = row_losses(loaded, rows, "before") | forgetting(loaded, "general text, before")
 
     log(f"answers to {len(questions)} questions, before and after, of at most {config.max_new_tokens} tokens")
-    by_sample = []
+    by_question: list[list[Any]] = [[] for _ in questions]
     for sample in range(samples):
         seeded = dataclasses.replace(config, seed=config.seed + sample)
-        by_sample.append(gather(loaded.answer_both(my_share(questions), seeded, chat=True)))
-    by_question = list(map(list, zip(*by_sample, strict=True)))
-    for number, pairs in enumerate(by_question):
-        for pair in pairs:
-            pair["reference"] = choices[number].key if choices else rows["answer"][number]
+        pairs = gather(loaded.answer_both(my_share([*questions, *everyday]), seeded, chat=True))
+        for pair in pairs[len(questions) :]:
+            for side, numbers in (("base", base), ("tuned", tuned)):
+                finished = pair[side]["closed"] and pair[side]["stopped"]
+                numbers.setdefault("everyday_stopped", []).append(float(finished))
+        everyday = []  # once is enough
+        for number, pair in enumerate(pairs[: len(questions)]):
+            by_question[number].append(pair)
             if not choices:
-                pair["reference_thought"] = rows["thought"][number]
-            for side in ("base", "chat", "tuned") if choices else ():
-                if side in pair:
-                    letter = prompts.chosen(pair[side]["answer"], choices[number].options)
-                    pair[side] |= {"chosen": letter, "right": letter == choices[number].key}
-    for pair in gather(loaded.answer_both(my_share(everyday), config)):
-        for side, numbers in (("base", base), ("tuned", tuned)):
-            finished = pair[side]["closed"] and pair[side]["stopped"]
-            numbers.setdefault("everyday_stopped", []).append(float(finished))
+                pair["reference"], pair["reference_thought"] = rows["answer"][number], rows["thought"][number]
+                continue
+            options, pair["reference"] = choices[number].options, choices[number].key
+            for side in {"base", "chat", "tuned"} & pair.keys():
+                letter = prompts.chosen(pair[side]["answer"], options)
+                pair[side] |= {"chosen": letter, "right": letter == pair["reference"]}
 
     report = prompts.build_report(base, tuned, by_question, len(choices or rows), config.seed)
-    summary = dict(report)
-    del summary["pairs"]
     if RANK == 0:
         with run.lock(timeout=-1):  # what took minutes is not thrown away: another process is waited for
             write_json(run / f"{name}.json", report)
-            draw_measures(summary, run / f"{name}.png")
+            draw_measures(report, run / f"{name}.png")
             write_text(run / f"{name}.html", prompts.as_html(report))
             write_card(run)
-    return summary
+    del report["pairs"]
+    return report
 
 
-def draw_measures(summary: dict[str, Any], path: Path) -> None:
+def draw_measures(report: dict[str, Any], path: Path) -> None:
     """Draws before beside after: losses, shares and numbers of words, each kind in a panel of its own.
 
     The line on a bar after training is the change's 95% interval.
     """
-    measures = pandas.DataFrame({name: value for name, value in summary.items() if isinstance(value, dict)}).T
+    measures = pandas.DataFrame({name: value for name, value in report.items() if isinstance(value, dict)}).T
+    titles = {"base": "before", "chat": "before, own chat", "tuned": "after"}
+    colors = {"base": "C0", "chat": "0.75", "tuned": "C1"}
     units = {"words": "words", "loss": "nats per token", "relevance": "nats per token"}
     unit = measures.index.map(lambda name: units.get(name.split("_")[-1], "share of answers"))
     figure, axes = pyplot.subplots(1, unit.nunique(), figsize=(12, 4.5), layout="constrained", squeeze=False)
     for panel, (label, group) in zip(axes[0], measures.groupby(unit, sort=False), strict=True):
-        places = numpy.arange(len(group))
-        sides = {"base": ("before", "C0"), "chat": ("before, own chat", "0.75"), "tuned": ("after", "C1")}
-        shown = [side for side in sides if side in group and group[side].notna().any()]
-        for number, side in enumerate(shown):
-            place = places + 0.8 * ((number + 0.5) / len(shown) - 0.5)
-            title, color = sides[side]
-            bars = panel.bar(place, group[side], width=0.8 / len(shown), label=title, color=color)
-            panel.bar_label(bars, fmt="{:.3g}", fontsize=8, padding=3)
+        shown = group.filter(titles).dropna(axis="columns", how="all")
+        names = shown.columns
+        bars = panel.grouped_bar(shown, labels=names.map(titles), colors=names.map(colors), group_spacing=0.6)
+        for of_side in bars.bar_containers:
+            panel.bar_label(of_side, fmt="{:.3g}", fontsize=8, padding=3)
+        after = bars.bar_containers[-1].position_centers
         interval = [group["difference"] - group["low"], group["high"] - group["difference"]]
-        panel.errorbar(place, group["tuned"], yerr=interval, fmt="none", ecolor="0.6", capsize=3)
-        panel.set_xticks(places, map(prompts.axis_label, group.index), fontsize=9)
+        panel.errorbar(after, group["tuned"], yerr=interval, fmt="none", ecolor="0.6", capsize=3)
+        panel.set_xticks(range(len(group)), group.index.map(prompts.axis_label), fontsize=9)
         panel.set_ylabel(label)
         if label == "share of answers":
             panel.set_ylim(0, 1.1)
     handles = axes[0][-1].get_legend_handles_labels()  # the last panel has every side
     figure.legend(*handles, loc="outside lower right", ncols=3, fontsize=9)
     axes[0][0].set_xlabel("(in brackets: what is better)", fontsize=9)
-    figure.suptitle(f"{summary['rows']} rows: {summary['verdict']}", fontsize=10)
+    figure.suptitle(f"{report['rows']} rows: {report['verdict']}", fontsize=10)
     with atomic_path(path) as partial:
         figure.savefig(partial, dpi=120, format="png")
     pyplot.close(figure)
@@ -2449,13 +2444,12 @@ def weights_size(model: str, revision: str | None = None) -> tuple[int, int, int
     """Bytes of a model's weights, of those that are still to be downloaded, and of the largest such file."""
     if Path(model).is_dir():
         return sum(file.stat().st_size for file in Path(model).glob("*.safetensors")), 0, 0
-    wanted = {"revision": revision, "allow_patterns": "*.safetensors"}
-    weights_of = functools.partial(huggingface_hub.snapshot_download, model, **wanted)
+    wanted: Any = {"repo_id": model, "revision": revision, "allow_patterns": "*.safetensors"}
     hub_utils.disable_progress_bars()
     try:
-        files = weights_of(dry_run=True)
+        files = huggingface_hub.snapshot_download(**wanted, dry_run=True)
     except hub_errors.DryRunError:  # no network: what was downloaded before has to do
-        return weights_size(weights_of(local_files_only=True))
+        return weights_size(huggingface_hub.snapshot_download(**wanted, local_files_only=True))
     finally:
         hub_utils.enable_progress_bars()
     missing = [file.file_size for file in files if file.will_download]
@@ -2540,12 +2534,11 @@ def outline(folder: Path, path_of: Callable[[str], Path]) -> tuple[Any, dict[str
     else:
         with safetensors.safe_open(path_of("model.safetensors"), "pt") as tensors:
             files = dict.fromkeys(tensors.keys(), "model.safetensors")
-    for name in [name for name in files if name.endswith("rotary_emb.inv_freq")]:
-        del files[name]  # which old transformers saved, and all work out
     wanted = set(model.state_dict())
     if model.config.tie_word_embeddings and "lm_head.weight" not in files:
         wanted.discard("lm_head.weight")  # it is the embedding
-    wrong = wanted ^ files.keys()
+    # Old versions of transformers saved some frequencies, which all work out.
+    wrong = [name for name in wanted ^ files.keys() if not name.endswith("rotary_emb.inv_freq")]
     if wrong:
         fault = f"{folder} is no whole model; missing or left over: {', '.join(sorted(wrong)[:3])}."
         raise UserError(fault, "nothing was saved; please report it")
@@ -2574,8 +2567,8 @@ class Merge:
         model, self.files = outline(source, self.base_file)
         weights = {name: weight for name, weight in model.state_dict().items() if name in self.files}
         self.plan = huggingface_hub.split_torch_state_dict_into_shards(weights, max_shard_size=SHARD)
-        self.merged: dict[str, dict[str, Any]] = {file: {} for file in self.plan.filename_to_tensors}
-        self.progress = progress(list(self.merged), "merging: file")
+        self.merged: dict[str, dict[str, Any]] = {}  # merged weights by file, until all of it is there
+        self.progress = progress(list(self.plan.filename_to_tensors), "merging: file")
         settings = peft.LoraConfig.from_pretrained(adapter)
         self.scale = lora_scale(settings)
         self.model = peft.get_peft_model(model, settings).eval()
@@ -2623,14 +2616,14 @@ class Merge:
             self.due[module] = weight
         self.done.add(name)
         file = self.plan.tensor_to_filename[name]
-        self.merged[file][name] = weight
+        self.merged.setdefault(file, {})[name] = weight
         if len(self.merged[file]) == len(self.plan.filename_to_tensors[file]):
             self.write(self.folder / file, self.merged.pop(file))
 
     def write(self, path: Path, weights: dict[str, Any]) -> None:
         """Writes a file of merged weights, and reads it back."""
         safetensors_torch.save_file(weights, path, {"format": "pt"})
-        with safetensors.safe_open(path, "pt") as written:
+        with safetensors.safe_open(path, "pt") as written:  # one by one, as memory may be short
             whole = set(written.keys()) == weights.keys()
             if not whole or not all(written.get_tensor(name).equal(weights[name]) for name in weights):
                 fault = f"{path.name} was not written as it should be."
@@ -2655,7 +2648,7 @@ class Merge:
         accelerate.cpu_offload(self.model, device, state_dict=self)
         with torch.no_grad():
             logits = self.model(batch, adapter_names=["__base__", "default", "__base__"]).logits.float().cpu()
-        for name in [name for name in self.files if name not in self.done]:
+        for name in sorted(self.plan.tensor_to_filename.keys() - self.done):
             self[name]  # of a layer that text alone does not need
         remove(self.folder / ".base")
         if self.plan.is_sharded:
@@ -2669,8 +2662,7 @@ def check_merge(base: Any, tuned: Any, merged: Any) -> dict[str, Any]:
 
     Rounding to 16 bits scatters the logits, and swallows the smallest of the changes: after a short training
     a fifth of the effect and more. A lost, a doubled or a foreign adapter shows along the effect: its share
-    is then near 0, near 2 or anything, where 1 is right. Raises below 0.5 and above 1.5, or where the logits
-    are further off than the whole effect; says so where the share is not within 0.15 of 1.
+    is then near 0, near 2 or anything, where 1 is right.
     """
     effect = tuned - base
     if not effect.any():
@@ -2679,7 +2671,7 @@ def check_merge(base: Any, tuned: Any, merged: Any) -> dict[str, Any]:
     share = float(((merged - base) * effect).sum() / effect.square().sum())
     numbers = {"adapter_share": round(share, 3), "training_moved_logits": round(strength, 4)}
     numbers["rounding"] = round(off, 4)
-    if not (abs(share - 1) < 0.5 and off <= max(strength, 0.01)):
+    if not (abs(share - 1) < 0.5 and off <= max(strength, 0.01)):  # so NaN is refused, too
         fault = f"the merged weights do not act as base + adapter: {numbers}. Nothing was saved."
         raise UserError(fault, "`push --adapter-only`; or `train` longer: 16 bits lose a very short training")
     if abs(share - 1) >= 0.15:
@@ -2735,8 +2727,7 @@ def write_card(
         largest["accuracy" in report] = f"{prompts.as_report(report)}\n![before and after]({path.stem}.png)\n"
     reports = "\n".join(largest.values())
     [pair] = read_jsonl(run / "samples.jsonl")
-    numbers = {"rows": record["rows"], "losses": record["losses"], "plan": record["plan"]}
-    numbers |= {"device": record["device"], "seconds": record["seconds"]}
+    numbers = {name: record[name] for name in ("rows", "losses", "plan", "device", "seconds")}
     numbers["settings"] = dataclasses.asdict(config) | {"model": base, "dataset": Path(config.dataset).name}
     use = prompts.CHAT_BY_ADAPTER if adapter_only else prompts.CHAT_BY_WEIGHTS
     serve = [] if adapter_only else [shlex.join(["vllm", "serve", repo, *serving_options(run)])]
@@ -2773,9 +2764,8 @@ def gguf_names(model: Any) -> dict[str, str]:
     shape = model.config
     kind, rope = shape.model_type, (getattr(shape, "rope_parameters", None) or {}).get("rope_type", "default")
     if rope not in ROPES.get(kind, ()) or getattr(shape, "use_sliding_window", False):
-        fault = (
-            f"--as gguf takes {' and '.join(ROPES)} without a sliding window; this is {kind}, rope {rope}."
-        )
+        kinds = " and ".join(ROPES)
+        fault = f"--as gguf takes {kinds} without a sliding window; this is {kind}, rope {rope}."
         raise UserError(fault, "`save` writes weights for transformers and vLLM")
     known = gguf.get_tensor_name_map(gguf.MODEL_ARCH[kind.upper()], shape.num_hidden_layers)
     names = {name: known.get_name(name, (".weight", ".bias")) for name in model.state_dict()}
@@ -2809,33 +2799,32 @@ def pre_tokenizer(tokenizer: Any) -> str:
 
 def add_tokenizer(writer: Any, tokenizer: Any, size: int) -> None:
     """Writes a byte-level BPE tokenizer and its chat template; the model has rows for `size` tokens."""
-    texts = {number: text for text, number in tokenizer.get_vocab().items()}
     added, kinds = tokenizer.added_tokens_decoder, gguf.TokenType
-    types = []
-    for number in range(size):
-        kind = kinds.NORMAL if number in texts else kinds.UNUSED
-        if number in added:
-            kind = kinds.CONTROL if added[number].special else kinds.USER_DEFINED
-        types.append(kind)
+    texts, types = list(map("[PAD{}]".format, range(size))), [kinds.UNUSED] * size
+    for text, number in tokenizer.get_vocab().items():
+        if number < size:  # some models have fewer rows than their tokenizer has tokens
+            texts[number], types[number] = text, kinds.NORMAL
+            if number in added:
+                types[number] = kinds.CONTROL if added[number].special else kinds.USER_DEFINED
     writer.add_tokenizer_model("gpt2")
     writer.add_tokenizer_pre(pre_tokenizer(tokenizer))
-    writer.add_token_list([texts.get(number, f"[PAD{number}]") for number in range(size)])
+    writer.add_token_list(texts)
     writer.add_token_types(types)
     pairs = json.loads(tokenizer.backend_tokenizer.to_str())["model"]["merges"]
-    writer.add_token_merges([" ".join(pair) for pair in pairs])
+    writer.add_token_merges(list(map(" ".join, pairs)))
     if tokenizer.bos_token_id is not None:
         writer.add_bos_token_id(tokenizer.bos_token_id)
     writer.add_eos_token_id(tokenizer.eos_token_id)
     writer.add_eot_token_id(tokenizer.eos_token_id)  # or llama.cpp takes any that it knows by its name
     writer.add_pad_token_id(tokenizer.pad_token_id)
     writer.add_add_bos_token(has_bos(tokenizer))
-    if tokenizer.chat_template:
-        writer.add_chat_template(tokenizer.chat_template)
+    writer.add_chat_template(tokenizer.chat_template)
 
 
-def gguf_writer(run: Run, shape: Any, outtype: str) -> Any:
-    """A writer of a GGUF, with what every one says of itself."""
+def gguf_writer(run: Run, shape: Any, outtype: str, kind: str) -> Any:
+    """A writer of a GGUF, a "model" or an "adapter", with what every one says of itself."""
     writer = gguf.GGUFWriter(None, shape.model_type)
+    writer.add_type(kind)
     writer.add_name(run.name)
     writer.add_base_model_count(1)
     writer.add_base_model_name(0, Path(run.config.model).name)
@@ -2844,31 +2833,15 @@ def gguf_writer(run: Run, shape: Any, outtype: str) -> Any:
     return writer
 
 
-def add_shape(writer: Any, shape: Any) -> None:
-    """Writes a model's sizes as metadata."""
-    writer.add_block_count(shape.num_hidden_layers)
-    writer.add_context_length(shape.max_position_embeddings)
-    writer.add_embedding_length(shape.hidden_size)
-    writer.add_feed_forward_length(shape.intermediate_size)
-    writer.add_head_count(shape.num_attention_heads)
-    writer.add_head_count_kv(shape.num_key_value_heads)
-    writer.add_key_length(head_size(shape))
-    writer.add_value_length(head_size(shape))
-    writer.add_layer_norm_rms_eps(shape.rms_norm_eps)
-    writer.add_rope_dimension_count(head_size(shape))
-    writer.add_rope_freq_base(shape.rope_parameters["rope_theta"])
-    writer.add_vocab_size(shape.vocab_size)
-
-
-def write_gguf(writer: Any, path: Path, shapes: dict[str, Any], read: Any, outtype: str) -> None:
-    """Writes a file with tensors of these shapes, which `read` gives one by one; vectors stay F32."""
+def write_gguf(writer: Any, path: Path, outlines: dict[str, Any], read: Any, outtype: str) -> None:
+    """Writes a file with tensors of such shapes, which `read` gives one by one; vectors stay F32."""
     kinds, total = {}, 0
-    for name, shape in shapes.items():
-        kind = kinds[name] = gguf.GGMLQuantizationType["F32" if len(shape) == 1 else outtype.upper()]
-        if shape[-1] % gguf.GGML_QUANT_SIZES[kind][0]:
-            fault = f"--outtype {outtype}: the rows of {name} have {shape[-1]} numbers, no multiple of 32."
+    for name, tensor in outlines.items():
+        kind = kinds[name] = gguf.GGMLQuantizationType["F32" if tensor.ndim == 1 else outtype.upper()]
+        if tensor.shape[-1] % gguf.GGML_QUANT_SIZES[kind][0]:
+            fault = f"--outtype {outtype}: rows of {name} have {tensor.shape[-1]} numbers, no multiple of 32."
             raise UserError(fault, "take --outtype f16")
-        stored = gguf.quant_shape_to_byte_shape(shape, kind)
+        stored = gguf.quant_shape_to_byte_shape(tensor.shape, kind)
         writer.add_tensor_info(name, stored, numpy.uint8, math.prod(stored), raw_dtype=kind)
         total += math.prod(stored)
     check_room({path: total}, "set --output, or take --outtype q8_0")
@@ -2904,9 +2877,9 @@ def save_gguf(run: Run, output: Path | None, outtype: str) -> tuple[Path, Path, 
     model, files = outline(merged, merged.joinpath)
     shape, weights, rope = model.config, model.state_dict(), model.model.rotary_emb.inv_freq
     names = {in_gguf: name for name, in_gguf in gguf_names(model).items()}
-    shapes = {in_gguf: weights[name].shape for in_gguf, name in names.items()}
+    outlines = {in_gguf: weights[name] for in_gguf, name in names.items()}
     if shape.rope_parameters["rope_type"] == "llama3":
-        shapes["rope_freqs.weight"] = rope.shape
+        outlines["rope_freqs.weight"] = rope
 
     def read(in_gguf: str) -> Any:
         if in_gguf == "rope_freqs.weight":  # by how much the scaling slows each of the frequencies down
@@ -2915,14 +2888,24 @@ def save_gguf(run: Run, output: Path | None, outtype: str) -> tuple[Path, Path, 
         with safetensors.safe_open(merged / files[name], "pt") as tensors:
             return gguf_rows(name, tensors.get_tensor(name), shape)
 
-    writer = gguf_writer(run, shape, outtype)
-    writer.add_type("model")
+    writer = gguf_writer(run, shape, outtype, "model")
+    writer.add_block_count(shape.num_hidden_layers)
+    writer.add_context_length(shape.max_position_embeddings)
+    writer.add_embedding_length(shape.hidden_size)
+    writer.add_feed_forward_length(shape.intermediate_size)
+    writer.add_head_count(shape.num_attention_heads)
+    writer.add_head_count_kv(shape.num_key_value_heads)
+    writer.add_key_length(head_size(shape))
+    writer.add_value_length(head_size(shape))
+    writer.add_layer_norm_rms_eps(shape.rms_norm_eps)
+    writer.add_rope_dimension_count(head_size(shape))
+    writer.add_rope_freq_base(shape.rope_parameters["rope_theta"])
+    writer.add_vocab_size(shape.vocab_size)
     sampling = own_sampling(read_json(merged / "generation_config.json"))
     writer.add_sampling_temp(sampling["temperature"])
     writer.add_sampling_top_p(sampling.get("top_p", 1.0))
-    add_shape(writer, shape)
     add_tokenizer(writer, load_tokenizer(merged), shape.vocab_size)
-    write_gguf(writer, path, shapes, read, outtype)
+    write_gguf(writer, path, outlines, read, outtype)
     return path, merged, checked
 
 
@@ -2939,35 +2922,16 @@ def save_gguf_adapter(run: Run, output: Path | None, outtype: str) -> Path:
             raise UserError(f"--as gguf-adapter: llama.cpp takes no adapter of {module}.", "`save --as gguf`")
         rows = gguf_rows(f"{module}.weight", weight, shape) if part == "B" else weight
         tensors[f"{in_gguf}.lora_{part.lower()}"] = rows
-    writer = gguf_writer(run, shape, outtype)
-    writer.add_type("adapter")
+    writer = gguf_writer(run, shape, outtype, "adapter")
     writer.add_string("adapter.type", "lora")
     writer.add_float32("adapter.lora.alpha", lora_scale(settings) * settings.r)  # llama.cpp divides by r
-    shapes = {in_gguf: rows.shape for in_gguf, rows in tensors.items()}
-    write_gguf(writer, path, shapes, tensors.__getitem__, outtype)
+    write_gguf(writer, path, tensors, tensors.__getitem__, outtype)
     return path
 
 
 # --------------------------------------------------------------------------------------------------- pushing
 # What differs goes to the Hub in one commit; then every file is compared with what the Hub has. So a
 # repository is never half of something, and nobody else's weights stay beside ours or vanish unasked.
-
-
-def while_it_moves(work: Callable[[], Any]) -> Any:
-    """What `work` returns; raises when none of its progress bars moves, which hf_xet would take long to."""
-    hub_utils.enable_progress_bars()  # transformers' switch is for these too
-    pool = ThreadPool(1)  # its thread ends with the process
-    result = pool.apply_async(work)
-    pool.close()
-    last, moved = None, time.monotonic()
-    while not result.ready():
-        result.wait(1)
-        bars = [bar.n for bar in list(hub_utils.tqdm._instances)]
-        if bars != last:
-            last, moved = bars, time.monotonic()
-        elif time.monotonic() - moved > STALLED_SECONDS:
-            raise httpx.ReadTimeout(f"nothing has moved for {STALLED_SECONDS} s")
-    return result.get()
 
 
 class Repository:
@@ -3001,11 +2965,28 @@ class Repository:
         same = {add.path_in_repo for add in adds if self.has(add)}
         return [name for name in self.files if name.endswith(WEIGHTS) and name not in same]
 
-    def make(self, private: bool | None) -> None:
-        """Makes the repository, if there is none."""
+    def change(self, private: bool | None, work: Callable[..., Any], *arguments: Any, **options: Any) -> Any:
+        """What `work` on the repository returns, which is made if there is none.
+
+        Raises when none of the progress bars moves any more, which hf_xet would take long to.
+        """
         if self.info is None and not self.is_made:
             huggingface_hub.create_repo(self.name, private=private is not False)
             self.is_made = True
+        hub_utils.enable_progress_bars()  # transformers' switch is for these too
+        pool = ThreadPool(1)  # its thread ends with the process
+        last, moved = None, time.monotonic()
+        with uploading():
+            result = pool.apply_async(work, (self.name, *arguments), options)
+            pool.close()
+            while not result.ready():
+                result.wait(1)
+                bars = [bar.n for bar in list(hub_utils.tqdm._instances)]
+                if bars != last:
+                    last, moved = bars, time.monotonic()
+                elif time.monotonic() - moved > STALLED_SECONDS:
+                    raise httpx.ReadTimeout(f"nothing has moved for {STALLED_SECONDS} s")
+            return result.get()
 
     def refusal(self, fault: str, failure: BaseException | None, create_pr: bool) -> UserError:
         """What to say when a push has failed."""
@@ -3018,26 +2999,25 @@ class Repository:
     def send(self, add: Any, private: bool | None, create_pr: bool) -> None:
         """Sends a large file that a commit is going to bring."""
         try:
-            self.make(private)
-            send = functools.partial(huggingface_hub.preupload_lfs_files, self.name, [add])
-            with uploading():
-                while_it_moves(lambda: send(create_pr=create_pr))
+            self.change(private, huggingface_hub.preupload_lfs_files, [add], create_pr=create_pr)
         except (httpx.HTTPError, OSError, RuntimeError) as error:
             raise self.refusal(f"is as it was: {error}", error, create_pr) from error
 
     def upload(self, adds: list[Any], private: bool | None, create_pr: bool) -> dict[str, Any]:
         """Commits what differs, removes other weights, and reads all back, even if the answer was lost."""
         failure, revision = None, None
-        changes = [add for add in adds if not self.has(add)]
-        for name in set(self.other_weights(adds)).difference(add.path_in_repo for add in adds):
-            changes.append(huggingface_hub.CommitOperationDelete(name))
+        changes, others = [], set(self.other_weights(adds))
+        for add in adds:
+            others.discard(add.path_in_repo)  # those are replaced
+            if not self.has(add):
+                changes.append(add)
+        changes += map(huggingface_hub.CommitOperationDelete, others)
         try:
-            self.make(private)
             if changes:  # the parent is named so that nobody's commit of this minute is undone
-                options = {"parent_commit": self.info.sha if self.info else None, "create_pr": create_pr}
-                send = functools.partial(huggingface_hub.create_commit, self.name, changes, **options)
-                with uploading():
-                    revision = while_it_moves(lambda: send(commit_message="By finetune_r1")).pr_revision
+                options = {"commit_message": "By finetune_r1", "create_pr": create_pr}
+                options["parent_commit"] = self.info.sha if self.info else None
+                commit = self.change(private, huggingface_hub.create_commit, changes, **options)
+                revision = commit.pr_revision
         except (httpx.HTTPError, OSError, RuntimeError) as error:
             failure = error
         for pause in (0, READ_AGAIN_SECONDS):  # this answer may be lost too, or the commit be under way
@@ -3066,8 +3046,9 @@ def files_to_push(
     """
     ggufs: dict[str, Path | bytes] = {}
     for path in sorted((run / "gguf").glob("*.gguf")):
-        name = f"adapter/{path.name}" if path.name.endswith("-lora.gguf") else path.name
-        if name in remote.files or (gguf_too and not (adapter_only and name == path.name)):
+        of_adapter = path.name.endswith("-lora.gguf")
+        name = f"adapter/{path.name}" if of_adapter else path.name
+        if name in remote.files or (gguf_too and (of_adapter or not adapter_only)):
             ggufs[name] = path
     if gguf_too and not ggufs:
         way_out = f"`save --as {'gguf-adapter' if adapter_only else 'gguf'} --run {shlex.quote(str(run))}`"
@@ -3080,8 +3061,8 @@ def files_to_push(
     files: dict[str, Path | bytes] = {"README.md": run / "README.md"}
     files |= {path.name: path for path in run.folder.glob("*.png")}
     files |= {f"adapter/{name}": adapter / name for name in run.record.get("adapter", file_sizes(adapter))}
-    settings = read_json(adapter / "adapter_config.json")
-    settings["base_model_name_or_path"] = public_name(run.config.model)
+    named = {"base_model_name_or_path": public_name(run.config.model)}
+    settings = read_json(adapter / "adapter_config.json") | named
     files["adapter/adapter_config.json"] = json.dumps(settings, indent=2).encode()
     if dry_run and not adapter_only and not run.record.get("saved"):
         log("note: the merged weights are missing below, as `save` has not made them; `push` would")
@@ -3095,21 +3076,18 @@ def files_to_push(
 # value, never in a run and never printed; the place they came from is.
 
 
-class Secret(NamedTuple):
+@dataclass(frozen=True)
+class Secret:
     """A token or key, and the place it came from; only the place is ever shown."""
 
-    value: str
+    value: str = field(repr=False)
     source: str
-
-    def __repr__(self) -> str:
-        return f"Secret from {self.source}"
 
     def check(self) -> Self:
         """Raises for letters that no token has; the HTTP client's own error would show it."""
         if not re.fullmatch(r"[!-~]+", self.value):
-            raise UserError(
-                f"{self.source} contains a space or a character that no token has.", "copy it again"
-            )
+            fault = f"{self.source} contains a space or a character that no token has."
+            raise UserError(fault, "copy it again")
         return self
 
 
@@ -3140,7 +3118,8 @@ def find_secret(names: Sequence[str]) -> Secret | None:
     for name in names if not found and importlib.util.find_spec("kaggle_secrets") else ():
         try:
             value = (kaggle_secrets.UserSecretsClient().get_secret(name) or "").strip()
-            found += [Secret(value, f"{name} in Kaggle's secrets")] if value else []
+            if value:
+                found.append(Secret(value, f"{name} in Kaggle's secrets"))
         except Exception as error:  # it has kinds of its own, and none of them may stop a training
             faults.add(type(error).__name__)
             if isinstance(error, ConnectionError):  # it takes 40 s each time
@@ -3148,10 +3127,9 @@ def find_secret(names: Sequence[str]) -> Secret | None:
     if faults and not found:
         way_out = "attach it under Add-ons > Secrets, and turn Internet on"
         log(f"note: Kaggle's secrets gave no {names[0]} ({', '.join(sorted(faults))}): {way_out}")
-    if not found:
-        return None
-    os.environ[names[0]] = found[0].check().value
-    return found[0]
+    if found:
+        os.environ[names[0]] = found[0].check().value
+    return found[0] if found else None
 
 
 @functools.cache
@@ -3163,9 +3141,8 @@ def use_hub_token() -> Secret | None:
 
 def hub_account(secret: Secret, repo: str = "") -> dict[str, Any]:
     """Who the token belongs to, and whether it may push, to `repo` or at all; raises without an answer."""
-    secret.check()
     try:
-        account = huggingface_hub.whoami(secret.value)
+        account = huggingface_hub.whoami(secret.check().value)
     except hub_errors.HfHubHTTPError as error:
         if error.response.status_code != 401:
             raise
@@ -3180,8 +3157,8 @@ def hub_account(secret: Secret, repo: str = "") -> dict[str, Any]:
         for scope in token.get("fineGrained", {}).get("scoped", ()):
             if "repo.write" in scope["permissions"]:
                 places.append(scope["entity"].get("name", account["name"]))
-        found["can_push"] = bool(set(places) & {repo, repo.split("/")[0]} if repo else places)
-        found["writes_to"] = places
+        meant = {repo, repo.split("/")[0]} if repo else set(places)
+        found |= {"can_push": bool(meant & set(places)), "writes_to": places}
     return found
 
 
@@ -3203,11 +3180,8 @@ def wandb_account(key: Secret | None, ask: bool = False) -> str | None:
 def track_in_wandb(config: TrainConfig, run: Run) -> Iterator[bool]:
     """Starts or resumes the W&B run, and ends it; does nothing for a user who is not logged in there."""
     mode = os.environ.get("WANDB_MODE", "online")
-    if RANK or not config.wandb or mode == "disabled" or not importlib.util.find_spec("wandb"):
-        yield False
-        return
-    key = find_secret(WANDB_KEYS)
-    if mode != "offline" and not wandb_account(key):
+    wanted = not RANK and config.wandb and mode != "disabled" and importlib.util.find_spec("wandb")
+    if not wanted or (mode != "offline" and not wandb_account(find_secret(WANDB_KEYS))):
         yield False
         return
     known = run.record.get("wandb_id")
@@ -3621,7 +3595,7 @@ def train(
         raise UserError("--resume goes on with the run's own settings.", "leave --recipe and --config out")
     if "max_steps" in given:  # a recipe's or a file's --epochs give way
         config = dataclasses.replace(config, epochs=None)
-    if "warmup_steps" not in given:
+    if config.warmup_steps == TrainConfig.warmup_steps and "warmup_steps" not in given:  # not a file's
         config = dataclasses.replace(config, warmup_steps=min(config.warmup_steps, config.max_steps // 2))
     with contextlib.suppress(httpx.HTTPError, hub_errors.OfflineModeIsEnabled, UserError):
         secret = None if dry_run else use_hub_token()
