@@ -3626,7 +3626,7 @@ def train(
         return {}
     summary: dict[str, Any] = {"run": str(chosen)}
     for name in ("rows", "losses", "seconds", "peak_memory_gib"):
-        summary[name] = chosen.record[name]
+        summary[name] = chosen.record.get(name)
     which = f"--run {shlex.quote(str(chosen))}"
     check = "eval" if config.eval_rows else "save"
     summary["next"] = [

@@ -427,7 +427,7 @@ def test_half_as_many_everyday_questions_are_asked_and_counted_apart(config, unt
         asked.extend(questions)
         pairs = []
         for number, question in enumerate(questions):
-            ended = {"thought": "", "answer": "", "seconds": 1, "closed": number < 5, "stopped": True}
+            ended = {"thought": "", "answer": "", "seconds": 1, "closed": number < 7, "stopped": True}
             cut = ended | {"stopped": False}
             pairs.append({"question": question, "base": ended, "tuned": cut})
         return pairs
