@@ -1333,9 +1333,10 @@ def with_base(mixin: type, base: Any) -> Any:
 
 
 def speed_up(tokenizer: Any) -> None:
-    """Keeps Unsloth on a GPU from loading the tokenizer anew, and from leaving its graphs at each attention.
+    """Has Unsloth on a GPU take our tokenizer, not load its own, and decode a token in one CUDA graph.
 
-    A token is one CUDA graph then, where 33 were started by turns with attention (tests/bench/NOTES.md).
+    It would capture all but attention, and start 33 graphs by turns with that. What each brings is in
+    tests/bench/NOTES.md.
     """
     llama = vars(importlib.import_module("unsloth.models.llama"))
     llama["load_correct_tokenizer"] = lambda **_: copy.copy(tokenizer)
@@ -1346,9 +1347,9 @@ def speed_up(tokenizer: Any) -> None:
 
 
 def attend_to_cache(attention: Any, query: Any, length: int, mask: Any, rows: int, _: bool) -> tuple[Any]:
-    """Attention of one new token of each row to the whole cache, so that no shape depends on the length.
+    """Attention of each row's new token to the whole cache, so that no shape depends on the text's length.
 
-    `query` has shape (rows, heads, 1, size), the cache (places, rows, fewer heads, size), `mask` is a
+    `query` has shape (rows, heads, 1, size), the cache (places, rows, fewer heads, size); `mask` is a
     WholeStep's.
     """
     keys = attention.paged_attention_K.flatten(1, 2).transpose(0, 1)
@@ -1361,22 +1362,21 @@ def attend_to_cache(attention: Any, query: Any, length: int, mask: Any, rows: in
 
 
 class WholeStep(LibraryClass):  # type: ignore[misc]
-    """Unsloth's state of a decoding step, in which a graph is captured through attention to its end.
+    """Unsloth's state of a decoding step, whose graph goes on through attention.
 
-    Its mask, of shape (ANSWERS_AT_ONCE, 1, places), stays where it is in memory, as a graph's addresses are
-    fixed: 0 for the places of the cache that a row looks at, else minus infinity.
+    Its mask is 0 for the places of the cache that a row looks at, else minus infinity. It stays where it is
+    in memory, as a graph's addresses are fixed.
     """
 
-    places: Any = None
+    places: Any = None  # the mask, of shape (ANSWERS_AT_ONCE, 1, places)
 
     @property
     def attention(self) -> Callable[..., Any]:
-        """Runs attention; Unsloth would have it end the graph, and begin another."""
         return lambda attend: attend()
 
     @attention.setter
     def attention(self, _: Any) -> None:
-        pass
+        """Ignores what Unsloth sets: it would end the graph here, and begin another after attention."""
 
     @property
     def mask(self) -> Any:
