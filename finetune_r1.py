@@ -21,6 +21,7 @@ evaluation, saving, gguf, pushing, log-in, commands. Results go to stdout, every
 command's `--help` shows its lines above.
 """
 
+import atexit
 import contextlib
 import copy
 import csv
@@ -1244,6 +1245,7 @@ def import_unsloth() -> Any:
         os.environ.pop("UNSLOTH_ALLOW_CPU", None)
         gc.freeze()
         gc.enable()
+        atexit.register(gc.unfreeze)  # or triton reports at the end that it leaks
     fast_model = unsloth.FastLanguageModel
     transformers.utils.logging.disable_progress_bar()  # what takes seconds; downloads keep theirs
     if RANK or not Console.verbose:
