@@ -107,6 +107,7 @@ finetune_r1.app()
 """
 
 
+@pytest.mark.slow
 def test_all_go_on_with_fewer_rows_at_once_when_one_runs_out_of_memory_and_stop_together_at_a_signal(
     start, two, options, tmp_path
 ):
@@ -125,6 +126,7 @@ def test_all_go_on_with_fewer_rows_at_once_when_one_runs_out_of_memory_and_stop_
     assert losses(run.folder) == pytest.approx(expected, abs=0.002)
 
 
+@pytest.mark.slow
 def test_a_run_of_two_goes_on_inside_its_second_epoch_with_the_rows_that_are_next(start, two):
     """The seventh step takes the second epoch's third four rows."""
     it = Run(shutil.copytree(two[0], start.folder / "it"))
