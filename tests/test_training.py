@@ -76,6 +76,12 @@ def test_a_file_of_settings_outdoes_the_recipe_and_flags_outdo_the_file(settled)
         assert (mine.epochs, mine.max_steps, mine.learning_rate, mine.lora_r) == (None, 7, 5e-4, 32)
 
 
+def test_a_files_warmup_stays_as_it_is_where_the_recipes_gives_way_to_a_few_steps(settled, tmp_path):
+    assert settled("--max-steps 6").warmup_steps == 3
+    (tmp_path / "long.yaml").write_text("warmup_steps: 50")
+    assert settled("--config long.yaml").warmup_steps == 50
+
+
 def test_a_runs_own_settings_are_such_a_file(settled):
     assert settled("--config config.json") == dataclasses.replace(TrainConfig(), lora_r=4, max_time=3600.0)
 
