@@ -1343,6 +1343,7 @@ def speed_up(tokenizer: Any) -> None:
     llama = vars(importlib.import_module("unsloth.models.llama"))
     llama["load_correct_tokenizer"] = lambda **_: copy.copy(tokenizer)
     llama["_decode_attention_core"] = attend_to_cache
+    llama["SDPA_HAS_GQA"] = False  # where it captures nothing, as of Qwen 2; shared heads make it slow there
     graphs = vars(importlib.import_module("unsloth.models._decode_graphs"))
     if not issubclass(graphs["_StepStatics"], WholeStep):
         graphs["_StepStatics"] = with_base(WholeStep, graphs["_StepStatics"])
