@@ -1586,8 +1586,8 @@ def own_sampling(settings: dict[str, Any]) -> dict[str, float]:
 class Sampler:
     """Decides which token follows, as transformers calls a logits processor: the one with the highest score.
 
-    A question is drawn for with a seed of its own: its answer does not depend on what else is in the batch,
-    and base and tuned are drawn for alike. A temperature or top_p of None is that of the model.
+    A question is drawn for with a seed of its own: but for rounding, its answer does not depend on what else
+    is in the batch, and base and tuned are drawn for alike. A temperature or top_p of None is that of the model.
     """
 
     def __init__(
