@@ -1587,7 +1587,7 @@ class Sampler:
     """Decides which token follows, as transformers calls a logits processor: the one with the highest score.
 
     A question is drawn for with a seed of its own: but for rounding, its answer does not depend on what else
-    is in the batch, and base and tuned are drawn for alike. A temperature or top_p of None is that of the model.
+    is in the batch, and base and tuned are drawn for alike. A temperature or top_p of None is the model's.
     """
 
     def __init__(
