@@ -107,6 +107,7 @@ if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:
 TIME = "%Y-%m-%dT%H:%M:%S%z"  # in UTC: runs are ordered by it
 GIB = 1024**3
 HAVE_ADAPTER, UNFINISHED = ("finished", "stopped"), ("running", "interrupted", "failed", "stopped")
+UNSLOTH = "2026.10.9"  # pinned in pyproject.toml; inner parts of it are replaced
 PACKAGES = "unsloth unsloth_zoo torch transformers trl peft accelerate datasets bitsandbytes wandb"
 
 DEMO_MODEL = "HuggingFaceTB/SmolLM2-135M-Instruct"
@@ -1239,7 +1240,7 @@ def import_unsloth() -> Any:
     if "unsloth" not in sys.modules:
         # What is imported stays: no garbage is looked for in it, now or when Unsloth looks, a dozen times.
         gc.disable()
-        if torch.cuda.is_available():  # as if it were tested, or it makes over all trainers of TRL, in 7 s
+        if knows_unsloth():  # as if it were tested, or it makes over all trainers of TRL, in 7 s
             os.environ["UNSLOTH_ALLOW_CPU"] = "1"
         importlib.import_module("unsloth")
         os.environ.pop("UNSLOTH_ALLOW_CPU", None)
@@ -1252,6 +1253,11 @@ def import_unsloth() -> Any:
         transformers.utils.logging.set_verbosity_error()  # by whose loggers Unsloth talks, too
     datasets.disable_progress_bars()
     return fast_model
+
+
+def knows_unsloth() -> bool:
+    """Whether Unsloth, on a GPU, is the version whose inner parts can be replaced; another stays as it is."""
+    return torch.cuda.is_available() and metadata.version("unsloth") == UNSLOTH
 
 
 def is_old_gpu() -> bool:
@@ -1431,8 +1437,10 @@ class LoadedModel:
         named = download_model(name, weights=False, revision=known.get(name))
         folder = download_model(weights, revision=known.get(weights))
         tokenizer = tokenizer or load_tokenizer(named)
-        if torch.cuda.is_available():
+        if knows_unsloth():
             speed_up(tokenizer)
+        elif torch.cuda.is_available():
+            log(f"note: Unsloth is not the pinned {UNSLOTH}: starting and answering take longer")
         model, _ = fast_model.from_pretrained(
             model_name=str(folder), use_exact_model_name=True, max_seq_length=config.max_seq_length,
             dtype=getattr(torch, config.dtype, None), load_in_4bit=config.load_in_4bit, use_safetensors=True,
@@ -2068,7 +2076,7 @@ def stop_after_step() -> Iterator[list[int]]:
 
 def make_over_trainer() -> None:
     """Has Unsloth make over the one of TRL's trainers that is used here, on a GPU."""
-    if not torch.cuda.is_available() or hasattr(trl, "__UNSLOTH_BACKWARDS_COMPATIBLE__"):
+    if not knows_unsloth() or hasattr(trl, "__UNSLOTH_BACKWARDS_COMPATIBLE__"):
         return
     rl = vars(importlib.import_module("unsloth.models.rl"))
     make_over = rl["_patch_trl_rl_trainers"]
@@ -4001,7 +4009,9 @@ def push(
     run: RunOption = None,
     adapter_only: Annotated[bool, typer.Option("--adapter-only", help="Leave merged weights out.")] = False,
     gguf_too: Annotated[bool, typer.Option("--gguf", help="Take the run's GGUF files along.")] = False,
-    private: Annotated[bool | None, typer.Option("--private/--public", help="New ones are private.")] = None,
+    private: Annotated[
+        bool | None, typer.Option("--private/--public", help="Default: private, if it is new.")
+    ] = None,
     create_pr: Annotated[bool, typer.Option("--create-pr", help="Open a pull request instead.")] = False,
     force: Annotated[bool, typer.Option("--force", help="Replace other weights that are there.")] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Show what would be pushed, and stop.")] = False,

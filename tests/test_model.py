@@ -7,6 +7,7 @@ import os
 import shutil
 import subprocess
 import sys
+import tomllib
 
 import published
 import pytest
@@ -451,3 +452,14 @@ def test_a_commit_on_the_hub_does_not_keep_a_run_from_going_on(lines, hub, tmp_p
     done = typed(f"{finetune_r1.__file__} train --resume", copy, hub)
     assert done.returncode == 0, done.stderr
     assert read_json(run / "run.json")["model_revisions"] == record["model_revisions"]
+
+
+def test_inner_parts_of_unsloth_are_replaced_in_the_pinned_version_on_a_gpu_alone(monkeypatch):
+    import torch
+
+    pins = tomllib.loads((finetune_r1.PROJECT / "pyproject.toml").read_text())["project"]["dependencies"]
+    assert f"unsloth=={finetune_r1.UNSLOTH}" in pins and not finetune_r1.knows_unsloth()
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    assert finetune_r1.knows_unsloth()
+    monkeypatch.setattr(finetune_r1, "UNSLOTH", "2026.10.10")
+    assert not finetune_r1.knows_unsloth()
