@@ -84,7 +84,7 @@ def train_plainly(config: TrainConfig, folder: Path) -> None:
     )
     trainer.remove_callback(transformers.PrinterCallback)
     callback = finetune_r1.with_base(finetune_r1.TrainingLog, transformers.TrainerCallback)
-    trainer.add_callback(callback(run, config, round(mean_tokens(rows) * config.effective_batch), []))
+    trainer.add_callback(callback(run, config, round(mean_tokens(rows) * config.effective_batch), [], None))
     trainer.train()
     trainer.save_model(str(folder / "adapter"))
     finetune_r1.write_json(folder / "run.json", {"peak_memory_gib": finetune_r1.peak_memory_gib()})
