@@ -1353,6 +1353,16 @@ def speed_up(tokenizer: Any) -> None:
     graphs = vars(importlib.import_module("unsloth.models._decode_graphs"))
     if not issubclass(graphs["_StepStatics"], WholeStep):
         graphs["_StepStatics"] = with_base(WholeStep, graphs["_StepStatics"])
+        llama["add_rms_layernorm_inference"] = without_gaps(llama["add_rms_layernorm_inference"])
+
+
+def without_gaps(norm: Callable[..., Any]) -> Callable[..., Any]:
+    """A norm whose result, of shape (rows, 1, size), lies in one piece.
+
+    Unsloth's keeps the gaps of its input, and torch multiplies such rows one by one, reading all weights for
+    each.
+    """
+    return lambda *inputs, **options: norm(*inputs, **options).contiguous()
 
 
 def attend_to_cache(attention: Any, query: Any, length: int, mask: Any, rows: int, _: bool) -> tuple[Any]:
@@ -1449,9 +1459,6 @@ class LoadedModel:
         widen_tables(model)
         model.config.pad_token_id = model.generation_config.pad_token_id = tokenizer.pad_token_id
 
-        # Before the last layer Unsloth leaves gaps between rows, which torch reads slowly.
-        gapless = {"memory_format": torch.contiguous_format}
-        model.get_output_embeddings().register_forward_pre_hook(lambda _, inputs: inputs[0].clone(**gapless))
         places = {name: named, weights: folder}  # in the Hub's cache a folder is named by its commit
         found = {}
         for name, place in places.items():
@@ -1618,8 +1625,10 @@ class Sampler:
         """Scores of shape (rows, vocabulary), from logits of that shape and the tokens so far."""
         if self.temperature:  # the highest p / noise is a draw from p, where the noise is exponential
             scores = self.nucleus(ids, scores / self.temperature).softmax(-1)
-            for row, generator in zip(scores, self.generators, strict=True):
-                row /= torch.empty_like(row).exponential_(generator=generator)
+            noise = torch.empty_like(scores)
+            for row, generator in zip(noise, self.generators, strict=True):
+                row.exponential_(generator=generator)
+            scores /= noise
         if self.budget:
             self.close_thoughts(ids[:, self.prompt_tokens :], scores, self.budget)
         return scores

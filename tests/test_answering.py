@@ -282,12 +282,20 @@ def test_it_stays_in_4_bit_where_there_is_no_room_or_one_question(config, tiny_r
         assert loaded.model.get_memory_footprint() == small
 
 
-def test_the_heads_weights_are_read_once_for_a_batch_and_not_once_a_row(loaded):
-    head = loaded.model.get_output_embeddings()
-    rows = finetune_r1.torch.zeros(4, 2 * head.in_features, dtype=head.weight.dtype)[:, : head.in_features]
+def unchanged(rows):
+    return rows
+
+
+@pytest.mark.parametrize(
+    ("norm", "one_by_one"), [(unchanged, True), (finetune_r1.without_gaps(unchanged), False)]
+)
+def test_rows_with_gaps_between_them_are_not_multiplied_one_by_one(unsloth, norm, one_by_one):
+    """As torch does with what comes out of Unsloth's norms; it calls that bmm."""
+    rows = finetune_r1.torch.ones(4, 16)[:, :8].view(4, 1, -1)
+    weights = finetune_r1.torch.ones(3, 8)
     with finetune_r1.torch.profiler.profile() as profile, finetune_r1.torch.inference_mode():
-        head(rows.view(4, 1, -1))  # as Unsloth hands it over
-    assert "aten::bmm" not in {event.key for event in profile.key_averages()}
+        assert (norm(rows) @ weights.T == 8).all()
+    assert ("aten::bmm" in {event.key for event in profile.key_averages()}) == one_by_one
 
 
 @pytest.mark.parametrize(("fits", "four_bit"), [(True, False), (False, True)])
