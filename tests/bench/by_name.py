@@ -28,7 +28,7 @@ ROUND_TRIP = (
     "pH 7.21,\n\n  阴离子间隙升高：乳酸、酮体。 naïve café 🩺\n\tdef gap(na, cl):\n\t\treturn na - cl\n"
 )
 QUESTIONS = {"recipe's": prompts.BEFORE_AFTER["en"], "the anion gap": "What widens the anion gap?"}
-row = json.loads(Path(rows).read_text().splitlines()[0])
+row = json.loads(Path(rows).read_text().split("\n")[0])
 TAUGHT = prompts.build_example(row["Question"], row["Complex_CoT"], row["Response"], "")
 how: dict[str, Any] = {"dtype": torch.bfloat16, "device_map": {"": 0 if torch.cuda.is_available() else "cpu"}}
 found: dict[str, Any] = {"transformers": transformers.__version__}

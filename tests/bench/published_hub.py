@@ -39,7 +39,7 @@ def noted(server: Any, path: Path) -> Any:
 
 def medical_rows(file: Path) -> list[dict[str, str]]:
     """The real rows, and others made of them, so that there are 510 different questions."""
-    real = [json.loads(line) for line in file.read_text().splitlines()]
+    real = [json.loads(line) for line in file.read_text().split("\n") if line]
     others = [{**row, "Question": f"Case {case}. {row['Question']}"} for case in range(1, 9) for row in real]
     return [*real, *others][:510]
 

@@ -217,7 +217,7 @@ def check(place: Place, name: str, limit: float) -> dict[str, Any]:
     record = place.run(name, line, environment, limit)
     facts: dict[str, Any] = json.loads(found.read_text())
     samples = "".join(path.read_text() for path in sorted(place.user.glob("runs/*/samples.jsonl")))
-    others = {"recipe's": "".join(json.loads(line)["tuned"]["thought"] for line in samples.splitlines()[:1])}
+    others = {"recipe's": "".join(json.loads(line)["tuned"]["thought"] for line in samples.split("\n")[:1])}
     others["the anion gap"] = (place.work / "infer.err").read_text() + (place.work / "infer.out").read_text()
     same = {title: shared_start(text, others[title]) for title, text in facts["texts"].items()}
     problems = facts["problems"]
