@@ -307,7 +307,7 @@ def test_the_letter_that_an_answer_settles_on(options, answer, letter):
     assert prompts.chosen(answer, options) == letter
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=100, deadline=None)
 @given(
     pieces=st.lists(
         st.sampled_from([*"ABCD.,:()\\ \n", *ENGLISH["C"], *ENGLISH[None]]) | st.text(max_size=9)

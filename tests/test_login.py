@@ -575,8 +575,6 @@ class Commands(Machine):
         writer, stranger = ({"HF_TOKEN": token(name)} for name in ("writer", "stranger"))
         push = ["push", *self.run_a]
         self.do("push, 401", *push, *self.to, **stranger)
-        self.do("push, unreachable", *push, *self.to, HF_ENDPOINT=NOWHERE)
-        self.do("push, another's", *push, "--repo", "reader/model", **writer)
         self.hub.faults = [Fault("POST", "/commit/", status=500, times=ALWAYS)]
         self.do("push, 500", *push, *self.to, **writer)
         self.hub.faults = []

@@ -356,7 +356,7 @@ def test_a_very_long_field_is_cut_or_dropped_like_any_other(prepare):
     assert counted["dropped"] == {"question and answer alone exceed --max-seq-length": 2}
 
 
-def test_of_four_thousand_rows_of_any_kind_each_is_accounted_for(prepare):
+def test_of_two_thousand_rows_of_any_kind_each_is_accounted_for(prepare):
     chance = random.Random(3407)
     values = [None, 7, 1.5, True, [], {}, "", " ", ["a"], {"a": 1}, *["A word. " * 200] * 9, *TRICKS]
     words = ["Why", "so", "fever", "Because.", "病。", *TRICKS]
@@ -364,14 +364,14 @@ def test_of_four_thousand_rows_of_any_kind_each_is_accounted_for(prepare):
     def field():
         return chance.choice(values) if chance.random() < 0.1 else " ".join(chance.choices(words[:5], k=8))
 
-    rows = [{name: field() for name in COLUMNS} for _ in range(4000)]
-    for row in chance.sample(rows, 800):
+    rows = [{name: field() for name in COLUMNS} for _ in range(2000)]
+    for row in chance.sample(rows, 400):
         row[chance.choice(COLUMNS)] = "".join(chance.choices(words, k=4))
     made = prepare(rows, max_seq_length=500, eval_rows=50)
     counted = made.account
-    assert counted["read"] == 4000 == counted["used"] + counted["held_out"] + sum(counted["dropped"].values())
+    assert counted["read"] == 2000 == counted["used"] + counted["held_out"] + sum(counted["dropped"].values())
     dropped = sorted(itertools.chain.from_iterable(made.dropped.values()))
-    assert len(set(dropped)) == len(dropped) and counted["used"] > 2000 and counted["shortened"] > 50
+    assert len(set(dropped)) == len(dropped) and counted["used"] > 1000 and counted["shortened"] > 25
     assert max(made.usable["tokens"]) <= 500 and set(made.usable["status"]) == {"used", "shortened"}
     kept = [row for i, row in enumerate(rows) if i not in set(dropped)]
     answers = [row["Response"].strip() for row in kept]
