@@ -1559,11 +1559,12 @@ class LoadedModel:
             ending = f"of {len(questions)} answers" + (f", batch {number + 1}" if number else "")
             counter = TokenCounter(f"{len(positions)} {ending}: token", config.max_new_tokens)
             sampler = Sampler(self, [questions[i] for i in positions], batch["input_ids"].shape[1], config)
-            output = model.generate(
-                **batch, **sampling, logits_processor=[sampler], streamer=streamer or counter, use_cache=True,
-                max_length=None, max_new_tokens=config.max_new_tokens,
-                eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id,
-            )  # fmt: skip
+            with torch.inference_mode():  # a tenth faster on a CPU
+                output = model.generate(
+                    **batch, **sampling, logits_processor=[sampler], streamer=streamer or counter,
+                    use_cache=True, max_length=None, max_new_tokens=config.max_new_tokens,
+                    eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id,
+                )  # fmt: skip
             seconds = round(time.perf_counter() - started, 2)
             for i, ids in zip(positions, output[:, batch["input_ids"].shape[1] :].tolist(), strict=True):
                 stopped = tokenizer.eos_token_id in ids
