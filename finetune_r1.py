@@ -332,8 +332,8 @@ def check_config(config: TrainConfig) -> None:
     share = batch // WORLD
     problems = []
     if batch % WORLD:
-        near = f"{max(1, share) * WORLD} and {(share + 1) * WORLD} can"
-        problems.append(f"--effective-batch {batch} cannot be divided among {WORLD} processes, {near}")
+        near = " and ".join(str(rows * WORLD) for rows in (share, share + 1) if rows)
+        problems.append(f"--effective-batch {batch} cannot be divided among {WORLD} processes, {near} can")
     elif share % micro:
         near = ", ".join(str(n) for n in range(1, share + 1) if share % n == 0)
         problems.append(f"--micro-batch {micro} does not divide a process's {share} rows a step; {near} do")

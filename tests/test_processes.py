@@ -171,6 +171,13 @@ def test_eval_and_answers_to_a_file_are_spread_and_the_same(start, two, told):
     assert one == both and len(one) == 20
 
 
+@pytest.mark.parametrize(("batch", "can"), [(4, "3 and 6 can"), (2, "3 can")])
+def test_a_batch_that_cannot_be_divided_is_told_the_next_ones(monkeypatch, batch, can):
+    monkeypatch.setattr(finetune_r1, "WORLD", 3)
+    with pytest.raises(finetune_r1.UserError, match=f"divided among 3 processes, {can}$"):
+        finetune_r1.check_config(finetune_r1.TrainConfig(effective_batch=batch))
+
+
 @pytest.mark.slow
 def test_what_cannot_be_divided_or_spread_is_said_once(start, options):
     _, err = start(*options, "--max-steps", 6, spread=["--nproc-per-node", "3"]).communicate(timeout=300)
