@@ -3233,6 +3233,8 @@ def track_in_wandb(config: TrainConfig, run: Run) -> Iterator[bool]:
             lacks = True
         if lacks:
             log(f"W&B lacks some of the run: `wandb sync --no-skip-online {place}` sends what was kept")
+            with contextlib.suppress(Exception, SystemExit):  # at exit it would show a traceback
+                wandb.teardown()
 
 
 # -------------------------------------------------------------------------------------------------- commands
