@@ -86,10 +86,12 @@ def test_a_training_ends_whatever_w_and_b_does_and_what_it_lacks_can_be_sent_lat
 
 def test_a_training_outlives_w_and_bs_own_process(tracked, tmp_path):
     def kill():
-        for process in psutil.Process().children(recursive=True):
-            if "wandb-core" in " ".join(process.cmdline()):
-                process.kill()
-                killed.append(process.pid)
+        """W&B's process of the training, not that of this one."""
+        for training in psutil.Process().children():
+            for process in training.children(recursive=True):
+                if "wandb-core" in " ".join(process.cmdline()):
+                    process.kill()
+                    killed.append(process.pid)
 
     killed: list[int] = []
     with WandbServer(keys={KEY: "alice"}) as server:
