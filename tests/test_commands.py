@@ -336,6 +336,7 @@ def test_of_two_trainings_that_begin_in_the_same_second_one_is_refused(tiny_r1, 
     """Both would be in runs/ under the same name, which is the time."""
     (tmp_path / "runs.py").write_text(
         f"import runpy, sys, time\ntime.strftime = lambda *_: 'now'\nsys.argv[0] = {str(SCRIPT)!r}\n"
+        f"sys.path[0] = {str(SCRIPT.parent)!r}\n"
         f"runpy.run_path({str(SCRIPT)!r}, run_name='__main__')"
     )
     rows = ["--model", tiny_r1, "--dataset", SAMPLE, "--split", "train[:8]", "--max-seq-length", "768"]

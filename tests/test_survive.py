@@ -494,7 +494,8 @@ def test_on_the_command_line_a_stopped_run_goes_on_and_ends_in_order_when_its_ti
     run = Run(tmp_path / "runs" / "a")
     done = run.last_step
     resumed = cli("train", "--resume", "--max-time", "15s", "--json")
-    assert resumed.code == 0 and f"--max-time: stopped after step {max(losses(run))}; `train" in resumed.err
+    assert resumed.code == 0
+    assert f"stopped after step {max(losses(run))}; continue with `train --resume" in resumed.err
     assert run.record["resumed_at"] == [done] < [max(losses(run))]
     assert run.record["status"] == "stopped" and run.adapter and (run / "README.md").exists()
 
