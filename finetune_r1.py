@@ -1459,7 +1459,7 @@ class LoadedModel:
         widen_tables(model)
         model.config.pad_token_id = model.generation_config.pad_token_id = tokenizer.pad_token_id
 
-        # Of prompts the head gets the last place, with gaps between rows: torch would copy its weights a row.
+        # The head gets each prompt's last place, with gaps between: torch would copy its weights for each.
         packed = {"memory_format": torch.contiguous_format}
         model.get_output_embeddings().register_forward_pre_hook(lambda _, inputs: inputs[0].clone(**packed))
         places = {name: named, weights: folder}  # in the Hub's cache a folder is named by its commit
