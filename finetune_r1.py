@@ -1459,7 +1459,8 @@ class LoadedModel:
         widen_tables(model)
         model.config.pad_token_id = model.generation_config.pad_token_id = tokenizer.pad_token_id
 
-        # The head gets each prompt's last place, with gaps between: torch would copy its weights for each.
+        # The head gets each prompt's last place, with gaps between: torch would copy its weights for each. Of
+        # a single prompt `contiguous` would leave it as it is, which is slow too.
         packed = {"memory_format": torch.contiguous_format}
         model.get_output_embeddings().register_forward_pre_hook(lambda _, inputs: inputs[0].clone(**packed))
         places = {name: named, weights: folder}  # in the Hub's cache a folder is named by its commit
@@ -3233,7 +3234,7 @@ def track_in_wandb(config: TrainConfig, run: Run) -> Iterator[bool]:
             lacks = True
         if lacks:
             log(f"W&B lacks some of the run: `wandb sync --no-skip-online {place}` sends what was kept")
-            with contextlib.suppress(Exception, SystemExit):  # at exit it would show a traceback
+            with contextlib.suppress(BaseException):  # as above; at exit it would show a traceback
                 wandb.teardown()
 
 
