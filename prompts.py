@@ -220,7 +220,15 @@ def find_marker(text: str, special_tokens: Sequence[str] = ()) -> str | None:
 # Names of columns in public reasoning datasets, the likelier first: question, thought, answer.
 USUAL_COLUMNS = (
     ("question", "problem", "prompt", "instruction", "query", "input"),
-    ("complex_cot", "cot", "reasoning", "reasoning_content", "thinking", "thought", "chain_of_thought"),
+    (
+        "complex_cot",
+        "cot",
+        "reasoning",
+        "reasoning_content",
+        "thinking",
+        "thought",
+        "chain_of_thought",
+    ),
     ("response", "answer", "output", "solution", "completion", "content"),
 )
 USER, ASSISTANT = ("user", "human"), ("assistant", "gpt")
@@ -252,7 +260,9 @@ def read_fields(record: dict[str, Any], columns: Sequence[str]) -> list[Any]:
     return [question, thought, answer]
 
 
-def read_record(record: dict[str, Any], columns: Sequence[str], special_tokens: Sequence[str]) -> Row:
+def read_record(
+    record: dict[str, Any], columns: Sequence[str], special_tokens: Sequence[str]
+) -> Row:
     """The texts of a record, without tokens yet, or the reason why it is dropped."""
     fields = read_fields(record, columns)
     for column, text in zip(columns, fields, strict=True):
@@ -303,15 +313,21 @@ def encode(rows: Sequence[Row], tokenizer: Any, lang: Lang) -> list[Row]:
     """Adds tokens to rows, in two calls; one that does not have the template's structure is to be dropped."""
     eos, special = tokenizer.eos_token, set(tokenizer.added_tokens_decoder)
     texts = [build_example(row.question, row.thought, row.answer, eos, lang) for row in rows]
-    heads = tokenizer([build_prompt(row.question, lang) for row in rows])["input_ids"] if rows else []
+    heads = (
+        tokenizer([build_prompt(row.question, lang) for row in rows])["input_ids"] if rows else []
+    )
     *encoded, empty = tokenizer([*texts, build_example("", "", "", eos, lang)])["input_ids"]
     decoded = tokenizer.backend_tokenizer.decode_batch(encoded, skip_special_tokens=False)
-    composed = functools.partial(unicodedata.normalize, "NFC")  # as Qwen 2's tokenizer writes accents
+    composed = functools.partial(
+        unicodedata.normalize, "NFC"
+    )  # as Qwen 2's tokenizer writes accents
     structure = [token for token in empty if token in special]
     found = []
     for row, text, ids, head, back in zip(rows, texts, encoded, heads, decoded, strict=True):
         status = "used"
-        if [token for token in ids if token in special] != structure or ids[-1] != tokenizer.eos_token_id:
+        if [token for token in ids if token in special] != structure or ids[
+            -1
+        ] != tokenizer.eos_token_id:
             status = "special tokens are not where the template has them"
         elif ids[: len(head)] != head:
             status = "its first token joins prompt and thought"
@@ -323,7 +339,9 @@ def encode(rows: Sequence[Row], tokenizer: Any, lang: Lang) -> list[Row]:
 
 def shorten(row: Row, tokenizer: Any, lang: Lang, limit: int) -> Row:
     """Cuts a row's thought at a sentence, until the row has at most `limit` tokens; nothing else is cut."""
-    offsets = tokenizer(row.thought, add_special_tokens=False, return_offsets_mapping=True)["offset_mapping"]
+    offsets = tokenizer(row.thought, add_special_tokens=False, return_offsets_mapping=True)[
+        "offset_mapping"
+    ]
     keep, excess = len(offsets), len(row.input_ids) - limit
     while excess > 0:  # again, where the tokens around the cut came out as more than before
         keep -= excess
@@ -339,12 +357,16 @@ def shorten(row: Row, tokenizer: Any, lang: Lang, limit: int) -> Row:
 
 def guess_columns(columns: dict[str, list[Any]]) -> list[str] | None:
     """Which of some records' columns seem to hold question, thought and answer; None if that is unclear."""
-    names = {name.lower().partition(" (")[0]: name for name in columns}  # "reasoning (…)" is a reasoning
+    names = {
+        name.lower().partition(" (")[0]: name for name in columns
+    }  # "reasoning (…)" is a reasoning
     guess = [""] * 3
     for i, choices in enumerate(USUAL_COLUMNS):
         for usual in reversed(choices):  # the likelier one comes last, and stays
             guess[i] = names.get(usual, guess[i])
-    if guess[0] == names.get("instruction") and "input" in names:  # Alpaca's; the question may be in either
+    if (
+        guess[0] == names.get("instruction") and "input" in names
+    ):  # Alpaca's; the question may be in either
         guess[0] = max(guess[0], names["input"], key=lambda name: len(set(map(str, columns[name]))))
     for name, (value, *_) in columns.items():
         if isinstance(value, list) and one_turn(value, ASSISTANT):
@@ -354,7 +376,9 @@ def guess_columns(columns: dict[str, list[Any]]) -> list[str] | None:
     return guess if all(guess) else None
 
 
-def build_modelfile(eos: str, context: int, sampling: dict[str, float], lang: Lang, weights: str) -> str:
+def build_modelfile(
+    eos: str, context: int, sampling: dict[str, float], lang: Lang, weights: str
+) -> str:
     """An Ollama Modelfile for `weights` beside it: training prompt, stop at `eos`, `context` in tokens."""
     template = TEMPLATES[lang].replace("{question}", "{{ .Prompt }}")
     text = f'FROM {weights}\nTEMPLATE """{template}"""\nPARAMETER stop "{eos}"\nPARAMETER num_ctx {context}\n'
@@ -373,14 +397,17 @@ def measure(answer: dict[str, Any]) -> dict[str, float]:
     counted = {}
     if "chosen" in answer:
         counted = {"accuracy": float(answer["right"]), "unread": float(answer["chosen"] is None)}
-    counted |= {"closed": float(answer["closed"]), "stopped": float(answer["stopped"])}
+    counted |= {
+        "closed": float(answer["closed"]),
+        "stopped": float(answer["finish_reason"] == "stop"),
+    }
     counted |= {"thought_words": len(thought), "answer_words": len(said)}
     counted["bullets"] = len(bullets) / max(len(lines), 1)
     counted["repetition"] = 1 - len(set(runs)) / len(runs) if runs else 0.0
     return counted
 
 
-class Choice(NamedTuple):
+class MultipleChoice(NamedTuple):
     """A multiple-choice question: its options by letter, and the letter of the right one."""
 
     question: str
@@ -400,7 +427,9 @@ class Choice(NamedTuple):
 CHOICE_COLUMNS = (("options", "answer_idx"), ("choices", "answer"), ("opa", "cop"))
 
 
-def as_choice(record: dict[str, Any], columns: tuple[str, str]) -> Choice | None:
+def parse_multiple_choice(
+    record: dict[str, Any], columns: tuple[str, str]
+) -> MultipleChoice | None:
     """Reads a record by its columns of options and key, which is an option's name, letter, or number from 0.
 
     None if the key is none of its options, or there is no question.
@@ -413,12 +442,19 @@ def as_choice(record: dict[str, Any], columns: tuple[str, str]) -> Choice | None
     texts = {str(name): str(text) for name, text in named.items() if text is not None}
     letters = string.ascii_uppercase[: len(texts)]
     meant: dict[str, str] = {}
-    for names in (map(str, range(len(letters))), letters, texts):  # where they clash, the later one counts
+    for names in (
+        map(str, range(len(letters))),
+        letters,
+        texts,
+    ):  # where they clash, the later one counts
         meant |= dict(zip(names, letters, strict=False))
-    question, right = record.get("question", record.get("Question")), meant.get(str(record[columns[1]]))
+    question, right = (
+        record.get("question", record.get("Question")),
+        meant.get(str(record[columns[1]])),
+    )
     if not question or not right:
         return None
-    return Choice(question, dict(zip(letters, texts.values(), strict=False)), right)
+    return MultipleChoice(question, dict(zip(letters, texts.values(), strict=False)), right)
 
 
 # An answer is read as signs, one for each of its words, and the rules are patterns of signs. A small letter
@@ -488,7 +524,7 @@ def read_signs(answer: str, options: dict[str, str]) -> str:
     return signs
 
 
-def chosen(answer: str, options: dict[str, str]) -> str | None:
+def predicted_option(answer: str, options: dict[str, str]) -> str | None:
     """The letter of the option that an answer settles on; None if it can't be read, or stays open.
 
     What it denies is left aside. Its last claim counts; without one the option that it is headed by, then the
@@ -600,12 +636,18 @@ def verdict(report: dict[str, Any], rows: int, shrunk: bool = False) -> str:
         but, limit = "can't tell: the held-out loss fell, but", "within --max-new-tokens"
         cases = [
             (loss["low"] > 0, "worse: the held-out loss rose"),
-            (relevance["high"] < 0, "worse: its answers depend less on the question than the base model's"),
+            (
+                relevance["high"] < 0,
+                "worse: its answers depend less on the question than the base model's",
+            ),
             (loss["high"] >= 0, "can't tell: the 95% interval of the loss includes 0"),
             (closed["high"] < 0, f"{but} fewer thoughts were closed {limit}"),
             (not closed["tuned"], f"{but} no thought was closed {limit}"),
             (shrunk, f"{but} thoughts are much shorter than the rows' own"),
-            (True, "better: the held-out loss fell, and answers depend on their questions as before or more"),
+            (
+                True,
+                "better: the held-out loss fell, and answers depend on their questions as before or more",
+            ),
         ]
     return next(said for applies, said in cases if applies)
 
@@ -639,8 +681,12 @@ def report_note(evaluation: dict[str, Any]) -> str:
     """What the measures of an evaluation are."""
     notes = []
     if "loss" in evaluation:
-        notes.append("Losses are in nats per token: of thought and answer, and of the answer alone.")
-        notes.append("Relevance is how much better its own question predicts an answer than another's.")
+        notes.append(
+            "Losses are in nats per token: of thought and answer, and of the answer alone."
+        )
+        notes.append(
+            "Relevance is how much better its own question predicts an answer than another's."
+        )
     if "general_loss" in evaluation:
         loss, number = evaluation["general_loss"], evaluation["everyday"]
         note = "General text without medicine, which shows what was forgotten:"
@@ -651,10 +697,14 @@ def report_note(evaluation: dict[str, Any]) -> str:
             note += f", everyday questions finished {before:.0f} to {after:.0f} of {number}"
         notes.append(f"{note}.")
     if "unread" in evaluation:
-        notes.append("An answer is unread if no single option could be read from it; it counts as wrong.")
+        notes.append(
+            "An answer is unread if no single option could be read from it; it counts as wrong."
+        )
     notes.append(f"All else is counted in {evaluation['answers']} answers; shares are of those.")
     if "chat" in evaluation.get("closed", ()):
-        notes.append("Own chat: the base asked by its own template; changes are from the better of both.")
+        notes.append(
+            "Own chat: the base asked by its own template; changes are from the better of both."
+        )
     return " ".join(notes)
 
 
@@ -671,7 +721,7 @@ def how_it_ended(answer: dict[str, Any]) -> str:
     thought = "thought closed" if answer["closed"] else "no thought"
     if not answer["closed"] and not answer["answer"]:
         thought = "thought never closed, so there is no answer"
-    return f"{thought}; {'stopped by itself' if answer['stopped'] else 'cut off at --max-new-tokens'}"
+    return f"{thought}; {'stopped by itself' if answer['finish_reason'] == 'stop' else 'cut off at --max-new-tokens'}"
 
 
 def fold(text: str) -> str:
@@ -679,7 +729,9 @@ def fold(text: str) -> str:
 
     def once(match: re.Match[str]) -> str:
         said, space = match.groups()
-        times = (len(match[0]) + len(space)) // len(said + space)  # the last one has no space after it
+        times = (len(match[0]) + len(space)) // len(
+            said + space
+        )  # the last one has no space after it
         return f"{said} [{times} times]"
 
     # Nine characters or more, from the beginning of a word on.
@@ -711,11 +763,17 @@ def as_html(report: dict[str, Any]) -> str:
             if side in pair:
                 thought = html.escape(fold(pair[side]["thought"]))
                 answer = html.escape(fold(pair[side]["answer"]))
-                questions += f"<div><h3>{title} ({how_it_ended(pair[side])})</h3><pre>{answer}</pre>"
-                questions += f"<details><summary>thought</summary><pre>{thought}</pre></details></div>\n"
+                questions += (
+                    f"<div><h3>{title} ({how_it_ended(pair[side])})</h3><pre>{answer}</pre>"
+                )
+                questions += (
+                    f"<details><summary>thought</summary><pre>{thought}</pre></details></div>\n"
+                )
         reference = html.escape(pair.get("reference", ""))
         questions += f"<div><h3>Reference</h3><pre>{reference}</pre></div>\n</section>\n"
-    return ANSWERS_PAGE.format(verdict=html.escape(report["verdict"].capitalize()), questions=questions)
+    return ANSWERS_PAGE.format(
+        verdict=html.escape(report["verdict"].capitalize()), questions=questions
+    )
 
 
 def as_markdown(pair: dict[str, Any]) -> str:
@@ -730,7 +788,9 @@ def as_markdown(pair: dict[str, Any]) -> str:
 
 def as_text(line: str) -> str:
     """Markdown that shows a line as it is: no mark in it is taken for markup or HTML."""
-    return re.sub(r"[\\`*_\[\]<&|~$]|^[-+=#>]|(?<=\d)[.)](?!\S)", r"\\\g<0>", " ".join(line.split()))
+    return re.sub(
+        r"[\\`*_\[\]<&|~$]|^[-+=#>]|(?<=\d)[.)](?!\S)", r"\\\g<0>", " ".join(line.split())
+    )
 
 
 def same_question(question: str) -> str:

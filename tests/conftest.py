@@ -21,7 +21,9 @@ SHARED = Path(os.environ.get("FINETUNE_R1_TESTS") or tempfile.mkdtemp(prefix="fi
 os.environ["FINETUNE_R1_TESTS"] = str(SHARED)
 DEMO = SHARED / "demo"
 HOME = Path(tempfile.mkdtemp(prefix="home-", dir=SHARED))
-for name in [name for name in os.environ if name.startswith(("HF_", "HUGGING", "WANDB_", "KAGGLE_"))]:
+for name in [
+    name for name in os.environ if name.startswith(("HF_", "HUGGING", "WANDB_", "KAGGLE_"))
+]:
     del os.environ[name]
 for name in ("HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY", "UV"):
     os.environ.pop(name, None)
@@ -70,7 +72,11 @@ class SmallDisk:
 
     @property
     def used(self) -> int:
-        paths = [path for path in self.folder.rglob("*") if path.suffix != ".json" and not path.is_symlink()]
+        paths = [
+            path
+            for path in self.folder.rglob("*")
+            if path.suffix != ".json" and not path.is_symlink()
+        ]
         return sum(path.stat().st_size for path in paths if path.is_file()) - self.before
 
     def hold(self, size: int) -> None:
@@ -108,7 +114,9 @@ def cli(tmp_path):
     def run(*arguments: object, cwd: Path = tmp_path, stdin: str = "", **environment: str) -> Done:
         command = [sys.executable, SCRIPT, *map(str, arguments)]
         environment = {**os.environ, **environment}
-        done = subprocess.run(command, cwd=cwd, env=environment, input=stdin, capture_output=True, text=True)
+        done = subprocess.run(
+            command, cwd=cwd, env=environment, input=stdin, capture_output=True, text=True
+        )
         return Done(done.returncode, done.stdout, done.stderr)
 
     return run
@@ -152,7 +160,9 @@ def hub(monkeypatch, tmp_path):
     from huggingface_hub import constants, hf_api
     from servers.hub import HubServer
 
-    with HubServer(tokens={"hf_writetoken": ("alice", "write"), "hf_readtoken": ("alice", "read")}) as server:
+    with HubServer(
+        tokens={"hf_writetoken": ("alice", "write"), "hf_readtoken": ("alice", "read")}
+    ) as server:
         template = server.url + "/{repo_id}/resolve/{revision}/{filename}"
         monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
         monkeypatch.setattr(constants, "ENDPOINT", server.url)
@@ -186,7 +196,9 @@ def pytest_collection_modifyitems(items):
 def pytest_runtest_setup(item):
     """The first worker to get here starts the demo, to which both give way: it takes longest."""
     session = item.session
-    if not hasattr(session, "gives_way") and any("demo" in other.fixturenames for other in session.items):
+    if not hasattr(session, "gives_way") and any(
+        "demo" in other.fixturenames for other in session.items
+    ):
         with contextlib.suppress(FileExistsError):
             DEMO.mkdir()
             recorded = '"$@" >out 2>err; echo $? >code.new; mv code.new code'

@@ -11,7 +11,9 @@ from pathlib import Path
 from conftest import SCRIPT
 
 
-def typed(cwd: Path, arguments: list[str], *answers: tuple[str, str], **environment: str) -> tuple[int, str]:
+def typed(
+    cwd: Path, arguments: list[str], *answers: tuple[str, str], **environment: str
+) -> tuple[int, str]:
     """Types each answer once what is shown ends as told; returns the exit code, and all that was seen."""
     terminal, its_end = pty.openpty()
     process = subprocess.Popen(

@@ -19,12 +19,14 @@ from terminal import typed
 
 import finetune_r1
 import prompts
-from finetune_r1 import GenerationConfig, LoadedModel, Run, TrainConfig, UserError
+from finetune_r1 import LoadedModel, Run, SamplingConfig, TrainConfig, UserError
 
 
 @pytest.fixture(scope="module")
 def config(tiny_r1):
-    return TrainConfig(model=str(tiny_r1), dataset=str(SAMPLE), max_seq_length=768, max_new_tokens=8)
+    return TrainConfig(
+        model=str(tiny_r1), dataset=str(SAMPLE), max_seq_length=768, max_new_tokens=8
+    )
 
 
 @pytest.fixture(scope="module")
@@ -63,13 +65,17 @@ def test_control_characters_of_a_model_do_not_reach_the_terminal(capsys):
 # -------------------------------------------------------------------------------------------- a decoding step
 
 
-@pytest.mark.parametrize("left_out", [None, [0, 2, 5]], ids=["one row", "three rows, padded at the left"])
+@pytest.mark.parametrize(
+    "left_out", [None, [0, 2, 5]], ids=["one row", "three rows, padded at the left"]
+)
 def test_attention_to_the_whole_cache_is_that_to_the_text_so_far(left_out):
     """As a graph on a GPU runs it, with Unsloth's own state of a step; a shorter text may come after."""
     import torch
 
     unsloth = Path(importlib.util.find_spec("unsloth").origin).parent
-    graphs = runpy.run_path(str(unsloth / "models" / "_decode_graphs.py"))  # importing Unsloth takes long
+    graphs = runpy.run_path(
+        str(unsloth / "models" / "_decode_graphs.py")
+    )  # importing Unsloth takes long
     step = finetune_r1.with_base(finetune_r1.WholeStep, graphs["_StepStatics"])(40, torch.zeros(1))
     step.attention = "what ends the graph"
     assert step.attention(lambda: "attended") == "attended"
@@ -99,7 +105,9 @@ def test_a_question_cannot_forge_the_structure(loaded, config, forged):
         loaded.generate(["Why?", forged], config)
 
 
-def test_a_question_that_would_be_cut_is_refused_before_any_is_answered(loaded, config, monkeypatch):
+def test_a_question_that_would_be_cut_is_refused_before_any_is_answered(
+    loaded, config, monkeypatch
+):
     monkeypatch.setattr(loaded.model, "generate", lambda **_: pytest.fail("answered"))
     with pytest.raises(UserError, match=f"the model takes {config.max_seq_length}"):
         loaded.generate(["Why?", "Why is that so? " * config.max_seq_length], config)
@@ -130,17 +138,23 @@ def test_a_model_is_sampled_by_its_own_settings_unless_told_otherwise(loaded, co
 
 
 def test_the_same_seed_gives_the_same_answer_and_another_seed_another(loaded, config):
-    assert texts(loaded, config, seed=1) == texts(loaded, config, seed=1) != texts(loaded, config, seed=2)
+    assert (
+        texts(loaded, config, seed=1)
+        == texts(loaded, config, seed=1)
+        != texts(loaded, config, seed=2)
+    )
 
 
 def test_a_token_is_drawn_as_often_as_it_is_likely_and_none_outside_top_p(loaded):
     import torch
 
     shares, draws = torch.tensor([0.4, 0.3, 0.2, 0.1]), 4000
-    config = GenerationConfig(temperature=0.5, top_p=0.85)
+    config = SamplingConfig(temperature=0.5, top_p=0.85)
     sampler = finetune_r1.Sampler(loaded, [f"question {n}" for n in range(draws)], 0, config)
     drawn = sampler(None, shares.log().repeat(draws, 1)).argmax(-1)
-    expected = shares.square() / shares.square().sum()  # by temperature 0.5; the first two make up 0.83 of it
+    expected = (
+        shares.square() / shares.square().sum()
+    )  # by temperature 0.5; the first two make up 0.83 of it
     expected[3] = 0
     counted = torch.bincount(drawn, minlength=4) / draws
     assert counted.sub(expected / expected.sum()).abs().max() < 0.03 and counted[3] == 0
@@ -148,7 +162,7 @@ def test_a_token_is_drawn_as_often_as_it_is_likely_and_none_outside_top_p(loaded
 
 @pytest.mark.parametrize("temperature", [0, 1.5])
 def test_a_thought_is_closed_after_its_budget_and_an_answer_follows(loaded, config, temperature):
-    budget = {"think_budget": 5, "max_new_tokens": 24, "temperature": temperature}
+    budget = {"thinking_budget": 5, "max_new_tokens": 24, "temperature": temperature}
     questions = [f"Why {n}?" for n in range(8)]
     answers = loaded.generate(questions, dataclasses.replace(config, **budget))
     for question, answer in zip(questions, answers, strict=True):
@@ -161,8 +175,12 @@ def test_no_answer_ends_within_its_thought_and_a_closed_one_is_let_be(loaded):
     import torch
 
     tokenizer = loaded.tokenizer
-    sampler = finetune_r1.Sampler(loaded, ["a", "b"], 0, GenerationConfig(temperature=0, think_budget=9))
-    ids = tokenizer(["so so so so so so so", "so </think>\nso so"], add_special_tokens=False, padding=True)
+    sampler = finetune_r1.Sampler(
+        loaded, ["a", "b"], 0, SamplingConfig(temperature=0, thinking_budget=9)
+    )
+    ids = tokenizer(
+        ["so so so so so so so", "so </think>\nso so"], add_special_tokens=False, padding=True
+    )
     scores = torch.zeros(2, len(tokenizer))
     scores[:, tokenizer.eos_token_id] = 1.0  # both want to end
     first, second = sampler(torch.tensor(ids["input_ids"]), scores).argmax(-1).tolist()
@@ -170,15 +188,21 @@ def test_no_answer_ends_within_its_thought_and_a_closed_one_is_let_be(loaded):
 
 
 def test_a_budget_that_leaves_no_room_for_an_answer_is_refused(loaded, config):
-    with pytest.raises(UserError, match="--think-budget 20: --max-new-tokens has no room"):
-        texts(loaded, config, think_budget=20, max_new_tokens=30)
+    with pytest.raises(UserError, match="--thinking-budget 20: --max-new-tokens has no room"):
+        texts(loaded, config, thinking_budget=20, max_new_tokens=30)
 
 
-@pytest.mark.parametrize(("answers", "at_once"), [(0, 1), (1, 1), (5, 4), (8, 8), (15, 8), (10_000, 16)])
-def test_as_many_answers_are_written_at_once_as_memory_holds(loaded, config, monkeypatch, answers, at_once):
+@pytest.mark.parametrize(
+    ("answers", "at_once"), [(0, 1), (1, 1), (5, 4), (8, 8), (15, 8), (10_000, 16)]
+)
+def test_as_many_answers_are_written_at_once_as_memory_holds(
+    loaded, config, monkeypatch, answers, at_once
+):
     shape, prompt = loaded.model.config, prompts.build_prompt("What helps?")
     keys_and_values = 4 * shape.num_hidden_layers * shape.num_key_value_heads * shape.head_dim
-    one = 2.5 * keys_and_values * (len(loaded.tokenizer(prompt)["input_ids"]) + config.max_new_tokens)
+    one = (
+        2.5 * keys_and_values * (len(loaded.tokenizer(prompt)["input_ids"]) + config.max_new_tokens)
+    )
     monkeypatch.setattr(loaded, "memory_limit", loaded.model.get_memory_footprint() + answers * one)
     batches = loaded.plan_batches(["What helps?"] * 20, config)
     assert len(batches[0]) == at_once and sorted(itertools.chain(*batches)) == list(range(20))
@@ -198,7 +222,9 @@ def infer(told, tiny_r1):
 
 
 def test_what_is_piped_is_asked(infer, monkeypatch):
-    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO("¿What helps?\nToday.\n".encode())))
+    monkeypatch.setattr(
+        sys, "stdin", io.TextIOWrapper(io.BytesIO("¿What helps?\nToday.\n".encode()))
+    )
     done = infer()
     assert done.code == 0 and json.loads(done.out)["question"] == "¿What helps?\nToday."
 
@@ -219,7 +245,11 @@ def test_a_file_has_one_question_a_line(infer, tmp_path, name):
 
 
 def test_usual_fields_are_asked_where_the_runs_column_is_missing(tmp_path):
-    rows = [{"case": "A?", "question": "no"}, {"question": "B?", "Question": "no"}, {"Question": "C?"}]
+    rows = [
+        {"case": "A?", "question": "no"},
+        {"question": "B?", "Question": "no"},
+        {"Question": "C?"},
+    ]
     finetune_r1.write_jsonl(tmp_path / "q.jsonl", rows)
     assert [row["case"] for row in finetune_r1.read_questions(tmp_path / "q.jsonl", "case")] == [
         "A?", "B?", "C?",
@@ -276,7 +306,10 @@ def test_a_4_bit_model_answers_in_16_bit_where_there_is_room_and_says_the_same(c
 def test_it_stays_in_4_bit_where_there_is_no_room_or_one_question(config, tiny_run):
     loaded = LoadedModel.load_run(Run(tiny_run))
     small = loaded.model.get_memory_footprint()
-    for limit, questions in ((2.0 * loaded.model.num_parameters(), ["Why?", "When?"]), (1e12, ["Why?"])):
+    for limit, questions in (
+        (2.0 * loaded.model.num_parameters(), ["Why?", "When?"]),
+        (1e12, ["Why?"]),
+    ):
         loaded.memory_limit = limit
         loaded.plan_batches(questions, config)
         assert loaded.model.get_memory_footprint() == small

@@ -11,7 +11,9 @@ BENCH = SCRIPT.parent / "tests" / "bench"
 
 
 def run(name, *options):
-    done = subprocess.run([sys.executable, BENCH / name, *map(str, options)], capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, BENCH / name, *map(str, options)], capture_output=True, text=True
+    )
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout
 
@@ -29,7 +31,9 @@ def test_speed_of_training_and_decoding(decoding):
 
 @pytest.mark.slow
 def test_nothing_is_lost_by_signals_at_random_moments(tiny_r1):
-    said = run("survive.py", "kills", "soak", "--times", 3, "--only", "infer --file", "--model", tiny_r1)
+    said = run(
+        "survive.py", "kills", "soak", "--times", 3, "--only", "infer --file", "--model", tiny_r1
+    )
     assert said.count("killed after") == 3 and said.count("lost: 0") == 2
 
 
@@ -49,5 +53,7 @@ def test_the_recipes_are_compared_on_the_same_rows_at_equal_compute(tiny_r1, tmp
     said = run("recipes.py", *options, "--out", tmp_path / "recipes.json")
     published, thorough = json.loads((tmp_path / "recipes.json").read_text())
     assert published["rows"] == thorough["rows"] == 20
-    assert published["loss"][0] == thorough["loss"][0] and published["loss"][1] != thorough["loss"][1]
+    assert (
+        published["loss"][0] == thorough["loss"][0] and published["loss"][1] != thorough["loss"][1]
+    )
     assert [line.split()[0] for line in said.splitlines()[-2:]] == ["published", "thorough"]

@@ -23,9 +23,31 @@ from terminal import typed
 import finetune_r1
 from finetune_r1 import VERSION, Lazy, TrainConfig
 
-COMMANDS = ["demo", "doctor", "login", "load", "format", "train", "infer", "eval", "runs", "save", "push"]
+COMMANDS = [
+    "demo",
+    "doctor",
+    "login",
+    "load",
+    "format",
+    "train",
+    "infer",
+    "eval",
+    "runs",
+    "save",
+    "push",
+]
 HEADINGS = ["Options", "Model", "Data", "Answers", "LoRA", "Training", "Run", "Tracking"]
-HEAVY = {"torch", "transformers", "unsloth", "trl", "peft", "datasets", "bitsandbytes", "wandb", "gguf"}
+HEAVY = {
+    "torch",
+    "transformers",
+    "unsloth",
+    "trl",
+    "peft",
+    "datasets",
+    "bitsandbytes",
+    "wandb",
+    "gguf",
+}
 
 
 @pytest.mark.parametrize("command", [[], *[[name] for name in COMMANDS]], ids=["", *COMMANDS])
@@ -72,7 +94,9 @@ def test_without_the_packages_the_next_step_is_told():
     done = subprocess.run([sys.executable, "-S", SCRIPT, "demo"], capture_output=True, text=True)
     assert (done.returncode, done.stdout) == (1, "")
     error, next_step = done.stderr.splitlines()
-    assert error.startswith("error: the packages") and next_step.startswith("next:  `uv run finetune_r1.py`")
+    assert error.startswith("error: the packages") and next_step.startswith(
+        "next:  `uv run finetune_r1.py`"
+    )
 
 
 def test_the_settings_stand_under_headings_in_the_order_of_their_use(cli):
@@ -251,14 +275,18 @@ MISTYPED = {
 @pytest.mark.parametrize(("line", "said"), MISTAKES.values(), ids=MISTAKES)
 def test_a_mistake_gets_a_message_and_the_next_step(told, folder, monkeypatch, line, said):
     """`pytest -rP -k mistake` shows all the messages."""
-    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b" \n")))  # a pipe with nothing in it
+    monkeypatch.setattr(
+        sys, "stdin", io.TextIOWrapper(io.BytesIO(b" \n"))
+    )  # a pipe with nothing in it
     before = sorted(folder.rglob("*"))
     done = told(shlex.split(line), cwd=folder)
     print(done.err)
     assert done.code == 1 and "next:" in done.err
     assert all(text in done.err for text in said)
     assert "Traceback" not in done.err and done.out == ""
-    assert not re.search(f"`({'|'.join(COMMANDS)})", done.err.rpartition("next:")[2]), "can't be pasted"
+    assert not re.search(f"`({'|'.join(COMMANDS)})", done.err.rpartition("next:")[2]), (
+        "can't be pasted"
+    )
     assert sorted(folder.rglob("*")) == before, "nothing was made and nothing was lost"
 
 
@@ -304,11 +332,30 @@ def test_every_command_works_where_paths_have_spaces_quotes_and_letters_of_any_s
     (folder / "модель 模型").symlink_to(tiny_r1)
     (folder / "строки 行.jsonl").symlink_to(SAMPLE)
     rows = ["--model", "модель 模型", "--dataset", "строки 行.jsonl", "--split", "train[:8]"]
-    sizes = ["--max-seq-length", 768, "--max-steps", 1, "--effective-batch", 2, "--learning-rate", 1e-2]
+    sizes = [
+        "--max-seq-length",
+        768,
+        "--max-steps",
+        1,
+        "--effective-batch",
+        2,
+        "--learning-rate",
+        1e-2,
+    ]
     short = ["--max-new-tokens", 2]
     for line in (
         ["format", *rows, "-o", "из них 行.jsonl"],
-        ["train", *rows, *sizes, *short, "--no-wandb", "--eval-rows", 2, "--run-dir", "runs/мой run"],
+        [
+            "train",
+            *rows,
+            *sizes,
+            *short,
+            "--no-wandb",
+            "--eval-rows",
+            2,
+            "--run-dir",
+            "runs/мой run",
+        ],
         ["infer", "Why?", *short],
         ["eval", "--answers", 1, *short],
         ["save", "--modelfile"],
@@ -324,8 +371,20 @@ def test_every_command_works_where_paths_have_spaces_quotes_and_letters_of_any_s
 
 @pytest.mark.slow
 def test_without_a_home_and_a_folder_for_temporary_files(cli, tiny_r1, tmp_path):
-    gone = {name: str(tmp_path / "gone" / name) for name in ("HOME", "HF_HOME", "TMPDIR", "XDG_CACHE_HOME")}
-    rows = ["--model", tiny_r1, "--dataset", SAMPLE, "--split", "train[:8]", "--max-seq-length", 768]
+    gone = {
+        name: str(tmp_path / "gone" / name)
+        for name in ("HOME", "HF_HOME", "TMPDIR", "XDG_CACHE_HOME")
+    }
+    rows = [
+        "--model",
+        tiny_r1,
+        "--dataset",
+        SAMPLE,
+        "--split",
+        "train[:8]",
+        "--max-seq-length",
+        768,
+    ]
     done = cli("train", *rows, "--max-steps", 1, "--max-new-tokens", 2, "--no-wandb", **gone)
     assert done.code == 0, done.err
     assert cli("save", **gone).code == 0
@@ -339,9 +398,20 @@ def test_of_two_trainings_that_begin_in_the_same_second_one_is_refused(tiny_r1, 
         f"sys.path[0] = {str(SCRIPT.parent)!r}\n"
         f"runpy.run_path({str(SCRIPT)!r}, run_name='__main__')"
     )
-    rows = ["--model", tiny_r1, "--dataset", SAMPLE, "--split", "train[:8]", "--max-seq-length", "768"]
+    rows = [
+        "--model",
+        tiny_r1,
+        "--dataset",
+        SAMPLE,
+        "--split",
+        "train[:8]",
+        "--max-seq-length",
+        "768",
+    ]
     command = [sys.executable, "runs.py", "train", *rows, "--max-steps", "1", "--no-wandb"]
-    two = [subprocess.Popen(command, cwd=tmp_path, stderr=subprocess.PIPE, text=True) for _ in range(2)]
+    two = [
+        subprocess.Popen(command, cwd=tmp_path, stderr=subprocess.PIPE, text=True) for _ in range(2)
+    ]
     errors = [process.communicate()[1] for process in two]
     assert sorted(process.returncode for process in two) == [0, 1]
     refused = errors[[process.returncode for process in two].index(1)]
@@ -359,28 +429,52 @@ def test_garbage_is_collected_again_after_an_import(module):
 def test_the_8b_without_a_gpu_is_refused_before_the_imports_that_take_long(cli):
     done = cli("train", "--max-steps", "60", PYTHONPROFILEIMPORTTIME="1")
     lines = [
-        line.rpartition("|")[2].strip() for line in done.err.splitlines() if line.startswith("import time:")
+        line.rpartition("|")[2].strip()
+        for line in done.err.splitlines()
+        if line.startswith("import time:")
     ]
     imported = {line.partition(".")[0] for line in lines}
     assert done.code == 1 and "torch" in imported, "which tells whether there is a GPU"
-    assert not imported & {"unsloth", "transformers", "trl", "peft", "datasets", "wandb", "bitsandbytes"}
+    assert not imported & {
+        "unsloth",
+        "transformers",
+        "trl",
+        "peft",
+        "datasets",
+        "wandb",
+        "bitsandbytes",
+    }
 
 
-@pytest.mark.parametrize("arguments", [["load", "--model", "no/such"], ["format", "--dataset", "no/such"]])
+@pytest.mark.parametrize(
+    "arguments", [["load", "--model", "no/such"], ["format", "--dataset", "no/such"]]
+)
 def test_what_the_hub_does_not_have_is_named(cli, arguments):
     with HubServer(tokens={}) as hub:
         done = cli(*arguments, HF_ENDPOINT=hub.url, HTTP_PROXY=hub.url)
-    assert done.code == 1 and "no/such" in done.err and "next:" in done.err and "Traceback" not in done.err
+    assert (
+        done.code == 1
+        and "no/such" in done.err
+        and "next:" in done.err
+        and "Traceback" not in done.err
+    )
 
 
 def test_without_a_network_the_dataset_is_not_reached_and_the_message_says_so(cli):
     done = cli("format", HF_HUB_OFFLINE="1")
-    assert done.code == 1 and "--dataset" in done.err and "next:" in done.err and "Traceback" not in done.err
+    assert (
+        done.code == 1
+        and "--dataset" in done.err
+        and "next:" in done.err
+        and "Traceback" not in done.err
+    )
 
 
 def test_load_says_what_it_loaded(told, tiny_r1):
     loaded = json.loads(told(["load", "--model", tiny_r1, "--json"]).out)
-    assert loaded["model"] == str(tiny_r1) and loaded["device"].startswith("CPU") and loaded["sample"]
+    assert (
+        loaded["model"] == str(tiny_r1) and loaded["device"].startswith("CPU") and loaded["sample"]
+    )
     assert loaded["peak_memory_gib"] > 0 and loaded["dtype"] in ("bfloat16", "float32")
 
 
@@ -396,9 +490,16 @@ def test_doctor_says_what_is_missing_and_what_train_would_do(cli):
 @pytest.mark.parametrize("as_json", [False, True])
 @pytest.mark.parametrize(
     ("model", "free", "verdict"),
-    [("tiny", 20, "ready"), ("tiny", 5, "disk"), ("no_model", 20, "config.json"), ("a/x-70b", 20, "70.0 b")],
+    [
+        ("tiny", 20, "ready"),
+        ("tiny", 5, "disk"),
+        ("no_model", 20, "config.json"),
+        ("a/x-70b", 20, "70.0 b"),
+    ],
 )
-def test_doctor_judges_the_model_asked_for(told, folder, monkeypatch, as_json, model, free, verdict):
+def test_doctor_judges_the_model_asked_for(
+    told, folder, monkeypatch, as_json, model, free, verdict
+):
     monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=free * 2**30))
     done = told(["doctor", "--model", model, *["--json"] * as_json], cwd=folder)
     report = json.loads(done.out) if as_json else yaml.safe_load(done.out)
@@ -409,10 +510,14 @@ def test_doctor_judges_the_model_asked_for(told, folder, monkeypatch, as_json, m
     assert done.code == (0 if report["verdict"] == "ready" else 1)
 
 
-def test_doctor_says_when_there_is_room_to_merge_and_when_the_driver_is_too_old(told, folder, monkeypatch):
+def test_doctor_says_when_there_is_room_to_merge_and_when_the_driver_is_too_old(
+    told, folder, monkeypatch
+):
     monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=100 * 2**30))
     assert (
-        json.loads(told(["doctor", "--model", "tiny", "--json"], cwd=folder).out)["works_here"]["push"]
+        json.loads(told(["doctor", "--model", "tiny", "--json"], cwd=folder).out)["works_here"][
+            "push"
+        ]
         == "yes"
     )
     (folder / "nvidia-smi").write_text("#!/bin/sh\n")
@@ -453,7 +558,9 @@ def test_a_dry_run_tells_plan_time_and_disk_and_makes_nothing(told, tiny_r1, tmp
 
 
 def test_epochs_are_turned_into_steps_and_noted(told, tiny_r1, tmp_path):
-    options = f"--model {tiny_r1} --split train[:10] --epochs 0.5 --effective-batch 2 --max-new-tokens 2"
+    options = (
+        f"--model {tiny_r1} --split train[:10] --epochs 0.5 --effective-batch 2 --max-new-tokens 2"
+    )
     done = told(["train", "--dataset", SAMPLE, "--no-wandb", "--run-dir", "run", *options.split()])
     assert done.code == 0, done.err
     config = json.loads((tmp_path / "run" / "config.json").read_text())
@@ -471,7 +578,7 @@ def test_quiet_leaves_the_result_and_verbose_shows_every_setting(told, tiny_run)
     assert told([*question, "--quiet", "--model", "nope"]).err.startswith("error: --model nope")
     shown = told(["train", "--resume", tiny_run, "--verbose"])
     assert shown.code == 1 and "is finished" in shown.err
-    assert finetune_r1.not_the_default(TrainConfig(lora_r=8)).count("=") == len(
+    assert finetune_r1.changed_settings(TrainConfig(lora_r=8)).count("=") == len(
         dataclasses.fields(TrainConfig)
     )
 

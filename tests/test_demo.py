@@ -9,7 +9,15 @@ from servers.hub import HubServer
 from finetune_r1 import DEMO_MODEL, read_json, read_jsonl, write_jsonl
 from prompts import BEFORE_AFTER
 
-FILES = {"README.md", "config.json", "eval.json", "eval.png", "loss.png", "metrics.jsonl", "run.json"}
+FILES = {
+    "README.md",
+    "config.json",
+    "eval.json",
+    "eval.png",
+    "loss.png",
+    "metrics.jsonl",
+    "run.json",
+}
 FOLDERS = {"adapter", "merged"}
 
 
@@ -20,7 +28,11 @@ def test_it_prints_one_json_object_and_nothing_else_on_stdout(demo):
 
 def test_the_held_out_loss_falls_and_more_thoughts_are_closed(demo):
     report = read_json(demo[1] / "eval.json")
-    assert report["rows"] == 12 and report["loss"]["high"] < 0 and report["verdict"].startswith("better")
+    assert (
+        report["rows"] == 12
+        and report["loss"]["high"] < 0
+        and report["verdict"].startswith("better")
+    )
     assert report["closed"]["tuned"] >= report["closed"]["base"] and report["relevance"]["low"] > 0
 
 
@@ -29,12 +41,22 @@ def test_everything_lies_where_the_design_says(demo):
     assert names >= FILES | FOLDERS and not [name for name in names if "partial" in name]
     assert read_json(demo[1] / "run.json")["status"] == "finished"
     assert not list((demo[1] / "merged").glob("adapter*"))
-    assert read_json(demo[1] / "merged" / "generation_config.json")["do_sample"] is False, "as its base"
+    assert read_json(demo[1] / "merged" / "generation_config.json")["do_sample"] is False, (
+        "as its base"
+    )
 
 
 def test_it_goes_through_the_job_before_the_users_eyes(demo):
     lines = demo[2].err.splitlines()
-    starts = ("settings", "rows ", "plan ", "step 00001/", "BEFORE TRAINING", "AFTER TRAINING", "measure ")
+    starts = (
+        "settings",
+        "rows ",
+        "plan ",
+        "step 00001/",
+        "BEFORE TRAINING",
+        "AFTER TRAINING",
+        "measure ",
+    )
     for start in (*starts, "merging "):
         assert [line for line in lines if line.startswith(start)], f"no line starts with {start!r}"
     assert BEFORE_AFTER["en"] in demo[2].err
@@ -66,26 +88,32 @@ def test_infer_compare_and_file_answer_from_both_sides(demo, told):
     answers = read_jsonl(demo[0] / "answers.jsonl")
     assert [a["question"] for a in answers] == ["What is croup?", "What is gout?"]
     assert all(a["base"]["tokens"] == a["tuned"]["tokens"] == 5 for a in answers)
-    assert not any(a["tuned"]["stopped"] for a in answers)
+    assert not any(a["tuned"]["finish_reason"] == "stop" for a in answers)
 
 
 @pytest.mark.slow
 def test_eval_finds_the_same_held_out_loss_again(demo, told):
-    before = read_json(demo[1] / "eval.json")["loss"]  # of the model as it was in memory after training
+    before = read_json(demo[1] / "eval.json")[
+        "loss"
+    ]  # of the model as it was in memory after training
     done = told(["eval", "--answers", 0, "--json"], cwd=demo[0])
     assert done.code == 0, done.err
     assert json.loads(done.out)["loss"] == pytest.approx(before, abs=5e-3)
 
 
 @pytest.mark.slow
-def test_it_is_pushed_by_the_clients_default_way_and_names_no_folder_of_this_machine(demo, cli, home):
+def test_it_is_pushed_by_the_clients_default_way_and_names_no_folder_of_this_machine(
+    demo, cli, home
+):
     """270 MB over Xet."""
     with HubServer(tokens={"hf_writetoken": ("alice", "write")}) as hub:
         here = {"HF_ENDPOINT": hub.url, "HF_TOKEN": "hf_writetoken", "HF_HUB_DISABLE_XET": "0"}
         done = cli("push", "--repo", "alice/medical-cot", "--json", cwd=demo[0], **here)
         assert done.code == 0, done.err
         files = dict(hub.repos["model", "alice/medical-cot"].files)
-    assert any("/xet/" in path for _, path in hub.requests) and json.loads(done.out)["bytes"] > 250e6
+    assert (
+        any("/xet/" in path for _, path in hub.requests) and json.loads(done.out)["bytes"] > 250e6
+    )
     assert files["model.safetensors"] == (demo[1] / "merged" / "model.safetensors").read_bytes()
     for name in ("README.md", "adapter/adapter_config.json", "config.json"):
         assert str(home) not in files[name].decode(), name

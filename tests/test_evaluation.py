@@ -21,16 +21,16 @@ import prompts
 from finetune_r1 import (
     DEMO,
     EvalConfig,
-    GenerationConfig,
     LoadedModel,
     Run,
+    SamplingConfig,
     TrainConfig,
     UserError,
     prepare_rows,
     read_jsonl,
 )
 
-SHORT = GenerationConfig(max_new_tokens=4)
+SHORT = SamplingConfig(max_new_tokens=4)
 REST = {"A": "rest", "B": "water"}
 
 
@@ -89,7 +89,9 @@ def test_rows_that_only_just_fit_are_evaluated_and_nothing_is_cut_behind_our_bac
     Unsloth then cuts off its end, where the answer is."""
     long = [named("Why?", "It is so. " * 60, "So."), named("When?", "Now.", "It is then. " * 60)]
     records = finetune_r1.datasets.Dataset.from_list(long)
-    rows = prepare_rows(records, untrained.tokenizer, dataclasses.replace(config, eval_rows=0)).usable
+    rows = prepare_rows(
+        records, untrained.tokenizer, dataclasses.replace(config, eval_rows=0)
+    ).usable
     fed = []
     noted = untrained.model.register_forward_pre_hook(
         lambda _, __, given: fed.append(given["input_ids"].shape[1]), with_kwargs=True
@@ -116,7 +118,9 @@ def test_nothing_is_found_where_there_is_nothing(config, untrained, run):
     assert measures.keys() >= {
         "loss", "answer_loss", "relevance", "closed", "stopped", "repetition", "answer_words"
     }  # fmt: skip
-    assert all(value["difference"] == value["low"] == value["high"] == 0 for value in measures.values())
+    assert all(
+        value["difference"] == value["low"] == value["high"] == 0 for value in measures.values()
+    )
     assert math.isfinite(report["loss"]["base"]) and report["verdict"].startswith("can't tell")
 
 
@@ -136,13 +140,29 @@ def test_the_same_evaluation_gives_the_same_report_again_with_a_picture_in_the_c
 
 
 def test_the_report_is_a_table_within_80_columns_once(run, told):
-    words = ["eval", "--run", run.folder, "--dataset", SAMPLE, "--split", "train[8:20]", "--answers", 2]
+    words = [
+        "eval",
+        "--run",
+        run.folder,
+        "--dataset",
+        SAMPLE,
+        "--split",
+        "train[8:20]",
+        "--answers",
+        2,
+    ]
     done = told([*words, "--max-new-tokens", 3])
     lines = done.out.splitlines()
-    assert done.code == 0 and lines[0].startswith("On 12 held-out rows: ") and max(map(len, lines)) <= 80
+    assert (
+        done.code == 0
+        and lines[0].startswith("On 12 held-out rows: ")
+        and max(map(len, lines)) <= 80
+    )
     start = lines.index(next(line for line in lines if line.startswith("measure")))
     table = "\n".join(lines[start + 1 :])
-    assert re.search(r"^loss +\d+\.\d{3} +\d+\.\d{3} +[-+]\d\.\d{3} \(.* to .*\) lower$", table, re.MULTILINE)
+    assert re.search(
+        r"^loss +\d+\.\d{3} +\d+\.\d{3} +[-+]\d\.\d{3} \(.* to .*\) lower$", table, re.MULTILINE
+    )
     assert re.search(r"^answer loss .* lower$", table, re.MULTILINE)
     assert re.search(r"^relevance .* higher$", table, re.MULTILINE)
     assert re.search(r"^thought words +\d+\.\d +\d+\.\d .*\)$", table, re.MULTILINE)
@@ -155,12 +175,16 @@ def test_a_finished_evaluation_waits_for_whoever_uses_the_run(config, untrained,
     command = [sys.executable, "-c", code, run / ".lock", run / "left"]
     holder = subprocess.Popen(command, stdout=subprocess.PIPE)
     assert holder.stdout is not None and holder.stdout.readline() == b"1\n"
-    finetune_r1.evaluate(untrained, run, None, [prompts.Choice("Why?", REST, "B")], 1, SHORT)
+    finetune_r1.evaluate(
+        untrained, run, None, [prompts.MultipleChoice("Why?", REST, "B")], 1, SHORT
+    )
     assert (run / "left").exists() and (run / "eval.json").exists()
     holder.wait()
 
 
-def test_the_base_is_asked_by_its_own_chat_template_too_as_often_as_told(untrained, run, monkeypatch):
+def test_the_base_is_asked_by_its_own_chat_template_too_as_often_as_told(
+    untrained, run, monkeypatch
+):
     asked, of_model = [], LoadedModel.asked
 
     def noted(*given):
@@ -168,7 +192,10 @@ def test_the_base_is_asked_by_its_own_chat_template_too_as_often_as_told(untrain
         return asked[-1]
 
     monkeypatch.setattr(LoadedModel, "asked", noted)
-    choices = [prompts.Choice("Why?", REST, "B"), prompts.Choice("Why is <b>that</b> so?", REST, "A")]
+    choices = [
+        prompts.MultipleChoice("Why?", REST, "B"),
+        prompts.MultipleChoice("Why is <b>that</b> so?", REST, "A"),
+    ]
     finetune_r1.evaluate(untrained, run, None, choices, 2, SHORT, "eval", 2)
     own = f"{BOS}<｜User｜>{choices[0].text}<｜Assistant｜><think>\n"
     assert sum(own in texts for texts in asked) == 2, "once for each sample"
@@ -183,20 +210,32 @@ def test_the_base_is_asked_by_its_own_chat_template_too_as_often_as_told(untrain
 
 def test_a_change_is_measured_from_the_better_of_both_befores():
     def answered(closed, words):
-        return {"thought": "so", "answer": "so " * words, "closed": closed, "stopped": True, "seconds": 1}
+        return {
+            "thought": "so",
+            "answer": "so " * words,
+            "closed": closed,
+            "finish_reason": "stop",
+            "seconds": 1,
+        }
 
     def report(base, chat, tuned):
         sides = {"question": "Why?", "base": base, "chat": chat, "tuned": tuned}
         before, after = ({"loss": [1.0] * 9, "relevance": [1.0] * 9} for _ in range(2))
-        return prompts.build_report(before, after, [[copy.deepcopy(sides)] for _ in range(9)], 9, seed=1)
+        return prompts.build_report(
+            before, after, [[copy.deepcopy(sides)] for _ in range(9)], 9, seed=1
+        )
 
     no, yes = answered(False, 2), answered(True, 5)
     for base, chat in ((no, yes), (yes, no)):
         found = report(base, chat, yes)
-        assert found["closed"]["difference"] == 0 and found["closed"]["base"] == float(base["closed"])
+        assert found["closed"]["difference"] == 0 and found["closed"]["base"] == float(
+            base["closed"]
+        )
         assert found["closed"]["chat"] == float(chat["closed"])
         words = found["answer_words"]
-        assert words["difference"] == words["tuned"] - words["base"], "neither number is the better one"
+        assert words["difference"] == words["tuned"] - words["base"], (
+            "neither number is the better one"
+        )
 
 
 @pytest.fixture
@@ -219,9 +258,9 @@ def test_an_evaluation_is_named_by_its_rows(file_of, tmp_path):
         "eval-mine-train": {"dataset": mine, "split": "train"},
         "eval-mine-zh-train-4-6": {"dataset": mine, "split": "train[4:6]", "subset": "zh"},
     }.items():
-        assert re.fullmatch(f"{name}-[0-9a-f]{{4}}", file_of(**asked)) and file_of(**asked) == file_of(
+        assert re.fullmatch(f"{name}-[0-9a-f]{{4}}", file_of(**asked)) and file_of(
             **asked
-        )
+        ) == file_of(**asked)
 
 
 def test_no_two_evaluations_have_one_file(file_of, tmp_path):
@@ -237,7 +276,9 @@ def test_the_card_shows_the_largest_evaluation_of_each_kind(run):
              "eval-medqa-test-77e0": ("accuracy", 100), "eval-other-3c3c": ("accuracy", 40)}  # fmt: skip
     for name, (measure, rows) in kinds.items():
         values = {measure: [0.5] * rows, "relevance": [0.5] * rows}
-        finetune_r1.write_json(run / f"{name}.json", prompts.build_report(values, values, [], rows, seed=1))
+        finetune_r1.write_json(
+            run / f"{name}.json", prompts.build_report(values, values, [], rows, seed=1)
+        )
     finetune_r1.write_card(run)
     card = (run / "README.md").read_text()
     assert re.findall(r"On (\d+) held-out", card) == ["12", "100"]
@@ -269,7 +310,9 @@ def test_held_out_rows_stay_those_of_the_run_whatever_becomes_of_the_dataset(
     assert report["rows"] == 26 - left_out < 26
     assert f"{left_out} of 26 questions are left out" in capsys.readouterr().err
     finetune_r1.write_jsonl(data, [row for row in rows if row["Question"] in trained])
-    monkeypatch.setattr(finetune_r1, "import_unsloth", None)  # it takes long, so this is said before
+    monkeypatch.setattr(
+        finetune_r1, "import_unsloth", None
+    )  # it takes long, so this is said before
     with pytest.raises(UserError, match="no question is left"):
         evaluated(run, dataset=str(data), split="train")
 
@@ -280,7 +323,9 @@ def test_a_run_that_held_no_rows_out_has_to_be_told_which(run):
 
 
 def test_rows_may_be_in_other_columns(run, tmp_path):
-    rows = [dict(zip(("q", "why", "a"), row.values(), strict=True)) for row in read_jsonl(SAMPLE)[30:33]]
+    rows = [
+        dict(zip(("q", "why", "a"), row.values(), strict=True)) for row in read_jsonl(SAMPLE)[30:33]
+    ]
     finetune_r1.write_jsonl(tmp_path / "rows.jsonl", rows)
     columns = {"question_col": "q", "cot_col": "why", "response_col": "a"}
     asked = {"dataset": str(tmp_path / "rows.jsonl"), "split": "train"}
@@ -292,7 +337,9 @@ def test_rows_may_be_in_other_columns(run, tmp_path):
 # -------------------------------------------------------------------------------------------- multiple choice
 
 
-def test_a_dataset_in_medqas_columns_is_graded_and_an_open_thought_counts_as_no_answer(run, tmp_path):
+def test_a_dataset_in_medqas_columns_is_graded_and_an_open_thought_counts_as_no_answer(
+    run, tmp_path
+):
     choice = {
         "question": "What widens the anion gap?",
         "options": {"A": "lactate", "B": "water"},
@@ -331,16 +378,22 @@ def test_medqa_is_graded_from_the_hub_by_the_command_line(run, cli):
             (1, 0),
             "better: more answers are right; fewer could not be read",
         ),
-        (("B.", "Who knows?"), (0.9, 0), (0, 1), "worse: fewer answers are right; more could not be read"),
+        (
+            ("B.", "Who knows?"),
+            (0.9, 0),
+            (0, 1),
+            "worse: fewer answers are right; more could not be read",
+        ),
     ],
 )
 def test_right_and_unread_answers_are_counted_for_each_side(
     config, untrained, run, monkeypatch, answers, accuracy, unread, verdict
 ):
     def answer_both(loaded, questions, config, chat=False):
-        written = {"thought": "", "closed": True, "stopped": True, "tokens": 1}
+        written = {"thought": "", "closed": True, "finish_reason": "stop", "tokens": 1}
         sides = {
-            n: written | {"answer": answer} for n, answer in zip(("base", "tuned"), answers, strict=True)
+            n: written | {"answer": answer}
+            for n, answer in zip(("base", "tuned"), answers, strict=True)
         }
         return [
             {"question": question} | {n: s | {"seconds": 1} for n, s in sides.items()}
@@ -348,7 +401,7 @@ def test_right_and_unread_answers_are_counted_for_each_side(
         ]
 
     monkeypatch.setattr(LoadedModel, "answer_both", answer_both)
-    choices = [prompts.Choice("Why?", REST, key) for key in [*"BBBBBBBBB", "A"]]
+    choices = [prompts.MultipleChoice("Why?", REST, key) for key in [*"BBBBBBBBB", "A"]]
     report = finetune_r1.evaluate(untrained, run, None, choices, 10, config)
     assert (report["accuracy"]["base"], report["accuracy"]["tuned"]) == accuracy
     assert (report["unread"]["base"], report["unread"]["tuned"]) == unread
@@ -356,11 +409,18 @@ def test_right_and_unread_answers_are_counted_for_each_side(
     assert not any("unread" in row for row in prompts.report_rows({"loss": report["accuracy"]}))
 
 
-def test_questions_trained_on_and_those_without_a_key_are_left_out_of_multiple_choice(run, tmp_path, capsys):
+def test_questions_trained_on_and_those_without_a_key_are_left_out_of_multiple_choice(
+    run, tmp_path, capsys
+):
     trained = [row["Question"] for row in read_jsonl(SAMPLE)[:8]]
     nearly = re.sub(r"\d+", "31", trained[0])
     assert nearly != trained[0]
-    questions = [trained[1], nearly, "What widens the anion gap?", "Which vitamin's lack causes scurvy?"]
+    questions = [
+        trained[1],
+        nearly,
+        "What widens the anion gap?",
+        "Which vitamin's lack causes scurvy?",
+    ]
     texts = dict(zip(("opa", "opb", "opc", "opd"), "CDAB", strict=True))
     rows = [{"question": question, **texts, "cop": 2, "exp": None} for question in questions]
     finetune_r1.write_jsonl(tmp_path / "medmcqa.jsonl", [*rows, {**rows[2], "cop": -1}])
@@ -419,7 +479,9 @@ def test_general_loss_is_the_mean_of_each_passage_without_a_prompt(config, untra
     assert cut[7] == pytest.approx(by_hand, abs=1e-3)
 
 
-def test_half_as_many_everyday_questions_are_asked_and_counted_apart(config, untrained, run, monkeypatch):
+def test_half_as_many_everyday_questions_are_asked_and_counted_apart(
+    config, untrained, run, monkeypatch
+):
     """Of the eight, five are finished before and none after; a row's answers count for the shares alone."""
     asked = []
 
@@ -427,20 +489,34 @@ def test_half_as_many_everyday_questions_are_asked_and_counted_apart(config, unt
         asked.extend(questions)
         pairs = []
         for number, question in enumerate(questions):
-            ended = {"thought": "", "answer": "", "seconds": 1, "closed": number < 7, "stopped": True}
-            cut = ended | {"stopped": False}
+            ended = {
+                "thought": "",
+                "answer": "",
+                "seconds": 1,
+                "closed": number < 7,
+                "finish_reason": "stop",
+            }
+            cut = ended | {"finish_reason": "length"}
             pairs.append({"question": question, "base": ended, "tuned": cut})
         return pairs
 
     monkeypatch.setattr(LoadedModel, "answer_both", answer_both)
-    rows = prepare_rows(finetune_r1.read_records(config), untrained.tokenizer, config).held_out.select([0, 1])
+    rows = prepare_rows(
+        finetune_r1.read_records(config), untrained.tokenizer, config
+    ).held_out.select([0, 1])
     report = finetune_r1.evaluate(untrained, run, rows, [], 16, config)
     everyday = [row["text"] for row in read_jsonl(GENERAL) if row["kind"] == "question"]
-    assert asked == [*rows["question"], *everyday] and report["answers"] == 2 and report["everyday"] == 8
+    assert (
+        asked == [*rows["question"], *everyday]
+        and report["answers"] == 2
+        and report["everyday"] == 8
+    )
     assert report["everyday_stopped"]["base"] == 5 / 8 and report["everyday_stopped"]["tuned"] == 0
     assert report["stopped"] == compared([1.0, 1.0], [0.0, 0.0])
     note = prompts.report_note(report)
-    assert re.search(r"loss (\d+\.\d\d) to \1 \(\+0\.00\), everyday questions finished 5 to 0 of 8\. ", note)
+    assert re.search(
+        r"loss (\d+\.\d\d) to \1 \(\+0\.00\), everyday questions finished 5 to 0 of 8\. ", note
+    )
     lines = {row[0]: row[-1] for row in prompts.report_rows(report)}
     assert lines["general loss"] == "lower" and lines["everyday stopped"] == "higher"
     # None are asked where no row is, and then no number is made up.
@@ -459,7 +535,11 @@ def test_half_as_many_everyday_questions_are_asked_and_counted_apart(config, unt
 )
 def test_a_verdict_tells_when_general_text_is_predicted_clearly_worse(change, ending):
     base = {"loss": [3.0] * 9, "relevance": [0.5] * 9, "general_loss": [2.0, 3.0] * 20}
-    tuned = {"loss": [2.0] * 9, "relevance": [0.5] * 9, "general_loss": [2.0 + change, 3.0 + change] * 20}
+    tuned = {
+        "loss": [2.0] * 9,
+        "relevance": [0.5] * 9,
+        "general_loss": [2.0 + change, 3.0 + change] * 20,
+    }
     said = prompts.build_report(base, tuned, [], 9, seed=1)["verdict"]
     assert said.startswith("better: ") and said.endswith(ending)
 
@@ -508,10 +588,12 @@ def test_a_few_rows_tell_nothing(measures):
     assert not prompts.verdict(measures, rows=8).startswith("can't")
 
 
-@pytest.mark.parametrize(("words", "verdict"), [(40, "better: "), (1, "can't tell: .* much shorter")])
+@pytest.mark.parametrize(
+    ("words", "verdict"), [(40, "better: "), (1, "can't tell: .* much shorter")]
+)
 def test_a_training_that_unlearned_to_think_is_not_called_better(words, verdict):
     """Neither on one row's nor on the other's account: all thoughts that were closed count together."""
-    answer = {"answer": "So.", "closed": True, "stopped": True, "seconds": 1}
+    answer = {"answer": "So.", "closed": True, "finish_reason": "stop", "seconds": 1}
     sides = {side: answer | {"thought": "so " * words} for side in ("base", "tuned")}
     questions = [[{"question": "Why?", "reference_thought": "so " * 60, **sides}] for _ in range(9)]
     before, after = ({"loss": [loss] * 9, "relevance": [1.0] * 9} for loss in (3.0, 2.0))
@@ -528,7 +610,9 @@ def test_a_training_that_unlearned_to_think_is_not_called_better(words, verdict)
     ],
 )
 def test_a_model_that_closes_no_thought_is_not_called_better_without_a_word(closed, verdict):
-    assert re.match(verdict, prompts.verdict({"loss": FELL, "relevance": ROSE, "closed": closed}, rows=8))
+    assert re.match(
+        verdict, prompts.verdict({"loss": FELL, "relevance": ROSE, "closed": closed}, rows=8)
+    )
 
 
 @pytest.mark.slow
@@ -537,13 +621,19 @@ def test_a_model_tuned_on_shuffled_answers_is_not_called_better(smollm2, tmp_pat
     answers = [row["Response"] for row in rows]
     random.Random(1).shuffle(answers)
     shuffled = tmp_path / "shuffled.jsonl"
-    finetune_r1.write_jsonl(shuffled, [{**row, "Response": a} for row, a in zip(rows, answers, strict=True)])
-    config = TrainConfig(model=str(smollm2), **{**DEMO, "dataset": str(shuffled), "max_new_tokens": 1})
+    finetune_r1.write_jsonl(
+        shuffled, [{**row, "Response": a} for row, a in zip(rows, answers, strict=True)]
+    )
+    config = TrainConfig(
+        model=str(smollm2), **{**DEMO, "dataset": str(shuffled), "max_new_tokens": 1}
+    )
     loaded, _ = finetune_r1.train_run(config, run := Run(tmp_path / "run"))
     as_they_were = TrainConfig(
         model=str(smollm2), **DEMO
     )  # the same questions are held out, by the same seed
-    held_out = prepare_rows(finetune_r1.read_records(as_they_were), loaded.tokenizer, as_they_were).held_out
+    held_out = prepare_rows(
+        finetune_r1.read_records(as_they_were), loaded.tokenizer, as_they_were
+    ).held_out
     report = finetune_r1.evaluate(loaded, run, held_out, [], 0, config)
     assert report["loss"]["high"] < 0, "the style alone lowers the loss"
     assert report["verdict"].startswith(("worse", "can't tell"))

@@ -24,11 +24,23 @@ TOKENIZER = {"AutoTokenizer": ["evil.Tokenizer", "evil.Tokenizer"]}
 # has the code itself.
 STRANGERS = {
     "a model": ({"model_type": "evil", "auto_map": MODEL}, {}, "config.json asks for code"),
-    "a model of another repository": ({"model_type": "evil", "auto_map": ELSEWHERE}, {}, "config.json asks"),
+    "a model of another repository": (
+        {"model_type": "evil", "auto_map": ELSEWHERE},
+        {},
+        "config.json asks",
+    ),
     "a model that is too new": ({"model_type": "evil"}, {}, "config.json asks for code"),
-    "a kernel": ({"attn_implementation": "eve/kernel", "use_kernels": True}, {}, "lacks: llama eve/kernel"),
+    "a kernel": (
+        {"attn_implementation": "eve/kernel", "use_kernels": True},
+        {},
+        "lacks: llama eve/kernel",
+    ),
     "a kernel, hidden": ({"_attn_implementation": "eve/kernel"}, {}, "config.json asks for code"),
-    "a tokenizer": ({}, {"tokenizer_class": "Evil", "auto_map": TOKENIZER}, "model contains custom code"),
+    "a tokenizer": (
+        {},
+        {"tokenizer_class": "Evil", "auto_map": TOKENIZER},
+        "model contains custom code",
+    ),
     "code that is not needed": ({"auto_map": MODEL | TOKENIZER}, {"auto_map": TOKENIZER}, None),
 }
 
@@ -43,7 +55,9 @@ def stranger(request, tiny_r1, tmp_path, monkeypatch):
     settings, tokenizer, said = STRANGERS[request.param]
     folder = shutil.copytree(tiny_r1, tmp_path / "model")
     code = f"import transformers as t\nopen({str(tmp_path / 'canary')!r}, 'w')\n"
-    code += "class Config(t.LlamaConfig): model_type = 'evil'\nclass Model(t.LlamaForCausalLM): pass\n"
+    code += (
+        "class Config(t.LlamaConfig): model_type = 'evil'\nclass Model(t.LlamaForCausalLM): pass\n"
+    )
     code += "class Tokenizer(t.PreTrainedTokenizerFast): pass\ndef generate(*_, **__): pass\n"
     (folder / "custom_generate").mkdir()
     for name in ("evil.py", "custom_generate/generate.py"):
@@ -65,7 +79,9 @@ def trained_on(model, tiny_run, folder):
     return run
 
 
-def test_every_command_refuses_code_with_one_message_or_needs_none(stranger, tiny_run, told, tmp_path):
+def test_every_command_refuses_code_with_one_message_or_needs_none(
+    stranger, tiny_run, told, tmp_path
+):
     run = trained_on(tmp_path / "model", tiny_run, tmp_path / "run")
     for line in (
         ["load", "--model", "model", "--no-load-in-4bit"],
@@ -96,7 +112,9 @@ def test_on_a_terminal_nobody_is_asked(tiny_r1, tiny_run, tmp_path):
     assert not (tmp_path / "canary").exists()
 
 
-def test_a_repository_that_names_another_base_beside_its_weights_is_refused(unsloth, tiny_r1, monkeypatch):
+def test_a_repository_that_names_another_base_beside_its_weights_is_refused(
+    unsloth, tiny_r1, monkeypatch
+):
     """Unsloth would load what its adapter_config.json names."""
     from huggingface_hub import constants, hf_api
 
@@ -105,7 +123,9 @@ def test_a_repository_that_names_another_base_beside_its_weights_is_refused(unsl
         monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", url)
         monkeypatch.setattr(constants, "ENDPOINT", hub.url)
         monkeypatch.setattr(hf_api.api, "endpoint", hub.url)
-        other = {"adapter_config.json": b'{"base_model_name_or_path": "eve/code", "peft_type": "LORA"}'}
+        other = {
+            "adapter_config.json": b'{"base_model_name_or_path": "eve/code", "peft_type": "LORA"}'
+        }
         hub.add_repo("model", "eve/mixed-1M", published.repo_files(tiny_r1) | other)
         with pytest.raises(UserError, match="an adapter and merged weights"):
             LoadedModel.load(TrainConfig(model="eve/mixed-1M", load_in_4bit=False))
@@ -128,7 +148,11 @@ def test_a_chat_template_that_never_ends_is_refused_and_a_broken_one_told(
 @pytest.mark.slow
 @pytest.mark.parametrize("command", ["load", "infer", "train", "format"])
 def test_nor_by_any_other_command(stranger, command, tmp_path):
-    options = {"load": ["--no-load-in-4bit"], "infer": ["Why?", "--max-new-tokens", 2], "train": TRAIN}
+    options = {
+        "load": ["--no-load-in-4bit"],
+        "infer": ["Why?", "--max-new-tokens", 2],
+        "train": TRAIN,
+    }
     options["format"] = ["--dataset", SAMPLE, "--split", "train"]
     line = [command, "--model", "model", *options[command]]
     code, shown = typed(tmp_path, list(map(str, line)))

@@ -74,7 +74,9 @@ class Case(NamedTuple):
     tokenizer: Any
     merged: Any
     tuned: Any  # base and adapter, as PEFT has them
-    prompts: list[list[int]]  # each begins with the one before, which llama.cpp still has in its cache
+    prompts: list[
+        list[int]
+    ]  # each begins with the one before, which llama.cpp still has in its cache
 
     def wanted(self, model):
         """The log-probabilities of all next tokens, after each prompt."""
@@ -96,14 +98,24 @@ class Case(NamedTuple):
 def varied_texts():
     """200 texts of pieces of several kinds of characters; the same at each call."""
     chance = random.Random(0)
-    texts = ["", " ", "\n", "\n\n  \n", "<think>\nWhy?\n</think>\nSo", "a<|eot_id|>b", "3.14  159\r\n26"]
+    texts = [
+        "",
+        " ",
+        "\n",
+        "\n\n  \n",
+        "<think>\nWhy?\n</think>\nSo",
+        "a<|eot_id|>b",
+        "3.14  159\r\n26",
+    ]
     while len(texts) < 200:
         text = ""
         for _ in range(chance.randint(1, 8)):
             alphabet = chance.choice(ALPHABETS)
             as_it_is = alphabet[chance.randrange(len(alphabet)) :]
             text += chance.choice([as_it_is, "".join(chance.choices(alphabet, k=8))])
-        texts.append(unicodedata.normalize("NFC", text))  # as Qwen's tokenizer does it, and llama.cpp not
+        texts.append(
+            unicodedata.normalize("NFC", text)
+        )  # as Qwen's tokenizer does it, and llama.cpp not
     return texts
 
 
@@ -130,7 +142,9 @@ def make_run(folder, base, **settings):
     from peft import LoraConfig, get_peft_model
     from transformers import AutoModelForCausalLM
 
-    config = TrainConfig(model=str(base), dataset=str(SAMPLE), max_seq_length=512, lora_alpha=24, **settings)
+    config = TrainConfig(
+        model=str(base), dataset=str(SAMPLE), max_seq_length=512, lora_alpha=24, **settings
+    )
     lora = LoraConfig(
         r=config.lora_r, lora_alpha=config.lora_alpha, use_rslora=config.use_rslora,
         target_modules=config.target_modules.split(","),
@@ -150,12 +164,16 @@ def make_run(folder, base, **settings):
 
 def take_for_merged(run, folder):
     """Makes a folder of weights what `save` has merged and verified."""
-    run.update(saved={"folder": str(folder), "files": finetune_r1.file_sizes(folder), "checked": {}})
+    run.update(
+        saved={"folder": str(folder), "files": finetune_r1.file_sizes(folder), "checked": {}}
+    )
 
 
 def base_gguf(run, folder):
     """The base of a run as a GGUF."""
-    other = Run(shutil.copytree(run.folder, folder, ignore=shutil.ignore_patterns("gguf", "merged")))
+    other = Run(
+        shutil.copytree(run.folder, folder, ignore=shutil.ignore_patterns("gguf", "merged"))
+    )
     take_for_merged(other, Path(run.config.model).resolve())
     return finetune_r1.save(run=other.folder, as_="gguf", outtype="f16")["saved"]
 
@@ -164,7 +182,9 @@ def know_pre_tokenizer(monkeypatch, model, name):
     """Adds a stand-in's small vocabulary to those that are known; how it splits text is as published."""
     tokenizer = finetune_r1.load_tokenizer(model)
     ids = tokenizer.encode(finetune_r1.PRE_TOKENIZER_TEXT)
-    monkeypatch.setitem(finetune_r1.PRE_TOKENIZERS, hashlib.sha256(str(ids).encode()).hexdigest(), name)
+    monkeypatch.setitem(
+        finetune_r1.PRE_TOKENIZERS, hashlib.sha256(str(ids).encode()).hexdigest(), name
+    )
 
 
 @pytest.fixture(scope="module")
@@ -182,7 +202,9 @@ def known(models, tiny_r1):
         yield folders
 
 
-@pytest.fixture(scope="module", params=[pytest.param("smollm2", marks=pytest.mark.slow), "unsloth", "qwen"])
+@pytest.fixture(
+    scope="module", params=[pytest.param("smollm2", marks=pytest.mark.slow), "unsloth", "qwen"]
+)
 def case(request, known, tmp_path_factory):
     """The demo's model, and small ones laid out like the 8B (with Llama 3's rope) and like Qwen 2."""
     import torch
@@ -202,7 +224,9 @@ def case(request, known, tmp_path_factory):
     text = "\n".join(row["Question"] + row["Complex_CoT"] for row in published.sample_rows())
     ids = tokenizer(text)["input_ids"]
     tuned = PeftModel.from_pretrained(base_model, run.adapter).eval()
-    return Case(run, path, tokenizer, model, tuned, [ids[: step * number] for number in range(1, 21)])
+    return Case(
+        run, path, tokenizer, model, tuned, [ids[: step * number] for number in range(1, 21)]
+    )
 
 
 @pytest.fixture(scope="module")
@@ -224,13 +248,17 @@ def test_200_texts_become_the_tokenizers_tokens(case, server):
 def test_a_chat_is_asked_by_the_training_prompt_with_one_bos(case, server):
     talk = [{"role": "user", "content": " Why {question}?\n"}]
     text = server.ask("/apply-template", messages=talk)["prompt"]
-    assert server.tokens(text) == case.tokenizer(prompts.build_prompt("Why {question}?"))["input_ids"]
+    assert (
+        server.tokens(text) == case.tokenizer(prompts.build_prompt("Why {question}?"))["input_ids"]
+    )
 
 
 def test_a_chat_tells_thought_from_answer_and_is_sampled_as_the_base_was(case, server):
     """What it says is forced here: small models with random weights close no thought."""
     talk, forced = [{"role": "user", "content": "Why?"}], 'root ::= "Hm, so.\\n</think>\\nBecause."'
-    [choice] = server.ask("/v1/chat/completions", messages=talk, grammar=forced, max_tokens=60)["choices"]
+    [choice] = server.ask("/v1/chat/completions", messages=talk, grammar=forced, max_tokens=60)[
+        "choices"
+    ]
     said = choice["message"]
     assert (said["reasoning_content"].strip(), said["content"].strip()) == ("Hm, so.", "Because.")
     assert choice["finish_reason"] == "stop"
@@ -271,7 +299,10 @@ def test_the_adapters_file_on_the_bases_file_is_the_tuned_model(case, tmp_path):
 def test_it_stops_where_the_tokenizer_does(case, server):
     tokenizer = case.tokenizer
     settings = server.ask("/props")
-    assert (settings["bos_token"], settings["eos_token"]) == (tokenizer.bos_token, tokenizer.eos_token)
+    assert (settings["bos_token"], settings["eos_token"]) == (
+        tokenizer.bos_token,
+        tokenizer.eos_token,
+    )
 
     def answer(favoured):
         return server.ask("/completion", prompt="So", n_predict=3, logit_bias=[[favoured, 1000]])
@@ -284,7 +315,10 @@ def test_it_stops_where_the_tokenizer_does(case, server):
 
 def test_in_eight_bits_the_likeliest_tokens_stay(case):
     path = finetune_r1.save(run=case.run.folder, as_="gguf")["saved"]
-    assert path.endswith("run-q8_0.gguf") and Path(path).stat().st_size < 0.6 * case.path.stat().st_size
+    assert (
+        path.endswith("run-q8_0.gguf")
+        and Path(path).stat().st_size < 0.6 * case.path.stat().st_size
+    )
     server, same = LlamaServer(path), 0
     for prompt, right in zip(case.prompts, case.wanted(case.merged), strict=True):
         top = server.top(prompt)
@@ -297,7 +331,10 @@ def test_a_file_says_what_the_model_is(r1_run):
     about = LlamaServer(path).ask("/v1/models")["data"][0]["meta"]
     assert (about["n_ctx_train"], about["n_embd"]) == (131072, 64)
     fields = gguf.GGUFReader(path).fields
-    assert fields["general.name"].contents() == "run" and fields["general.base_model.0.name"].contents()
+    assert (
+        fields["general.name"].contents() == "run"
+        and fields["general.base_model.0.name"].contents()
+    )
     assert fields["llama.rope.freq_base"].contents() == 500000
 
 
@@ -305,7 +342,10 @@ def test_of_an_adapter_it_says_its_scale(r1_run):
     """llama.cpp divides alpha by r, and knows no other way."""
     path = finetune_r1.save(run=r1_run.folder, as_="gguf-adapter")["saved"]
     file = gguf.GGUFReader(path)
-    assert path.endswith("gguf/run-f16-lora.gguf") and file.fields["general.type"].contents() == "adapter"
+    assert (
+        path.endswith("gguf/run-f16-lora.gguf")
+        and file.fields["general.type"].contents() == "adapter"
+    )
     assert file.fields["adapter.lora.alpha"].contents() == pytest.approx(24 / 16**0.5 * 16)
     assert {tensor.name.rpartition(".")[2] for tensor in file.tensors} == {"lora_a", "lora_b"}
     assert len(file.tensors) == 2 * 2 * 7
@@ -327,7 +367,12 @@ def test_numbers_are_rounded_as_llama_cpp_does_it(r1_run, outtype, monkeypatch):
     assert all(tensors[name].tensor_type.name == "F32" for name in tensors if "norm" in name)
 
 
-YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 8192, "rope_theta": 500000.0}
+YARN = {
+    "rope_type": "yarn",
+    "factor": 4.0,
+    "original_max_position_embeddings": 8192,
+    "rope_theta": 500000.0,
+}
 
 
 @pytest.mark.parametrize("as_", ["gguf", "gguf-adapter"])
@@ -359,17 +404,21 @@ def test_a_tokenizer_that_splits_text_in_an_unknown_way_is_refused(r1_run, monke
 
 
 @pytest.mark.parametrize("number", [1e5, float("nan")])
-def test_a_number_that_the_type_does_not_reach_is_refused_and_no_file_is_left(r1_run, tmp_path, number):
+def test_a_number_that_the_type_does_not_reach_is_refused_and_no_file_is_left(
+    r1_run, tmp_path, number
+):
     from safetensors.torch import load_file, save_file
 
     finetune_r1.merged_weights(r1_run)
-    copy = Run(shutil.copytree(r1_run.folder, tmp_path / "run", ignore=shutil.ignore_patterns("gguf")))
+    copy = Run(
+        shutil.copytree(r1_run.folder, tmp_path / "run", ignore=shutil.ignore_patterns("gguf"))
+    )
     weights = load_file(copy / "merged" / "model.safetensors")
     weights["model.layers.1.mlp.up_proj.weight"][3, 5] = number
     save_file(weights, copy / "merged" / "model.safetensors", {"format": "pt"})
     with pytest.raises(UserError, match=r"--outtype f16: blk\.1\.ffn_up\.weight holds") as refused:
         finetune_r1.save(run=copy.folder, as_="gguf", outtype="f16")
-    assert "bf16" in refused.value.next_step and not list((copy / "gguf").iterdir())
+    assert "bf16" in refused.value.hint and not list((copy / "gguf").iterdir())
 
 
 def test_a_disk_that_takes_no_more_ends_in_a_message_and_leaves_nothing(r1_run, tmp_path):
@@ -386,10 +435,18 @@ def test_a_disk_that_takes_no_more_ends_in_a_message_and_leaves_nothing(r1_run, 
 
 def test_the_lines_that_run_it(r1_run, tmp_path):
     folder = tmp_path / "my models"
-    saved = finetune_r1.save(run=r1_run.folder, as_="gguf", output=folder, outtype="f16", modelfile=True)
+    saved = finetune_r1.save(
+        run=r1_run.folder, as_="gguf", output=folder, outtype="f16", modelfile=True
+    )
     file = folder / "run-f16.gguf"
     assert shlex.split(saved["serve"]) == ["llama-server", "-m", str(file), "--jinja", "-c", "512"]
-    assert shlex.split(saved["ollama"]) == ["ollama", "create", "run", "-f", str(folder / "Modelfile")]
+    assert shlex.split(saved["ollama"]) == [
+        "ollama",
+        "create",
+        "run",
+        "-f",
+        str(folder / "Modelfile"),
+    ]
     assert (folder / "Modelfile").read_text().startswith("FROM ./run-f16.gguf\nTEMPLATE")
     finetune_r1.save(run=r1_run.folder, as_="gguf", output=folder, outtype="bf16")
     with pytest.raises(UserError, match="there already"):

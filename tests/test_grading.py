@@ -18,7 +18,9 @@ OPTIONS = {
 CHINESE_OPTIONS = {"A": "阿司匹林", "B": "肝素", "C": "低剂量阿司匹林", "D": "维生素D"}
 NINE_OPTIONS = dict(
     zip(
-        "ABCDEFGHI", ["rest", "water", "salt", "sugar", "iron", "zinc", "iodine", "lead", "gold"], strict=True
+        "ABCDEFGHI",
+        ["rest", "water", "salt", "sugar", "iron", "zinc", "iodine", "lead", "gold"],
+        strict=True,
     )
 )
 
@@ -304,7 +306,7 @@ for options, table in ((OPTIONS, ENGLISH), (CHINESE_OPTIONS, CHINESE), (NINE_OPT
 
 @pytest.mark.parametrize(("options", "answer", "letter"), PHRASINGS)
 def test_the_letter_that_an_answer_settles_on(options, answer, letter):
-    assert prompts.chosen(answer, options) == letter
+    assert prompts.predicted_option(answer, options) == letter
 
 
 @settings(max_examples=100, deadline=None)
@@ -316,19 +318,29 @@ def test_the_letter_that_an_answer_settles_on(options, answer, letter):
 )
 def test_any_text_can_be_graded(pieces, texts):
     options = dict(zip("ABCDE", texts, strict=False))
-    assert prompts.chosen("".join(pieces), options) in (None, *options)
+    assert prompts.predicted_option("".join(pieces), options) in (None, *options)
 
 
 # -------------------------------------------------------------------------------------------------- records
 
 TEXTS = ["rest", "water", "salt", "sugar"]
-MEDMCQA = dict(zip(("opa", "opb", "opc", "opd"), TEXTS, strict=True)) | {"choice_type": "single", "exp": None}
+MEDMCQA = dict(zip(("opa", "opb", "opc", "opd"), TEXTS, strict=True)) | {
+    "choice_type": "single",
+    "exp": None,
+}
 
 
 @pytest.mark.parametrize(
     ("record", "letter"),
     [
-        ({"options": dict(zip("ABCD", TEXTS, strict=True)), "answer_idx": "B", "answer": "water"}, "B"),
+        (
+            {
+                "options": dict(zip("ABCD", TEXTS, strict=True)),
+                "answer_idx": "B",
+                "answer": "water",
+            },
+            "B",
+        ),
         ({"options": dict(zip("ABCD", TEXTS, strict=True)), "answer_idx": 1}, "B"),
         ({"options": dict(zip("ABCDE", [*TEXTS, None], strict=True)), "answer_idx": "D"}, "D"),
         ({"options": dict(zip("ABCDE", [*TEXTS, None], strict=True)), "answer_idx": "E"}, None),
@@ -349,7 +361,7 @@ MEDMCQA = dict(zip(("opa", "opb", "opc", "opd"), TEXTS, strict=True)) | {"choice
 )
 def test_a_multiple_choice_record_is_read_by_its_columns_or_left_out(record, letter):
     [columns] = [pair for pair in prompts.CHOICE_COLUMNS if set(pair) <= set(record)]
-    choice = prompts.as_choice({"question": "What helps?"} | record, columns)
+    choice = prompts.parse_multiple_choice({"question": "What helps?"} | record, columns)
     assert (choice and choice.key) == letter
     if choice:
         options = "A. rest\nB. water\nC. salt\nD. sugar"
@@ -361,10 +373,15 @@ def test_a_multiple_choice_record_is_read_by_its_columns_or_left_out(record, let
 CASE = "A 45-year-old man presents with {} for two days. {} What is the most likely diagnosis?"
 TRAINED = [
     CASE.format(
-        "crushing chest pain and sweating", "His father died of a stroke, and he smokes a pack a day."
+        "crushing chest pain and sweating",
+        "His father died of a stroke, and he smokes a pack a day.",
     ),
-    CASE.format("a swollen painful right knee", "He had gonorrhoea last month and was never treated for it."),
-    CASE.format("blood in his urine", "Both kidneys are large on ultrasound, as were his mother's."),
+    CASE.format(
+        "a swollen painful right knee", "He had gonorrhoea last month and was never treated for it."
+    ),
+    CASE.format(
+        "blood in his urine", "Both kidneys are large on ultrasound, as were his mother's."
+    ),
     "Which drug reverses an overdose of morphine given by mistake?",
     "一位45岁男性因突发胸痛两天就诊，有吸烟史，父亲死于中风。最可能的诊断是什么？",
     "一位45岁男性因右膝关节肿痛两天就诊，上个月曾患淋病未治疗。最可能的诊断是什么？",
@@ -416,6 +433,8 @@ def test_another_question_of_the_same_pattern_is_another(kept, question):
 
 
 def test_twenty_thousand_questions_are_kept_in_two_megabytes():
-    sketches = prompts.sketches([f"{question} {number}" for number in range(200) for question in TRAINED])
+    sketches = prompts.sketches(
+        [f"{question} {number}" for number in range(200) for question in TRAINED]
+    )
     kept = {f"{number:016x}": sketch for number, sketch in enumerate(sketches)}
     assert len(json.dumps(kept, indent=2)) / len(kept) * 20_000 < 2_000_000

@@ -120,7 +120,9 @@ class Machine:
 @pytest.fixture
 def machine(tmp_path):
     owners = [*SOURCES, "typed"]
-    hub = HubServer(tokens={READ: ("reader", "read"), **{token(name): (name, "write") for name in owners}})
+    hub = HubServer(
+        tokens={READ: ("reader", "read"), **{token(name): (name, "write") for name in owners}}
+    )
     wandb = WandbServer(keys={key(name): name for name in owners})
     with hub, wandb, KaggleServer(NOTEBOOK) as kaggle:
         yield Machine(tmp_path, hub, wandb, kaggle)
@@ -190,7 +192,11 @@ READS, WRITES = ["repo.content.read"], ["repo.content.read", "repo.write", "disc
         (whoami_auth("read"), "read", False),
         (whoami_auth("write"), "write", True),
         (whoami_auth("fineGrained", [("user", "alice", READS)]), "fineGrained", False),
-        (whoami_auth("fineGrained", [("user", "alice", READS), ("org", "lab", WRITES)]), "fineGrained", True),
+        (
+            whoami_auth("fineGrained", [("user", "alice", READS), ("org", "lab", WRITES)]),
+            "fineGrained",
+            True,
+        ),
         (whoami_auth("oauth"), "browser log-in", True),
     ],
     ids=["read", "write", "fine, reads", "fine, writes", "browser"],
@@ -215,7 +221,9 @@ def test_login_says_whether_the_token_may_push(machine, auth, role, can_push):
         (("user", "alice", READS), "alice/m", False),
     ],
 )
-def test_a_fine_grained_token_may_push_where_its_scope_says_and_nowhere_else(machine, scope, repo, allowed):
+def test_a_fine_grained_token_may_push_where_its_scope_says_and_nowhere_else(
+    machine, scope, repo, allowed
+):
     """There is no run to push: with the right token that is what is said next."""
     machine.plant("environment", token("environment"))
     account = {"name": "alice", "auth": whoami_auth("fineGrained", [scope])}
@@ -307,7 +315,10 @@ def test_so_it_is_when_it_was_typed(machine):
 
 def test_so_is_a_key(machine):
     machine.plant("environment", token("environment"), key("é"))
-    assert SOURCES["environment"][1] in machine.refused(WANDB_MODE="online") and not machine.netrc.exists()
+    assert (
+        SOURCES["environment"][1] in machine.refused(WANDB_MODE="online")
+        and not machine.netrc.exists()
+    )
 
 
 @pytest.mark.parametrize("source", ["environment", "dotenv", "stored"])
@@ -322,7 +333,9 @@ def test_a_token_that_the_hub_does_not_know_is_refused_by_its_source_and_not_kep
 def test_a_key_that_w_and_b_does_not_take_is_refused_by_its_source_and_not_kept(machine, key):
     machine.plant("environment", token("environment"), key)
     said = machine.refused(WANDB_MODE="online")
-    assert "W&B" in said and SOURCES["environment"][1] in said and ("40+" in said) == (len(key) < 40)
+    assert (
+        "W&B" in said and SOURCES["environment"][1] in said and ("40+" in said) == (len(key) < 40)
+    )
     assert not machine.netrc.exists()
 
 
@@ -350,7 +363,9 @@ def test_a_line_of_dotenv_that_is_none_is_passed_over(machine):
 @pytest.mark.parametrize("encoding", ["utf-16", "latin-1", "zero byte"])
 def test_a_dotenv_that_is_no_plain_text_gets_a_message(machine, encoding):
     text = f"# clé\nHF_TOKEN={token('dotenv')}"
-    machine.dotenv.write_bytes(f"{text}\0\n".encode() if encoding == "zero byte" else text.encode(encoding))
+    machine.dotenv.write_bytes(
+        f"{text}\0\n".encode() if encoding == "zero byte" else text.encode(encoding)
+    )
     assert ".env" in machine.refused()
 
 
@@ -402,7 +417,10 @@ def test_a_hub_that_gets_slow_after_its_first_answer_is_left_within_seconds(mach
     machine.plant("environment", token("environment"))
 
     def login() -> Done:
-        machine.hub.faults = [Fault("GET", "whoami"), Fault("GET", "whoami", times=ALWAYS, delay=30)]
+        machine.hub.faults = [
+            Fault("GET", "whoami"),
+            Fault("GET", "whoami", times=ALWAYS, delay=30),
+        ]
         return machine.run("login")
 
     done = soon(login)
@@ -412,14 +430,19 @@ def test_a_hub_that_gets_slow_after_its_first_answer_is_left_within_seconds(mach
 def test_a_page_instead_of_an_answer_is_not_taken_for_one(machine):
     """As from the log-in page of a hotel's network."""
     machine.plant("environment", token("environment"))
-    machine.hub.faults = [Fault("GET", "whoami", status=200, times=ALWAYS, body=b"<html>Welcome!</html>")]
+    machine.hub.faults = [
+        Fault("GET", "whoami", status=200, times=ALWAYS, body=b"<html>Welcome!</html>")
+    ]
     said = machine.refused()
     assert says_later(said) and "JSON object a line" not in said
 
 
 def test_a_w_and_b_that_fails_after_some_answers_gets_a_message(machine):
     machine.plant("environment", token("environment"), key("environment"))
-    served, failed = Fault("POST", "graphql", times=3), Fault("POST", "graphql", times=ALWAYS, status=500)
+    served, failed = (
+        Fault("POST", "graphql", times=3),
+        Fault("POST", "graphql", times=ALWAYS, status=500),
+    )
     machine.wandb.faults = [served, failed]
     assert says_later(machine.refused(WANDB_MODE="online"))
 
@@ -456,7 +479,9 @@ def test_what_was_stored_before_stays_and_is_for_its_owner_alone(machine, before
     machine.plant("environment", token("environment"), key("environment"))
     machine.login(WANDB_MODE="online")
     for path, text in others.items():
-        assert text in path.read_text() and MARK in path.read_text() and mode(path) == "0o600", path.name
+        assert text in path.read_text() and MARK in path.read_text() and mode(path) == "0o600", (
+            path.name
+        )
 
 
 # ----------------------------------------------------------------------------------------- none ever gets out
@@ -476,7 +501,9 @@ class Recording:
         self.received = []
 
     def take_fault(self, request):
-        headers = [pair for pair in request.headers.items() if "authorization" not in pair[0].lower()]
+        headers = [
+            pair for pair in request.headers.items() if "authorization" not in pair[0].lower()
+        ]
         record = bytearray(repr((request.method, request.path, request.query, headers)).encode())
         self.received.append(record)
         chunks = request.chunks
@@ -522,7 +549,15 @@ class Commands(Machine):
         self.ended = threading.Event()
         self.environment["OMP_NUM_THREADS"] = "1"  # two commands at a time, each on a core
         self.model = ["--model", model]
-        self.rows = [*self.model, "--dataset", SAMPLE, "--split", "train[:12]", "--max-seq-length", 512]
+        self.rows = [
+            *self.model,
+            "--dataset",
+            SAMPLE,
+            "--split",
+            "train[:12]",
+            "--max-seq-length",
+            512,
+        ]
         recipe = {
             "--eval-rows": 2,
             "--effective-batch": 2,
@@ -533,7 +568,9 @@ class Commands(Machine):
         self.train = ["train", *self.rows, *(word for pair in recipe.items() for word in pair)]
 
     def do(self, name: str, *arguments: object, **environment: str) -> None:
-        self.done[name] = python(self.work, self.environment | environment, SCRIPT, *arguments, limit=180)
+        self.done[name] = python(
+            self.work, self.environment | environment, SCRIPT, *arguments, limit=180
+        )
 
     def do_all(self, name: str, *commands: list[object], **environment: str) -> None:
         """One after another in one process, as the imports take the longest."""
@@ -556,7 +593,16 @@ class Commands(Machine):
         self.done[name] = Done(process.returncode, out, said + err)
 
     def train_well(self) -> None:
-        self.do("train", *self.train, "--max-steps", 2, "--run-dir", "runs/a", HF_TOKEN=READ, **self.online)
+        self.do(
+            "train",
+            *self.train,
+            "--max-steps",
+            2,
+            "--run-dir",
+            "runs/a",
+            HF_TOKEN=READ,
+            **self.online,
+        )
 
     def train_badly(self) -> None:
         endless = [*self.train, "--max-steps", 9999, "--run-dir", "runs/b"]
@@ -601,7 +647,10 @@ def commands(tiny_r1, tmp_path_factory):
             commands.plant(source, READ, key(source))
         pool.submit(commands.watch)
         try:
-            for at_once in ((commands.train_well, commands.train_badly), (commands.ask, commands.publish)):
+            for at_once in (
+                (commands.train_well, commands.train_badly),
+                (commands.ask, commands.publish),
+            ):
                 for chain in [pool.submit(chain) for chain in at_once]:
                     chain.result()
         finally:
@@ -611,7 +660,9 @@ def commands(tiny_r1, tmp_path_factory):
 
 def test_every_command_did_its_work_with_tokens_all_around(commands):
     for name, done in commands.done.items():
-        code = 130 if "Ctrl-C" in name else 0 if name in ("train", "the rest", "save", "push") else 1
+        code = (
+            130 if "Ctrl-C" in name else 0 if name in ("train", "the rest", "save", "push") else 1
+        )
         assert done.code == code and "Traceback" not in done.err, f"{name}: {done.err}"
     assert "model.safetensors" in commands.hub.repos["model", "writer/model"].files
     runs = commands.wandb.runs.values()
@@ -635,7 +686,12 @@ def test_no_command_shows_a_token(commands):
 
 
 def test_no_file_holds_a_token_but_those_it_was_put_into(commands):
-    own = {commands.dotenv, commands.hub_token, commands.hub_token.with_name("stored_tokens"), commands.netrc}
+    own = {
+        commands.dotenv,
+        commands.hub_token,
+        commands.hub_token.with_name("stored_tokens"),
+        commands.netrc,
+    }
     files = {path for path in commands.work.parent.rglob("*") if path.is_file()} - own
     assert len([path for path in files if path.suffix == ".wandb"]) >= 2
     assert commands.work / "runs/a/run.json" in files

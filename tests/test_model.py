@@ -38,7 +38,9 @@ def gives_back(tokenizer, text):
 
 
 @pytest.mark.parametrize("name", ["tiny_r1", "tiny_deepseek", "tiny_four_bit"])
-def test_transformers_own_way_loses_all_white_space_so_the_stand_in_is_as_published(unsloth, request, name):
+def test_transformers_own_way_loses_all_white_space_so_the_stand_in_is_as_published(
+    unsloth, request, name
+):
     from transformers import AutoTokenizer
 
     ruined = AutoTokenizer.from_pretrained(request.getfixturevalue(name))
@@ -47,7 +49,9 @@ def test_transformers_own_way_loses_all_white_space_so_the_stand_in_is_as_publis
 
 def test_a_text_comes_back_byte_for_byte_with_one_bos_and_padding_of_its_own(model):
     tokenizer = finetune_r1.load_tokenizer(model)
-    assert gives_back(tokenizer, ROUND_TRIP) and gives_back(tokenizer, prompts.build_prompt("为什么?", "zh"))
+    assert gives_back(tokenizer, ROUND_TRIP) and gives_back(
+        tokenizer, prompts.build_prompt("为什么?", "zh")
+    )
     assert tokenizer("Why?")["input_ids"].count(tokenizer.bos_token_id) == 1
     assert tokenizer.pad_token_id not in (None, tokenizer.eos_token_id, tokenizer.bos_token_id)
 
@@ -78,13 +82,17 @@ ASKED = [{"role": "user", "content": " Why {question}?\n"}]
 ANSWERED = {"role": "assistant", "reasoning_content": "Hm.\n", "content": " So. "}
 
 
-@pytest.fixture(params=["tiny_r1 en", "tiny_r1 zh", "tiny_deepseek zh", "tiny_qwen en", "smollm2 en"])
+@pytest.fixture(
+    params=["tiny_r1 en", "tiny_r1 zh", "tiny_deepseek zh", "tiny_qwen en", "smollm2 en"]
+)
 def chat(tmp_path, request):
     """A saved tokenizer as plain transformers reads it, and the language of its prompt."""
     from transformers import AutoTokenizer
 
     layout, lang = request.param.split()
-    finetune_r1.save_tokenizer(finetune_r1.load_tokenizer(request.getfixturevalue(layout)), tmp_path, lang)
+    finetune_r1.save_tokenizer(
+        finetune_r1.load_tokenizer(request.getfixturevalue(layout)), tmp_path, lang
+    )
     return AutoTokenizer.from_pretrained(tmp_path), lang
 
 
@@ -104,14 +112,23 @@ def test_an_answered_chat_is_a_row_of_training_and_marks_what_bears_loss(chat, a
     )
     example = prompts.build_example("Why {question}?", "Hm.", "So.", tokenizer.eos_token, lang)
     assert said["input_ids"] == tokenizer(example)["input_ids"]
-    marked = [token for token, mark in zip(said["input_ids"], said["assistant_masks"], strict=True) if mark]
+    marked = [
+        token
+        for token, mark in zip(said["input_ids"], said["assistant_masks"], strict=True)
+        if mark
+    ]
     assert tokenizer.decode(marked) == f"Hm.\n</think>\nSo.{tokenizer.eos_token}"
 
 
 def test_a_system_message_joins_the_instruction_and_earlier_thoughts_are_left_out(tiny_r1):
     tokenizer = finetune_r1.load_tokenizer(tiny_r1)
     tokenizer.chat_template = prompts.build_chat_template(has_bos=True)
-    talk = [{"role": "system", "content": "Be brief."}, *ASKED, ANSWERED, {"role": "user", "content": "And?"}]
+    talk = [
+        {"role": "system", "content": "Be brief."},
+        *ASKED,
+        ANSWERED,
+        {"role": "user", "content": "And?"},
+    ]
     text = tokenizer.apply_chat_template(talk, tokenize=False, add_generation_prompt=True)
     first = prompts.build_prompt("Why {question}?").removesuffix("<think>\n")
     first = first.replace("medical question. \n", "medical question. \nBe brief.\n")
@@ -141,7 +158,9 @@ def without_eos(folder):
         (lambda folder: [path.unlink() for path in folder.glob("*.safetensors")], "safetensors"),
     ],
 )
-def test_a_folder_that_lacks_a_part_is_refused_with_its_name(tiny_deepseek, told, tmp_path, damage, said):
+def test_a_folder_that_lacks_a_part_is_refused_with_its_name(
+    tiny_deepseek, told, tmp_path, damage, said
+):
     damage(shutil.copytree(tiny_deepseek, tmp_path / "model"))
     done = told(["load", "--model", "model"])
     assert done.code == 1 and said in done.err and "error: " in done.err and "next: " in done.err
@@ -159,7 +178,9 @@ def test_a_tokenizer_that_loses_text_is_refused(tiny_r1, tmp_path):
 def test_a_tokenizer_that_a_stranger_reads_otherwise_is_not_saved(tiny_r1, tmp_path, monkeypatch):
     """The class name is what makes the difference."""
     write_json, changed = finetune_r1.write_json, {"tokenizer_class": "LlamaTokenizer"}
-    monkeypatch.setattr(finetune_r1, "write_json", lambda path, value: write_json(path, value | changed))
+    monkeypatch.setattr(
+        finetune_r1, "write_json", lambda path, value: write_json(path, value | changed)
+    )
     shutil.copy(tiny_r1 / "config.json", tmp_path)
     with pytest.raises(UserError, match=r"loses text|reads back differently"):
         finetune_r1.save_tokenizer(finetune_r1.load_tokenizer(tiny_r1), tmp_path)
@@ -170,7 +191,10 @@ def test_a_row_whose_tokens_do_not_give_its_text_back_is_dropped_with_that_reaso
 
     tokenizer = finetune_r1.load_tokenizer(tiny_r1)
     tokenizer.backend_tokenizer.normalizer = normalizers.Replace("mg", "")
-    rows = [prompts.Row("Why?", "It is so.", "Give 5 mg."), prompts.Row("Why?", "It is so.", "Give 5 g.")]
+    rows = [
+        prompts.Row("Why?", "It is so.", "Give 5 mg."),
+        prompts.Row("Why?", "It is so.", "Give 5 g."),
+    ]
     statuses = [row.status for row in prompts.encode(rows, tokenizer, "en")]
     assert statuses == ["its tokens do not give its text back", "used"]
 
@@ -212,8 +236,15 @@ def test_every_layout_is_trained_and_saved(saved):
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     _, loaded, merged = saved
-    assert loaded.model.config.pad_token_id == loaded.tokenizer.pad_token_id != loaded.tokenizer.eos_token_id
-    tokenizer, model = AutoTokenizer.from_pretrained(merged), AutoModelForCausalLM.from_pretrained(merged)
+    assert (
+        loaded.model.config.pad_token_id
+        == loaded.tokenizer.pad_token_id
+        != loaded.tokenizer.eos_token_id
+    )
+    tokenizer, model = (
+        AutoTokenizer.from_pretrained(merged),
+        AutoModelForCausalLM.from_pretrained(merged),
+    )
     assert gives_back(tokenizer, ROUND_TRIP) and tokenizer.eos_token == EOS != tokenizer.pad_token
     assert model.generation_config.pad_token_id == tokenizer.pad_token_id
 
@@ -222,7 +253,10 @@ def test_what_is_saved_tells_older_programs_the_rope_settings(saved):
     """Without them transformers 4 and Ollama take a theta of 10000 and no scaling, and say nothing."""
     base, settings = read_json(saved[0] / "config.json"), read_json(saved[2] / "config.json")
     assert settings["rope_theta"] == settings["rope_parameters"]["rope_theta"] == base["rope_theta"]
-    assert settings["rope_scaling"] == base.get("rope_scaling") and settings["torch_dtype"] == "bfloat16"
+    assert (
+        settings["rope_scaling"] == base.get("rope_scaling")
+        and settings["torch_dtype"] == "bfloat16"
+    )
 
 
 def test_answers_come_from_the_adapter_on_the_base_that_it_was_trained_on(tiny_run):
@@ -232,10 +266,14 @@ def test_answers_come_from_the_adapter_on_the_base_that_it_was_trained_on(tiny_r
 
     state = get_peft_model_state_dict(LoadedModel.load_run(Run(tiny_run)).model)
     saved = load_file(tiny_run / "adapter" / "adapter_model.safetensors")
-    assert state.keys() == saved.keys() and all((state[name].cpu() == saved[name]).all() for name in saved)
+    assert state.keys() == saved.keys() and all(
+        (state[name].cpu() == saved[name]).all() for name in saved
+    )
 
 
-@pytest.mark.parametrize("damage", ["a tensor is missing", "a tensor too many", "another shape", "a NaN"])
+@pytest.mark.parametrize(
+    "damage", ["a tensor is missing", "a tensor too many", "another shape", "a NaN"]
+)
 def test_an_adapter_whose_weights_do_not_fit_is_not_used_though_its_run_vouches_for_it(
     tiny_run, tmp_path, damage
 ):
@@ -262,7 +300,9 @@ def test_an_adapter_whose_weights_do_not_fit_is_not_used_though_its_run_vouches_
     assert not (run / "merged").exists()
 
 
-def test_tables_of_a_4_bit_copy_that_are_in_16_bit_are_widened_and_that_is_told(tiny_four_bit, capsys):
+def test_tables_of_a_4_bit_copy_that_are_in_16_bit_are_widened_and_that_is_told(
+    tiny_four_bit, capsys
+):
     """A copy has them that was quantized while torch's default was bfloat16: on a GPU its answers are NaN."""
     import torch
 
@@ -274,7 +314,9 @@ def test_tables_of_a_4_bit_copy_that_are_in_16_bit_are_widened_and_that_is_told(
     for state in states:
         state.code, state.state2.code = state.code.bfloat16(), state.state2.code.bfloat16()
     finetune_r1.widen_tables(model)
-    assert all(part.code.dtype == torch.float32 for state in states for part in (state, state.state2))
+    assert all(
+        part.code.dtype == torch.float32 for state in states for part in (state, state.state2)
+    )
     assert f"{2 * len(states)} tables in 16 bit" in capsys.readouterr().err
 
 
@@ -288,7 +330,9 @@ def test_tables_of_a_4_bit_copy_that_are_in_16_bit_are_widened_and_that_is_told(
         ("alice/her-model-8B", True, "alice/her-model-8B"),
     ],
 )
-def test_the_weights_of_a_name_are_those_that_unsloth_has_ready(monkeypatch, model, four_bit, weights):
+def test_the_weights_of_a_name_are_those_that_unsloth_has_ready(
+    monkeypatch, model, four_bit, weights
+):
     """Downloaded are the small files of the one that was named, and all of the other."""
     asked = []
 
@@ -320,7 +364,12 @@ def hub(unsloth, tiny_qwen, tmp_path_factory):
 
 def typed(line, folder, hub, **environment):
     """A line that a user types in `folder`, whose home is there too."""
-    environment = {**os.environ, "HF_ENDPOINT": hub.url, "HF_HOME": str(folder / "hf"), **environment}
+    environment = {
+        **os.environ,
+        "HF_ENDPOINT": hub.url,
+        "HF_HOME": str(folder / "hf"),
+        **environment,
+    }
     command = [sys.executable, *line.split()]
     return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True)
 
@@ -331,9 +380,15 @@ def lines(hub, tmp_path_factory):
     go to a proxy that would keep them. Offline there is what `train` left in the cache: the 4-bit copy."""
     folder = tmp_path_factory.mktemp("user")
     offline, model = {"HF_HUB_OFFLINE": "1"}, f"--model {QWEN} --max-seq-length 1024"
-    small = "--max-steps 2 --warmup-steps 1 --learning-rate 1e-2 --effective-batch 2 --max-new-tokens 4"
+    small = (
+        "--max-steps 2 --warmup-steps 1 --learning-rate 1e-2 --effective-batch 2 --max-new-tokens 4"
+    )
     with LoopbackServer() as elsewhere:
-        here = {"https_proxy": elsewhere.url, "http_proxy": elsewhere.url, "HF_TOKEN": "hf_writetoken"}
+        here = {
+            "https_proxy": elsewhere.url,
+            "http_proxy": elsewhere.url,
+            "HF_TOKEN": "hf_writetoken",
+        }
         done = {}
         for name, line, more in [
             ("train", f"train {model} {small}", {}),
@@ -362,14 +417,19 @@ def test_the_same_question_gets_the_same_answer_without_a_network(lines):
 
 def test_the_ready_4_bit_copy_is_trained_and_its_commit_noted(lines, hub):
     [run] = (lines[1] / "runs").iterdir()
-    commits = {name: hub.repos["model", name].commits[-1].oid for name in (QWEN, f"{QWEN}-unsloth-bnb-4bit")}
+    commits = {
+        name: hub.repos["model", name].commits[-1].oid
+        for name in (QWEN, f"{QWEN}-unsloth-bnb-4bit")
+    }
     assert read_json(run / "run.json")["model_revisions"] == commits
     assert read_json(run / "adapter" / "adapter_config.json")["base_model_name_or_path"] == QWEN
 
 
 def test_nothing_but_the_hub_is_asked_for_anything(lines):
     """Its own service for datasets is a host beside it."""
-    assert [path for _, path in lines[2] if not path.startswith("http://datasets-server.127.0.0.1")] == []
+    assert [
+        path for _, path in lines[2] if not path.startswith("http://datasets-server.127.0.0.1")
+    ] == []
 
 
 @pytest.fixture
@@ -385,16 +445,41 @@ def here(hub, monkeypatch):
     hub.faults.clear()
 
 
-def test_a_silent_hub_is_waited_for_once_where_the_cache_has_the_model(hub, here, told, monkeypatch):
+def test_a_silent_hub_is_waited_for_once_where_the_cache_has_the_model(
+    hub, here, told, monkeypatch
+):
     """Only by what has to know the newest commit: a run has its own."""
-    train = ["train", "--model", QWEN, "--dataset", SAMPLE, "--split", "train[:4]", "--max-seq-length", 1024]
-    train += ["--max-steps", 1, "--learning-rate", 1e-2, "--effective-batch", 2, "--max-new-tokens", 2]
+    train = [
+        "train",
+        "--model",
+        QWEN,
+        "--dataset",
+        SAMPLE,
+        "--split",
+        "train[:4]",
+        "--max-seq-length",
+        1024,
+    ]
+    train += [
+        "--max-steps",
+        1,
+        "--learning-rate",
+        1e-2,
+        "--effective-batch",
+        2,
+        "--max-new-tokens",
+        2,
+    ]
     train += ["--run-dir", "runs/a"]
     assert told(train).code == 0 and told(["save", "--output", "full"]).code == 0
     monkeypatch.setattr(finetune_r1, "SILENT_SECONDS", dict.fromkeys(finetune_r1.SILENT_SECONDS, 1))
     here()
     train[-1] = "runs/b"
-    for line, requests in ((train, 1), (["infer", "Why?", "--max-new-tokens", 2], 0), (["save"], 0)):
+    for line, requests in (
+        (train, 1),
+        (["infer", "Why?", "--max-new-tokens", 2], 0),
+        (["save"], 0),
+    ):
         before = len(hub.requests)
         done = told(line)
         assert done.code == 0, done.err
@@ -448,7 +533,9 @@ def test_a_commit_on_the_hub_does_not_keep_a_run_from_going_on(lines, hub, tmp_p
     finetune_r1.write_json(run / "run.json", record | {"status": "interrupted"})
     shutil.rmtree(run / "adapter")
     model = hub.repos["model", f"{QWEN}-unsloth-bnb-4bit"]
-    model.commits.append(dataclasses.replace(model.commits[-1], title="README", parent=model.commits[-1].oid))
+    model.commits.append(
+        dataclasses.replace(model.commits[-1], title="README", parent=model.commits[-1].oid)
+    )
     done = typed(f"{finetune_r1.__file__} train --resume", copy, hub)
     assert done.returncode == 0, done.stderr
     assert read_json(run / "run.json")["model_revisions"] == record["model_revisions"]
@@ -457,7 +544,9 @@ def test_a_commit_on_the_hub_does_not_keep_a_run_from_going_on(lines, hub, tmp_p
 def test_inner_parts_of_unsloth_are_replaced_in_the_pinned_version_on_a_gpu_alone(monkeypatch):
     import torch
 
-    pins = tomllib.loads((finetune_r1.PROJECT / "pyproject.toml").read_text())["project"]["dependencies"]
+    pins = tomllib.loads((finetune_r1.PROJECT / "pyproject.toml").read_text())["project"][
+        "dependencies"
+    ]
     assert f"unsloth=={finetune_r1.UNSLOTH}" in pins and not finetune_r1.knows_unsloth()
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     assert finetune_r1.knows_unsloth()

@@ -76,16 +76,25 @@ def wait_for(process, beginning):
     pytest.fail("".join(read))
 
 
-def test_two_processes_train_as_one_does_and_only_the_first_talks_and_writes(two, options, told, start):
+def test_two_processes_train_as_one_does_and_only_the_first_talks_and_writes(
+    two, options, told, start
+):
     folder, out, err = two
     one = told([*options, "--max-steps", 8, "--run-dir", "one"], start.folder)
     assert one.code == 0, one.err
     assert json.loads(out)["run"] == "two", "one JSON object, of one process"
-    assert err.count("step 00003/00008") == err.count("plan  ") == 1 and "on each of 2 processes" in err
+    assert (
+        err.count("step 00003/00008") == err.count("plan  ") == 1
+        and "on each of 2 processes" in err
+    )
     for name in ("loss", "eval_loss"):
         assert losses(folder, name) == pytest.approx(losses(start.folder / "one", name), abs=0.002)
     plan = Run(folder).record["plan"]
-    assert plan["effective_batch"] == 4 == plan["processes"] * plan["micro_batch"] * plan["accumulation"]
+    assert (
+        plan["effective_batch"]
+        == 4
+        == plan["processes"] * plan["micro_batch"] * plan["accumulation"]
+    )
 
 
 OUT_OF_MEMORY = """
@@ -121,7 +130,10 @@ def test_all_go_on_with_fewer_rows_at_once_when_one_runs_out_of_memory_and_stop_
     assert said.count("out of memory after step 2: continuing with 1 rows per forward pass") == 1
     assert "stopping after this step" in said and "continue with `train --resume disturbed`" in said
     run = Run(start.folder / "disturbed")
-    assert (run.record["status"], run.record["out_of_memory_at"]) == ("interrupted", 2) and run.last_step >= 4
+    assert (run.record["status"], run.record["out_of_memory_at"]) == (
+        "interrupted",
+        2,
+    ) and run.last_step >= 4
     expected = {step: loss for step, loss in losses(two[0]).items() if step <= run.last_step}
     assert losses(run.folder) == pytest.approx(expected, abs=0.002)
 
@@ -158,7 +170,9 @@ def test_a_run_goes_on_with_another_number_of_processes(start, two, options, fir
 
 @pytest.mark.slow
 def test_eval_and_answers_to_a_file_are_spread_and_the_same(start, two, told):
-    finetune_r1.write_jsonl(start.folder / "q.jsonl", [{"Question": f"What is {n}?"} for n in range(20)])
+    finetune_r1.write_jsonl(
+        start.folder / "q.jsonl", [{"Question": f"What is {n}?"} for n in range(20)]
+    )
     asked = ["eval", "--run", "two", "--answers", 3, "--max-new-tokens", 4, "--json"]
     out, err = start(*asked).communicate(timeout=300)
     assert json.loads(out) == json.loads(told(asked, start.folder).out), err
@@ -166,7 +180,8 @@ def test_eval_and_answers_to_a_file_are_spread_and_the_same(start, two, told):
     start(*asked, "a2.jsonl").communicate(timeout=300)
     told([*asked, "a1.jsonl"], start.folder)
     one, both = (
-        [{**line, "seconds": 0} for line in read_jsonl(start.folder / f"a{n}.jsonl")] for n in (1, 2)
+        [{**line, "seconds": 0} for line in read_jsonl(start.folder / f"a{n}.jsonl")]
+        for n in (1, 2)
     )
     assert one == both and len(one) == 20
 
@@ -180,7 +195,9 @@ def test_a_batch_that_cannot_be_divided_is_told_the_next_ones(monkeypatch, batch
 
 @pytest.mark.slow
 def test_what_cannot_be_divided_or_spread_is_said_once(start, options):
-    _, err = start(*options, "--max-steps", 6, spread=["--nproc-per-node", "3"]).communicate(timeout=300)
+    _, err = start(*options, "--max-steps", 6, spread=["--nproc-per-node", "3"]).communicate(
+        timeout=300
+    )
     assert err.count("--effective-batch 4 cannot be divided among 3 processes, 3 and 6 can") == 1
     _, err = start("save").communicate(timeout=300)
     assert err.count("torchrun is for `train`, `eval` and `infer --file`") == 1
@@ -218,7 +235,10 @@ def test_two_machines_train_as_one_does_and_the_run_goes_on_on_one(start, two, o
     assert [machine.returncode for machine in both] == [0, 0], ended
     assert losses(start.folder / "machines") == pytest.approx(losses(two[0]), abs=0.002)
 
-    both, run = machines(*options, "--max-steps", 5000, "--run-dir", "long"), Run(start.folder / "long")
+    both, run = (
+        machines(*options, "--max-steps", 5000, "--run-dir", "long"),
+        Run(start.folder / "long"),
+    )
     while not run.checkpoints:
         time.sleep(0.2)
     subprocess.run(["pkill", "-9", "-P", str(both[1].pid)], check=False)
@@ -226,6 +246,8 @@ def test_two_machines_train_as_one_does_and_the_run_goes_on_on_one(start, two, o
     _, err = both[0].communicate(timeout=120)
     assert both[0].returncode != 0, err
     done = run.last_step
-    _, err = start("train", "--resume", "long", "--max-time", "1s", spread=None).communicate(timeout=300)
+    _, err = start("train", "--resume", "long", "--max-time", "1s", spread=None).communicate(
+        timeout=300
+    )
     assert run.record["status"] == "stopped" and run.record["resumed_at"] == [done], err
     assert max(losses(run.folder)) == run.last_step == done + 1

@@ -105,7 +105,9 @@ def test_a_row_starts_with_the_tokens_of_its_prompt(tokenizer, question, thought
         row.status != "used"
     ):  # SmolLM2 has no token for some bytes, and takes a special one for them: found, and dropped
         assert tokenizer.unk_token_id in row.input_ids
-    assert row.input_ids[: row.prompt_tokens] == tokenizer(build_prompt(question, lang))["input_ids"]
+    assert (
+        row.input_ids[: row.prompt_tokens] == tokenizer(build_prompt(question, lang))["input_ids"]
+    )
 
 
 def test_a_row_has_one_bos_at_its_start_one_eos_at_its_end_and_each_tag_once(tokenizer):
@@ -121,13 +123,19 @@ def test_a_row_has_one_bos_at_its_start_one_eos_at_its_end_and_each_tag_once(tok
 
 def test_what_is_counted_in_an_answer():
     thought, answer = "so it is and so it is and so it is", "- rest\n- water\nThat is all."
-    counted = prompts.measure({"thought": thought, "answer": answer, "closed": True, "stopped": False})
+    counted = prompts.measure(
+        {"thought": thought, "answer": answer, "closed": True, "finish_reason": "length"}
+    )
     assert counted["closed"] == 1.0 and counted["stopped"] == 0.0
     assert counted["thought_words"] == 11 and counted["answer_words"] == 7
     assert counted["bullets"] == pytest.approx(2 / 3)
-    assert counted["repetition"] == pytest.approx(4 / 15), "of 15 runs of four words 4 stood there before"
+    assert counted["repetition"] == pytest.approx(4 / 15), (
+        "of 15 runs of four words 4 stood there before"
+    )
 
-    counted = prompts.measure({"thought": "", "answer": "", "closed": False, "stopped": True})
+    counted = prompts.measure(
+        {"thought": "", "answer": "", "closed": False, "finish_reason": "stop"}
+    )
     assert counted["repetition"] == counted["bullets"] == counted["answer_words"] == 0
 
 

@@ -37,7 +37,9 @@ def push(hub, run, monkeypatch, capfd):
 
     def command(*arguments, way: str = "lfs", token: str | None = WRITE) -> Done:
         monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", way == "lfs")
-        monkeypatch.setenv("HF_TOKEN", token) if token else monkeypatch.delenv("HF_TOKEN", raising=False)
+        monkeypatch.setenv("HF_TOKEN", token) if token else monkeypatch.delenv(
+            "HF_TOKEN", raising=False
+        )
         finetune_r1.use_hub_token.cache_clear()
         with pytest.raises(SystemExit) as end:
             finetune_r1.app(["push", "--repo", REPO, "--run", str(run), "--json", *arguments])
@@ -57,7 +59,11 @@ def files(hub):
 def expected(run):
     """Every file that a push must bring; card and adapter's settings are made for the repository."""
     names = {path.name for path in (run / "merged").glob("[!.]*")} | {"README.md", "loss.png"}
-    return names | {f"adapter/{path.name}" for path in (run / "adapter").glob("[!.]*")} | {".gitattributes"}
+    return (
+        names
+        | {f"adapter/{path.name}" for path in (run / "adapter").glob("[!.]*")}
+        | {".gitattributes"}
+    )
 
 
 @pytest.fixture(autouse=True)
@@ -68,7 +74,9 @@ def notebook(run):
 
 
 @pytest.mark.parametrize("way", WAYS)
-def test_one_commit_brings_merged_weights_to_the_root_and_the_adapter_to_its_folder(push, hub, run, way):
+def test_one_commit_brings_merged_weights_to_the_root_and_the_adapter_to_its_folder(
+    push, hub, run, way
+):
     report = json.loads(push(way=way).out)
     repo = hub.repos["model", REPO]
     assert set(repo.files) == expected(run) and "same hash" in report["verified"]
@@ -101,7 +109,12 @@ adapter = logits(PeftModel.from_pretrained(base(), "{REPO}", subfolder="adapter"
 assert torch.equal(adapter, logits(PeftModel.from_pretrained(base(), "{run}/adapter")))
 assert not torch.equal(adapter, logits(base()))
 """
-    here = {"HF_ENDPOINT": hub.url, "HF_TOKEN": WRITE, "HF_HOME": str(tmp_path), "HF_HUB_DISABLE_XET": "0"}
+    here = {
+        "HF_ENDPOINT": hub.url,
+        "HF_TOKEN": WRITE,
+        "HF_HOME": str(tmp_path),
+        "HF_HUB_DISABLE_XET": "0",
+    }
     how = {"env": {**os.environ, **here}, "capture_output": True, "text": True}
     done = subprocess.run([sys.executable, "-c", code], **how)
     assert done.returncode == 0, done.stderr
@@ -119,7 +132,9 @@ def test_a_dry_run_shows_the_files_and_sends_nothing(push, hub):
 def test_without_a_hub_a_dry_run_tells_what_it_can(push, hub):
     hub.faults.append(Fault("*", "", status="drop", times=math.inf))
     done = push("--dry-run", token=None)
-    assert done.code == 0 and f"the Hub was not reached, so what is in {REPO} is unknown" in done.err
+    assert (
+        done.code == 0 and f"the Hub was not reached, so what is in {REPO} is unknown" in done.err
+    )
     assert "model.safetensors" in done.err and json.loads(done.out)["bytes"] > 0
 
 
@@ -154,7 +169,10 @@ def test_the_adapter_alone_goes_to_the_same_folder(push, hub, run):
 
 OTHERS = {
     "other weights": {"model.safetensors": b"other weights"},
-    "more shards": {"model-00001-of-00002.safetensors": b"1", "model.safetensors.index.json": b"{}"},
+    "more shards": {
+        "model-00001-of-00002.safetensors": b"1",
+        "model.safetensors.index.json": b"{}",
+    },
     "pickles": {"pytorch_model.bin": b"pickled"},
     "the recipe's adapter at the root": {
         "adapter_config.json": b"{}",
@@ -186,7 +204,9 @@ def test_a_pull_request_offers_the_weights_and_leaves_the_repository_as_it_was(p
     before = files(hub)
     report = json.loads(push("--create-pr", way=way).out)
     assert report["revision"] == "refs/pr/1" and files(hub) == before
-    assert set(hub.repos["model", REPO].pull_requests[0].files) == expected(run) - {".gitattributes"}
+    assert set(hub.repos["model", REPO].pull_requests[0].files) == expected(run) - {
+        ".gitattributes"
+    }
 
 
 def test_a_pull_request_whose_answer_was_lost_is_told_to_be_looked_for(push, hub, run):
@@ -194,7 +214,9 @@ def test_a_pull_request_whose_answer_was_lost_is_told_to_be_looked_for(push, hub
     hub.faults.append(Fault("POST", "/commit/", "drop", after=0))
     done = push("--create-pr")
     assert done.code == 1 and f"{hub.url}/{REPO}/discussions, it may be there; else" in done.err
-    assert set(hub.repos["model", REPO].pull_requests[0].files) == expected(run) - {".gitattributes"}
+    assert set(hub.repos["model", REPO].pull_requests[0].files) == expected(run) - {
+        ".gitattributes"
+    }
 
 
 def test_a_pull_request_needs_a_repository(push, hub):
@@ -250,7 +272,9 @@ def test_only_what_save_verified_is_pushed(push, hub, run, tmp_path, damage):
         content = weights.read_bytes()
         weights.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
     else:
-        weights.write_bytes(weights.read_bytes()[:1000]) if damage == "a shard is cut" else weights.unlink()
+        weights.write_bytes(
+            weights.read_bytes()[:1000]
+        ) if damage == "a shard is cut" else weights.unlink()
     try:
         done = push()
     finally:
@@ -260,7 +284,9 @@ def test_only_what_save_verified_is_pushed(push, hub, run, tmp_path, damage):
 
 
 @pytest.mark.parametrize("name", ["all.png", "adapter/id_rsa", "merged/Modelfile", "adapter/notes"])
-def test_what_a_link_leads_to_and_what_the_training_did_not_write_stays_here(push, hub, run, tmp_path, name):
+def test_what_a_link_leads_to_and_what_the_training_did_not_write_stays_here(
+    push, hub, run, tmp_path, name
+):
     """As a run from a stranger may have it."""
     (tmp_path / "id_rsa").write_text("private")
     if name == "adapter/notes":
@@ -287,7 +313,14 @@ def test_the_card_has_metadata_that_the_hub_takes_and_all_that_a_reader_asks(pus
     assert {"medical", "reasoning"} <= set(card["tags"]) and card["language"] == "en"
     use = [f'pipeline("text-generation", "{REPO}"', "`adapter/`", "Limits", "no medical device"]
     use.append(f"vllm serve {REPO} --max-model-len 768 --reasoning-parser deepseek_r1\n```")
-    for part in [*use, "Before", "After", "![training loss](loss.png)", "learning_rate", '"dropped"']:
+    for part in [
+        *use,
+        "Before",
+        "After",
+        "![training loss](loss.png)",
+        "learning_rate",
+        '"dropped"',
+    ]:
         assert part in text, part
 
 
@@ -437,7 +470,11 @@ def test_somebody_elses_commit_of_this_minute_is_not_undone(push, hub, run, monk
     repo = hub.repos["model", REPO]
     monkeypatch.setattr(finetune_r1.Repository, "upload", upload_late)
     done = push()
-    assert done.code == 1 and "changed meanwhile" in done.err and dict(repo.files) == {"README.md": b"# New"}
+    assert (
+        done.code == 1
+        and "changed meanwhile" in done.err
+        and dict(repo.files) == {"README.md": b"# New"}
+    )
 
 
 @pytest.mark.parametrize("way", WAYS)
@@ -487,14 +524,22 @@ def sent(hub):
 
 
 @pytest.mark.parametrize("way", WAYS)
-def test_what_a_small_disk_sends_file_by_file_is_the_same_byte_for_byte(push, small, small_disk, hub, way):
+def test_what_a_small_disk_sends_file_by_file_is_the_same_byte_for_byte(
+    push, small, small_disk, hub, way
+):
     done = small(way=way)
-    assert done.code == 0 and "file by file" in done.err and "same hash" in json.loads(done.out)["verified"]
+    assert (
+        done.code == 0
+        and "file by file" in done.err
+        and "same hash" in json.loads(done.out)["verified"]
+    )
     repo = hub.repos["model", REPO]
     assert repo.private and len(repo.commits) == 2
     assert len([name for name in repo.files if name.startswith("model-")]) == 3
     by_file = files(hub)
-    assert json.loads(done.out)["bytes"] == sum(map(len, by_file.values())) - len(by_file[".gitattributes"])
+    assert json.loads(done.out)["bytes"] == sum(map(len, by_file.values())) - len(
+        by_file[".gitattributes"]
+    )
 
     del hub.repos["model", REPO]
     small_disk.hold(10**12)
@@ -505,18 +550,26 @@ def test_what_a_small_disk_sends_file_by_file_is_the_same_byte_for_byte(push, sm
 def test_a_push_from_a_small_disk_that_ends_between_two_files_is_completed_by_the_next(small, hub):
     hub.faults.append(Fault("PUT", GIT, 403, times=math.inf, skip=2))
     done = small()
-    assert done.code == 1 and f"{REPO} is as it was" in done.err and set(files(hub)) == {".gitattributes"}
+    assert (
+        done.code == 1
+        and f"{REPO} is as it was" in done.err
+        and set(files(hub)) == {".gitattributes"}
+    )
     assert "write access" in done.err
     first = sent(hub)[:2]
     hub.faults.clear()
     hub.requests.clear()
-    assert small().code == 0 and not set(first) & set(sent(hub)), "what has arrived is not sent again"
+    assert small().code == 0 and not set(first) & set(sent(hub)), (
+        "what has arrived is not sent again"
+    )
     assert "model.safetensors.index.json" in files(hub)
     hub.requests.clear()
     assert small().code == 0 and not sent(hub) and len(hub.repos["model", REPO].commits) == 2
 
 
-def test_from_a_small_disk_nothing_goes_to_a_repository_with_other_weights_without_force(small, hub):
+def test_from_a_small_disk_nothing_goes_to_a_repository_with_other_weights_without_force(
+    small, hub
+):
     hub.add_repo("model", REPO, {"model.safetensors": b"other weights"})
     done = small()
     assert done.code == 1 and "holds other weights: model.safetensors" in done.err and not sent(hub)
@@ -533,7 +586,11 @@ def test_from_a_small_disk_a_merge_that_fails_its_check_is_not_committed(small, 
 
     monkeypatch.setattr(finetune_r1.Merge, "walk", lost)
     done = small()
-    assert done.code == 1 and "do not act as base" in done.err and set(files(hub)) == {".gitattributes"}
+    assert (
+        done.code == 1
+        and "do not act as base" in done.err
+        and set(files(hub)) == {".gitattributes"}
+    )
 
 
 @pytest.fixture
@@ -552,14 +609,23 @@ def test_gguf_files_come_along_when_asked_for_and_then_stay(push, hub, run, gguf
     assert not any("gguf" in name for name in files(hub) if name != ".gitattributes")
     (ggufs / "Modelfile").write_text("FROM ./run-q8_0.gguf\n")
     push("--gguf")
-    assert set(files(hub)) == expected(run) | {"run-q8_0.gguf", "Modelfile", "adapter/run-f16-lora.gguf"}
+    assert set(files(hub)) == expected(run) | {
+        "run-q8_0.gguf",
+        "Modelfile",
+        "adapter/run-f16-lora.gguf",
+    }
     name = REPO.partition("/")[2].lower()
-    for line in ("llama-server -m run-q8_0.gguf --jinja -c 768", f"ollama create {name} -f Modelfile"):
+    for line in (
+        "llama-server -m run-q8_0.gguf --jinja -c 768",
+        f"ollama create {name} -f Modelfile",
+    ):
         assert f"\n{line}\n" in files(hub)["README.md"].decode()
     assert push().code == 0, "they are not taken for somebody else's"
     (ggufs / "run-q8_0.gguf").write_bytes(b"GGUF, made anew")
     push("--force")
-    assert files(hub)["run-q8_0.gguf"] == b"GGUF, made anew", "nor left behind when they are made anew"
+    assert files(hub)["run-q8_0.gguf"] == b"GGUF, made anew", (
+        "nor left behind when they are made anew"
+    )
 
 
 def test_of_an_adapter_alone_its_gguf_alone_comes_along(push, hub, ggufs):
@@ -575,5 +641,9 @@ def test_somebody_elses_gguf_is_other_weights(push, hub, ggufs):
 
 def test_a_gguf_that_was_not_made_is_asked_for(push, hub):
     done = push("--gguf")
-    assert done.code == 1 and "--gguf: there is none" in done.err and "save --as gguf --run" in done.err
+    assert (
+        done.code == 1
+        and "--gguf: there is none" in done.err
+        and "save --as gguf --run" in done.err
+    )
     assert "save --as gguf-adapter" in push("--gguf", "--adapter-only").err

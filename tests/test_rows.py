@@ -21,7 +21,11 @@ import prompts
 from finetune_r1 import DataConfig, UserError, prepare_rows, read_records, write_jsonl
 from prompts import build_prompt
 
-GOOD = {"Question": "Why?", "Complex_CoT": "First this. Then that. At last the rest.", "Response": "So."}
+GOOD = {
+    "Question": "Why?",
+    "Complex_CoT": "First this. Then that. At last the rest.",
+    "Response": "So.",
+}
 COLUMNS = list(GOOD)
 
 
@@ -90,7 +94,9 @@ def test_a_slice_takes_those_rows(written, split, expected):
     assert questions(written / "rows.jsonl", split) == [f"Why {i}?" for i in expected]
 
 
-@pytest.mark.parametrize("split", ["nope", "test", "train[", "train[:1", "train[7:3]", "train[20:30]"])
+@pytest.mark.parametrize(
+    "split", ["nope", "test", "train[", "train[:1", "train[7:3]", "train[20:30]"]
+)
 def test_a_split_that_is_not_there_is_named(written, split):
     with pytest.raises(UserError, match=re.escape(f"--split {split}: ")):
         questions(written / "rows.jsonl", split)
@@ -131,7 +137,9 @@ SEPARATED = [("a.csv", ","), ("a.csv", ";"), ("a.csv", "\t"), ("a.tsv", "\t"), (
 
 
 @pytest.mark.parametrize(("name", "delimiter"), SEPARATED)
-def test_a_csv_is_read_as_it_is_separated_and_its_text_comes_back_unchanged(tmp_path, name, delimiter):
+def test_a_csv_is_read_as_it_is_separated_and_its_text_comes_back_unchanged(
+    tmp_path, name, delimiter
+):
     """Quoted separators and line ends too; a column's name may hold another separator."""
     texts = [*TRICKS, "one, two; three\tfour", 'a\nb\r\nc "quoted" \n', "007"]
     rows = [{**GOOD, "a, b; c": "x", "Response": text} for text in texts]
@@ -144,7 +152,9 @@ def test_a_csv_is_read_as_it_is_separated_and_its_text_comes_back_unchanged(tmp_
 
 def test_in_a_folder_of_csv_files_text_is_text_too(tmp_path):
     for name, answer in (("a.csv", "NA"), ("b.csv", "007")):
-        (tmp_path / name).write_text(f"{HEAD}Why, so?,Hm.,{answer}\n".replace(",", ";").replace("y;", "y,"))
+        (tmp_path / name).write_text(
+            f"{HEAD}Why, so?,Hm.,{answer}\n".replace(",", ";").replace("y;", "y,")
+        )
     for _ in range(2):
         read = read_records(DataConfig(dataset=str(tmp_path), split="train"))
         assert (read["Question"][:], read["Response"][:]) == (["Why, so?"] * 2, ["NA", "007"])
@@ -178,7 +188,10 @@ BROKEN = {
     "middle.jsonl": (GOOD_LINE + '{"Question"}\n' + GOOD_LINE, "row 2"),
     "numbers.jsonl": ("7\n", "not a mapping"),
     "latin.jsonl": ((GOOD_LINE + '{"Question": "naïve"}').encode("latin-1"), "UTF8.* row 2"),
-    "surrogate.jsonl": (GOOD_LINE + json.dumps({**GOOD, "Response": "half a pair \ud83d"}), "row 2"),
+    "surrogate.jsonl": (
+        GOOD_LINE + json.dumps({**GOOD, "Response": "half a pair \ud83d"}),
+        "row 2",
+    ),
     "cut.json": ('[{"Question": "Why?"},\n{"Question"', "position 34"),
     "latin.csv": ((HEAD + "a,b,c\nnaïve,b,c\n").encode("latin-1"), "utf-8"),
     "utf16.csv": ((HEAD + "a,b,c\n").encode("utf-16"), "utf-8"),
@@ -186,7 +199,10 @@ BROKEN = {
     "more.csv": (HEAD + "a,b,c\na,b, and c,d\n", "line 3 has 4 fields, the header 3; quote"),
     "fewer.csv": (HEAD + "a,b,c\na,b\n", "line 3 has 2 fields, the header 3"),
     "after.csv": (HEAD + 'a,"b\nb\n",c\na,b,c,d\n', "line 5"),
-    "semicolons.csv": (HEAD.replace(",", ";") + "a;b; and c;d\n", "line 2.*quote a field that holds ';'"),
+    "semicolons.csv": (
+        HEAD.replace(",", ";") + "a;b; and c;d\n",
+        "line 2.*quote a field that holds ';'",
+    ),
     "cut.parquet": ("PAR1 and no more", "not a parquet file"),
     "empty.jsonl": ("", "it is empty"),
     "blank.jsonl": ("\n\n", "no data"),
@@ -200,9 +216,11 @@ BROKEN = {
 def test_a_broken_file_is_named_with_its_row_where_that_is_known_and_what_is_read(tmp_path, name):
     content, said = BROKEN[name]
     (tmp_path / name).write_bytes(content.encode() if isinstance(content, str) else content)
-    with pytest.raises(UserError, match=f"--dataset {tmp_path / name} --split train: .*{said}") as error:
+    with pytest.raises(
+        UserError, match=f"--dataset {tmp_path / name} --split train: .*{said}"
+    ) as error:
         questions(tmp_path / name)
-    assert ".jsonl, .json, .csv and .parquet" in error.value.next_step
+    assert ".jsonl, .json, .csv and .parquet" in error.value.hint
 
 
 @pytest.mark.parametrize("name", ["folder", "absent.jsonl", "rows.xlsx"])
@@ -215,10 +233,14 @@ def test_an_empty_folder_an_absent_file_and_one_of_another_kind_are_named(tmp_pa
 
 def test_a_folder_that_is_not_there_and_can_be_no_name_on_the_hub_is_told_so(told):
     done = told(["format", "--dataset", "my rows", "--split", "train"])
-    assert done.code == 1 and "my rows" in done.err and done.err.splitlines()[-1].startswith("next:  ")
+    assert (
+        done.code == 1 and "my rows" in done.err and done.err.splitlines()[-1].startswith("next:  ")
+    )
 
 
-def test_a_broken_file_stops_the_commands_with_one_line_each_for_what_and_what_next(told, tiny_r1, tmp_path):
+def test_a_broken_file_stops_the_commands_with_one_line_each_for_what_and_what_next(
+    told, tiny_r1, tmp_path
+):
     (tmp_path / "latin.jsonl").write_bytes((GOOD_LINE + '{"Question": "naïve"}').encode("latin-1"))
     for command in ("format", "train"):
         done = told([command, "--model", tiny_r1, "--dataset", "latin.jsonl", "--split", "train"])
@@ -234,7 +256,9 @@ def test_the_bundled_rows_are_as_promised():
     rows = finetune_r1.read_jsonl(SAMPLE)
     assert len(rows) >= 64 and all(list(row) == COLUMNS for row in rows)
     assert len({prompts.same_question(row["Question"]) for row in rows}) == len(rows)
-    assert all(60 <= len(row["Complex_CoT"].split()) <= 150 and "\n" not in row["Response"] for row in rows)
+    assert all(
+        60 <= len(row["Complex_CoT"].split()) <= 150 and "\n" not in row["Response"] for row in rows
+    )
 
 
 @pytest.mark.parametrize(
@@ -264,7 +288,9 @@ def long_row(r1_tokenizer):
     return row, len(encoded.input_ids) - 150
 
 
-def test_an_overlong_thought_is_cut_at_a_sentence_and_answer_and_eos_stay(prepare, r1_tokenizer, long_row):
+def test_an_overlong_thought_is_cut_at_a_sentence_and_answer_and_eos_stay(
+    prepare, r1_tokenizer, long_row
+):
     row, limit = long_row
     rows = prepare([row], max_seq_length=limit)
     [made] = rows.used
@@ -279,7 +305,9 @@ def test_an_overlong_row_is_dropped_if_asked_or_stops_the_run(prepare, long_row)
     row, limit = long_row
     rows = prepare([row, GOOD], max_seq_length=limit, overlong="drop")
     assert rows.dropped == {"longer than --max-seq-length": [0]}
-    assert rows.used["answer"][:] == ["So."], "what is dropped does not make another row a duplicate"
+    assert rows.used["answer"][:] == ["So."], (
+        "what is dropped does not make another row a duplicate"
+    )
     with pytest.raises(UserError, match="--overlong error"):
         prepare([row], max_seq_length=limit, overlong="error")
 
@@ -288,10 +316,15 @@ def test_an_overlong_row_is_dropped_if_asked_or_stops_the_run(prepare, long_row)
     ("change", "reason"),
     [
         ({"Response": "word " * 300}, "question and answer alone exceed --max-seq-length"),
-        ({"Complex_CoT": "word " * 300}, "no whole sentence of the thought fits in --max-seq-length"),
+        (
+            {"Complex_CoT": "word " * 300},
+            "no whole sentence of the thought fits in --max-seq-length",
+        ),
     ],
 )
-def test_what_cannot_be_cut_at_a_sentence_of_the_thought_is_dropped(prepare, r1_tokenizer, change, reason):
+def test_what_cannot_be_cut_at_a_sentence_of_the_thought_is_dropped(
+    prepare, r1_tokenizer, change, reason
+):
     prompt = len(r1_tokenizer(build_prompt("Why 1?"))["input_ids"])
     rows = prepare(records({}, change), max_seq_length=prompt + 100)
     assert rows.account["dropped"] == {reason: 1}
@@ -299,10 +332,14 @@ def test_what_cannot_be_cut_at_a_sentence_of_the_thought_is_dropped(prepare, r1_
 
 def test_held_out_rows_are_chosen_by_seed_and_never_trained_on(prepare):
     rows = records(*[{}] * 20)
-    rows += [{**row, "Question": f"  {row['Question'].upper()}"} for row in rows]  # no twin may cross over
+    rows += [
+        {**row, "Question": f"  {row['Question'].upper()}"} for row in rows
+    ]  # no twin may cross over
     first, again, other = (prepare(rows, eval_rows=5, seed=seed) for seed in (3407, 3407, 1))
     assert (first.account["used"], first.account["held_out"]) == (15, 5)
-    used, held_out = (set(map(prompts.same_question, t["question"])) for t in (first.used, first.held_out))
+    used, held_out = (
+        set(map(prompts.same_question, t["question"])) for t in (first.used, first.held_out)
+    )
     assert used.isdisjoint(held_out)
     assert first.held_out.to_list() == again.held_out.to_list() != other.held_out.to_list()
     assert first.used.to_list() == again.used.to_list() and first.fingerprint == again.fingerprint
@@ -311,11 +348,15 @@ def test_held_out_rows_are_chosen_by_seed_and_never_trained_on(prepare):
 def test_no_usable_row_is_an_error_that_says_why(prepare):
     with pytest.raises(UserError, match="0 usable rows of 1") as error:
         prepare([{**GOOD, "Response": ""}])
-    assert "Response is empty or not text" in error.value.next_step
+    assert "Response is empty or not text" in error.value.hint
 
 
-@pytest.mark.parametrize(("chinese", "lang", "noted"), [(2, "en", True), (1, "en", False), (2, "zh", False)])
-def test_rows_mostly_in_chinese_under_an_english_prompt_are_noted(prepare, capsys, chinese, lang, noted):
+@pytest.mark.parametrize(
+    ("chinese", "lang", "noted"), [(2, "en", True), (1, "en", False), (2, "zh", False)]
+)
+def test_rows_mostly_in_chinese_under_an_english_prompt_are_noted(
+    prepare, capsys, chinese, lang, noted
+):
     rows = [*published.CHINESE[:chinese], *records({}, {})[: 3 - chinese]]
     assert prepare(rows, lang=lang).account["used"] == 3
     assert ("--lang zh" in capsys.readouterr().err) == noted
@@ -342,7 +383,9 @@ def test_no_text_forges_the_structure_of_a_row(r1_tokenizer, texts, lang):
     if row.status != "used":
         return
     [row] = prompts.encode([row], r1_tokenizer, lang)
-    names = [token for token in r1_tokenizer.convert_ids_to_tokens(row.input_ids) if token in special]
+    names = [
+        token for token in r1_tokenizer.convert_ids_to_tokens(row.input_ids) if token in special
+    ]
     assert row.status == "used" and names == [BOS, "<think>", "</think>", EOS]
     written = r1_tokenizer.decode(row.input_ids[row.prompt_tokens :])
     assert prompts.split_response(written.removesuffix(EOS)) == (row.thought, row.answer, True)
@@ -358,20 +401,43 @@ def test_a_very_long_field_is_cut_or_dropped_like_any_other(prepare):
 
 def test_of_two_thousand_rows_of_any_kind_each_is_accounted_for(prepare):
     chance = random.Random(3407)
-    values = [None, 7, 1.5, True, [], {}, "", " ", ["a"], {"a": 1}, *["A word. " * 200] * 9, *TRICKS]
+    values = [
+        None,
+        7,
+        1.5,
+        True,
+        [],
+        {},
+        "",
+        " ",
+        ["a"],
+        {"a": 1},
+        *["A word. " * 200] * 9,
+        *TRICKS,
+    ]
     words = ["Why", "so", "fever", "Because.", "病。", *TRICKS]
 
     def field():
-        return chance.choice(values) if chance.random() < 0.1 else " ".join(chance.choices(words[:5], k=8))
+        return (
+            chance.choice(values)
+            if chance.random() < 0.1
+            else " ".join(chance.choices(words[:5], k=8))
+        )
 
     rows = [{name: field() for name in COLUMNS} for _ in range(2000)]
     for row in chance.sample(rows, 400):
         row[chance.choice(COLUMNS)] = "".join(chance.choices(words, k=4))
     made = prepare(rows, max_seq_length=500, eval_rows=50)
     counted = made.account
-    assert counted["read"] == 2000 == counted["used"] + counted["held_out"] + sum(counted["dropped"].values())
+    assert (
+        counted["read"]
+        == 2000
+        == counted["used"] + counted["held_out"] + sum(counted["dropped"].values())
+    )
     dropped = sorted(itertools.chain.from_iterable(made.dropped.values()))
-    assert len(set(dropped)) == len(dropped) and counted["used"] > 1000 and counted["shortened"] > 25
+    assert (
+        len(set(dropped)) == len(dropped) and counted["used"] > 1000 and counted["shortened"] > 25
+    )
     assert max(made.usable["tokens"]) <= 500 and set(made.usable["status"]) == {"used", "shortened"}
     kept = [row for i, row in enumerate(rows) if i not in set(dropped)]
     answers = [row["Response"].strip() for row in kept]
@@ -403,15 +469,19 @@ OFFERED = {
 
 
 @pytest.mark.parametrize("name", OFFERED)
-def test_columns_of_usual_datasets_are_offered_not_assumed_and_work_as_offered(r1_tokenizer, tmp_path, name):
+def test_columns_of_usual_datasets_are_offered_not_assumed_and_work_as_offered(
+    r1_tokenizer, tmp_path, name
+):
     record, columns = OFFERED[name]
     write_jsonl(tmp_path / "rows.jsonl", [record])
     config = DataConfig(dataset=str(tmp_path / "rows.jsonl"), split="train")
     read = read_records(config)
-    with pytest.raises(UserError, match="has no Complex_CoT, Question, Response; its columns: ") as error:
+    with pytest.raises(
+        UserError, match="has no Complex_CoT, Question, Response; its columns: "
+    ) as error:
         finetune_r1.check_columns(read, config)
     quoted = [f"'{column}'" if " " in column else column for column in columns]
-    assert "--question-col {} --cot-col {} --response-col {}".format(*quoted) in error.value.next_step
+    assert "--question-col {} --cot-col {} --response-col {}".format(*quoted) in error.value.hint
     names = ("question_col", "cot_col", "response_col")
     named = dataclasses.replace(config, **dict(zip(names, columns, strict=True)))
     finetune_r1.check_columns(read, named)
@@ -420,10 +490,17 @@ def test_columns_of_usual_datasets_are_offered_not_assumed_and_work_as_offered(r
 
 
 def test_a_conversation_of_several_turns_is_dropped_with_that_reason(prepare):
-    turns = [{"role": role, "content": "Hm."} for role in ("user", "assistant", "user", "assistant")]
+    turns = [
+        {"role": role, "content": "Hm."} for role in ("user", "assistant", "user", "assistant")
+    ]
     with pytest.raises(UserError) as error:
-        prepare([{"messages": turns}], question_col="messages", cot_col="messages", response_col="messages")
-    assert "messages is not one question and one answer" in error.value.next_step
+        prepare(
+            [{"messages": turns}],
+            question_col="messages",
+            cot_col="messages",
+            response_col="messages",
+        )
+    assert "messages is not one question and one answer" in error.value.hint
 
 
 ALPACA = [
@@ -432,10 +509,14 @@ ALPACA = [
 ]  # fmt: skip
 
 
-def test_of_alpacas_columns_the_one_whose_texts_differ_is_offered_as_the_question(told, tiny_r1, tmp_path):
+def test_of_alpacas_columns_the_one_whose_texts_differ_is_offered_as_the_question(
+    told, tiny_r1, tmp_path
+):
     write_jsonl(tmp_path / "rows.jsonl", ALPACA)
     options = ["format", "--model", tiny_r1, "--dataset", "rows.jsonl", "--split", "train"]
-    offered = re.search(r"--question-col input --cot-col output --response-col output", told(options).err)
+    offered = re.search(
+        r"--question-col input --cot-col output --response-col output", told(options).err
+    )
     done = told([*options, *offered[0].split(), "--json"])
     assert json.loads(done.out)["rows"]["used"] == 3 and "note:" not in done.err
     columns = ["--question-col", "instruction", "--cot-col", "output", "--response-col", "output"]
@@ -446,7 +527,7 @@ def test_an_answer_without_a_thought_is_dropped_for_that(prepare):
     rows = [{"instruction": "Why?", "output": "So."}]
     with pytest.raises(UserError) as error:
         prepare(rows, question_col="instruction", cot_col="output", response_col="output")
-    assert "no thought between think tags in output" in error.value.next_step
+    assert "no thought between think tags in output" in error.value.hint
 
 
 def test_a_missing_column_is_named_beside_those_there_are(told, written):
@@ -460,8 +541,12 @@ def test_a_missing_column_is_named_beside_those_there_are(told, written):
 
 def test_what_format_writes_is_taken_back_unchanged(told, tiny_r1, r1_tokenizer, tmp_path):
     options = f"--model {tiny_r1} --split train --max-seq-length 500 --eval-rows 8 --json".split()
-    summary = json.loads(told(["format", "--dataset", SAMPLE, "--output", "out.jsonl", *options]).out)
-    assert summary["rows"]["shortened"] > 0 and summary["next"].endswith("--dataset out.jsonl --split train")
+    summary = json.loads(
+        told(["format", "--dataset", SAMPLE, "--output", "out.jsonl", *options]).out
+    )
+    assert summary["rows"]["shortened"] > 0 and summary["next"].endswith(
+        "--dataset out.jsonl --split train"
+    )
     config = DataConfig(dataset=str(SAMPLE), split="train", max_seq_length=500, eval_rows=8)
     taken_back = dataclasses.replace(config, dataset=str(tmp_path / "out.jsonl"))
     first, second = (prepare_rows(read_records(c), r1_tokenizer, c) for c in (config, taken_back))
@@ -473,7 +558,16 @@ def test_what_format_writes_is_taken_back_unchanged(told, tiny_r1, r1_tokenizer,
 
 def test_format_shows_the_first_row_what_carries_loss_and_what_is_dropped(told, tiny_r1, tmp_path):
     write_jsonl(tmp_path / "rows.jsonl", records({}, {}, {"Question": "why 0?"}, {"Response": ""}))
-    options = ["--model", tiny_r1, "--dataset", "rows.jsonl", "--split", "train", "--loss-on", "response"]
+    options = [
+        "--model",
+        tiny_r1,
+        "--dataset",
+        "rows.jsonl",
+        "--split",
+        "train",
+        "--loss-on",
+        "response",
+    ]
     report, shown = json.loads(told(["format", *options, "--json"]).out), told(["format", *options])
     first = report["first_row"]
     assert "".join(first["tokens"]) == BOS + first["text"] and first["text"].endswith(f"\nSo.{EOS}")
@@ -484,7 +578,9 @@ def test_format_shows_the_first_row_what_carries_loss_and_what_is_dropped(told, 
     assert "used: 2" in shown.out and "fit_without_shortening: 2" in shown.out
 
 
-@pytest.mark.parametrize(("name", "said"), [("rows.parquet", ".jsonl"), ("there.jsonl", "there already")])
+@pytest.mark.parametrize(
+    ("name", "said"), [("rows.parquet", ".jsonl"), ("there.jsonl", "there already")]
+)
 def test_format_writes_jsonl_alone_and_over_no_file(told, tmp_path, name, said):
     (tmp_path / "there.jsonl").touch()
     done = told(["format", "--output", name])
@@ -525,4 +621,6 @@ def test_a_hub_that_falls_silent_is_not_asked_on_and_on_about_its_files(monkeypa
         for error in (httpx.ReadTimeout, httpx.ReadTimeout, OfflineModeIsEnabled):
             with pytest.raises(error):
                 client.head(file, timeout=0.15)
-        assert client.get(file).content == b"[]" and client.head(file).is_success, "one that is back is asked"
+        assert client.get(file).content == b"[]" and client.head(file).is_success, (
+            "one that is back is asked"
+        )

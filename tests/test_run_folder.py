@@ -65,7 +65,9 @@ def test_run_json_tells_how_it_ended_and_with_what(finished):
     assert record["rows"] == {"read": 24, "used": 20, "held_out": 4, "shortened": 0, "dropped": {}}
     plan = record["plan"]
     assert plan["effective_batch"] == plan["micro_batch"] * plan["accumulation"] == 4
-    assert record["versions"]["unsloth"] and record["prompt_hash"] and record["seconds"]["train"] > 0
+    assert (
+        record["versions"]["unsloth"] and record["prompt_hash"] and record["seconds"]["train"] > 0
+    )
     assert record["losses"]["last"] < record["losses"]["first"] - 0.1, "it learned something"
 
 
@@ -88,7 +90,10 @@ def test_samples_hold_the_question_before_and_after(finished):
 
 
 def test_the_adapter_names_the_base_it_belongs_to(finished, config):
-    assert read_json(finished / "adapter" / "adapter_config.json")["base_model_name_or_path"] == config.model
+    assert (
+        read_json(finished / "adapter" / "adapter_config.json")["base_model_name_or_path"]
+        == config.model
+    )
 
 
 def test_the_card_names_no_folder_that_the_rows_came_from(run, tmp_path):
@@ -127,7 +132,9 @@ def inline(tokens, kind):
     found = []
     for before, token in itertools.pairwise(tokens):
         if token.type == "inline" and before.type == kind:
-            parts = ["\n" if part.type.endswith("break") else part.content for part in token.children]
+            parts = [
+                "\n" if part.type.endswith("break") else part.content for part in token.children
+            ]
             found.append(("".join(parts), {part.type for part in token.children}))
     return found
 
@@ -152,10 +159,19 @@ def test_the_card_shows_an_answer_as_text_whatever_is_in_it(run):
     assert card.data.datasets == [names["dataset"]] and card.data.language == "en"
     tokens = MarkdownIt("commonmark").enable(["table", "strikethrough"]).parse(card.text)
     kinds = [token.type for token in tokens]
-    assert "html_block" not in kinds and kinds.count("fence") == 3 and kinds.count("blockquote_open") == 2
+    assert (
+        "html_block" not in kinds
+        and kinds.count("fence") == 3
+        and kinds.count("blockquote_open") == 2
+    )
     (title, _), *headings = inline(tokens, "heading_open")
     assert title == "a # <b> 'name' \"of\" a {model}, fine-tuned on medical chains of thought"
-    assert [heading for heading, _ in headings] == ["Before and after", "Use", "Limits", *OF_NUMBERS]
+    assert [heading for heading, _ in headings] == [
+        "Before and after",
+        "Use",
+        "Limits",
+        *OF_NUMBERS,
+    ]
     paragraphs = dict(inline(tokens, "paragraph_open"))
     assert paragraphs[MARKUP] == {"text", "hardbreak"} and paragraphs["# Why"] == {"text"}
     assert paragraphs["so\n- it is"] == {"text", "hardbreak"}
@@ -211,8 +227,14 @@ def test_a_checkpoint_counts_only_when_its_last_file_is_whole(run, state):
 def test_checkpoints_come_by_time_too(config, tmp_path, monkeypatch):
     monkeypatch.setattr(finetune_r1, "CHECKPOINT_SECONDS", 0)
     run = Run(tmp_path / "run")
-    finetune_r1.train_run(dataclasses.replace(config, save_steps=None, keep_checkpoints=9, max_steps=3), run)
-    assert [path.name for path in run.checkpoints] == ["checkpoint-1", "checkpoint-2", "checkpoint-3"]
+    finetune_r1.train_run(
+        dataclasses.replace(config, save_steps=None, keep_checkpoints=9, max_steps=3), run
+    )
+    assert [path.name for path in run.checkpoints] == [
+        "checkpoint-1",
+        "checkpoint-2",
+        "checkpoint-3",
+    ]
 
 
 # -------------------------------------------------------------------------------------------- status and lock
@@ -247,17 +269,20 @@ def test_runs_are_ordered_by_their_end_wherever_the_machine_goes(config, tmp_pat
 
 def test_a_folder_with_something_in_it_is_left_alone(config, tmp_path):
     (tmp_path / "mine.txt").write_text("keep me")
-    with pytest.raises(UserError, match="not empty"), Run(tmp_path).track_status(config, resume=False):
+    with (
+        pytest.raises(UserError, match="not empty"),
+        Run(tmp_path).track_status(config, resume=False),
+    ):
         pass
     assert [path.name for path in tmp_path.iterdir()] == ["mine.txt"]
 
 
 def test_a_folder_in_use_is_refused_until_the_other_process_has_ended(tmp_path):
-    code = (
-        "import sys, finetune_r1 as f\nwith f.Run(f.Path(sys.argv[1])).lock(): print(1, flush=True); input()"
-    )
+    code = "import sys, finetune_r1 as f\nwith f.Run(f.Path(sys.argv[1])).lock(): print(1, flush=True); input()"
     command = [sys.executable, "-c", code, tmp_path]
-    holder = subprocess.Popen(command, cwd=SCRIPT.parent, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+    holder = subprocess.Popen(
+        command, cwd=SCRIPT.parent, stdin=subprocess.PIPE, stdout=subprocess.PIPE
+    )
     assert holder.stdout is not None and holder.stdout.readline() == b"1\n"
     with pytest.raises(Exception) as caught, Run(tmp_path).lock():
         pass
@@ -285,7 +310,10 @@ def test_what_a_killed_process_left_is_removed_by_the_next_and_a_living_ones_is_
     (tmp_path / f".a[1].json.partial-{dead.pid}").mkdir()
     (tmp_path / f".a[1].json.partial-{os.getppid()}").touch()
     finetune_r1.write_text(tmp_path / "a[1].json", "{}")
-    assert {path.name for path in tmp_path.iterdir()} == {"a[1].json", f".a[1].json.partial-{os.getppid()}"}
+    assert {path.name for path in tmp_path.iterdir()} == {
+        "a[1].json",
+        f".a[1].json.partial-{os.getppid()}",
+    }
 
 
 # --------------------------------------------------------------------------------------------- spoilt folders
@@ -348,10 +376,14 @@ def test_a_run_that_was_spoilt_is_refused_by_name(run, spoilt):
     with pytest.raises(UserError, match=said):
         finetune_r1.eval_(finetune_r1.EvalConfig(), run=run.folder)
     with pytest.raises(UserError, match=said):
-        finetune_r1.infer(finetune_r1.GenerationConfig(), as_json=True, question="Why?", run=run.folder)
+        finetune_r1.infer(
+            finetune_r1.SamplingConfig(), as_json=True, question="Why?", run=run.folder
+        )
     with pytest.raises(UserError, match=said):
         remote = types.SimpleNamespace(name="user/name", files={})
-        finetune_r1.files_to_push(run, True, gguf_too=False, dry_run=False, remote=remote, take=None)
+        finetune_r1.files_to_push(
+            run, True, gguf_too=False, dry_run=False, remote=remote, take=None
+        )
 
 
 @pytest.mark.parametrize("damaged", ["run.json", "adapter/adapter_model.safetensors"])
@@ -377,7 +409,9 @@ def several(finished, tmp_path):
     better = {"loss": [0.5] * 8, "relevance": [1.5] * 8}
     report = prompts.build_report(values, better, [], rows=8, seed=1)
     finetune_r1.write_json(evaluated / "eval.json", report)
-    interrupted.update(status="interrupted", ended="2026-03-01T00:00:00+0000", losses={"first": 3, "last": 2})
+    interrupted.update(
+        status="interrupted", ended="2026-03-01T00:00:00+0000", losses={"first": 3, "last": 2}
+    )
     settings = dataclasses.asdict(interrupted.config) | {"max_steps": 99}
     finetune_r1.write_json(interrupted / "config.json", settings)
     finetune_r1.write_json(tmp_path / "runs" / "failed" / "run.json", {"status": "failed"})
@@ -392,7 +426,9 @@ def test_runs_are_listed_within_80_columns_with_names_to_copy(several, told):
     [line] = [line for line in lines if line.startswith("20260301-141205-r16-s60 ")]
     assert "finished" in line and " 20 " in line and " 7/7 " in line and " better " in line
     assert [
-        line for line in lines if line.startswith("interrupted ") and "7/99" in line and "3.00→2.00" in line
+        line
+        for line in lines
+        if line.startswith("interrupted ") and "7/99" in line and "3.00→2.00" in line
     ]
     listed = json.loads(told(["runs", "--json"]).out)["runs"]
     assert [row["status"] for row in listed] == ["failed", "interrupted", "finished"]
@@ -404,7 +440,11 @@ def test_two_runs_are_compared_in_what_differs(several, told):
     differs = {line.split()[0].rstrip(","): line.split()[1:] for line in lines[1:]}
     assert lines[0].split() == ["20260301-141205-r16-s60", "interrupted"]
     assert differs["max_steps"] == ["7", "99"] and differs["status"] == ["finished", "interrupted"]
-    assert differs["loss"] == ["after", "0.5"] and "learning_rate" not in differs and "rows" not in differs
+    assert (
+        differs["loss"] == ["after", "0.5"]
+        and "learning_rate" not in differs
+        and "rows" not in differs
+    )
 
 
 def test_what_no_command_needs_can_go_and_an_adapter_never(several, told):

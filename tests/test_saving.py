@@ -53,8 +53,13 @@ def test_the_folder_is_whole_and_safe(merged, tiny_r1):
 
     names = {path.name for path in merged.iterdir()}
     assert {"config.json", "generation_config.json", "model.safetensors", "tokenizer.json"} <= names
-    assert not [name for name in names if name.startswith("adapter") or name.endswith((".bin", ".pt"))]
-    tokenizer, generation = AutoTokenizer.from_pretrained(merged), GenerationConfig.from_pretrained(merged)
+    assert not [
+        name for name in names if name.startswith("adapter") or name.endswith((".bin", ".pt"))
+    ]
+    tokenizer, generation = (
+        AutoTokenizer.from_pretrained(merged),
+        GenerationConfig.from_pretrained(merged),
+    )
     assert tokenizer.eos_token_id == generation.eos_token_id != tokenizer.pad_token_id
     assert (generation.temperature, generation.top_p, generation.max_length) == (0.6, 0.95, None)
     assert AutoModelForCausalLM.from_pretrained(merged, dtype="auto").dtype == torch.bfloat16
@@ -84,7 +89,9 @@ def test_the_modelfile_has_the_training_prompt_and_stops_where_the_model_does(ru
 
 
 @pytest.mark.parametrize("eos", ['</s>"', '"""', "</s>\nFROM other"])
-def test_an_end_of_text_token_that_ollama_would_read_otherwise_gets_no_modelfile(run, merged, tmp_path, eos):
+def test_an_end_of_text_token_that_ollama_would_read_otherwise_gets_no_modelfile(
+    run, merged, tmp_path, eos
+):
     """It ends a value at a quotation mark before a line's end, and has no escape for it."""
     copy = shutil.copytree(run, tmp_path / "run", ignore=shutil.ignore_patterns("Modelfile"))
     settings = copy / "merged" / "tokenizer_config.json"
@@ -96,13 +103,20 @@ def test_an_end_of_text_token_that_ollama_would_read_otherwise_gets_no_modelfile
     assert not (copy / "merged" / "Modelfile").exists()
 
 
-def test_the_line_for_vllm_names_base_and_adapter_or_the_merged_folder(run, merged, tiny_r1, tmp_path):
+def test_the_line_for_vllm_names_base_and_adapter_or_the_merged_folder(
+    run, merged, tiny_r1, tmp_path
+):
     ending = "--max-model-len 768 --reasoning-parser deepseek_r1"
     assert finetune_r1.save(run=run)["serve"] == f"vllm serve {merged} {ending}"
     adapter = finetune_r1.save(run=run, as_="adapter")["serve"]
-    assert adapter.startswith(f"vllm serve {tiny_r1} --enable-lora --lora-modules tuned={run / 'adapter'}")
+    assert adapter.startswith(
+        f"vllm serve {tiny_r1} --enable-lora --lora-modules tuned={run / 'adapter'}"
+    )
     template = run / "adapter" / "chat_template.jinja"
-    assert adapter.endswith(f"--max-lora-rank 16 --chat-template {template} {ending}") and template.exists()
+    assert (
+        adapter.endswith(f"--max-lora-rank 16 --chat-template {template} {ending}")
+        and template.exists()
+    )
     elsewhere = tmp_path / "my adapter"
     adapter = finetune_r1.save(run=run, as_="adapter", output=elsewhere)["serve"]
     assert f"tuned={elsewhere}" in shlex.split(adapter)
@@ -115,7 +129,7 @@ def test_what_would_fill_the_disk_is_refused_before_it_starts_with_the_way_out(t
         finetune_r1.check_room({path: size}, "save elsewhere")
     with pytest.raises(UserError, match=r"GB free, .* GB are needed") as refused:
         finetune_r1.check_room(half, "save elsewhere")
-    assert refused.value.next_step == "save elsewhere"
+    assert refused.value.hint == "save elsewhere"
 
 
 def test_the_size_of_a_base_model_is_known_before_and_after_its_download(tiny_r1, hub):
@@ -129,10 +143,14 @@ def test_the_size_of_a_base_model_is_known_before_and_after_its_download(tiny_r1
     huggingface_hub.snapshot_download("org/base")
     assert finetune_r1.weights_size("org/base") == (size, 0, 0)
     hub.close()
-    assert finetune_r1.weights_size("org/base") == (size, 0, 0), "without a network what is there counts"
+    assert finetune_r1.weights_size("org/base") == (size, 0, 0), (
+        "without a network what is there counts"
+    )
 
 
-def test_on_a_small_disk_one_file_of_the_base_is_there_at_a_time(run, merged, tiny_r1, hub, small_disk):
+def test_on_a_small_disk_one_file_of_the_base_is_there_at_a_time(
+    run, merged, tiny_r1, hub, small_disk
+):
     """Of those that were downloaded for this: what was in the cache stays there, and is used."""
     import huggingface_hub
 
@@ -146,10 +164,14 @@ def test_on_a_small_disk_one_file_of_the_base_is_there_at_a_time(run, merged, ti
     small_disk.hold(size + largest + 10_000)
     saved = finetune_r1.save(run=copy)
     assert saved["adapter_share"] > 0.9 and size < small_disk.most <= small_disk.size
-    assert (copy / "merged" / "model.safetensors").read_bytes() == (merged / "model.safetensors").read_bytes()
+    assert (copy / "merged" / "model.safetensors").read_bytes() == (
+        merged / "model.safetensors"
+    ).read_bytes()
     assert not (copy / "merged" / ".base").exists()
     cached = [file.name for file in small_disk.folder.glob("hub/*/snapshots/*/*.safetensors")]
-    downloads = [path for method, path in hub.requests if method == "GET" and path.endswith(".safetensors")]
+    downloads = [
+        path for method, path in hub.requests if method == "GET" and path.endswith(".safetensors")
+    ]
     assert cached == [finetune_r1.Path(kept).name] and len(downloads) == 4
 
 
@@ -209,7 +231,9 @@ def test_file_by_file_the_weights_are_pefts_own_bit_for_bit(run, tiny_r1, tmp_pa
     base.save_pretrained(tmp_path / "base", max_shard_size="100KB")
     monkeypatch.setattr(finetune_r1, "SHARD", 70_000)
     merge(tmp_path / "base", run / "adapter", tmp_path / "merged")
-    PeftModel.from_pretrained(base, run / "adapter").merge_and_unload().save_pretrained(tmp_path / "pefts")
+    PeftModel.from_pretrained(base, run / "adapter").merge_and_unload().save_pretrained(
+        tmp_path / "pefts"
+    )
 
     def weights(folder):
         files = sorted(folder.glob("*.safetensors"))
@@ -238,15 +262,21 @@ def test_biases_and_an_output_layer_that_is_the_embedding_are_walked_through_too
     base = AutoModelForCausalLM.from_config(settings, dtype=torch.bfloat16)
     base.save_pretrained(tmp_path / "base", max_shard_size="200KB")
     add_base(hub, tmp_path / "base")
-    lora = LoraConfig(target_modules=["q_proj", "down_proj"], init_lora_weights=False, task_type="CAUSAL_LM")
+    lora = LoraConfig(
+        target_modules=["q_proj", "down_proj"], init_lora_weights=False, task_type="CAUSAL_LM"
+    )
     tuned = get_peft_model(base, lora)
     tuned.save_pretrained(tmp_path / "adapter")
     tokenizer = finetune_r1.load_tokenizer(tiny_qwen)
     source = finetune_r1.download_model("org/base", weights=False)
     monkeypatch.setattr(finetune_r1, "SHARD", 100_000)
-    found = finetune_r1.Merge("org/base", source, tmp_path / "adapter", tmp_path / "merged").walk(tokenizer)
+    found = finetune_r1.Merge("org/base", source, tmp_path / "adapter", tmp_path / "merged").walk(
+        tokenizer
+    )
     assert finetune_r1.check_merge(*found)["adapter_share"] == pytest.approx(1, abs=0.05)
-    assert not list(tmp_path.glob("hub/*/snapshots/*/*.safetensors")) and torch.isfinite(found).all()
+    assert (
+        not list(tmp_path.glob("hub/*/snapshots/*/*.safetensors")) and torch.isfinite(found).all()
+    )
     merged = tuned.merge_and_unload().state_dict()
     files = list((tmp_path / "merged").glob("*.safetensors"))
     ours = {name: weight for file in files for name, weight in load_file(file).items()}
@@ -260,7 +290,10 @@ def test_the_scale_of_rslora_is_pefts_too(run, tiny_r1, tmp_path):
     from transformers import AutoModelForCausalLM
 
     adapter = shutil.copytree(run / "adapter", tmp_path / "adapter")
-    settings = finetune_r1.read_json(adapter / "adapter_config.json") | {"use_rslora": True, "lora_alpha": 5}
+    settings = finetune_r1.read_json(adapter / "adapter_config.json") | {
+        "use_rslora": True,
+        "lora_alpha": 5,
+    }
     finetune_r1.write_json(adapter / "adapter_config.json", settings)
     merge(tiny_r1, adapter, tmp_path / "merged")
     base = AutoModelForCausalLM.from_pretrained(tiny_r1, dtype="auto")
@@ -273,14 +306,19 @@ def test_what_old_versions_saved_beside_the_weights_does_not_stop_a_merge(run, t
     import torch
     from safetensors.torch import load_file, save_file
 
-    base, extra = shutil.copytree(tiny_r1, tmp_path / "base"), "model.layers.0.self_attn.rotary_emb.inv_freq"
+    base, extra = (
+        shutil.copytree(tiny_r1, tmp_path / "base"),
+        "model.layers.0.self_attn.rotary_emb.inv_freq",
+    )
     file = sorted(base.glob("*.safetensors"))[0]
     save_file({**load_file(file), extra: torch.ones(8)}, file, {"format": "pt"})
     merge(base, run / "adapter", tmp_path / "merged")
     assert extra not in load_file(tmp_path / "merged" / "model.safetensors")
 
 
-def test_weights_of_an_adapter_that_find_no_place_are_not_left_out_in_silence(run, tiny_r1, tmp_path):
+def test_weights_of_an_adapter_that_find_no_place_are_not_left_out_in_silence(
+    run, tiny_r1, tmp_path
+):
     with pytest.raises(UserError, match="do not fit"):
         merge(tiny_r1, more_layers(run / "adapter", tmp_path), tmp_path / "merged")
 
@@ -323,13 +361,18 @@ def test_a_lost_or_doubled_adapter_is_caught(times):
     torch.manual_seed(0)
     base, effect, noise = torch.randn(3, 50, 200).unbind(0)
     tuned = base + 0.3 * effect
-    assert finetune_r1.check_merge(base, tuned, base + 0.3 * effect + 0.05 * noise)["adapter_share"] > 0.9
+    assert (
+        finetune_r1.check_merge(base, tuned, base + 0.3 * effect + 0.05 * noise)["adapter_share"]
+        > 0.9
+    )
     with pytest.raises(UserError, match="do not act as base"):
         finetune_r1.check_merge(base, tuned, base + times * 0.3 * effect + 0.05 * noise)
 
 
 @pytest.mark.parametrize(("share", "said"), [(0.95, False), (0.81, True), (0.55, True)])
-def test_a_good_merge_of_which_rounding_swallows_a_part_is_saved_and_the_part_is_told(share, said, capsys):
+def test_a_good_merge_of_which_rounding_swallows_a_part_is_saved_and_the_part_is_told(
+    share, said, capsys
+):
     """As of a short training, whose changes are as small as the steps between 16-bit numbers."""
     import torch
 
@@ -356,7 +399,9 @@ def test_a_failed_check_leaves_no_folder(run, tmp_path, monkeypatch, times):
     assert not list(copy.glob("*merged*"))
 
 
-def test_the_check_has_the_logits_of_base_of_peft_and_of_what_was_saved(run, merged, tiny_r1, tmp_path):
+def test_the_check_has_the_logits_of_base_of_peft_and_of_what_was_saved(
+    run, merged, tiny_r1, tmp_path
+):
     """Though all three are of one walk through the base."""
     import torch
     from peft import PeftModel
@@ -369,7 +414,11 @@ def test_the_check_has_the_logits_of_base_of_peft_and_of_what_was_saved(run, mer
     plain = AutoModelForCausalLM.from_pretrained(merged, dtype="auto")
     base = AutoModelForCausalLM.from_pretrained(tiny_r1, dtype="auto")
     with torch.no_grad():
-        expected = [base(**batch), PeftModel.from_pretrained(base, run / "adapter")(**batch), plain(**batch)]
+        expected = [
+            base(**batch),
+            PeftModel.from_pretrained(base, run / "adapter")(**batch),
+            plain(**batch),
+        ]
     effect = (found[1] - found[0]).norm()
     for ours, theirs in zip(found, expected, strict=True):
         assert (ours - theirs.logits[0].float()).norm() < 0.05 * effect
@@ -389,7 +438,9 @@ def test_an_adapter_that_was_never_trained_changes_no_bit(run, tiny_r1, tmp_path
 
 def test_a_disk_that_takes_no_more_ends_in_a_message_and_leaves_nothing(run, tmp_path):
     """A limit of 100 KiB a file stands in for the full disk: the write fails in the same place."""
-    save = f"ulimit -f 100; exec {sys.executable} {SCRIPT} save --run {run} --output {tmp_path}/merged"
+    save = (
+        f"ulimit -f 100; exec {sys.executable} {SCRIPT} save --run {run} --output {tmp_path}/merged"
+    )
     done = subprocess.run(["bash", "-c", save], capture_output=True, text=True)
     assert done.returncode == 1 and "next:" in done.stderr and "disk" in done.stderr
     assert "Traceback" not in done.stderr and not list(tmp_path.iterdir())

@@ -54,7 +54,9 @@ def api(hub: HubServer, token: str | bool = WRITE) -> HfApi:
 
 def commit(hub: HubServer, files: dict[str, bytes | None], token: str = WRITE, **options) -> str:
     """One commit; what is None is deleted."""
-    operations = [CommitOperationAdd(name, data) for name, data in files.items() if data is not None]
+    operations = [
+        CommitOperationAdd(name, data) for name, data in files.items() if data is not None
+    ]
     operations += [CommitOperationDelete(name) for name, data in files.items() if data is None]
     return api(hub, token).create_commit(REPO, operations, commit_message="Push", **options).oid
 
@@ -67,7 +69,10 @@ def seen(hub: HubServer, method: str, part: str) -> int:
 
 
 def test_a_repository_is_created_once(hub):
-    assert api(hub).create_repo(REPO, private=True).repo_id == REPO and hub.repos["model", REPO].private
+    assert (
+        api(hub).create_repo(REPO, private=True).repo_id == REPO
+        and hub.repos["model", REPO].private
+    )
     with pytest.raises(HfHubHTTPError, match="already created"):
         api(hub).create_repo(REPO)
 
@@ -76,13 +81,18 @@ def test_one_commit_arrives_whole_and_comes_back_equal_and_is_not_sent_again(hub
     api(hub).create_repo(REPO)
     oid = commit(hub, FILES)
     repo = hub.repos["model", REPO]
-    assert [each.title for each in repo.commits] == ["initial commit", "Push"] and repo.commits[-1].oid == oid
+    assert [each.title for each in repo.commits] == ["initial commit", "Push"] and repo.commits[
+        -1
+    ].oid == oid
     info = api(hub).repo_info(REPO, files_metadata=True)
     large = {file.rfilename: file.lfs.size for file in info.siblings if file.lfs}
     assert info.sha == oid and large == {"adapter/model.safetensors": len(WEIGHTS)}
     copy = Path(snapshot_download(REPO, endpoint=hub.url, cache_dir=tmp_path))
     assert {name: (copy / name).read_bytes() for name in FILES} == FILES
-    assert commit(hub, FILES) == oid and seen(hub, "PUT", "/info/lfs/") == seen(hub, "POST", "/verify") == 1
+    assert (
+        commit(hub, FILES) == oid
+        and seen(hub, "PUT", "/info/lfs/") == seen(hub, "POST", "/verify") == 1
+    )
 
 
 def test_a_commit_is_all_or_nothing(hub):
@@ -135,7 +145,9 @@ def test_files_are_served_from_where_they_lie(hub, tmp_path):
     repo = hub.add_repo("model", REPO, {"model.safetensors": tmp_path / "here", "b": b"bytes"})
     assert repo.commits[0].tree["model.safetensors"].blob.is_symlink()
     folder = Path(snapshot_download(REPO, endpoint=hub.url, cache_dir=tmp_path / "cache"))
-    assert (folder / "model.safetensors").read_bytes() == WEIGHTS and (folder / "b").read_bytes() == b"bytes"
+    assert (folder / "model.safetensors").read_bytes() == WEIGHTS and (
+        folder / "b"
+    ).read_bytes() == b"bytes"
 
 
 # ----------------------------------------------------------------------------------------------------- faults
@@ -173,7 +185,9 @@ def push():
     files = [CommitOperationAdd(path.name, path) for path in Path("out").iterdir()]
     HfApi().create_commit("{REPO}", files, commit_message="Push")
 """
-PULL = f"from huggingface_hub import snapshot_download; snapshot_download('{REPO}', local_dir='copy')"
+PULL = (
+    f"from huggingface_hub import snapshot_download; snapshot_download('{REPO}', local_dir='copy')"
+)
 
 
 @pytest.fixture
@@ -195,7 +209,9 @@ def test_xet_brings_files_there_and_back_and_sends_only_what_is_new(hub, over_xe
     assert repo.files == XET_FILES and len(repo.commits) == 2
     assert {name: (tmp_path / "copy" / name).read_bytes() for name in XET_FILES} == XET_FILES
     assert (seen(hub, "PUT", "/xorb-uploads/"), seen(hub, "POST", "/info/lfs/")) == (1, 0)
-    assert seen(hub, "GET", "/xet/xorbs/") and seen(hub, "GET", "/resolve/") == 1, "config.json is small"
+    assert seen(hub, "GET", "/xet/xorbs/") and seen(hub, "GET", "/resolve/") == 1, (
+        "config.json is small"
+    )
     assert {chunk.scheme for xorb in hub.xet.xorbs.values() for chunk in xorb.chunks} == {0, 1, 2}
     before = sum(xorb.path.stat().st_size for xorb in hub.xet.xorbs.values())
     changed = LARGE[:1_000_000] + b"changed" + LARGE[1_000_000:]
@@ -212,7 +228,9 @@ def test_xet_tries_again_after_passing_faults_and_gives_up_at_a_refusal(hub, ove
     over_xet("push()", {"a.bin": LARGE})
     assert repo.files == {"a.bin": LARGE} and not any(fault.times for fault in hub.faults)
 
-    statuses = [(route, status) for route in (routes[0], routes[1], routes[4]) for status in (401, 403, 409)]
+    statuses = [
+        (route, status) for route in (routes[0], routes[1], routes[4]) for status in (401, 403, 409)
+    ]
     hub.faults[:] = [Fault("*", route, status) for route, status in statuses]
     attempts = f"""
 for _ in range({len(statuses) + 1}):
@@ -224,7 +242,9 @@ for _ in range({len(statuses) + 1}):
 """
     *refused, last = over_xet(attempts, {"a.bin": LARGE[::-1]}).splitlines()
     for (_, status), error in zip(statuses, refused, strict=True):
-        assert error.startswith("ConnectionError") and f"HTTP status client error ({status}" in error
+        assert (
+            error.startswith("ConnectionError") and f"HTTP status client error ({status}" in error
+        )
     assert last == "done" and repo.files == {"a.bin": LARGE[::-1]} and len(repo.commits) == 3
 
 
@@ -245,6 +265,13 @@ def test_a_wandb_run_arrives_complete_in_spite_of_faults_and_goes_on(wandb_serve
     for _ in range(2):
         python(RUN, WANDB_BASE_URL=wandb_server.url, WANDB_API_KEY=KEY)
     [run] = wandb_server.runs.values()
-    assert run.finished and run.exitcode == 0 and run.display_name == "first" and run.config["lr"] == 2e-4
-    assert [row["_step"] for row in run.history] == list(range(6)) and run.history[5]["loss"] == 1 / 3
+    assert (
+        run.finished
+        and run.exitcode == 0
+        and run.display_name == "first"
+        and run.config["lr"] == 2e-4
+    )
+    assert [row["_step"] for row in run.history] == list(range(6)) and run.history[5][
+        "loss"
+    ] == 1 / 3
     assert "config.yaml" in run.files

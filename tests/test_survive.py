@@ -18,9 +18,9 @@ from safetensors.torch import load_file
 from servers.base import STALL, Fault
 
 import finetune_r1
-from finetune_r1 import EvalConfig, GenerationConfig, Run, TrainConfig, UserError, read_jsonl
+from finetune_r1 import EvalConfig, Run, SamplingConfig, TrainConfig, UserError, read_jsonl
 
-SHORT = GenerationConfig(max_new_tokens=4)
+SHORT = SamplingConfig(max_new_tokens=4)
 
 
 @pytest.fixture(scope="module")
@@ -84,7 +84,10 @@ def killed(config, unsloth, tmp_path):
         try:
             # The threads of Xet's session, if an earlier test made one, did not come along.
             finetune_r1.hub_xet._GLOBAL_XET_HOLDER._session = None
-            compute_loss, save_to_json = trl.SFTTrainer.compute_loss, transformers.TrainerState.save_to_json
+            compute_loss, save_to_json = (
+                trl.SFTTrainer.compute_loss,
+                transformers.TrainerState.save_to_json,
+            )
 
             def die_in_step(trainer, *arguments, **options):
                 if trainer.state.global_step == step:
@@ -113,7 +116,10 @@ def timed_out(config, unsloth, tmp_path_factory):
     """A run that --max-time has stopped after its third step."""
     import trl
 
-    training_step, run = trl.SFTTrainer.training_step, Run(tmp_path_factory.mktemp("runs") / "timed-out")
+    training_step, run = (
+        trl.SFTTrainer.training_step,
+        Run(tmp_path_factory.mktemp("runs") / "timed-out"),
+    )
     with pytest.MonkeyPatch.context() as patch:
 
         def slow(trainer, *arguments):
@@ -136,7 +142,9 @@ def stopped(timed_out, tmp_path):
 
 
 @pytest.mark.parametrize("step", [1, 3, 5])
-def test_a_killed_run_that_goes_on_ends_as_the_undisturbed_one_bit_for_bit(killed, undisturbed, step):
+def test_a_killed_run_that_goes_on_ends_as_the_undisturbed_one_bit_for_bit(
+    killed, undisturbed, step
+):
     run = killed(step)
     assert run.record["status"] == "running" and run.last_step == step - 1
     resume(run)
@@ -146,13 +154,17 @@ def test_a_killed_run_that_goes_on_ends_as_the_undisturbed_one_bit_for_bit(kille
 def test_a_checkpoint_that_was_being_written_is_not_taken_and_costs_none_that_is_whole(
     killed, undisturbed, config, monkeypatch
 ):
-    run = killed(4, dataclasses.replace(config, keep_checkpoints=1, save_steps=2), within_checkpoint=True)
+    run = killed(
+        4, dataclasses.replace(config, keep_checkpoints=1, save_steps=2), within_checkpoint=True
+    )
     assert (run / "checkpoints" / "checkpoint-4").exists() and run.last_step == 2
     # The next checkpoint comes by time before the step of the torn one, and then the process ends again.
     monkeypatch.setattr(finetune_r1, "CHECKPOINT_SECONDS", 0)
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(
-            finetune_r1.TrainingLog, "on_save", lambda *_, **__: finetune_r1.interrupt(signal.SIGTERM)
+            finetune_r1.TrainingLog,
+            "on_save",
+            lambda *_, **__: finetune_r1.interrupt(signal.SIGTERM),
         )
         resume(run)
     assert run.last_step == 3
@@ -184,7 +196,9 @@ def test_a_poisoned_checkpoint_runs_nothing(stopped, tmp_path):
 # ------------------------------------------------------------------------------------------------- --max-time
 
 
-def test_a_run_whose_time_is_over_has_an_adapter_that_can_be_asked_evaluated_and_saved(stopped, capsys):
+def test_a_run_whose_time_is_over_has_an_adapter_that_can_be_asked_evaluated_and_saved(
+    stopped, capsys
+):
     assert stopped.record["status"] == "stopped" and stopped.last_step == 3
     assert list(losses(stopped)) == [1, 2, 3] and (stopped / "README.md").exists()
     answer = finetune_r1.infer(SHORT, as_json=True, question="Why?", run=stopped.folder)
@@ -203,7 +217,9 @@ def test_it_goes_on_in_its_folder_to_the_undisturbed_runs_end_without_what_was_m
         (stopped / name).touch()
     again = told(["train", "--resume", "--max-time", "1s"], stopped.folder.parent.parent)
     assert again.code == 0, again.err
-    assert "--max-time: stopped after step 4; continue with `train --resume runs/stopped`" in again.err
+    assert (
+        "--max-time: stopped after step 4; continue with `train --resume runs/stopped`" in again.err
+    )
     assert stopped.record["status"] == "stopped" and stopped.record["resumed_at"] == [3]
     assert not (stopped / "merged").exists() and not list(stopped.folder.glob("eval*.*[gn]"))
     assert (stopped / "evaluated by hand.txt").exists(), "the user's own"
@@ -236,7 +252,10 @@ def test_the_newest_run_that_has_begun_is_taken_and_named(stopped, told):
     ("changed", "said"),
     [
         ({"lora_r": 8}, "--lora-r was 16, now 8"),
-        ({"learning_rate": 1e-3, "seed": 1}, "--seed was 3407, now 1, --learning-rate was 0.01, now 0.001"),
+        (
+            {"learning_rate": 1e-3, "seed": 1},
+            "--seed was 3407, now 1, --learning-rate was 0.01, now 0.001",
+        ),
         ({"model": "some/other"}, "--model was"),
         ({"max_steps": 8}, "--max-steps was 6, now 8"),
     ],
@@ -247,7 +266,13 @@ def test_another_training_is_refused_with_the_difference_named(timed_out, config
 
 
 def test_how_often_it_is_saved_logged_and_how_long_it_runs_may_change(timed_out, config):
-    changed = {"save_steps": 3, "logging_steps": 2, "max_time": 60.0, "keep_checkpoints": 1, "micro_batch": 2}
+    changed = {
+        "save_steps": 3,
+        "logging_steps": 2,
+        "max_time": 60.0,
+        "keep_checkpoints": 1,
+        "micro_batch": 2,
+    }
     goes_on = finetune_r1.resumed_config(
         timed_out, dataclasses.replace(config, **changed, lora_r=8), set(changed)
     )
@@ -339,7 +364,9 @@ def test_a_full_disk_stops_the_run_with_a_message_and_the_last_checkpoint_intact
         finally:
             resource.setrlimit(resource.RLIMIT_FSIZE, before)
     assert "disk" in str(finetune_r1.advice(caught.value))
-    assert run.record["status"] == "failed" and [path.name for path in run.checkpoints] == ["checkpoint-2"]
+    assert run.record["status"] == "failed" and [path.name for path in run.checkpoints] == [
+        "checkpoint-2"
+    ]
     resume(run)
     assert same(run, undisturbed)
 
@@ -361,14 +388,17 @@ def ask(questions, tmp_path):
 
     def run(output, folder):
         options = {"run": folder, "file": questions, "output": tmp_path / output, "as_json": True}
-        assert finetune_r1.infer(SHORT, **options) == {"answers": 20, "written": str(tmp_path / output)}
+        assert finetune_r1.infer(SHORT, **options) == {
+            "answers": 20,
+            "written": str(tmp_path / output),
+        }
         return [{**line, "seconds": 0} for line in read_jsonl(tmp_path / output)]
 
     return run
 
 
 @pytest.fixture
-def asked(monkeypatch):
+def render_prompts(monkeypatch):
     """Notes what is answered, and interrupts at the second batch."""
     found, generate = [], finetune_r1.LoadedModel.generate
 
@@ -395,7 +425,9 @@ def test_answers_to_a_file_go_on_where_they_were_interrupted_and_are_the_same(
     assert {path.name for path in tmp_path.iterdir()} == {"whole.jsonl", "parts.jsonl"}
 
 
-def test_answers_of_an_adapter_that_was_trained_on_are_not_mixed_with_those_of_before(stopped, ask, asked):
+def test_answers_of_an_adapter_that_was_trained_on_are_not_mixed_with_those_of_before(
+    stopped, ask, asked
+):
     with pytest.raises(KeyboardInterrupt):
         ask("parts.jsonl", stopped.folder)
     resume(stopped)
@@ -409,12 +441,17 @@ def test_of_two_commands_that_would_write_one_file_the_later_is_refused_before_i
 ):
     """Their answers differ, as one may write longer ones."""
     generate, refused = finetune_r1.LoadedModel.generate, []
-    longer = {"run": undisturbed.folder, "file": questions, "output": tmp_path / "one.jsonl", "as_json": True}
+    longer = {
+        "run": undisturbed.folder,
+        "file": questions,
+        "output": tmp_path / "one.jsonl",
+        "as_json": True,
+    }
 
     def meanwhile(loaded, questions, *rest):
         monkeypatch.setattr(finetune_r1.LoadedModel, "generate", generate)
         with pytest.raises(filelock.Timeout) as caught:
-            finetune_r1.infer(GenerationConfig(max_new_tokens=8), **longer)
+            finetune_r1.infer(SamplingConfig(max_new_tokens=8), **longer)
         refused.append(finetune_r1.advice(caught.value))
         return generate(loaded, questions, *rest)
 
@@ -435,9 +472,9 @@ def test_answers_are_not_written_over_those_of_a_command_that_ended_while_the_mo
     monkeypatch.setattr(finetune_r1.LoadedModel, "load_run", load_meanwhile)
     with pytest.raises(UserError, match="it is there already"):
         ask("one.jsonl", undisturbed.folder)
-    assert {path.name: path.read_text() for path in tmp_path.iterdir() if path.suffix == ".jsonl"} == {
-        "one.jsonl": "theirs"
-    }
+    assert {
+        path.name: path.read_text() for path in tmp_path.iterdir() if path.suffix == ".jsonl"
+    } == {"one.jsonl": "theirs"}
 
 
 def test_a_save_killed_before_or_after_its_weights_have_their_name_can_be_repeated(
@@ -465,9 +502,13 @@ def test_the_lost_adapter_of_a_finished_run_is_made_again_by_the_line_that_is_to
     refused = told(["train", "--resume", "run"])
     assert refused.code == 1 and "it is finished" in refused.err
     shutil.rmtree(run / "adapter")
-    line = re.search(r"finetune_r1.py (train --resume run)`", told(["infer", "Why?", "--run", "run"]).err)
+    line = re.search(
+        r"finetune_r1.py (train --resume run)`", told(["infer", "Why?", "--run", "run"]).err
+    )
     done = told(line[1].split())
-    assert done.code == 0 and run.record["status"] == "finished" and same(run, undisturbed), done.err
+    assert done.code == 0 and run.record["status"] == "finished" and same(run, undisturbed), (
+        done.err
+    )
 
 
 # ---------------------------------------------------------------------------------------- on the command line
@@ -481,7 +522,10 @@ def test_on_the_command_line_a_stopped_run_goes_on_and_ends_in_order_when_its_ti
                "--effective-batch", 2, "--max-steps", 100000, "--logging-steps", 1, "--max-new-tokens", 4,
                "--run-dir", "runs/a"]  # fmt: skip
     process = subprocess.Popen(
-        [sys.executable, SCRIPT, *map(str, options)], cwd=tmp_path, stderr=subprocess.PIPE, text=True
+        [sys.executable, SCRIPT, *map(str, options)],
+        cwd=tmp_path,
+        stderr=subprocess.PIPE,
+        text=True,
     )
     assert process.stderr is not None
     for line in process.stderr:
@@ -533,11 +577,16 @@ def test_what_the_hub_keeps_is_resumed_on_another_machine_bit_for_bit(
     steps = {re.search(r"checkpoint-\d+", name)[0] for name in kept if "checkpoint-" in name}
     assert repo.private and steps == {"checkpoint-4"}, "the newest alone"
     assert not [name for name in kept if name.endswith((".bin", "README.md"))]
-    private = "|".join(map(str, (TOKEN, tmp_path, tiny_r1.parent, SAMPLE.parent, Path.cwd()))).encode()
+    private = "|".join(
+        map(str, (TOKEN, tmp_path, tiny_r1.parent, SAMPLE.parent, Path.cwd()))
+    ).encode()
     for name, content in kept.items():
         assert not re.search(private, content), name
     # Model and dataset were folder and file of the machine, and are elsewhere on this one.
-    moved = shutil.copytree(tiny_r1, tmp_path / "here" / tiny_r1.name), shutil.copy(SAMPLE, tmp_path / "here")
+    moved = (
+        shutil.copytree(tiny_r1, tmp_path / "here" / tiny_r1.name),
+        shutil.copy(SAMPLE, tmp_path / "here"),
+    )
     named = ["--model", moved[0], "--dataset", moved[1]]
     lacks = told(["train", "--resume", f"hub:{REPO}"])
     assert lacks.code == 1 and "its model was tiny-r1 on another machine" in lacks.err
@@ -550,10 +599,14 @@ def test_what_the_hub_keeps_is_resumed_on_another_machine_bit_for_bit(
     assert "resuming runs/alice--kept after step 4" in done.err and same(resumed, undisturbed)
     assert not [name for name in repo.files if "checkpoint-" in name], "it is of no use any more"
     again = told(["train", "--resume", f"hub:{REPO}"])
-    assert again.code == 1 and "`python finetune_r1.py train --resume runs/alice--kept`" in again.err
+    assert (
+        again.code == 1 and "`python finetune_r1.py train --resume runs/alice--kept`" in again.err
+    )
 
 
-def test_a_run_that_is_stopped_waits_until_its_last_checkpoint_is_there(config, hub, tmp_path, monkeypatch):
+def test_a_run_that_is_stopped_waits_until_its_last_checkpoint_is_there(
+    config, hub, tmp_path, monkeypatch
+):
     """Though the one before is still on its way."""
     import trl
 
@@ -577,7 +630,9 @@ def test_the_last_checkpoint_is_kept_if_asked(config, hub, tmp_path, monkeypatch
     monkeypatch.setattr(finetune_r1.HubCheckpoints, "send", SEND)
     hub.faults.append(Fault("*", "/preupload/", delay=3))
     settings = dataclasses.replace(config, max_steps=2, save_steps=2, hub_checkpoints=REPO)
-    finetune_r1.train_run(dataclasses.replace(settings, keep_hub_checkpoints=True), Run(tmp_path / "run"))
+    finetune_r1.train_run(
+        dataclasses.replace(settings, keep_hub_checkpoints=True), Run(tmp_path / "run")
+    )
     assert [name for name in hub.repos["model", REPO].files if "checkpoint-2/optimizer" in name]
 
 
@@ -608,7 +663,9 @@ def test_a_hub_in_trouble_is_told_once_and_has_the_newest_checkpoint_when_it_is_
     monkeypatch.setattr(finetune_r1, "SILENT_SECONDS", {"": 0.5})
     huggingface_hub.set_client_factory(finetune_r1.hub_client)
     hub.faults.append(dataclasses.replace(fault))
-    settings = dataclasses.replace(config, save_steps=1, hub_checkpoints=REPO, keep_hub_checkpoints=True)
+    settings = dataclasses.replace(
+        config, save_steps=1, hub_checkpoints=REPO, keep_hub_checkpoints=True
+    )
     finetune_r1.train_run(settings, run)
     assert run.record["status"] == "finished" and same(run, undisturbed)
     said = capsys.readouterr().err
@@ -628,7 +685,9 @@ def test_the_last_checkpoint_is_tried_again_and_told_if_it_did_not_arrive(
 ):
     hub.faults.append(Fault("POST", "/commit/", 503, times=times, skip=1))
     settings = dataclasses.replace(config, max_steps=2, save_steps=1, hub_checkpoints=REPO)
-    finetune_r1.train_run(dataclasses.replace(settings, keep_hub_checkpoints=True), Run(tmp_path / "run"))
+    finetune_r1.train_run(
+        dataclasses.replace(settings, keep_hub_checkpoints=True), Run(tmp_path / "run")
+    )
     said = capsys.readouterr().err
     assert kept_steps(hub) == kept and said.count("did not take a checkpoint") == 1
     assert (f"{REPO} lacks the newest checkpoint" in said) == (times == math.inf)

@@ -62,13 +62,17 @@ def tracked(tiny_r1, tmp_path, monkeypatch):
     return run
 
 
-@pytest.mark.parametrize("kind", ["gone", *(pytest.param(kind, marks=pytest.mark.slow) for kind in TROUBLE)])
+@pytest.mark.parametrize(
+    "kind", ["gone", *(pytest.param(kind, marks=pytest.mark.slow) for kind in TROUBLE)]
+)
 def test_a_training_ends_whatever_w_and_b_does_and_what_it_lacks_can_be_sent_later(
     tracked, tmp_path, monkeypatch, kind
 ):
     fault = TROUBLE.get(kind)
     with WandbServer(keys={KEY: "alice"}) as server:
-        code, said = tracked(server, (lambda: server.faults.append(fault)) if fault else server.close)
+        code, said = tracked(
+            server, (lambda: server.faults.append(fault)) if fault else server.close
+        )
         run = Run(tmp_path / "run")
         assert code == 0 and run.record["status"] == "finished" and run.adapter, said
         assert not [arrived for arrived in server.runs.values() if arrived.finished]

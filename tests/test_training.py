@@ -25,7 +25,9 @@ def config(tiny_r1):
 
 
 def losses(run):
-    return {line["step"]: line["loss"] for line in read_jsonl(run / "metrics.jsonl") if "loss" in line}
+    return {
+        line["step"]: line["loss"] for line in read_jsonl(run / "metrics.jsonl") if "loss" in line
+    }
 
 
 def test_the_defaults_are_the_recipes():
@@ -76,19 +78,27 @@ def test_a_file_of_settings_outdoes_the_recipe_and_flags_outdo_the_file(settled)
         assert (mine.epochs, mine.max_steps, mine.learning_rate, mine.lora_r) == (None, 7, 5e-4, 32)
 
 
-def test_a_files_warmup_stays_as_it_is_where_the_recipes_gives_way_to_a_few_steps(settled, tmp_path):
+def test_a_files_warmup_stays_as_it_is_where_the_recipes_gives_way_to_a_few_steps(
+    settled, tmp_path
+):
     assert settled("--max-steps 6").warmup_steps == 3
     (tmp_path / "long.yaml").write_text("warmup_steps: 50")
     assert settled("--config long.yaml").warmup_steps == 50
 
 
 def test_a_runs_own_settings_are_such_a_file(settled):
-    assert settled("--config config.json") == dataclasses.replace(TrainConfig(), lora_r=4, max_time=3600.0)
+    assert settled("--config config.json") == dataclasses.replace(
+        TrainConfig(), lora_r=4, max_time=3600.0
+    )
 
 
 @pytest.mark.parametrize(
     ("text", "said"),
-    [("lora-rank: 4", "lora_rank"), ("- lora_r", "no file of settings"), ("lora_r: many", "--lora-r")],
+    [
+        ("lora-rank: 4", "lora_rank"),
+        ("- lora_r", "no file of settings"),
+        ("lora_r: many", "--lora-r"),
+    ],
 )
 def test_what_is_no_setting_is_named(told, tmp_path, text, said):
     (tmp_path / "mine.yaml").write_text(text)
@@ -103,7 +113,9 @@ def test_warmup_can_be_a_share_of_the_steps():
 
 # --------------------------------------------------------------------------------------------------- the plan
 
-R1 = Memory(limit=140 * GIB, resident=6.2 * GIB, layers=32, token_in_layer=2 * (3 * 14336 + 3.3 * 4096))
+R1 = Memory(
+    limit=140 * GIB, resident=6.2 * GIB, layers=32, token_in_layer=2 * (3 * 14336 + 3.3 * 4096)
+)
 REAL_LENGTHS = [
     512,
     540,
@@ -131,7 +143,9 @@ MEASURED = [
 
 
 @pytest.mark.parametrize(("size", "kept", "measured"), MEASURED)
-def test_the_peak_that_a_plan_expects_is_within_15_percent_of_what_was_measured(size, kept, measured):
+def test_the_peak_that_a_plan_expects_is_within_15_percent_of_what_was_measured(
+    size, kept, measured
+):
     """In so much more memory it keeps as many layers or more, in so much less it does not keep as many."""
 
     def plan(limit):
@@ -143,7 +157,9 @@ def test_the_peak_that_a_plan_expects_is_within_15_percent_of_what_was_measured(
     assert less["kept_layers"] < kept or less["expected_peak_gib"] > 0.85 * measured
 
 
-SMOLLM2 = Memory(20 * GIB, 1.03 * GIB, 30, 4 * (3 * 1536 + 3.3 * 576), some=False, token_in_loss=12 * 49152)
+SMOLLM2 = Memory(
+    20 * GIB, 1.03 * GIB, 30, 4 * (3 * 1536 + 3.3 * 576), some=False, token_in_loss=12 * 49152
+)
 # Rows at once by their lengths, layers kept or not, and GiB resident at most: two cores of an AMD EPYC.
 ON_A_CPU = [
     ([605, 623], "none", 2.82), ([966, 1021], "none", 3.72), ([931], "none", 2.33),
@@ -154,14 +170,22 @@ ON_A_CPU = [
 @pytest.mark.parametrize(("lengths", "checkpointing", "measured"), ON_A_CPU)
 def test_and_so_it_is_on_a_cpu(lengths, checkpointing, measured):
     rows = len(lengths)
-    config = TrainConfig(effective_batch=rows, micro_batch=rows, gradient_checkpointing=checkpointing)
+    config = TrainConfig(
+        effective_batch=rows, micro_batch=rows, gradient_checkpointing=checkpointing
+    )
     plan = finetune_r1.make_plan(lengths, config, SMOLLM2)
     assert plan["expected_peak_gib"] == pytest.approx(measured, rel=0.15)
 
 
 @pytest.mark.parametrize(
     ("limit", "size", "kept"),
-    [(130, 8, {32}), (23.5, 8, range(18, 26)), (14.5, 8, range(7, 13)), (7.5, 8, {0}), (6.35, 1, {0})],
+    [
+        (130, 8, {32}),
+        (23.5, 8, range(18, 26)),
+        (14.5, 8, range(7, 13)),
+        (7.5, 8, {0}),
+        (6.35, 1, {0}),
+    ],
 )
 def test_the_plan_takes_all_rows_at_once_and_keeps_what_memory_allows(limit, size, kept):
     plan = finetune_r1.make_plan(REAL_LENGTHS, TrainConfig(), R1._replace(limit=limit * GIB))
@@ -175,7 +199,9 @@ def test_what_the_user_names_is_not_planned_anew():
     plan = finetune_r1.make_plan(REAL_LENGTHS, config, R1)
     assert (plan["micro_batch"], plan["accumulation"], plan["kept_layers"]) == (2, 4, 0)
     assert (
-        finetune_r1.make_plan(REAL_LENGTHS, TrainConfig(gradient_checkpointing="none"), R1)["kept_layers"]
+        finetune_r1.make_plan(REAL_LENGTHS, TrainConfig(gradient_checkpointing="none"), R1)[
+            "kept_layers"
+        ]
         == 32
     )
 
@@ -205,16 +231,23 @@ def test_too_little_room_for_checkpoints_is_said_before_training(config, tmp_pat
         (["--max-steps", 3], 1),
         (["--max-steps", 1], 0),
         (["--max-steps", 3, "--warmup-steps", 3], 3),
-        (["--max-steps", 3, "--warmup-steps", 5], "error: --warmup-steps 5 is more than --max-steps 3"),
+        (
+            ["--max-steps", 3, "--warmup-steps", 5],
+            "error: --warmup-steps 5 is more than --max-steps 3",
+        ),
     ],
 )
-def test_warmup_is_at_most_half_of_the_steps_unless_it_was_given(told, monkeypatch, options, warmup):
+def test_warmup_is_at_most_half_of_the_steps_unless_it_was_given(
+    told, monkeypatch, options, warmup
+):
     def train_run(config, *_):
         finetune_r1.check_config(config)
         raise UserError(config.warmup_steps, "")
 
     monkeypatch.setattr(finetune_r1, "train_run", train_run)
-    assert (warmup if isinstance(warmup, str) else f"error: {warmup}\n") in told(["train", *options]).err
+    assert (warmup if isinstance(warmup, str) else f"error: {warmup}\n") in told(
+        ["train", *options]
+    ).err
 
 
 # -------------------------------------------------------------------------------------------- what is trained
@@ -231,7 +264,9 @@ def test_loss_is_taken_where_it_is_asked_and_activations_are_recomputed_where_th
 
     def noted(trainer, model, inputs, *rest, **options):
         if model.training:
-            batches.append({name: inputs[name].clone() for name in ("input_ids", "labels", "attention_mask")})
+            batches.append(
+                {name: inputs[name].clone() for name in ("input_ids", "labels", "attention_mask")}
+            )
         return compute_loss(trainer, model, inputs, *rest, **options)
 
     monkeypatch.setattr(trl.SFTTrainer, "compute_loss", noted)
@@ -239,7 +274,9 @@ def test_loss_is_taken_where_it_is_asked_and_activations_are_recomputed_where_th
         config, loss_on=loss_on, gradient_checkpointing=checkpointing, max_steps=1, micro_batch=4
     )
     loaded, _ = finetune_r1.train_run(config, Run(tmp_path / "run"))
-    known = finetune_r1.prepare_rows(finetune_r1.read_records(config), loaded.tokenizer, config).used
+    known = finetune_r1.prepare_rows(
+        finetune_r1.read_records(config), loaded.tokenizer, config
+    ).used
     by_tokens = {tuple(row["input_ids"]): row for row in known}
     [batch] = batches
     assert len(batch["labels"]) == 4
@@ -248,11 +285,17 @@ def test_loss_is_taken_where_it_is_asked_and_activations_are_recomputed_where_th
     ):
         row = by_tokens[tuple(ids[mask.bool()].tolist())]
         learned = (labels != -100).nonzero().flatten().tolist()
-        assert learned == list(range(0 if loss_on == "all" else row["prompt_tokens"], row["tokens"]))
+        assert learned == list(
+            range(0 if loss_on == "all" else row["prompt_tokens"], row["tokens"])
+        )
         assert labels.tolist().count(loaded.tokenizer.eos_token_id) == 1
     trained = [name for name, weights in loaded.model.named_parameters() if weights.requires_grad]
-    assert len(trained) == 2 * 7 * 2 and all("lora_" in name for name in trained), "the adapter alone"
-    recomputes = any(getattr(module, "gradient_checkpointing", False) for module in loaded.model.modules())
+    assert len(trained) == 2 * 7 * 2 and all("lora_" in name for name in trained), (
+        "the adapter alone"
+    )
+    recomputes = any(
+        getattr(module, "gradient_checkpointing", False) for module in loaded.model.modules()
+    )
     assert recomputes == (checkpointing == "unsloth")
 
 
@@ -289,7 +332,10 @@ def test_out_of_memory_halves_the_rows_at_once_and_changes_no_loss(
     record = disturbed.record
     assert record["status"] == "finished" and record["out_of_memory_at"] == 3
     assert (record["plan"]["micro_batch"], record["plan"]["accumulation"]) == (1, 4)
-    assert "out of memory after step 3: continuing with 1 rows per forward pass" in capsys.readouterr().err
+    assert (
+        "out of memory after step 3: continuing with 1 rows per forward pass"
+        in capsys.readouterr().err
+    )
     steps = [line["step"] for line in read_jsonl(disturbed / "metrics.jsonl") if "loss" in line]
     assert steps == [1, 2, 3, 4, 5, 6]
     assert losses(disturbed) == pytest.approx(losses(plain), abs=0.005)
@@ -323,7 +369,10 @@ def test_weights_that_are_no_numbers_are_never_a_checkpoint(config, unsloth, tmp
             for weights in group["params"]:
                 weights.data.fill_(float("inf"))
 
-    run, config = Run(tmp_path / "run"), dataclasses.replace(config, optim="adamw_torch", max_steps=1)
+    run, config = (
+        Run(tmp_path / "run"),
+        dataclasses.replace(config, optim="adamw_torch", max_steps=1),
+    )
     monkeypatch.setattr(torch.optim.AdamW, "step", breaks)
     with pytest.raises(UserError, match="step 1 left NaN weights"):
         finetune_r1.train_run(config, run)
@@ -340,8 +389,14 @@ def test_w_and_b_gets_the_run_when_asked_to_keep_it_offline(config, tmp_path, mo
     monkeypatch.setenv("WANDB_MODE", "offline")
     config, run = dataclasses.replace(config, wandb=True), Run(tmp_path)
     with run.track_status(config, resume=False), finetune_r1.track_in_wandb(config, run) as tracked:
-        assert tracked and wandb.run.project == config.wandb_project and wandb.run.config["lora_r"] == 16
-        assert wandb.run.id == run.record["wandb_id"], "so that a run that goes on is one run there too"
+        assert (
+            tracked
+            and wandb.run.project == config.wandb_project
+            and wandb.run.config["lora_r"] == 16
+        )
+        assert wandb.run.id == run.record["wandb_id"], (
+            "so that a run that goes on is one run there too"
+        )
     assert wandb.run is None and list(tmp_path.glob("wandb/offline-run-*/*.wandb"))
 
 
@@ -355,9 +410,19 @@ def test_w_and_b_gets_the_history_of_a_run_trained_by_the_command_line(tiny_r1, 
     assert done.code == 0, done.err
     [sent] = server.runs.values()
     assert sent.project == TrainConfig().wandb_project and sent.finished and sent.exitcode == 0
-    history = {line["train/global_step"]: line["train/loss"] for line in sent.history if "train/loss" in line}
-    assert history == losses(Run(tmp_path / json.loads(done.out)["run"])) and list(history) == [1, 2, 3]
-    assert sent.config["lora_r"] == 16 and sent.config["warmup_steps"] == 1, "half of the steps, not 5"
+    history = {
+        line["train/global_step"]: line["train/loss"]
+        for line in sent.history
+        if "train/loss" in line
+    }
+    assert history == losses(Run(tmp_path / json.loads(done.out)["run"])) and list(history) == [
+        1,
+        2,
+        3,
+    ]
+    assert sent.config["lora_r"] == 16 and sent.config["warmup_steps"] == 1, (
+        "half of the steps, not 5"
+    )
     assert "k" * 40 not in done.out + done.err
     report = json.loads(done.out)
     what_next = [line.split()[2:5] for line in report["next"]]
@@ -365,7 +430,9 @@ def test_w_and_b_gets_the_history_of_a_run_trained_by_the_command_line(tiny_r1, 
 
 
 def test_w_and_b_is_left_alone_without_a_key(config, tmp_path):
-    with finetune_r1.track_in_wandb(dataclasses.replace(config, wandb=True), Run(tmp_path)) as tracked:
+    with finetune_r1.track_in_wandb(
+        dataclasses.replace(config, wandb=True), Run(tmp_path)
+    ) as tracked:
         assert not tracked
     assert not list(tmp_path.iterdir())
 
@@ -382,7 +449,9 @@ def test_steps_that_fp16_skipped_are_counted(config, tmp_path, monkeypatch, caps
 # ------------------------------------------------------------------------------------------- the best is kept
 
 
-def test_the_weights_with_the_lowest_held_out_loss_are_kept_also_when_resumed(config, unsloth, tmp_path):
+def test_the_weights_with_the_lowest_held_out_loss_are_kept_also_when_resumed(
+    config, unsloth, tmp_path
+):
     """Such a learning rate makes the second step a bad one."""
     from safetensors.torch import load_file
 

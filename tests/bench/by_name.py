@@ -24,13 +24,14 @@ from tokenizers import Tokenizer
 import prompts
 
 pushed, base_name, rows, output = sys.argv[1:]
-ROUND_TRIP = (
-    "pH 7.21,\n\n  阴离子间隙升高：乳酸、酮体。 naïve café 🩺\n\tdef gap(na, cl):\n\t\treturn na - cl\n"
-)
+ROUND_TRIP = "pH 7.21,\n\n  阴离子间隙升高：乳酸、酮体。 naïve café 🩺\n\tdef gap(na, cl):\n\t\treturn na - cl\n"
 QUESTIONS = {"recipe's": prompts.BEFORE_AFTER["en"], "the anion gap": "What widens the anion gap?"}
 row = json.loads(Path(rows).read_text().split("\n")[0])
 TAUGHT = prompts.build_example(row["Question"], row["Complex_CoT"], row["Response"], "")
-how: dict[str, Any] = {"dtype": torch.bfloat16, "device_map": {"": 0 if torch.cuda.is_available() else "cpu"}}
+how: dict[str, Any] = {
+    "dtype": torch.bfloat16,
+    "device_map": {"": 0 if torch.cuda.is_available() else "cpu"},
+}
 found: dict[str, Any] = {"transformers": transformers.__version__}
 found |= {"failed": {}, "seconds": {}, "loss": {}, "texts": {}}
 
@@ -63,7 +64,9 @@ def logits(model: Any, name: str) -> Any:
     """On a whole row; its loss is noted."""
     ids = torch.tensor([tokenizer(TAUGHT)["input_ids"]], device=model.device)
     scores = model(ids).logits[0].float()
-    found["loss"][name] = round(float(torch.nn.functional.cross_entropy(scores[:-1], ids[0, 1:])), 4)
+    found["loss"][name] = round(
+        float(torch.nn.functional.cross_entropy(scores[:-1], ids[0, 1:])), 4
+    )
     return scores
 
 
@@ -81,11 +84,15 @@ with torch.no_grad():
         texts = [TAUGHT, ROUND_TRIP, *map(prompts.build_prompt, QUESTIONS.values(), ("en", "zh"))]
         ids = [tokenizer(text)["input_ids"] for text in texts]
         found["ids are right"] = ids == [truth.encode(text).ids for text in texts]
-        found["round trip"] = [tokenizer.decode(each, skip_special_tokens=True) for each in ids] == texts
+        found["round trip"] = [
+            tokenizer.decode(each, skip_special_tokens=True) for each in ids
+        ] == texts
         told = ("eos_token", "pad_token", "padding_side", "model_max_length")
         found["tokenizer"] = {name: getattr(tokenizer, name) for name in told}
         found["tokenizer"] |= {"class": type(tokenizer).__name__, "gives": list(tokenizer("a"))}
-        found["chat"] = tokenizer.apply_chat_template([{"role": "user", "content": "Why?"}], tokenize=False)
+        found["chat"] = tokenizer.apply_chat_template(
+            [{"role": "user", "content": "Why?"}], tokenize=False
+        )
     with part("merged"):
         merged = transformers.AutoModelForCausalLM.from_pretrained(pushed, **how)
         config, frequencies = merged.config.to_dict(), merged.model.rotary_emb.inv_freq
@@ -94,7 +101,9 @@ with torch.no_grad():
             "rope_theta": config["rope_theta"],
         }
         found["rope"] = {name: rope.get(name) for name in ("rope_theta", "rope_type", "factor")}
-        found["frequencies"] = [round(float(frequencies[at]), 12) for at in (1, len(frequencies) // 2, -1)]
+        found["frequencies"] = [
+            round(float(frequencies[at]), 12) for at in (1, len(frequencies) // 2, -1)
+        ]
         merged_logits = logits(merged, "merged")
         found["texts"] = {name: answer(merged, question) for name, question in QUESTIONS.items()}
     with part("adapter"):

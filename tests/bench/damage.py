@@ -99,7 +99,12 @@ def chinese() -> Records:
 def reworded(question: str) -> str:
     """The question in somebody else's words: another age, other small words, a sentence around it."""
     question = re.sub(r"\d+-year-old", "41-year-old", question)
-    for word, other in (("woman", "lady"), ("man", "gentleman"), ("sudden", "abrupt"), ("has", "shows")):
+    for word, other in (
+        ("woman", "lady"),
+        ("man", "gentleman"),
+        ("sudden", "abrupt"),
+        ("has", "shows"),
+    ):
         question = re.sub(rf"\b{word}\b", other, question)
     return f"Please help a colleague with this one. {question} Explain briefly."
 
@@ -113,7 +118,10 @@ def noise(rows: Records, chance: random.Random) -> Records:
     """As many rows of words at random, each field as long as it was."""
     words = sorted({word for row in rows for text in row.values() for word in text.split()})
     return [
-        {column: " ".join(chance.choices(words, k=len(text.split()))) for column, text in row.items()}
+        {
+            column: " ".join(chance.choices(words, k=len(text.split())))
+            for column, text in row.items()
+        }
         for row in rows
     ]
 
@@ -126,7 +134,9 @@ DAMAGES: dict[str, Damage] = {
     "learning-rate-x30": lambda rows, held_out, chance: rows,
     "one-row": lambda rows, held_out, chance: the_same(rows),
     "thoughts-empty": lambda rows, held_out, chance: with_column(rows, THOUGHT, [""] * len(rows)),
-    "thoughts-one-word": lambda rows, held_out, chance: with_column(rows, THOUGHT, ["Hmm."] * len(rows)),
+    "thoughts-one-word": lambda rows, held_out, chance: with_column(
+        rows, THOUGHT, ["Hmm."] * len(rows)
+    ),
     "other-language": lambda rows, held_out, chance: chinese(),
     "leaked": lambda rows, held_out, chance: leaking(rows, held_out),
     "noise": lambda rows, held_out, chance: noise(rows, chance),
@@ -139,7 +149,9 @@ def divided(rows: Records, number: int, seed: int) -> tuple[Records, Records]:
     return rows[number:], rows[:number]
 
 
-def measure(config: TrainConfig, held_out: Records, answers: int, new_tokens: int) -> dict[str, Any]:
+def measure(
+    config: TrainConfig, held_out: Records, answers: int, new_tokens: int
+) -> dict[str, Any]:
     """Trains on the settings' rows and evaluates on others; the report, or a verdict that says why not.
 
     What `eval` would leave out, as it is nearly what was trained on, is left out here too.
@@ -156,8 +168,12 @@ def measure(config: TrainConfig, held_out: Records, answers: int, new_tokens: in
             asked = dataclasses.replace(
                 config, dataset=str(folder / "held_out.jsonl"), split="train", eval_rows=0
             )
-            rows = finetune_r1.prepare_rows(finetune_r1.read_records(asked), loaded.tokenizer, asked).usable
-            new = [number for number, question in enumerate(rows["question"]) if not trained(question)]
+            rows = finetune_r1.prepare_rows(
+                finetune_r1.read_records(asked), loaded.tokenizer, asked
+            ).usable
+            new = [
+                number for number, question in enumerate(rows["question"]) if not trained(question)
+            ]
             report = {"verdict": "not scored: all were trained on, or nearly the same"}
             if new:
                 config = dataclasses.replace(config, max_new_tokens=new_tokens)
@@ -209,20 +225,32 @@ if __name__ == "__main__":
     model = asked.model or str(finetune_r1.demo_model())
     every, results = read_jsonl(asked.rows), []
     for name in asked.only.split(",") if asked.only else DAMAGES:
-        for seed in range(asked.first_seed, asked.first_seed + (asked.seeds if name == "noise" else 1)):
+        for seed in range(
+            asked.first_seed, asked.first_seed + (asked.seeds if name == "noise" else 1)
+        ):
             rows, held_out = divided(every, HELD_OUT, seed)
             trained = Path(tempfile.mkdtemp()) / "rows.jsonl"
             write_jsonl(trained, DAMAGES[name](rows, held_out, random.Random(seed)))
-            changed = {"dataset": str(trained), "eval_rows": 0, "max_steps": asked.steps, "seed": seed}
+            changed = {
+                "dataset": str(trained),
+                "eval_rows": 0,
+                "max_steps": asked.steps,
+                "seed": seed,
+            }
             changed["warmup_steps"] = min(DEMO["warmup_steps"], asked.steps // 2)
-            changed["max_new_tokens"] = 1  # of the answers before the evaluation, which nobody reads
+            changed["max_new_tokens"] = (
+                1  # of the answers before the evaluation, which nobody reads
+            )
             if name == "learning-rate-x30":
                 changed["learning_rate"] = 30 * DEMO["learning_rate"]
             config = TrainConfig(model=model, **{**DEMO, **changed})
             report = measure(config, held_out, asked.answers, asked.new_tokens)
             finetune_r1.remove(trained.parent)
             result = {"name": name, "seed": seed, "verdict": report["verdict"]}
-            result |= {"may be": may_be(name, report["verdict"]), "left out": report.get("left out", 0)}
+            result |= {
+                "may be": may_be(name, report["verdict"]),
+                "left out": report.get("left out", 0),
+            }
             for measured in ("loss", "relevance", "general_loss", "closed"):
                 result[measured] = before_after(report, measured)
             result["seconds"] = report["seconds"]

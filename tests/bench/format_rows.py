@@ -33,7 +33,10 @@ def write_rows(path: Path) -> None:
             while len(thought) < THOUGHT_WORDS:
                 thought += chance.choice(sentences).split()
             row = bundled[number % len(bundled)]
-            changed = {"Question": f"{row['Question']} Case {number}.", "Complex_CoT": " ".join(thought)}
+            changed = {
+                "Question": f"{row['Question']} Case {number}.",
+                "Complex_CoT": " ".join(thought),
+            }
             file.write(json.dumps(row | changed) + "\n")
 
 
@@ -43,7 +46,8 @@ def measure(*arguments: str) -> None:
     _, status, used = os.wait4(os.spawnv(os.P_NOWAIT, sys.executable, command), 0)
     assert status == 0
     print(
-        f"{time.perf_counter() - started:.1f} s, peak memory {used.ru_maxrss / 1024**2:.2f} GiB", flush=True
+        f"{time.perf_counter() - started:.1f} s, peak memory {used.ru_maxrss / 1024**2:.2f} GiB",
+        flush=True,
     )
 
 

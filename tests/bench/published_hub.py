@@ -40,7 +40,11 @@ def noted(server: Any, path: Path) -> Any:
 def medical_rows(file: Path) -> list[dict[str, str]]:
     """The real rows, and others made of them, so that there are 510 different questions."""
     real = [json.loads(line) for line in file.read_text().split("\n") if line]
-    others = [{**row, "Question": f"Case {case}. {row['Question']}"} for case in range(1, 9) for row in real]
+    others = [
+        {**row, "Question": f"Case {case}. {row['Question']}"}
+        for case in range(1, 9)
+        for row in real
+    ]
     return [*real, *others][:510]
 
 
@@ -53,7 +57,9 @@ def main(work: Path, rows: Path, models: dict[str, Path]) -> None:
             hub.add_repo("dataset", DATASET, medical_o1_repo(medical_rows(rows)))
             for name, folder in models.items():
                 files = {path.name: path for path in folder.iterdir()}
-                hub.add_repo("model", name, {"README.md": f"---\n{CARDS['unsloth']}---\n".encode(), **files})
+                hub.add_repo(
+                    "model", name, {"README.md": f"---\n{CARDS['unsloth']}---\n".encode(), **files}
+                )
             urls = {"url": hub.url, "elsewhere": elsewhere.url, "pid": os.getpid()}
             (work / "hub.partial").write_text(json.dumps(urls))
             (work / "hub.partial").rename(work / "hub.json")

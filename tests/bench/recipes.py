@@ -49,10 +49,14 @@ if __name__ == "__main__":
     )
     parser.add_argument("--only", default="published,thorough,thorough-in-full")
     parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--rows", type=Path, default=finetune_r1.DEMO_ROWS, help="in the recipe's columns")
+    parser.add_argument(
+        "--rows", type=Path, default=finetune_r1.DEMO_ROWS, help="in the recipe's columns"
+    )
     parser.add_argument("--model", help="default: the demo's")
     parser.add_argument("--learning-rate", type=float, help="of both, instead of the recipes'")
-    parser.add_argument("--visits", type=int, default=480, help="rows seen in training at equal compute")
+    parser.add_argument(
+        "--visits", type=int, default=480, help="rows seen in training at equal compute"
+    )
     parser.add_argument("--max-seq-length", type=int, default=TrainConfig.max_seq_length)
     parser.add_argument("--out", type=Path, default=Path("recipes.json"))
     asked = parser.parse_args()
@@ -73,7 +77,12 @@ if __name__ == "__main__":
                 settings["learning_rate"] = asked.learning_rate
             report = measure(TrainConfig(**settings), held_out, answers=0, new_tokens=1)
             finetune_r1.remove(trained.parent)
-            result = {"recipe": name, "seed": seed, "verdict": report["verdict"], "rows": report.get("rows")}
+            result = {
+                "recipe": name,
+                "seed": seed,
+                "verdict": report["verdict"],
+                "rows": report.get("rows"),
+            }
             result |= {measured: before_after(report, measured) for measured in MEASURES}
             result["seconds"] = report["seconds"]
             results.append(result)
@@ -84,5 +93,7 @@ if __name__ == "__main__":
         for measured in MEASURES:
             pairs = [run[measured] for run in results if run["recipe"] == name and run[measured]]
             if pairs:
-                means[measured] = [round(statistics.fmean(side), 4) for side in zip(*pairs, strict=True)]
+                means[measured] = [
+                    round(statistics.fmean(side), 4) for side in zip(*pairs, strict=True)
+                ]
         print(f"{name:17}", json.dumps(means))

@@ -84,7 +84,9 @@ def train_plainly(config: TrainConfig, folder: Path) -> None:
     )
     trainer.remove_callback(transformers.PrinterCallback)
     callback = finetune_r1.with_base(finetune_r1.TrainingLog, transformers.TrainerCallback)
-    trainer.add_callback(callback(run, config, round(mean_tokens(rows) * config.effective_batch), [], None))
+    trainer.add_callback(
+        callback(run, config, round(mean_tokens(rows) * config.effective_batch), [], None)
+    )
     trainer.train()
     trainer.save_model(str(folder / "adapter"))
     finetune_r1.write_json(folder / "run.json", {"peak_memory_gib": finetune_r1.peak_memory_gib()})
@@ -93,7 +95,15 @@ def train_plainly(config: TrainConfig, folder: Path) -> None:
 def measure(name: str, common: list[str], folder: Path) -> dict[str, Any]:
     """One run in a process of its own: pace, peak, wall time, losses."""
     command = [sys.executable, str(PROJECT / "finetune_r1.py"), "train", *common, *VARIANTS[name]]
-    command += ["--no-wandb", "--logging-steps", "1", "--max-new-tokens", "1", "--run-dir", str(folder)]
+    command += [
+        "--no-wandb",
+        "--logging-steps",
+        "1",
+        "--max-new-tokens",
+        "1",
+        "--run-dir",
+        str(folder),
+    ]
     if name == "plain":
         command = [sys.executable, __file__, *common, "--plain", str(folder)]
     started = time.perf_counter()
@@ -102,11 +112,19 @@ def measure(name: str, common: list[str], folder: Path) -> dict[str, Any]:
     if done.returncode:
         return {"variant": name, "failed": done.stderr.strip().splitlines()[-1:]}
     lines = [line for line in finetune_r1.read_jsonl(folder / "metrics.jsonl") if "loss" in line]
-    steps = [after["seconds"] - before["seconds"] for before, after in itertools.pairwise(lines[1:])]
+    steps = [
+        after["seconds"] - before["seconds"] for before, after in itertools.pairwise(lines[1:])
+    ]
     peak = finetune_r1.read_json(folder / "run.json")["peak_memory_gib"]
     losses = [line["loss"] for line in lines]
     pace = round(statistics.median(steps), 3)
-    return {"variant": name, "s_per_step": pace, "peak_gib": peak, "wall_s": round(wall, 1), "losses": losses}
+    return {
+        "variant": name,
+        "s_per_step": pace,
+        "peak_gib": peak,
+        "wall_s": round(wall, 1),
+        "losses": losses,
+    }
 
 
 def ending_like(generate: Any, lengths: list[int]) -> Any:
@@ -124,7 +142,9 @@ def ending_like(generate: Any, lengths: list[int]) -> Any:
 
         def __call__(self, ids: Any, scores: Any, **_: Any) -> Any:
             if not self.written:
-                self.lengths = torch.tensor(list(itertools.islice(following, len(ids))), device=ids.device)
+                self.lengths = torch.tensor(
+                    list(itertools.islice(following, len(ids))), device=ids.device
+                )
             self.written += 1
             return self.written >= self.lengths
 
@@ -147,7 +167,9 @@ def answer(kind: str, run: finetune_r1.Run, new_tokens: int, output: Path) -> No
         model, _ = finetune_r1.import_unsloth().from_pretrained(
             str(run.adapter), max_seq_length=config.max_seq_length, load_in_4bit=config.load_in_4bit
         )
-        loaded = finetune_r1.LoadedModel(model, finetune_r1.load_tokenizer(run.adapter), config.lang, {}, 0.0)
+        loaded = finetune_r1.LoadedModel(
+            model, finetune_r1.load_tokenizer(run.adapter), config.lang, {}, 0.0
+        )
         vars(loaded)["plan_batches"] = lambda questions, _: [list(range(len(questions)))]
     else:
         loaded = finetune_r1.LoadedModel.load_run(run)
@@ -188,10 +210,10 @@ def measure_decoding(run: Path, new_tokens: int) -> None:
     for count in ("1", "32"):
         plain, ours = found["plain"][count], found["ours"][count]
         same = sum(a == b for a, b in zip(plain["texts"], ours["texts"], strict=True))
-        paces = (
-            f"plain {plain['pace']:.1f}, ours {ours['pace']:.1f} tok/s, {ours['pace'] / plain['pace']:.2f}x"
+        paces = f"plain {plain['pace']:.1f}, ours {ours['pace']:.1f} tok/s, {ours['pace'] / plain['pace']:.2f}x"
+        print(
+            f"decoding {count:>2} at once, up to {ours['longest']} tokens: {paces}, same text in {same}"
         )
-        print(f"decoding {count:>2} at once, up to {ours['longest']} tokens: {paces}, same text in {same}")
     print(f"GiB: plain {found['plain']['peak_gib']:.1f}, ours {found['ours']['peak_gib']:.1f}")
 
 
@@ -220,7 +242,10 @@ def report(results: list[dict[str, Any]], tokens: float, rows: int, ceiling: flo
     """
     titles = ("s/step", "rows/s", "tok/s", "matmul", "GiB", "wall s", "ratio", "cold", "loss")
     print(f"\n{'':22}", *(f"{title:>8}" for title in titles))
-    runs_of = {name: [r for r in results if r["variant"] == name and "failed" not in r] for name in VARIANTS}
+    runs_of = {
+        name: [r for r in results if r["variant"] == name and "failed" not in r]
+        for name in VARIANTS
+    }
 
     def median(name: str, key: str) -> float:
         return statistics.median(run[key] for run in runs_of[name])
@@ -276,7 +301,14 @@ if __name__ == "__main__":
     if asked.plain:
         train_plainly(config, asked.plain)
         sys.exit()
-    common = ["--model", asked.model, "--dataset", asked.dataset, "--max-steps", str(asked.max_steps)]
+    common = [
+        "--model",
+        asked.model,
+        "--dataset",
+        asked.dataset,
+        "--max-steps",
+        str(asked.max_steps),
+    ]
     results = []
     for repeat in range(asked.repeats):
         for number, name in enumerate(variants):

@@ -118,8 +118,13 @@ def torn(folder: Path, since: float = 0) -> list[str]:
 def told(folder: Path) -> dict[str, Any]:
     """What a run has come to, less times."""
     run = Run(folder)
-    losses = {line["step"]: line["loss"] for line in read_jsonl(run / "metrics.jsonl") if "loss" in line}
-    return {"losses": losses, "adapter": (run / "adapter" / "adapter_model.safetensors").read_bytes()}
+    losses = {
+        line["step"]: line["loss"] for line in read_jsonl(run / "metrics.jsonl") if "loss" in line
+    }
+    return {
+        "losses": losses,
+        "adapter": (run / "adapter" / "adapter_model.safetensors").read_bytes(),
+    }
 
 
 STATUSES = ("finished", *finetune_r1.UNFINISHED)
@@ -129,10 +134,33 @@ Job = tuple[Callable[[Path], Callable[[], Any]], Callable[[Path], Any]]
 
 def jobs(model: Path, hub: HubServer) -> dict[str, Job]:
     """By name: the work in a folder that holds a finished run, and what can be compared when it is done."""
-    train = ["train", "--model", model, "--dataset", ROWS, *SMALL, "--max-steps", 24, "--save-steps", 3]
-    rows = ["format", "--model", model, "--dataset", ROWS, "--max-seq-length", 512, "-o", "rows.jsonl"]
+    train = [
+        "train",
+        "--model",
+        model,
+        "--dataset",
+        ROWS,
+        *SMALL,
+        "--max-steps",
+        24,
+        "--save-steps",
+        3,
+    ]
+    rows = [
+        "format",
+        "--model",
+        model,
+        "--dataset",
+        ROWS,
+        "--max-seq-length",
+        512,
+        "-o",
+        "rows.jsonl",
+    ]
     questions = model.parent / "questions.jsonl"
-    finetune_r1.write_jsonl(questions, ({"Question": f"What is {'very ' * (n % 9)}bad?"} for n in range(64)))
+    finetune_r1.write_jsonl(
+        questions, ({"Question": f"What is {'very ' * (n % 9)}bad?"} for n in range(64))
+    )
     asked = ["infer", "--run", "done", "--file", questions, "-o", "a.jsonl", "--max-new-tokens", 24]
 
     def training(folder: Path) -> Callable[[], Any]:
@@ -140,7 +168,10 @@ def jobs(model: Path, hub: HubServer) -> dict[str, Job]:
         return command("train", "--resume", "new") if begun else command(*train, "--run-dir", "new")
 
     def unpacking(folder: Path) -> Callable[[], Any]:
-        return lambda: (os.environ.update(XDG_CACHE_HOME=str(folder / "cache")), finetune_r1.demo_model())
+        return lambda: (
+            os.environ.update(XDG_CACHE_HOME=str(folder / "cache")),
+            finetune_r1.demo_model(),
+        )
 
     return {
         "train": (training, lambda folder: told(folder / "new")),
@@ -162,10 +193,15 @@ def jobs(model: Path, hub: HubServer) -> dict[str, Job]:
             lambda folder: command(*asked),
             lambda folder: [{**line, "seconds": 0} for line in read_jsonl(folder / "a.jsonl")],
         ),
-        "format": (lambda folder: command(*rows), lambda folder: (folder / "rows.jsonl").read_text()),
+        "format": (
+            lambda folder: command(*rows),
+            lambda folder: (folder / "rows.jsonl").read_text(),
+        ),
         "unpacking": (
             unpacking,
-            lambda folder: sorted(finetune_r1.file_sizes(next((folder / "cache").rglob("SmolLM2*"))).items()),
+            lambda folder: sorted(
+                finetune_r1.file_sizes(next((folder / "cache").rglob("SmolLM2*"))).items()
+            ),
         ),
     }
 
@@ -178,7 +214,18 @@ def kills(
     finished = scratch / "finished"
     finished.mkdir()
     os.chdir(finished)
-    train = ["train", "--model", model, "--dataset", ROWS, *SMALL, "--max-steps", 4, "--eval-rows", 4]
+    train = [
+        "train",
+        "--model",
+        model,
+        "--dataset",
+        ROWS,
+        *SMALL,
+        "--max-steps",
+        4,
+        "--eval-rows",
+        4,
+    ]
     assert ended(start(command(*train, "--run-dir", "done"), scratch / "log")) == 0, (
         scratch / "log"
     ).read_text()
@@ -206,7 +253,10 @@ def kills(
         elif outcome(folder) != expected:
             lost.append(f"{name}: killed after {moments}, it came to something else")
         when = ", ".join(f"{moment:.1f}" for moment in moments)
-        print(f"{number:4} {name:14} killed after {when} of {seconds:.1f} s, exit codes {codes}", flush=True)
+        print(
+            f"{number:4} {name:14} killed after {when} of {seconds:.1f} s, exit codes {codes}",
+            flush=True,
+        )
         shutil.rmtree(folder)
     return lost
 
@@ -259,7 +309,9 @@ def soak(times: int, model: Path, scratch: Path, chance: random.Random) -> list[
             code = ended(start(command("train", "--resume", run.folder), log))
             said = log.read_text(errors="replace")[before:]
             codes[
-                "unfinished, went on to its end" if code == 0 else "unfinished, refused with a message"
+                "unfinished, went on to its end"
+                if code == 0
+                else "unfinished, refused with a message"
             ] += 1
             if code not in (0, 1) or (code == 1 and "next:" not in said):
                 lost.append(f"{run} does not go on: {code}\n{said[-3000:]}")
@@ -275,14 +327,27 @@ def said_why(code: int, said: str) -> bool:
     return code == 1 and "next:" in said and "Traceback" not in said
 
 
-def pushes(times: int, model: Path, hub: HubServer, scratch: Path, chance: random.Random) -> list[str]:
+def pushes(
+    times: int, model: Path, hub: HubServer, scratch: Path, chance: random.Random
+) -> list[str]:
     """A push has to end, to say that it is complete exactly where it is, and to be completed by another."""
     from huggingface_hub import constants  # not before main has set the endpoint, which it reads
 
     os.chdir(scratch)
     lost, codes, log = [], Counter[str](), scratch / "log"
     for line in (
-        ["train", "--model", model, "--dataset", ROWS, *SMALL, "--max-steps", 2, "--run-dir", "done"],
+        [
+            "train",
+            "--model",
+            model,
+            "--dataset",
+            ROWS,
+            *SMALL,
+            "--max-steps",
+            2,
+            "--run-dir",
+            "done",
+        ],
         ["save", "--run", "done"],
     ):
         assert ended(start(command(*line), log)) == 0, log.read_text()
@@ -304,7 +369,9 @@ def pushes(times: int, model: Path, hub: HubServer, scratch: Path, chance: rando
             hub.add_repo("model", repo, {"notes.md": b"mine"})
         faults = [chance_fault(chance, within=20) for _ in range(chance.choice([1, 1, 2]))]
         hub.faults[:] = faults
-        told_as = [f"{fault.status or ('stall' if fault.delay > 1 else 'delay')}" for fault in faults]
+        told_as = [
+            f"{fault.status or ('stall' if fault.delay > 1 else 'delay')}" for fault in faults
+        ]
         began = time.monotonic()
         code, said = push(repo, way, 90)
         seconds = time.monotonic() - began
@@ -317,7 +384,9 @@ def pushes(times: int, model: Path, hub: HubServer, scratch: Path, chance: rando
                 f"push {number} by {way}, {told_as}: had not ended after {seconds:.0f} s\n{said[-1500:]}"
             )
         elif (code == 0) != whole and not (whole and unread):
-            lost.append(f"push {number} by {way}, {told_as}: {code}, complete: {whole}\n{said[-1500:]}")
+            lost.append(
+                f"push {number} by {way}, {told_as}: {code}, complete: {whole}\n{said[-1500:]}"
+            )
         elif code and not said_why(code, said):
             lost.append(f"push {number} by {way}, {told_as}: {code}\n{said[-1500:]}")
         again, said = push(repo, way, 90) if code else (0, "")
@@ -334,7 +403,8 @@ def complete(hub: HubServer, repo: str, run: Path) -> bool:
     wanted = {"model.safetensors": run / "merged" / "model.safetensors"}
     wanted["adapter/adapter_model.safetensors"] = run / "adapter" / "adapter_model.safetensors"
     return there is not None and all(
-        name in there.files and there.files[name] == path.read_bytes() for name, path in wanted.items()
+        name in there.files and there.files[name] == path.read_bytes()
+        for name, path in wanted.items()
     )
 
 
@@ -346,22 +416,39 @@ def tracked(times: int, model: Path, scratch: Path, chance: random.Random) -> li
     options = [option for option in SMALL if option != "--no-wandb"]
     for number in range(times):
         with WandbServer(keys={"a" * 40: "alice"}) as server:
-            os.environ |= {"WANDB_BASE_URL": server.url, "WANDB_API_KEY": "a" * 40, "WANDB_MODE": "online"}
-            server.faults += [chance_fault(chance, within=40) for _ in range(chance.choice([1, 1, 2]))]
-            told_as = [f"{f.status or ('stall' if f.delay > 1 else 'delay')}" for f in server.faults]
+            os.environ |= {
+                "WANDB_BASE_URL": server.url,
+                "WANDB_API_KEY": "a" * 40,
+                "WANDB_MODE": "online",
+            }
+            server.faults += [
+                chance_fault(chance, within=40) for _ in range(chance.choice([1, 1, 2]))
+            ]
+            told_as = [
+                f"{f.status or ('stall' if f.delay > 1 else 'delay')}" for f in server.faults
+            ]
             line = ["train", "--model", model, "--dataset", ROWS, *options, "--max-steps", 24]
             before, began = log.stat().st_size if log.exists() else 0, time.monotonic()
             code = ended(start(command(*line, "--run-dir", f"runs/{number}"), log), 120)
             seconds, said = time.monotonic() - began, log.read_text(errors="replace")[before:]
         run, rows = Run(Path(f"runs/{number}")), [row.history for row in server.runs.values()]
-        arrived = bool(rows) and {row.get("train/global_step") for row in rows[0]} >= set(range(1, 25))
+        arrived = bool(rows) and {row.get("train/global_step") for row in rows[0]} >= set(
+            range(1, 25)
+        )
         codes[f"exit code {code}, {'all' if arrived else 'not all'} at W&B"] += 1
         if code == 0:
-            status, has = run.record["status"], (run / "adapter" / "adapter_model.safetensors").exists()
+            status, has = (
+                run.record["status"],
+                (run / "adapter" / "adapter_model.safetensors").exists(),
+            )
             if status != "finished" or not has or not (arrived or "wandb sync" in said):
-                lost.append(f"training {number}, {told_as}: {status}, {has}, {arrived}\n{said[-1500:]}")
+                lost.append(
+                    f"training {number}, {told_as}: {status}, {has}, {arrived}\n{said[-1500:]}"
+                )
         elif not said_why(code, said) or "step 00001" in said:
-            lost.append(f"training {number}, {told_as}: {code} after {seconds:.0f} s\n{said[-1500:]}")
+            lost.append(
+                f"training {number}, {told_as}: {code} after {seconds:.0f} s\n{said[-1500:]}"
+            )
         print(f"{number:4} {code:4} {seconds:5.1f} s  {arrived!s:5}  {told_as}", flush=True)
     print(json.dumps(codes, indent=2))
     return lost
@@ -385,7 +472,9 @@ if __name__ == "__main__":
         for module in ("peft", "trl", "wandb", "matplotlib.pyplot", "datasets"):
             __import__(module)
         model = (
-            shutil.copytree(asked.model, scratch / "tiny") if asked.model else tiny_model(scratch / "tiny")
+            shutil.copytree(asked.model, scratch / "tiny")
+            if asked.model
+            else tiny_model(scratch / "tiny")
         )
         all_jobs = {
             name: job
@@ -395,7 +484,11 @@ if __name__ == "__main__":
         lost = []
         for what in asked.what:
             (folder := scratch / what).mkdir()
-            began, chance, times = time.monotonic(), random.Random(asked.seed), asked.times or USUAL[what]
+            began, chance, times = (
+                time.monotonic(),
+                random.Random(asked.seed),
+                asked.times or USUAL[what],
+            )
             if what == "kills":
                 found = kills(times, model, all_jobs, folder, chance)
             elif what == "pushes":

@@ -30,7 +30,11 @@ from pathlib import Path
 from typing import Any
 
 PROJECT = Path(__file__).resolve().parents[2]
-BASE, PUSHED, TOKEN = "unsloth/DeepSeek-R1-Distill-Llama-8B", "alice/DeepSeek-R1-Medical-COT", "hf_writetoken"
+BASE, PUSHED, TOKEN = (
+    "unsloth/DeepSeek-R1-Distill-Llama-8B",
+    "alice/DeepSeek-R1-Medical-COT",
+    "hf_writetoken",
+)
 LOGS = ("hub.log", "elsewhere.log")
 NOT_INHERITED = re.compile(
     r"(HF_|HUGGING|TRANSFORMERS_|WANDB_|UNSLOTH_|KAGGLE_|XDG_|NETRC)|.*_proxy$", re.IGNORECASE
@@ -50,8 +54,13 @@ class Place:
         self.old, self.tiny = asked.old, asked.tiny
         for folder in (self.work, self.ram, self.out):
             folder.mkdir(parents=True, exist_ok=True)
-        self.base = BASE.replace("8B", "0.01B") if self.tiny else BASE  # the larger is refused on a CPU
-        new = {"used": used(self.work, self.ram), "user": str(roomy(46e9, self.work, self.ram) / "user")}
+        self.base = (
+            BASE.replace("8B", "0.01B") if self.tiny else BASE
+        )  # the larger is refused on a CPU
+        new = {
+            "used": used(self.work, self.ram),
+            "user": str(roomy(46e9, self.work, self.ram) / "user"),
+        }
         state = self.work / "state.json"
         self.state = json.loads(state.read_text()) if state.exists() else {**new, "phases": {}}
         self.user = Path(self.state["user"])
@@ -74,10 +83,15 @@ class Place:
         }
         return kept | {"no_proxy": "127.0.0.1", "HF_ENDPOINT": self.state["hub"]["url"]} | more
 
-    def run(self, name: str, line: str, environment: dict[str, str], limit: float) -> dict[str, Any]:
+    def run(
+        self, name: str, line: str, environment: dict[str, str], limit: float
+    ) -> dict[str, Any]:
         """A line typed in the user's folder: how it ended, after how long, and what it said."""
         began = time.monotonic()
-        with (self.work / f"{name}.out").open("w") as out, (self.work / f"{name}.err").open("w") as err:
+        with (
+            (self.work / f"{name}.out").open("w") as out,
+            (self.work / f"{name}.err").open("w") as err,
+        ):
             how: dict[str, Any] = {
                 "stdin": subprocess.DEVNULL,
                 "stdout": out,
@@ -97,7 +111,11 @@ class Place:
             log.write(f"\n===== {name}: {line}\n----- stdout\n{said[0]}\n----- stderr\n{said[1]}\n")
             log.write(f"----- exit code {code} after {seconds} s\n")
         found = {fact: re.findall(pattern, "\n".join(said)) for fact, pattern in FACTS.items()}
-        facts = {fact: " to ".join(dict.fromkeys([all[0], all[-1]])) for fact, all in found.items() if all}
+        facts = {
+            fact: " to ".join(dict.fromkeys([all[0], all[-1]]))
+            for fact, all in found.items()
+            if all
+        }
         return {"ok": code == 0, "code": code, "seconds": seconds, "line": line, "facts": facts}
 
 
@@ -108,7 +126,10 @@ def used(*disks: Path) -> list[float]:
 def roomy(size: float, *places: Path) -> Path:
     """The first with so much room, or the one with the most."""
     free = {place: shutil.disk_usage(place).free for place in places}
-    return next((place for place in places if free[place] > size), max(places, key=lambda place: free[place]))
+    return next(
+        (place for place in places if free[place] > size),
+        max(places, key=lambda place: free[place]),
+    )
 
 
 @contextlib.contextmanager
@@ -180,7 +201,10 @@ def unplug(place: Place, name: str, limit: float) -> dict[str, Any]:
     os.kill(place.state["hub"]["pid"], signal.SIGUSR1)
     time.sleep(2)
     with socket.socket() as door:
-        return {"ok": door.connect_ex(("127.0.0.1", int(place.state["hub"]["url"].rpartition(":")[2]))) != 0}
+        return {
+            "ok": door.connect_ex(("127.0.0.1", int(place.state["hub"]["url"].rpartition(":")[2])))
+            != 0
+        }
 
 
 def typed(line: str, tiny: str = "", home: str = "home") -> Phase:
@@ -189,9 +213,13 @@ def typed(line: str, tiny: str = "", home: str = "home") -> Phase:
     def phase(place: Place, name: str, limit: float) -> dict[str, Any]:
         for file in ("finetune_r1.py", "prompts.py"):
             shutil.copy(PROJECT / file, place.user)
-        whole = f"python3 finetune_r1.py {line} {tiny.format(place.base) if place.tiny else ''}".strip()
+        whole = (
+            f"python3 finetune_r1.py {line} {tiny.format(place.base) if place.tiny else ''}".strip()
+        )
         environment = place.environment(place.user / home)
-        if name.startswith("offline"):  # then huggingface.co would be asked, which the proxy would note
+        if name.startswith(
+            "offline"
+        ):  # then huggingface.co would be asked, which the proxy would note
             environment["HF_HUB_OFFLINE"] = "1"
             del environment["HF_ENDPOINT"]
         if name == "push":  # the cache as it was before, for later; it takes no room
@@ -217,8 +245,14 @@ def check(place: Place, name: str, limit: float) -> dict[str, Any]:
     record = place.run(name, line, environment, limit)
     facts: dict[str, Any] = json.loads(found.read_text())
     samples = "".join(path.read_text() for path in sorted(place.user.glob("runs/*/samples.jsonl")))
-    others = {"recipe's": "".join(json.loads(line)["tuned"]["thought"] for line in samples.split("\n")[:1])}
-    others["the anion gap"] = (place.work / "infer.err").read_text() + (place.work / "infer.out").read_text()
+    others = {
+        "recipe's": "".join(
+            json.loads(line)["tuned"]["thought"] for line in samples.split("\n")[:1]
+        )
+    }
+    others["the anion gap"] = (place.work / "infer.err").read_text() + (
+        place.work / "infer.out"
+    ).read_text()
     same = {title: shared_start(text, others[title]) for title, text in facts["texts"].items()}
     problems = facts["problems"]
     if name == "check-old":
@@ -242,10 +276,16 @@ def shared_start(text: str, other: str) -> str:
 
 TINY = "--model {} --max-seq-length 1024 --effective-batch 2 --max-new-tokens 8"
 OFFLINE = "train --max-steps 3 --warmup-steps 1 --max-new-tokens 40"
-PHASES: dict[str, tuple[Phase, float, float]] = {  # its usual seconds on a GPU, and the most it gets
+PHASES: dict[
+    str, tuple[Phase, float, float]
+] = {  # its usual seconds on a GPU, and the most it gets
     "make": (make, 60, 200),
     "serve": (serve, 15, 60),
-    "train": (typed("train --max-steps 60", f"{TINY} --max-steps 8 --learning-rate 1e-2"), 150, 270),
+    "train": (
+        typed("train --max-steps 60", f"{TINY} --max-steps 8 --learning-rate 1e-2"),
+        150,
+        270,
+    ),
     "infer": (typed('infer "What widens the anion gap?"', "--max-new-tokens 20"), 55, 130),
     "push": (typed(f"push --repo {PUSHED}"), 180, 330),
     "check": (check, 100, 240),
@@ -254,7 +294,11 @@ PHASES: dict[str, tuple[Phase, float, float]] = {  # its usual seconds on a GPU,
     "offline-train": (typed(OFFLINE, TINY), 80, 170),
     "offline-infer": (typed('infer "question"', "--max-new-tokens 8"), 55, 130),
     "offline-train-before-push": (typed(OFFLINE, TINY, "home-before"), 80, 170),
-    "offline-infer-before-push": (typed('infer "question"', "--max-new-tokens 8", "home-before"), 55, 130),
+    "offline-infer-before-push": (
+        typed('infer "question"', "--max-new-tokens 8", "home-before"),
+        55,
+        130,
+    ),
 }
 
 
@@ -272,8 +316,13 @@ def perform(place: Place, name: str, limit: float) -> None:
         for log, path in logs.items()
     }
     # That name datasets makes of the endpoint's: it is the Hub's.
-    elsewhere = [line for line in asked["elsewhere.log"] if "http://datasets-server.127.0.0.1" not in line]
-    fetched = [re.search(r"20\d GET /((?!api|xet).*)/resolve/[^/]+/(.*)", line) for line in asked["hub.log"]]
+    elsewhere = [
+        line for line in asked["elsewhere.log"] if "http://datasets-server.127.0.0.1" not in line
+    ]
+    fetched = [
+        re.search(r"20\d GET /((?!api|xet).*)/resolve/[^/]+/(.*)", line)
+        for line in asked["hub.log"]
+    ]
     record |= {"ok": record["ok"] and not elsewhere, "elsewhere": elsewhere, "gigabytes": gigabytes}
     record |= {"fetched": Counter(" ".join(match.groups()) for match in fetched if match)}
     record |= {"refused": Counter(line for line in asked["hub.log"] if line[0] in "45")}
@@ -292,7 +341,11 @@ def report(place: Place) -> None:
             if value:
                 text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
                 print(f"    {title}: {text}")
-    print("left:", *[name for name in PHASES if name not in place.state["phases"]] or ["nothing"], flush=True)
+    print(
+        "left:",
+        *[name for name in PHASES if name not in place.state["phases"]] or ["nothing"],
+        flush=True,
+    )
 
 
 if __name__ == "__main__":
@@ -302,16 +355,23 @@ if __name__ == "__main__":
     )
     parser.add_argument("phases", nargs="*", help=f"of {', '.join(PHASES)}")
     parser.add_argument("--tiny", action="store_true")
-    parser.add_argument("--gpu", type=Path, default=PROJECT / ".gpu", help="what shared/gpu/pack.sh packed")
+    parser.add_argument(
+        "--gpu", type=Path, default=PROJECT / ".gpu", help="what shared/gpu/pack.sh packed"
+    )
     parser.add_argument(
         "--old", type=Path, help="a folder with transformers 4.57, tokenizers and huggingface_hub"
     )
     parser.add_argument(
         "--ram", type=Path, default="/dev/shm/three-lines", help="for the Hub and the checks: 72 GB"
     )
-    parser.add_argument("--work", type=Path, default="/tmp/three-lines", help="for the user's files: 46 GB")
     parser.add_argument(
-        "--out", type=Path, default="/tmp/three-lines/out", help="gets logs and results, as they come"
+        "--work", type=Path, default="/tmp/three-lines", help="for the user's files: 46 GB"
+    )
+    parser.add_argument(
+        "--out",
+        type=Path,
+        default="/tmp/three-lines/out",
+        help="gets logs and results, as they come",
     )
     parser.add_argument("--seconds", type=float, default=3600)
     asked = parser.parse_args()
@@ -319,7 +379,8 @@ if __name__ == "__main__":
         setattr(asked, name, (path := getattr(asked, name)) and path.resolve())
     place = Place(asked)
     room = {
-        str(disk): f"{shutil.disk_usage(disk).free / 1e9:.0f} GB free" for disk in (place.work, place.ram)
+        str(disk): f"{shutil.disk_usage(disk).free / 1e9:.0f} GB free"
+        for disk in (place.work, place.ram)
     }
     print(room, "user:", place.user, flush=True)
     for name in asked.phases or [name for name in PHASES if name not in place.state["phases"]]:

@@ -208,7 +208,9 @@ class LoopbackServer:
             for method, pattern, handler in self.routes:
                 match = re.fullmatch(pattern, request.path) if method == wanted else None
                 if match:
-                    request.params = {name: unquote(value or "") for name, value in match.groupdict().items()}
+                    request.params = {
+                        name: unquote(value or "") for name, value in match.groupdict().items()
+                    }
                     return handler(self, request)
             # 501, as the clients retry the other 5xx and read meaning into 404.
             raise HttpError(501, f"the test server doesn't serve {request.method} {request.path}")
@@ -269,7 +271,9 @@ class _Handler(BaseHTTPRequestHandler):
 
 
 class _HttpServer(ThreadingHTTPServer):
-    request_queue_size = 64  # the default 5 makes a client's parallel connections wait a second each
+    request_queue_size = (
+        64  # the default 5 makes a client's parallel connections wait a second each
+    )
 
     def __init__(self, app: LoopbackServer) -> None:
         super().__init__(("127.0.0.1", 0), _Handler)

@@ -35,7 +35,17 @@ from .base import HttpError, LoopbackServer, Reply, Request
 from .repos import Commit, File, Repo, card_errors, listing
 from .xet import Scope, XetStorage
 
-LFS_SUFFIXES = {".bin", ".gguf", ".gz", ".model", ".onnx", ".parquet", ".pt", ".safetensors", ".zip"}
+LFS_SUFFIXES = {
+    ".bin",
+    ".gguf",
+    ".gz",
+    ".model",
+    ".onnx",
+    ".parquet",
+    ".pt",
+    ".safetensors",
+    ".zip",
+}
 GITATTRIBUTES = "".join(
     f"*{suffix} filter=lfs diff=lfs merge=lfs -text\n" for suffix in sorted(LFS_SUFFIXES)
 ).encode()
@@ -47,7 +57,9 @@ LFS_OBJECT = r"\.git/info/lfs/objects/(?P<oid>[0-9a-f]{64})"
 XET = "/xet"
 
 
-def on_xet(handler: Callable[[XetStorage, Request], Reply]) -> Callable[["HubServer", Request], Reply]:
+def on_xet(
+    handler: Callable[[XetStorage, Request], Reply],
+) -> Callable[["HubServer", Request], Reply]:
     return lambda hub, request: handler(hub.xet, request)
 
 
@@ -71,11 +83,17 @@ class HubServer(LoopbackServer):
         self._folder.cleanup()
 
     def add_repo(
-        self, type: str, id: str, files: Mapping[str, bytes | Path] | None = None, private: bool = False
+        self,
+        type: str,
+        id: str,
+        files: Mapping[str, bytes | Path] | None = None,
+        private: bool = False,
     ) -> Repo:
         """Creates a repo with one commit, for a test to start from; a Path is served from where it lies."""
         tree = {
-            path: self.seed(path, data) for path, data in (files or {}).items() if isinstance(data, bytes)
+            path: self.seed(path, data)
+            for path, data in (files or {}).items()
+            if isinstance(data, bytes)
         }
         paths = {path: file for path, file in (files or {}).items() if isinstance(file, Path)}
         with ThreadPoolExecutor() as threads:
@@ -110,7 +128,11 @@ class HubServer(LoopbackServer):
         return File(Path(file.name).replace(Path(self._folder.name, digest.hexdigest())), size, lfs)
 
     def is_lfs(self, path: str, size: int, sample: bytes) -> bool:
-        return size > self.lfs_above or PurePosixPath(path).suffix in LFS_SUFFIXES or b"\0" in sample[:512]
+        return (
+            size > self.lfs_above
+            or PurePosixPath(path).suffix in LFS_SUFFIXES
+            or b"\0" in sample[:512]
+        )
 
     def user(self, request: Request) -> tuple[str, str] | None:
         """The token's (user, role); None without a token."""
@@ -127,15 +149,21 @@ class HubServer(LoopbackServer):
         if user is None:
             raise HttpError(401, "Invalid username or password.")
         if user[1] == "read" or namespace not in (user[0], *self.orgs):
-            raise HttpError(403, f'This token has no right to write under the namespace "{namespace}"')
+            raise HttpError(
+                403, f'This token has no right to write under the namespace "{namespace}"'
+            )
 
     def repo(self, request: Request, write: bool = False) -> Repo:
         """The repo of the request's path, if the token may see it; the real Hub hides the rest as missing."""
         user, params = self.user(request), request.params
         type = params.get("type") or ("dataset" if params["datasets"] else "model")
         repo, namespace = self.repos.get((type, params["repo"])), params["repo"].split("/")[0]
-        if repo is None or (repo.private and (user is None or namespace not in (user[0], *self.orgs))):
-            raise HttpError(404 if user else 401, "Repository not found", X_Error_Code="RepoNotFound")
+        if repo is None or (
+            repo.private and (user is None or namespace not in (user[0], *self.orgs))
+        ):
+            raise HttpError(
+                404 if user else 401, "Repository not found", X_Error_Code="RepoNotFound"
+            )
         if write:
             self.check_write(user, namespace)
         return repo
@@ -146,7 +174,9 @@ class HubServer(LoopbackServer):
             raise HttpError(401, "Invalid username or password.")
         token = {"displayName": "test", "role": user[1]}
         orgs = [{"type": "org", "name": org} for org in self.orgs]
-        return Reply({"type": "user", "name": user[0], "orgs": orgs, "auth": {"accessToken": token}})
+        return Reply(
+            {"type": "user", "name": user[0], "orgs": orgs, "auth": {"accessToken": token}}
+        )
 
     def validate_yaml(self, request: Request) -> Reply:
         errors = [{"message": error} for error in card_errors(request.json()["content"])]
@@ -163,7 +193,10 @@ class HubServer(LoopbackServer):
             exists = (type, id) in self.repos
             if not exists:
                 self.add_repo(
-                    type, id, {".gitattributes": GITATTRIBUTES}, asked.get("visibility") == "private"
+                    type,
+                    id,
+                    {".gitattributes": GITATTRIBUTES},
+                    asked.get("visibility") == "private",
                 )
         url = {"url": f"{self.url}/{self.repos[type, id].path}"}
         error = {"error": f"You already created this {type} repo"} if exists else {}
@@ -178,9 +211,16 @@ class HubServer(LoopbackServer):
                 file = commit.tree[sibling["rfilename"]]
                 lfs = {"lfs": {**file.entry("")["lfs"], "sha256": file.sha256}} if file.lfs else {}
                 sibling.update(size=file.size, blobId=file.oid, **lfs)
-        info = {"id": repo.id, "author": repo.id.split("/")[0], "sha": commit.oid, "private": repo.private}
+        info = {
+            "id": repo.id,
+            "author": repo.id.split("/")[0],
+            "sha": commit.oid,
+            "private": repo.private,
+        }
         dates = {"lastModified": commit.date, "createdAt": repo.commits[0].date}
-        return Reply({**info, **dates, "gated": False, "disabled": False, "tags": [], "siblings": siblings})
+        return Reply(
+            {**info, **dates, "gated": False, "disabled": False, "tags": [], "siblings": siblings}
+        )
 
     def tree(self, request: Request) -> Reply:
         rows = listing(self.repo(request).at(request.params["rev"]))
@@ -189,7 +229,9 @@ class HubServer(LoopbackServer):
         if folder and not inside:
             raise HttpError(404, f"{folder} does not exist", X_Error_Code="EntryNotFound")
         if request.query.get("recursive") != ["true"]:
-            inside = [row for row in inside if str(PurePosixPath(row["path"]).parent) == (folder or ".")]
+            inside = [
+                row for row in inside if str(PurePosixPath(row["path"]).parent) == (folder or ".")
+            ]
         return Reply(inside)
 
     def paths_info(self, request: Request) -> Reply:
@@ -201,7 +243,11 @@ class HubServer(LoopbackServer):
         for asked in request.json()["files"]:
             lfs = self.is_lfs(asked["path"], asked["size"], base64.b64decode(asked["sample"]))
             file = tree.get(asked["path"])
-            row = {"path": asked["path"], "uploadMode": "lfs" if lfs else "regular", "shouldIgnore": False}
+            row = {
+                "path": asked["path"],
+                "uploadMode": "lfs" if lfs else "regular",
+                "shouldIgnore": False,
+            }
             answer.append({**row, "oid": file.etag} if file else row)
         return Reply({"files": answer})
 
@@ -242,7 +288,9 @@ class HubServer(LoopbackServer):
             "X-Xet-Access-Token": token,
             "X-Xet-Token-Expiration": str(expires),
         }
-        return Reply({"casUrl": self.xet.url, "accessToken": token, "exp": expires}, headers=headers)
+        return Reply(
+            {"casUrl": self.xet.url, "accessToken": token, "exp": expires}, headers=headers
+        )
 
     def commit(self, request: Request) -> Reply:
         repo = self.repo(request, write=True)
@@ -280,10 +328,14 @@ class HubServer(LoopbackServer):
         elif key in ("deletedFile", "deletedFolder"):
             folder = path.rstrip("/") + "/"
             gone = [
-                name for name in tree if (name == path if key == "deletedFile" else name.startswith(folder))
+                name
+                for name in tree
+                if (name == path if key == "deletedFile" else name.startswith(folder))
             ]
             if not gone:
-                raise HttpError(404, "A file with this name doesn't exist", X_Error_Code="EntryNotFound")
+                raise HttpError(
+                    404, "A file with this name doesn't exist", X_Error_Code="EntryNotFound"
+                )
             for name in gone:
                 del tree[name]
         else:
@@ -294,7 +346,9 @@ class HubServer(LoopbackServer):
         commit = repo.at(request.params["rev"])
         file = commit.tree.get(path)
         if file is None:
-            raise HttpError(404, "Entry not found", X_Error_Code="EntryNotFound", X_Repo_Commit=commit.oid)
+            raise HttpError(
+                404, "Entry not found", X_Error_Code="EntryNotFound", X_Repo_Commit=commit.oid
+            )
         headers = {"X-Repo-Commit": commit.oid, "ETag": f'"{file.etag}"'}
         if file.lfs:
             headers |= {"X-Linked-ETag": f'"{file.sha256}"', "X-Linked-Size": str(file.size)}

@@ -18,7 +18,9 @@ class KaggleServer(LoopbackServer):
             raise HttpError(401, "Unauthenticated")
         label = request.json()["Label"]
         if label not in self.secrets:
-            return Reply({"wasSuccessful": False, "errors": [f"No user secrets exist for label {label}"]})
+            return Reply(
+                {"wasSuccessful": False, "errors": [f"No user secrets exist for label {label}"]}
+            )
         return Reply({"wasSuccessful": True, "result": {"secret": self.secrets[label]}})
 
     routes = (("POST", "/requests/GetUserSecretByLabelRequest", get_secret),)

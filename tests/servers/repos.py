@@ -44,7 +44,11 @@ class File:
         return self.sha256 if self.lfs else self.oid
 
     def entry(self, path: str) -> dict[str, Any]:
-        about = {"oid": self.sha256, "size": self.size, "pointerSize": len(self.pointer)} if self.lfs else {}
+        about = (
+            {"oid": self.sha256, "size": self.size, "pointerSize": len(self.pointer)}
+            if self.lfs
+            else {}
+        )
         lfs = {"lfs": about} if self.lfs else {}
         xet = {"xetHash": self.xet_hash} if self.xet_hash else {}
         return {"type": "file", "path": path, "size": self.size, "oid": self.oid, **lfs, **xet}
@@ -121,7 +125,9 @@ class Repo:
 
     @property
     def branches(self) -> dict[str, list[Commit]]:
-        return {"main": self.commits} | {request.ref: request.commits for request in self.pull_requests}
+        return {"main": self.commits} | {
+            request.ref: request.commits for request in self.pull_requests
+        }
 
     def branch(self, name: str) -> list[Commit]:
         if name not in self.branches:
@@ -140,7 +146,9 @@ class Repo:
 
 def listing(commit: Commit) -> dict[str, dict[str, Any]]:
     """Every file and folder of a commit as the tree and paths-info endpoints describe it."""
-    folders = {str(parent) for path in commit.tree for parent in PurePosixPath(path).parents} - {"."}
+    folders = {str(parent) for path in commit.tree for parent in PurePosixPath(path).parents} - {
+        "."
+    }
     rows = {
         path: {"type": "directory", "path": path, "size": 0, "oid": git_oid(path.encode())}
         for path in folders
@@ -159,7 +167,9 @@ def card_errors(readme: str) -> list[str]:
     if not isinstance(card, dict):
         return ["YAML metadata must be a mapping"]
     license, tags = card.get("license") or "", card.get("tags") or []
-    errors = [] if isinstance(license, str) or are_strings(license) else ['"license" must be a string']
+    errors = (
+        [] if isinstance(license, str) or are_strings(license) else ['"license" must be a string']
+    )
     return errors if are_strings(tags) else [*errors, '"tags" must be a list of strings']
 
 

@@ -27,8 +27,12 @@ class Run:
     name: str  # the run's id
     display_name: str
     raw_config: dict[str, Any] = field(default_factory=dict)  # {"lr": {"value": 1}}, as it travels
-    lines: dict[str, dict[int, str]] = field(default_factory=dict)  # streamed file → line number → line
-    files: dict[str, bytes] = field(default_factory=dict)  # uploaded: config.yaml, wandb-metadata.json, ...
+    lines: dict[str, dict[int, str]] = field(
+        default_factory=dict
+    )  # streamed file → line number → line
+    files: dict[str, bytes] = field(
+        default_factory=dict
+    )  # uploaded: config.yaml, wandb-metadata.json, ...
     finished: bool = False
     exitcode: int | None = None
 
@@ -38,7 +42,10 @@ class Run:
 
     @property
     def history(self) -> list[dict[str, Any]]:
-        return [json.loads(line) for _, line in sorted(self.lines.get("wandb-history.jsonl", {}).items())]
+        return [
+            json.loads(line)
+            for _, line in sorted(self.lines.get("wandb-history.jsonl", {}).items())
+        ]
 
     @property
     def summary(self) -> dict[str, Any]:
@@ -49,13 +56,24 @@ class Run:
         """The run as GraphQL shows it; the line counts and tails let a resumed run go on where it stopped."""
         entity = {"id": self.entity, "name": self.entity}
         project = {"id": self.project, "name": self.project, "entity": entity}
-        files = {"history": "wandb-history.jsonl", "events": "wandb-events.jsonl", "log": "output.log"}
+        files = {
+            "history": "wandb-history.jsonl",
+            "events": "wandb-events.jsonl",
+            "log": "output.log",
+        }
         counts = {f"{kind}LineCount": len(self.lines.get(file, {})) for kind, file in files.items()}
         lasts = {kind: list(self.lines.get(file, {}).values())[-1:] for kind, file in files.items()}
         tails = {f"{kind}Tail": json.dumps(last) for kind, last in lasts.items()}
         texts = {"config": json.dumps(self.raw_config), "summaryMetrics": json.dumps(self.summary)}
-        texts["wandbConfig"] = json.dumps({"t": 1})  # without it the client believes that the run never began
-        names = {"id": self.name, "name": self.name, "displayName": self.display_name, "description": ""}
+        texts["wandbConfig"] = json.dumps(
+            {"t": 1}
+        )  # without it the client believes that the run never began
+        names = {
+            "id": self.name,
+            "name": self.name,
+            "displayName": self.display_name,
+            "description": "",
+        }
         about: dict[str, Any] = {"project": project, "sweepName": None, "tags": [], "notes": ""}
         return {**names, **about, **counts, **tails, **texts}
 
@@ -70,7 +88,9 @@ class WandbServer(LoopbackServer):
 
     def user(self, request: Request) -> str:
         scheme, _, credentials = request.headers.get("Authorization", "").partition(" ")
-        key = base64.b64decode(credentials).decode().removeprefix("api:") if scheme == "Basic" else ""
+        key = (
+            base64.b64decode(credentials).decode().removeprefix("api:") if scheme == "Basic" else ""
+        )
         if key not in self.keys:
             raise HttpError(401, "user is not logged in")
         return self.keys[key]
@@ -84,7 +104,13 @@ class WandbServer(LoopbackServer):
         return Reply({"data": self.operations[name](self, user, asked.get("variables") or {})})
 
     def viewer(self, user: str, variables: dict[str, Any]) -> dict[str, Any]:
-        names = {"id": user, "name": user, "entity": user, "username": user, "email": f"{user}@example.com"}
+        names = {
+            "id": user,
+            "name": user,
+            "entity": user,
+            "username": user,
+            "email": f"{user}@example.com",
+        }
         state = {"admin": False, "flags": "{}", "deletedAt": None}
         return {"viewer": {**names, **state, "teams": {"edges": []}, "apiKeys": {"edges": []}}}
 
@@ -94,7 +120,9 @@ class WandbServer(LoopbackServer):
         key = f"{entity}/{project}/{name}"
         with self.lock:
             inserted = key not in self.runs
-            run = self.runs.setdefault(key, Run(entity, project, name, variables.get("displayName") or name))
+            run = self.runs.setdefault(
+                key, Run(entity, project, name, variables.get("displayName") or name)
+            )
             run.raw_config = json.loads(variables.get("config") or "null") or run.raw_config
             run.display_name = variables.get("displayName") or run.display_name
         return {"upsertBucket": {"bucket": run.bucket(), "inserted": inserted}}
@@ -106,7 +134,9 @@ class WandbServer(LoopbackServer):
         return {"model": {**model, "bucket": run and run.bucket()}}
 
     def create_files(self, user: str, variables: dict[str, Any]) -> dict[str, Any]:
-        folder = f"{self.url}/upload/{variables['entity']}/{variables['project']}/{variables['run']}"
+        folder = (
+            f"{self.url}/upload/{variables['entity']}/{variables['project']}/{variables['run']}"
+        )
         files = [{"name": file, "uploadUrl": f"{folder}/{file}"} for file in variables["files"]]
         return {"createRunFiles": {"runID": variables["run"], "uploadHeaders": [], "files": files}}
 

@@ -25,7 +25,10 @@ Scope = Literal["read", "write"]
 ROW = 48  # bytes: a shard is a sequence of rows of this size
 BOOKEND = b"\xff" * 32
 HAS_VERIFICATION, HAS_SHA256 = 1 << 31, 1 << 30
-MAX_CHUNK, CHUNKS = 128 << 10, 256  # the size of a chunk, and how many of them adopt() puts in a xorb
+MAX_CHUNK, CHUNKS = (
+    128 << 10,
+    256,
+)  # the size of a chunk, and how many of them adopt() puts in a xorb
 HASH = "[0-9a-f]{64}"
 
 
@@ -250,7 +253,9 @@ class XetStorage:
             self.xorb(hash)
         for file in shard.files:
             chunks = (
-                data for term in file.terms for data in self.xorb(term.xorb).data(term.start, term.stop)
+                data
+                for term in file.terms
+                for data in self.xorb(term.xorb).data(term.start, term.stop)
             )
             if self.save(chunks, True).sha256 != file.sha256:
                 raise HttpError(400, "the content's sha256 isn't the shard's")
@@ -265,7 +270,9 @@ class XetStorage:
         with file.blob.open("rb") as content:
             while chunks := list(islice(iter(lambda: content.read(MAX_CHUNK), b""), CHUNKS)):
                 headers = [struct.pack("<2I", len(chunk) << 8, len(chunk) << 8) for chunk in chunks]
-                xorb = self.save([part for pair in zip(headers, chunks, strict=True) for part in pair], True)
+                xorb = self.save(
+                    [part for pair in zip(headers, chunks, strict=True) for part in pair], True
+                )
                 self.xorbs[xorb.sha256] = Xorb.load(xorb.blob)
                 terms.append(Term(xorb.sha256, sum(map(len, chunks)), 0, len(chunks)))
         self.files[file.sha256] = XetFile(file.sha256, file.sha256, terms)
@@ -282,25 +289,38 @@ class XetStorage:
         start, stop = byte_range(request.headers.get("Range", "bytes=0-"), file.size)
         offset, terms = file.part(start, stop)
         key, source = (
-            ("fetch_info", self.source_v1) if request.params["version"] == "1" else ("xorbs", self.source_v2)
+            ("fetch_info", self.source_v1)
+            if request.params["version"] == "1"
+            else ("xorbs", self.source_v2)
         )
         sources = {
             xorb: [source(xorb, *run) for run in merged(terms, xorb)]
             for xorb in {term.xorb for term in terms}
         }
         return Reply(
-            {"offset_into_first_range": offset, "terms": [term.entry() for term in terms], key: sources}
+            {
+                "offset_into_first_range": offset,
+                "terms": [term.entry() for term in terms],
+                key: sources,
+            }
         )
 
     def source_v1(self, hash: str, start: int, stop: int) -> dict[str, Any]:
         """Where to fetch a run of a xorb's chunks."""
         chunks = self.xorb(hash).chunks[start:stop]
         span = {"start": chunks[0].start - Chunk.HEADER, "end": chunks[-1].stop - 1}
-        return {"url": f"{self.url}/xorbs/{hash}", "range": {"start": start, "end": stop}, "url_range": span}
+        return {
+            "url": f"{self.url}/xorbs/{hash}",
+            "range": {"start": start, "end": stop},
+            "url_range": span,
+        }
 
     def source_v2(self, hash: str, start: int, stop: int) -> dict[str, Any]:
         source = self.source_v1(hash, start, stop)
-        return {"url": source["url"], "ranges": [{"chunks": source["range"], "bytes": source["url_range"]}]}
+        return {
+            "url": source["url"],
+            "ranges": [{"chunks": source["range"], "bytes": source["url_range"]}],
+        }
 
     def get_xorb(self, request: Request) -> Reply:
         return request.file_reply(self.xorb(request.params["hash"]).path, {})
@@ -314,7 +334,11 @@ class XetStorage:
         ("POST", f"/v1/xorbs/default/(?P<hash>{HASH})", post_xorb),
         ("POST", f"/v1/xorb-grants/default/(?P<hash>{HASH})", grant),
         ("PUT", "/xorb-uploads/(?P<id>[0-9a-f]+)", put_granted),
-        ("POST", f"/v1/xorb-commits/default/(?P<hash>{HASH})/grant/(?P<id>[0-9a-f]+)", commit_granted),
+        (
+            "POST",
+            f"/v1/xorb-commits/default/(?P<hash>{HASH})/grant/(?P<id>[0-9a-f]+)",
+            commit_granted,
+        ),
         ("POST", "/v(?P<version>[12])/shards", post_shard),
         ("GET", f"/v(?P<version>[12])/reconstructions/(?P<hash>{HASH})", reconstruction),
         ("GET", f"/xorbs/(?P<hash>{HASH})", get_xorb),

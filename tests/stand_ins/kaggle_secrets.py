@@ -17,8 +17,13 @@ class BackendError(Exception):
 class UserSecretsClient:
     def __init__(self):
         if not (token := os.environ.get("KAGGLE_USER_SECRETS_TOKEN")):
-            raise CredentialError("A JWT Token is required, but there is no KAGGLE_USER_SECRETS_TOKEN")
-        self.headers = {"Content-Type": "application/json", "X-Kaggle-Authorization": f"Bearer {token}"}
+            raise CredentialError(
+                "A JWT Token is required, but there is no KAGGLE_USER_SECRETS_TOKEN"
+            )
+        self.headers = {
+            "Content-Type": "application/json",
+            "X-Kaggle-Authorization": f"Bearer {token}",
+        }
 
     def get_secret(self, label: str) -> str:
         url = os.environ["KAGGLE_URL_BASE"] + "/requests/GetUserSecretByLabelRequest"
