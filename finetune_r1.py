@@ -3859,7 +3859,10 @@ def has_code(code: str, capability: tuple[int, int]) -> bool:
     Machine code (sm) runs within its major version from its minor on, PTX (compute) on all newer
     GPUs, either ending in `a` on one capability only (CUDA C++ programming guide).
     """
-    kind, number, suffix = re.findall(r"(sm|compute)_(\d+)([af]?)", code)[0]
+    match = re.fullmatch(r"(sm|compute)_(\d+)([af]?)", code)
+    if match is None:  # a kind of code not known here is no reason to refuse
+        return True
+    kind, number, suffix = match.groups()
     built_for = divmod(int(number), 10)
     if suffix == "a":
         return built_for == capability
@@ -3868,20 +3871,19 @@ def has_code(code: str, capability: tuple[int, int]) -> bool:
     return built_for[0] == capability[0] and built_for[1] <= capability[1]
 
 
-def check_gpu() -> str:
-    """Describe the GPU; raise UserError if this torch has no code for it.
-
-    A P100 on Kaggle has none (Kaggle/docker-python#1546).
-    """
-    if not torch.cuda.is_available():
-        return f"none that torch {torch.__version__} can use; the 8B needs one with 8 GB"
-    gpu = torch.cuda.get_device_properties(0)
-    name = f"{gpu.name}, compute {gpu.major}.{gpu.minor}, {gpu.total_memory / GIB:.1f} GiB"
+def check_gpu() -> None:
+    """Raise UserError if this torch has no code for the GPU (P100: Kaggle/docker-python#1546)."""
+    if not torch.cuda.is_available() or torch.version.hip:
+        return
+    capability = torch.cuda.get_device_capability()
     codes = torch.cuda.get_arch_list()
-    if torch.version.hip or any(has_code(code, (gpu.major, gpu.minor)) for code in codes):
-        return name
-    message = f"{name}: torch {torch.__version__} has code for {', '.join(codes)} only."
-    raise UserError(message, hint="choose another GPU (on Kaggle: T4 x2) or another torch build")
+    if any(has_code(code, capability) for code in codes):
+        return
+    raise UserError(
+        f"{torch.cuda.get_device_name()} has compute capability {capability[0]}.{capability[1]}; "
+        f"torch {torch.__version__} has code for {', '.join(codes)} only.",
+        hint="choose another GPU (on Kaggle: T4 x2) or another torch build",
+    )
 
 
 def show(name: str, report: dict[str, Any], as_json: bool) -> None:
@@ -4052,6 +4054,18 @@ def check_packages() -> str:
     return text
 
 
+def find_gpu() -> str:
+    """Name, compute capability and memory; raises UserError if torch can't use the GPU."""
+    check_gpu()
+    if torch.cuda.is_available():
+        gpu = torch.cuda.get_device_properties(0)
+        return f"{gpu.name}, compute {gpu.major}.{gpu.minor}, {gpu.total_memory / GIB:.1f} GiB"
+    if shutil.which("nvidia-smi"):
+        hint = "update the driver (CUDA 13 needs 580.65), or install a CUDA build of torch"
+        raise UserError(f"torch {torch.__version__} sees none", hint=hint)
+    return "none; the 8B needs one with 8 GB"
+
+
 def check_resources() -> str:
     """Free memory and disk; raises UserError if there is no room to train the 8B."""
     memory = psutil.virtual_memory().available / GIB
@@ -4103,7 +4117,7 @@ def doctor(config: ModelConfig) -> dict[str, Any]:
 
     checks = [
         check("packages", check_packages, "FAIL"),
-        check("GPU", check_gpu, "FAIL"),
+        check("GPU", find_gpu, "FAIL"),
         check("room", check_resources, "FAIL"),
         check("model", functools.partial(check_model, config), "FAIL"),
         check("Hub", check_hub, "WARN"),

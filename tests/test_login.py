@@ -17,6 +17,7 @@ import sys
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from conftest import SAMPLE, SCRIPT, Done
@@ -28,7 +29,7 @@ from servers.wandb_server import WandbServer
 from terminal import typed
 
 import finetune_r1
-from finetune_r1 import UserError
+from finetune_r1 import ModelConfig, UserError
 
 MARK = f"leak{secrets.token_hex(6)}"  # new each time, so that nothing else here holds it
 STAND_INS = Path(__file__).parent / "stand_ins"
@@ -302,6 +303,7 @@ def test_advice_on_what_may_be_a_bug_is_none_whatever_its_text(bug):
         ("compute_90a", [(9, 0)], [(12, 0)]),
         ("sm_100f", [(10, 0), (10, 3)], [(12, 0), (9, 0)]),
         ("sm_120", [(12, 0), (12, 1)], [(10, 0)]),
+        ("lto_999", [(7, 5)], []),
     ],
 )
 def test_has_code_follows_cudas_compatibility(code, runs_on, not_on):
@@ -324,27 +326,56 @@ runpy.run_path({str(SCRIPT)!r}, run_name="__main__")
     assert done.returncode == 1 and "WSL" in done.stderr and "Traceback" not in done.stderr
 
 
-def test_doctor_is_honest_about_hub_and_token(cli, hub, tmp_path):
-    model = tmp_path / "small-10M"
-    model.mkdir()
-    (model / "config.json").write_text("{}")
-    here = {"HF_ENDPOINT": hub.url, "WANDB_DISABLED": "true", "HF_HOME": str(tmp_path / "hf")}
-    seen = {}
-    for name, value in {"read": "hf_readtoken", "write": "hf_writetoken", "none": ""}.items():
-        done = cli("doctor", "--json", "--model", model, HF_TOKEN=value, **here)
-        report = json.loads(done.out)
-        seen[name] = done.code, report["verdict"], report["can_train"], report["can_push"]
-    unreached = cli("doctor", "--model", model, **{**here, "HF_ENDPOINT": "http://127.0.0.1:9"})
-    missing = cli("doctor", "--model", tmp_path / "nothing", HF_TOKEN="hf_writetoken", **here)
-    assert seen == {
-        "read": (0, "ready", True, False),
-        "write": (0, "ready", True, True),
-        "none": (0, "ready", True, False),
-    }
-    assert unreached.code == 0 and "WARN  Hub" in unreached.out
-    assert unreached.out.endswith("ready to train, not to push\n")
-    assert missing.code == 1 and "FAIL  model" in missing.out
-    assert missing.out.endswith("not ready\n")
+@pytest.fixture
+def small_model(tmp_path):
+    """A folder with as much of a model as `doctor` looks at."""
+    folder = tmp_path / "small-10M"
+    folder.mkdir()
+    (folder / "config.json").write_text("{}")
+    return ModelConfig(model=str(folder))
+
+
+@pytest.mark.parametrize(
+    ("value", "token", "can_push"),
+    [
+        ("", "WARN none", False),
+        ("hf_readtoken", "WARN alice, read", False),
+        ("hf_writetoken", "OK alice, write", True),
+        ("hf_unknown", "WARN the Hub refused the token from HF_TOKEN", False),
+    ],
+)
+def test_doctor_says_push_is_possible_only_with_a_token_that_may_write(
+    places, hub, small_model, monkeypatch, value, token, can_push
+):
+    monkeypatch.setenv("WANDB_DISABLED", "true")
+    places("environment", "HF_TOKEN", value)
+    report = finetune_r1.doctor(small_model)
+    lines = [f"{check['status']} {check['found']}" for check in report["checks"]]
+    assert any(line.startswith(token) for line in lines)
+    assert report["can_push"] == can_push and report["can_train"]
+
+
+def test_doctor_names_what_is_missing(places, hub, small_model, monkeypatch, tmp_path):
+    monkeypatch.setenv("WANDB_DISABLED", "true")
+    free = SimpleNamespace(free=5 * 2**30)
+    monkeypatch.setattr(finetune_r1.shutil, "disk_usage", lambda path: free)
+    (tmp_path / "nvidia-smi").write_text("#!/bin/sh\n")
+    (tmp_path / "nvidia-smi").chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    report = finetune_r1.doctor(ModelConfig(model=str(tmp_path / "nothing-1M")))
+    fixes = {check["name"]: check["fix"] for check in report["checks"] if check["status"] == "FAIL"}
+    assert fixes.keys() == {"GPU", "room", "model"} and report["verdict"] == "not ready"
+    assert "driver" in fixes["GPU"] and "disk" in fixes["room"] and fixes["model"]
+
+
+def test_doctor_prints_a_checklist_and_ends_with_ready_or_an_exit_code(cli, small_model):
+    """The Hub of the tests is not reached."""
+    done = cli("doctor", "--model", small_model.model, WANDB_DISABLED="true")
+    assert done.code == 0 and "WARN  Hub" in done.out and "fix: " in done.out
+    assert done.out.endswith("\nready to train, not to push\n")
+    done = cli("doctor", WANDB_DISABLED="true")
+    assert done.code == 1 and "FAIL  model" in done.out and "no CUDA GPU" in done.out
+    assert done.out.endswith("\nnot ready\n")
 
 
 # ------------------------------------------------------------------------------ login, stored
