@@ -3622,12 +3622,14 @@ def find_on_kaggle(names: Sequence[str]) -> Secret | None:
     for name in names:
         try:
             value = kaggle_secrets.UserSecretsClient().get_secret(name)
-            return make_secret(value, f"{name} in Kaggle's secrets")
+            secret = make_secret(value, f"{name} in Kaggle's secrets")
+            if secret:
+                return secret
         except Exception as error:  # its client has classes of its own
             faults.add(type(error).__name__)
             if isinstance(error, ConnectionError):  # each attempt takes 40 s
                 break
-    reasons = ", ".join(sorted(faults))
+    reasons = ", ".join(sorted(faults)) or "empty"
     log(f"note: no {names[0]} from Kaggle ({reasons}): attach it under Add-ons > Secrets")
     return None
 
@@ -3845,7 +3847,7 @@ def hub_client() -> Any:
 
     try:
         hooks = {"request": [hub_http.hf_request_event_hook]}  # which offline mode needs
-        return HubClient(event_hooks=hooks, follow_redirects=True)
+        return HubClient(event_hooks=hooks, follow_redirects=True, timeout=None)
     except Exception as error:  # an OSError about certificates, anything else about a proxy
         kind = "SSL_CERT" if isinstance(error, OSError) else "_PROXY"
         names = [name for name in os.environ if kind in name.upper()]

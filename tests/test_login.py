@@ -22,7 +22,7 @@ from types import SimpleNamespace
 import pytest
 from conftest import SAMPLE, SCRIPT, Done
 from published import whoami_auth
-from servers.base import Fault
+from servers.base import STALL, Fault
 from servers.hub import HubServer
 from servers.kaggle import KaggleServer
 from servers.wandb_server import WandbServer
@@ -89,19 +89,20 @@ def places(tmp_path, monkeypatch):
 
 
 SOURCES = """
-                                                         ->
-environment HF_TOKEN=hf_a                                -> hf_a HF_TOKEN in the environment
-environment HUGGING_FACE_HUB_TOKEN=hf_a                  -> hf_a HUGGING_FACE_HUB_TOKEN in the environment
-environment HUGGINGFACE_TOKEN=hf_a                       -> hf_a HUGGINGFACE_TOKEN in the environment
-environment HF_TOKEN=hf_a | .env HF_TOKEN=hf_b           -> hf_a HF_TOKEN in the environment
-environment HF_TOKEN= | .env HF_TOKEN=hf_b               -> hf_b HF_TOKEN in .env
-.env export HF_TOKEN='hf_b' # mine                       -> hf_b HF_TOKEN in .env
-.env HF_TOKEN=hf_b | kaggle HUGGINGFACE_TOKEN=hf_c       -> hf_b HF_TOKEN in .env
-kaggle HUGGINGFACE_TOKEN="hf_c" | stored file=hf_d       -> hf_c HUGGINGFACE_TOKEN in Kaggle's secrets
-kaggle HF_TOKEN=hf_c                                     -> hf_c HF_TOKEN in Kaggle's secrets
-kaggle unrelated=x | stored file=hf_d                    -> hf_d an earlier log-in
-environment HF_TOKEN=' ' | stored file=hf_d              -> hf_d an earlier log-in
-environment HF_TOKEN=hf_é x | stored file=hf_d           -> hf_d an earlier log-in
+                                                   ->
+environment HF_TOKEN=hf_a                          -> hf_a HF_TOKEN in the environment
+environment HUGGING_FACE_HUB_TOKEN=hf_a            -> hf_a HUGGING_FACE_HUB_TOKEN in the environment
+environment HUGGINGFACE_TOKEN=hf_a                 -> hf_a HUGGINGFACE_TOKEN in the environment
+environment HF_TOKEN=hf_a | .env HF_TOKEN=hf_b     -> hf_a HF_TOKEN in the environment
+environment HF_TOKEN= | .env HF_TOKEN=hf_b         -> hf_b HF_TOKEN in .env
+.env export HF_TOKEN='hf_b' # mine                 -> hf_b HF_TOKEN in .env
+.env HF_TOKEN=hf_b | kaggle HUGGINGFACE_TOKEN=hf_c -> hf_b HF_TOKEN in .env
+kaggle HUGGINGFACE_TOKEN="hf_c" | stored file=hf_d -> hf_c HUGGINGFACE_TOKEN in Kaggle's secrets
+kaggle HF_TOKEN=hf_c                               -> hf_c HF_TOKEN in Kaggle's secrets
+kaggle HF_TOKEN= | kaggle HUGGINGFACE_TOKEN=hf_c   -> hf_c HUGGINGFACE_TOKEN in Kaggle's secrets
+kaggle unrelated=x | stored file=hf_d              -> hf_d an earlier log-in
+environment HF_TOKEN=' ' | stored file=hf_d        -> hf_d an earlier log-in
+environment HF_TOKEN=hf_é x | stored file=hf_d     -> hf_d an earlier log-in
 """.strip("\n")
 
 
@@ -200,6 +201,24 @@ def test_one_failed_answer_of_the_hub_is_asked_for_again(patient_hub, status):
 
     huggingface_hub.create_repo("alice/model", token=secret.value)
     assert ("model", "alice/model") in patient_hub.repos
+
+
+def test_hub_client_leaves_a_silent_hub_and_waits_longer_for_a_commit(patient_hub, monkeypatch):
+    import httpx
+    import huggingface_hub
+
+    monkeypatch.setattr(finetune_r1, "HUB_TIMEOUT", 0.5)
+    assert huggingface_hub.get_session().timeout == httpx.Timeout(None)
+    patient_hub.add_repo("model", "alice/model")
+    patient_hub.faults = [Fault("POST", "/commit/", delay=2)]
+    add = huggingface_hub.CommitOperationAdd("a.txt", b"1")
+    huggingface_hub.create_commit(
+        "alice/model", [add], commit_message="Push", token="hf_writetoken"
+    )
+    assert patient_hub.repos["model", "alice/model"].files == {"a.txt": b"1"}
+    patient_hub.faults = [Fault("GET", "whoami", times=ALWAYS, delay=STALL)]
+    with pytest.raises(UserError, match="timed out"):
+        finetune_r1.hub_account(finetune_r1.Secret("hf_writetoken", "here"))
 
 
 @pytest.mark.parametrize(
