@@ -61,7 +61,7 @@ from typing import Annotated, Any, Literal, NamedTuple, Self
 import prompts
 from prompts import Lang
 
-if sys.platform == "win32":  # no SIGHUP there, and the training libraries are tested on Linux
+if sys.platform == "win32":  # no SIGHUP there
     sys.exit(
         "error: Windows is not supported.\nhint: use WSL 2 (`wsl --install`), then run this there"
     )
@@ -163,7 +163,7 @@ CPU_BILLIONS = 2.0  # larger models take minutes a step on a CPU, and outgrow a 
 CHECKPOINT_SECONDS = 300
 # Where --hub-checkpoints keeps a run in its repository, and how long the end waits for the last one.
 HUB_FOLDER, HUB_SECONDS = "run-to-resume", 600
-# For a whole block of 64 MB; with hf_xet's own values a silent server takes 20 minutes.
+# Counted for a whole block; with hf_xet's own values a silent server holds it for 20 minutes.
 XET_DOWNLOADS = {"HF_XET_CLIENT_READ_TIMEOUT": "120s", "HF_XET_CLIENT_RETRY_MAX_ATTEMPTS": "2"}
 STALLED_SECONDS, READ_AGAIN_SECONDS = 120, 3
 HUB_TIMEOUT = 30  # seconds without a byte
