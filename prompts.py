@@ -72,36 +72,91 @@ BEFORE_AFTER: dict[Lang, str] = {
 }
 
 
-# What clients render a conversation with (Jinja), so that they ask as training did. A system message joins
-# the instruction. Of earlier answers, the thoughts are left out, as DeepSeek's own template does it.
+# What clients render a conversation with (Jinja), so that they ask as training did. System messages join the
+# instruction. Earlier answers lose their thoughts, as in DeepSeek's own template; a last message whose thought
+# is still open ends there, to be continued. It has no tag of transformers' own: `generation` breaks other
+# engines (minijinja issue 815). Nor has it the words "tool_call" and "tools": Ollama would offer tools to it.
 CHAT_TEMPLATE = """\
+{%- macro text(content) -%}
+    {%- if content is string -%}
+        {{- content -}}
+    {%- elif content -%}
+        {%- for part in content -%}
+            {%- if part['type'] != 'text' -%}
+                {{- raise_exception('This model reads text only, not ' + part['type'] + '.') -}}
+            {%- endif -%}
+            {{- ('' if loop.first else '\\n') + part['text'] -}}
+        {%- endfor -%}
+    {%- endif -%}
+{%- endmacro -%}
+{%- set system = namespace(gap='\\n') -%}
 {{- BOS + INSTRUCTION -}}
 {%- for message in messages -%}
-    {%- if message['role'] == 'system' -%}
-        {{- '\\n' + message['content'] | trim -}}
+    {%- set said = text(message['content']) | trim -%}
+    {%- if message['role'] in ['system', 'developer'] and said -%}
+        {{- system.gap + said -}}
+        {%- set system.gap = '\\n\\n' -%}
     {%- endif -%}
 {%- endfor -%}
 {%- for message in messages -%}
+    {%- set said = text(message['content']) -%}
     {%- if message['role'] == 'user' -%}
-        {{- QUESTION + message['content'] | trim -}}
+        {{- QUESTION + said | trim -}}
     {%- elif message['role'] == 'assistant' -%}
-        {%- set parts = message['content'].split('</think>') -%}
-        {%- set thought = message['reasoning_content'] -%}
-        {%- if not thought -%}
-            {%- set thought = parts[0].split('<think>')[-1] if parts | length > 1 else '' -%}
+        {%- set parts = said.split('</think>') -%}
+        {%- set answer = parts[-1].split('<think>')[0] | trim -%}
+        {%- set thought = message['reasoning_content'] or message['reasoning'] or '' -%}
+        {%- if not loop.last -%}
+            {{- RESPONSE + answer + eos_token -}}
+        {%- elif '</think>' not in said and '<think>' in said -%}
+            {{- RESPONSE + '<think>' + (said.split('<think>')[-1] or '\\n') -}}
+        {%- elif thought and not answer -%}
+            {{- RESPONSE + '<think>\\n' + thought -}}
+        {%- else -%}
+            {%- if parts | length > 1 -%}
+                {%- set thought = parts[0].split('<think>')[-1] -%}
+            {%- endif -%}
+            {{- RESPONSE + '<think>\\n' + thought | trim + '\\n</think>\\n' + answer + eos_token -}}
         {%- endif -%}
-        {%- set shown = thought | trim + '\\n</think>\\n' if loop.last else '' -%}
-        {{- RESPONSE + ('<think>\\n' if loop.last else '') -}}
-        {%- generation -%}
-        {{- shown + parts[-1] | trim + eos_token -}}
-        {%- endgeneration -%}
-    {%- elif message['role'] != 'system' -%}
-        {{- raise_exception('This model knows the roles system, user and assistant.') -}}
+    {%- elif message['role'] not in ['system', 'developer'] -%}
+        {{- raise_exception('This model knows the roles system, user and assistant, not ' + message['role'] + '.') -}}
     {%- endif -%}
 {%- endfor -%}
 {%- if add_generation_prompt -%}
     {{- RESPONSE + '<think>\\n' -}}
 {%- endif -%}
+"""
+
+# The same in Ollama's language, Go's text/template, which has no functions to search or trim a text: the templates
+# at its head do it by calling themselves with a byte less. "answer" gets a content twice, divided by a NUL.
+# Ollama reads off the tags around .Thinking what a thought is.
+OLLAMA_TEMPLATE = """\
+{{- define "trim" }}{{ if . }}{{ $end := len (slice . 1) }}
+{{- if eq (slice . 0 1) " " "\\n" "\\t" "\\r" }}{{ template "trim" (slice . 1) }}
+{{- else if eq (slice . $end) " " "\\n" "\\t" "\\r" }}{{ template "trim" (slice . 0 $end) }}
+{{- else }}{{ . }}{{ end }}{{ end }}{{ end }}
+{{- define "before NUL" }}{{ $end := len (slice . 1) }}
+{{- if eq (slice . $end) "\\x00" }}{{ template "trim" (slice . 0 $end) }}
+{{- else }}{{ template "before NUL" (slice . 0 $end) }}{{ end }}{{ end }}
+{{- define "answer" }}
+{{- if eq (slice . 0 1) "\\x00" }}
+{{- if not (and (ge (len .) 8) (eq (slice . 1 8) "<think>")) }}{{ template "trim" (slice . 1) }}{{ end }}
+{{- else if and (ge (len .) 8) (eq (slice . 0 8) "</think>") }}{{ template "before NUL" (slice . 8) }}
+{{- else }}{{ template "answer" (slice . 1) }}{{ end }}{{ end -}}
+{{- INSTRUCTION }}{{ if .System }}{{ "\\n" }}{{ template "trim" .System }}{{ end }}
+{{- range $i, $_ := .Messages }}{{ $last := eq (len (slice $.Messages $i)) 1 }}
+{{- if eq .Role "user" }}{{ QUESTION }}{{ template "trim" .Content }}{{ end }}
+{{- if and (eq .Role "assistant") (not $last) }}{{ RESPONSE }}
+{{- template "answer" (printf "%s\\x00%s" .Content .Content) }}{{ EOS }}{{ end }}
+{{- if $last }}{{ RESPONSE }}
+{{- if ne .Role "assistant" }}<think>
+{{ else if and (ge (len .Content) 7) (eq (slice .Content 0 7) "<think>") }}{{ .Content }}
+{{- else if and .Thinking (not .Content) }}<think>
+{{ .Thinking }}
+{{- else }}<think>
+{{ .Thinking }}
+</think>
+{{ .Content }}{{ end }}{{ end }}{{ end -}}
 """
 
 # Lines on the card that make `chat`, by whether the repository holds merged weights or the adapter alone.
@@ -184,14 +239,23 @@ def build_example(question: str, thought: str, answer: str, eos: str, lang: Lang
 
 def build_chat_template(has_bos: bool, lang: Lang = "en") -> str:
     """`CHAT_TEMPLATE` with the training prompt's parts; `has_bos` says whether a text begins with BOS."""
+    return fill_template(CHAT_TEMPLATE, lang, BOS="bos_token" if has_bos else "''")
+
+
+def fill_template(template: str, lang: Lang, **values: str) -> str:
+    """A template with the training prompt's parts as quoted strings, and `values`, in place of their names."""
     head, tail = TEMPLATES[lang].split("{question}")
     instruction, mark, question = head.rpartition("\n\n### ")
-    response = tail.removesuffix(f"{THINK_OPEN}\n")
-    parts = {"INSTRUCTION": instruction, "QUESTION": mark + question, "RESPONSE": response}
-    text = CHAT_TEMPLATE.replace("BOS", "bos_token" if has_bos else "''")
+    parts = {
+        "INSTRUCTION": instruction,
+        "QUESTION": mark + question,
+        "RESPONSE": tail.removesuffix(f"{THINK_OPEN}\n"),
+    }
     for name, part in parts.items():
-        text = text.replace(name, json.dumps(part, ensure_ascii=False))
-    return text
+        values[name] = json.dumps(part, ensure_ascii=False)
+    for name, value in values.items():
+        template = template.replace(name, value)
+    return template
 
 
 def split_response(text: str, thinks: bool = True) -> tuple[str, str, bool]:
@@ -378,8 +442,7 @@ def guess_columns(columns: dict[str, list[Any]]) -> list[str] | None:
 
 def build_ollama_template(eos: str, lang: Lang) -> str:
     """The chat template in Ollama's language, Go's text/template."""
-    template = TEMPLATES[lang].replace("{question}", "{{ .Prompt }}")
-    return template
+    return fill_template(OLLAMA_TEMPLATE, lang, EOS=json.dumps(eos, ensure_ascii=False))
 
 
 def build_ollama_files(
