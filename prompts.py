@@ -72,10 +72,10 @@ BEFORE_AFTER: dict[Lang, str] = {
 }
 
 
-# What clients render a conversation with (Jinja), so that they ask as training did. System messages join the
-# instruction. Earlier answers lose their thoughts, as in DeepSeek's own template; a last message whose thought
-# is still open ends there, to be continued. It has no tag of transformers' own: `generation` breaks other
-# engines (minijinja issue 815). Nor has it the words "tool_call" and "tools": Ollama would offer tools to it.
+# The prompt as clients render a conversation (Jinja). System messages join the instruction. Earlier
+# answers lose their thoughts, as in DeepSeek's own template. A last message whose thought is still
+# open is continued. No `generation` tag: other engines than transformers' fail on it (minijinja
+# issue 815). Nor "tools" or "tool_call" in any word: Ollama would take that for support of them.
 CHAT_TEMPLATE = """\
 {%- macro text(content) -%}
     {%- if content is string -%}
@@ -89,13 +89,13 @@ CHAT_TEMPLATE = """\
         {%- endfor -%}
     {%- endif -%}
 {%- endmacro -%}
-{%- set system = namespace(gap='\\n') -%}
+{%- set state = namespace(gap='\\n', is_open=false) -%}
 {{- BOS + INSTRUCTION -}}
 {%- for message in messages -%}
     {%- set said = text(message['content']) | trim -%}
     {%- if message['role'] in ['system', 'developer'] and said -%}
-        {{- system.gap + said -}}
-        {%- set system.gap = '\\n\\n' -%}
+        {{- state.gap + said -}}
+        {%- set state.gap = '\\n\\n' -%}
     {%- endif -%}
 {%- endfor -%}
 {%- for message in messages -%}
@@ -103,33 +103,36 @@ CHAT_TEMPLATE = """\
     {%- if message['role'] == 'user' -%}
         {{- QUESTION + said | trim -}}
     {%- elif message['role'] == 'assistant' -%}
+        {{- RESPONSE -}}
         {%- set parts = said.split('</think>') -%}
         {%- set answer = parts[-1].split('<think>')[0] | trim -%}
         {%- set thought = message['reasoning_content'] or message['reasoning'] or '' -%}
         {%- if not loop.last -%}
-            {{- RESPONSE + answer + eos_token -}}
-        {%- elif '</think>' not in said and '<think>' in said -%}
-            {{- RESPONSE + '<think>' + (said.split('<think>')[-1] or '\\n') -}}
+            {{- answer + eos_token -}}
+        {%- elif '<think>' in said and '</think>' not in said -%}
+            {%- set state.is_open = true -%}
+            {{- '<think>' + (said.split('<think>')[-1] or '\\n') -}}
         {%- elif thought and not answer -%}
-            {{- RESPONSE + '<think>\\n' + thought -}}
+            {%- set state.is_open = true -%}
+            {{- '<think>\\n' + thought -}}
         {%- else -%}
-            {%- if parts | length > 1 -%}
+            {%- if '</think>' in said -%}
                 {%- set thought = parts[0].split('<think>')[-1] -%}
             {%- endif -%}
-            {{- RESPONSE + '<think>\\n' + thought | trim + '\\n</think>\\n' + answer + eos_token -}}
+            {{- '<think>\\n' + thought | trim + '\\n</think>\\n' + answer + eos_token -}}
         {%- endif -%}
     {%- elif message['role'] not in ['system', 'developer'] -%}
         {{- raise_exception('This model knows the roles system, user and assistant, not ' + message['role'] + '.') -}}
     {%- endif -%}
 {%- endfor -%}
-{%- if add_generation_prompt -%}
+{%- if add_generation_prompt and not state.is_open -%}
     {{- RESPONSE + '<think>\\n' -}}
 {%- endif -%}
 """
 
-# The same in Ollama's language, Go's text/template, which has no functions to search or trim a text: the templates
-# at its head do it by calling themselves with a byte less. "answer" gets a content twice, divided by a NUL.
-# Ollama reads off the tags around .Thinking what a thought is.
+# The same for Ollama (Go's text/template), which has no function to search or trim a text: the
+# templates at its head call themselves with a byte less. "answer" takes a content twice, with a NUL
+# between. Ollama infers from the tags around .Thinking what a thought is.
 OLLAMA_TEMPLATE = """\
 {{- define "trim" }}{{ if . }}{{ $end := len (slice . 1) }}
 {{- if eq (slice . 0 1) " " "\\n" "\\t" "\\r" }}{{ template "trim" (slice . 1) }}
@@ -151,12 +154,12 @@ OLLAMA_TEMPLATE = """\
 {{- if $last }}{{ RESPONSE }}
 {{- if ne .Role "assistant" }}<think>
 {{ else if and (ge (len .Content) 7) (eq (slice .Content 0 7) "<think>") }}{{ .Content }}
-{{- else if and .Thinking (not .Content) }}<think>
-{{ .Thinking }}
-{{- else }}<think>
+{{- else }}
+{{- if or .Content (not .Thinking) }}<think>
 {{ .Thinking }}
 </think>
-{{ .Content }}{{ end }}{{ end }}{{ end -}}
+{{ else }}<think>
+{{ .Thinking }}{{ end }}{{ .Content }}{{ end }}{{ end }}{{ end -}}
 """
 
 # Lines on the card that make `chat`, by whether the repository holds merged weights or the adapter alone.
@@ -441,14 +444,17 @@ def guess_columns(columns: dict[str, list[Any]]) -> list[str] | None:
 
 
 def build_ollama_template(eos: str, lang: Lang) -> str:
-    """The chat template in Ollama's language, Go's text/template."""
+    """The chat template as Ollama takes it."""
     return fill_template(OLLAMA_TEMPLATE, lang, EOS=json.dumps(eos, ensure_ascii=False))
 
 
 def build_ollama_files(
     eos: str, context: int, sampling: dict[str, float], lang: Lang
 ) -> dict[str, str]:
-    """Files by name, for the root of a repository with a GGUF: `ollama run hf.co/…` takes them from there."""
+    """Files by name for the root of a Hub repository with a GGUF, where `ollama run hf.co/…` finds them.
+
+    Without them the Hub takes every template with "### Instruction:" for Alpaca's (ollama issue 8982).
+    """
     params = {"stop": [eos], "num_ctx": context, **sampling}
     return {
         "template": build_ollama_template(eos, lang),
@@ -459,7 +465,7 @@ def build_ollama_files(
 def build_modelfile(
     eos: str, context: int, sampling: dict[str, float], lang: Lang, weights: str
 ) -> str:
-    """An Ollama Modelfile for `weights` beside it: training prompt, stop at `eos`, `context` in tokens."""
+    """An Ollama Modelfile for `weights` beside it; `context` is in tokens."""
     lines = [
         f"FROM {weights}",
         f'TEMPLATE """{build_ollama_template(eos, lang)}"""',
