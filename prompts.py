@@ -126,8 +126,8 @@ CHAT_TEMPLATE = """\
 """
 
 # The same for Ollama. Go's text/template can't search or trim, so the first three templates call
-# themselves with a byte less; "answer" takes a content twice, with a NUL between. What stands around
-# .Thinking tells Ollama the tags of a thought.
+# themselves with a byte less; "answer" takes a content twice, with a NUL between. The text around
+# .Thinking tells Ollama what the tags are.
 OLLAMA_TEMPLATE = """\
 {{- define "trim" }}{{ if . }}{{ $end := len (slice . 1) }}
 {{- if eq (slice . 0 1) " " "\\n" "\\t" "\\r" }}{{ template "trim" (slice . 1) }}
@@ -450,7 +450,7 @@ def build_ollama_files(
 def build_modelfile(
     eos: str, context: int, sampling: dict[str, float], lang: Lang, weights: str
 ) -> str:
-    """An Ollama Modelfile for `weights` beside it; `context` is in tokens."""
+    """A Modelfile for `weights` beside it; `context` is in tokens."""
     template = fill_template(OLLAMA_TEMPLATE, lang, eos)
     text = f'FROM {weights}\nTEMPLATE """{template}"""\nPARAMETER stop "{eos}"\n'
     for name, value in {"num_ctx": context, **sampling}.items():
