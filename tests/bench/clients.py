@@ -1,9 +1,9 @@
-"""Renders the conversations of tests/conversations.py with the saved chat template in other programs.
+"""Renders the conversations of tests/conversations.py in the programs that people use.
 
     uv run tests/bench/clients.py [TRANSFORMERS…]
 
-Packages come from their registries (uv, npm), so it is no test; Go has to be installed. What is not as
-expected is printed below the table.
+Packages come from their registries (uv, npm), so it is no test; Go has to be installed. What is not
+as expected is printed below the table.
 """
 
 import json
@@ -14,8 +14,8 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-HERE = Path(__file__).resolve().parent
-sys.path.extend([str(HERE.parents[1]), str(HERE.parent)])
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import published
 from conversations import CASES, EOS, OPENAI_CASES, REFUSED
@@ -23,6 +23,7 @@ from conversations import CASES, EOS, OPENAI_CASES, REFUSED
 import finetune_r1
 import prompts
 
+HERE = Path(__file__).resolve().parent
 BOS = published.BOS
 ALL_CASES = CASES | OPENAI_CASES
 VERSIONS = sys.argv[1:] or ["4.46.3", "4.57.6", "5.17.0", ""]
