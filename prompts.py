@@ -127,7 +127,7 @@ CHAT_TEMPLATE = """\
 
 # The same for Ollama. Go's text/template can't search or trim, so the first three templates call
 # themselves with a byte less; "answer" takes a content twice, with a NUL between. The text around
-# .Thinking tells Ollama what the tags are.
+# .Thinking tells Ollama the tags.
 OLLAMA_TEMPLATE = """\
 {{- define "trim" }}{{ if . }}{{ $end := len (slice . 1) }}
 {{- if eq (slice . 0 1) " " "\\n" "\\t" "\\r" }}{{ template "trim" (slice . 1) }}
@@ -240,7 +240,7 @@ def build_chat_template(has_bos: bool, lang: Lang = "en") -> str:
 
 
 def fill_template(template: str, lang: Lang, eos: str = "") -> str:
-    """Put the parts of the training prompt, quoted, in place of their names."""
+    """Put the parts of the training prompt in place of their names."""
     head, response = TEMPLATES[lang].removesuffix(f"{THINK_OPEN}\n").split("{question}")
     start = head.rindex("\n\n### ")
     parts = {
