@@ -167,51 +167,67 @@ def in_ollama(lang: prompts.Lang) -> dict[str, str]:
     return dict(zip(asked, rendered, strict=True))
 
 
+def in_transformers(folder: Path, version: str) -> tuple[str, dict[str, str]]:
+    """A model as it is saved, in a version of transformers: its name, and what differs."""
+    package = f"transformers=={version}" if version else "transformers"
+    where = install(folder / f"transformers-{version}", package)
+    command = [sys.executable, "-c", IN_TRANSFORMERS, folder / "saved"]
+    found = run(command, conversations(True), PYTHONPATH=str(where), HF_HUB_OFFLINE="1")
+    name = f"transformers {found.pop('version')}"
+    checks = {"batch": found.pop("batch"), "rope": found.pop("rope")}
+    wrong = differences(found)
+    for check, is_right in checks.items():
+        if not is_right:
+            wrong[check] = "differs"
+    return name, wrong
+
+
+def save_model(folder: Path) -> None:
+    finetune_r1.import_unsloth()
+    base = published.write_model(folder / "base", "deepseek")
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    saved = folder / "saved"
+    AutoModelForCausalLM.from_pretrained(base, dtype=torch.bfloat16).save_pretrained(saved)
+    finetune_r1.save_tokenizer(finetune_r1.load_tokenizer(base), saved, "en")
+    finetune_r1.save_config(saved)
+
+
+def in_minijinja(folder: Path) -> dict[str, str]:
+    where = install(folder / "minijinja", "minijinja")
+    stdin = [prompts.build_chat_template(has_bos=True), BOS, EOS, conversations(False)]
+    return run([sys.executable, "-c", IN_MINIJINJA], stdin, PYTHONPATH=str(where))
+
+
+def in_javascript(folder: Path) -> dict[str, Any]:
+    (folder / "hub.mjs").write_text((HERE / "hub.mjs").read_text())
+    packages = ["@huggingface/jinja", "@huggingface/ollama-utils"]
+    subprocess.run(["npm", "install", "--silent", *packages], cwd=folder, check=True)
+    asked = {}
+    for name, (messages, options) in conversations(False).items():
+        asked[name] = {"messages": messages, "asks": options["add_generation_prompt"]}
+    stdin = {
+        "template": prompts.build_chat_template(has_bos=True),
+        "bos": BOS,
+        "eos": EOS,
+        "conversations": asked,
+    }
+    return run(["node", folder / "hub.mjs"], stdin)
+
+
 def main() -> None:
     results: dict[str, dict[str, str]] = {}
-    finetune_r1.import_unsloth()
     with tempfile.TemporaryDirectory() as place:
         folder = Path(place)
-
-        # A model as it is saved, in each version of transformers.
-        base = published.write_model(folder / "base", "deepseek")
-        import torch
-        from transformers import AutoModelForCausalLM
-
-        saved = folder / "saved"
-        AutoModelForCausalLM.from_pretrained(base, dtype=torch.bfloat16).save_pretrained(saved)
-        finetune_r1.save_tokenizer(finetune_r1.load_tokenizer(base), saved, "en")
-        finetune_r1.save_config(saved)
+        save_model(folder)
         for version in VERSIONS:
-            package = f"transformers=={version}" if version else "transformers"
-            where = install(folder / f"transformers-{version}", package)
-            command = [sys.executable, "-c", IN_TRANSFORMERS, saved]
-            found = run(command, conversations(True), PYTHONPATH=str(where), HF_HUB_OFFLINE="1")
-            client = f"transformers {found.pop('version')}"
-            checks = {"batch": found.pop("batch"), "rope": found.pop("rope")}
-            results[client] = differences(found)
-            for name, is_right in checks.items():
-                if not is_right:
-                    results[client][name] = "differs"
-
-        # Other engines.
-        template = prompts.build_chat_template(has_bos=True)
-        where = install(folder / "minijinja", "minijinja")
-        stdin = [template, BOS, EOS, conversations(False)]
-        found = run([sys.executable, "-c", IN_MINIJINJA], stdin, PYTHONPATH=str(where))
-        results["minijinja"] = differences(found)
-
-        (folder / "hub.mjs").write_text((HERE / "hub.mjs").read_text())
-        packages = ["@huggingface/jinja", "@huggingface/ollama-utils"]
-        subprocess.run(["npm", "install", "--silent", *packages], cwd=folder, check=True)
-        asked = {}
-        for name, (messages, options) in conversations(False).items():
-            asked[name] = {"messages": messages, "asks": options["add_generation_prompt"]}
-        stdin = {"template": template, "bos": BOS, "eos": EOS, "conversations": asked}
-        found = run(["node", folder / "hub.mjs"], stdin)
+            client, wrong = in_transformers(folder, version)
+            results[client] = wrong
+        results["minijinja"] = differences(in_minijinja(folder))
+        found = in_javascript(folder)
         results["@huggingface/jinja"] = differences(found["rendered"])
         print(f"without our files, the Hub makes for Ollama: {found['converted']!r}\n")
-
     results["llama.cpp"] = differences(in_llama_cpp(), bos="", eos="<|im_end|>")
     results["Ollama (Go)"] = {}
     for lang in ("en", "zh"):
