@@ -509,16 +509,16 @@ def parse_multiple_choice(
 
 
 # An option, which `predicted_option` marks <C>, or <<C>> for its text.
-X = r"\W*(?:(?:option|choice|answer|letter|选项|答案)\W*)?<+(\w)>+"
+X = r"\W{0,9}(?:(?:option|choice|answer|letter|选项|答案)\W{0,9})?<+(\w)>+"
 CLAIMS = (
     # "the best answer is therefore (C)", "答案：C"
     r"(?i)(?:\b(?:answer|option|choice|one|best|correct|appropriate|likely)\b|[答选对佳]|正确)"
-    rf"[^<]*?(?:\b(?:is|be|was)\b|[:→是为应选]|->)(?: therefore| to give)?{X}",
+    rf"[^<]{{0,90}}?(?:\b(?:is|be|was)\b|[:→是为应选]|->)(?: \w+ly| therefore| to give)?{X}",
     # "I would go with C", "it is C", "应选择C"
     r"(?i)(?:choose|chose|select|pick|say|(?:go|going|consistent) (?:with|for)|so|therefore|it's"
     rf"|(?:it|this) (?:is|must be)|选择?|认为是|因此){X}(?! (?:is|would)|[是正])",
     # "C is right", "C选项正确"
-    rf"(?i)(?:^|\b(?:to|that|think|but|while|so|therefore)\b|所以|因此|故){X}[^<]*?(?:[对佳]"
+    rf"(?i)(?:^|\b(?:to|that|think|but|while|so|therefore)\b|所以|因此|故){X}[^<]{{0,90}}?(?:[对佳]"
     r"|\b(?:right|correct|best|answer|(?:most|more) (?!common|often))|正确|答案|符合|合适)",
 )
 # After these a clause claims nothing: "not C", "C is less likely", "不选C".
