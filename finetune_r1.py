@@ -4491,18 +4491,17 @@ def eval_(config: EvalConfig, run: RunOption = None) -> dict[str, Any]:
                 "--answers 0: multiple choice is graded by its answers.", "leave the option out"
             )
         try:
-            base = prompts.number_base(records, choice_columns[0])
+            readable, reasons = prompts.read_multiple_choice(records, choice_columns[0])
         except ValueError as error:
             raise UserError(
                 f"--dataset: {error}.", "write letters as keys, or name more rows by --split"
             ) from None
         records = records.take(min(answers, len(records)))
-        for number, record in enumerate(records):
-            try:
-                choice = prompts.parse_multiple_choice(record, choice_columns[0], base)
-            except ValueError as error:
-                refused.append(f"row {number}: {error}")
+        for number in range(len(records)):
+            if number in reasons:
+                refused.append(f"row {number}: {reasons[number]}")
                 continue
+            choice = readable[number]
             if not (trained(choice.question) or trained(choice.text)):
                 choices.append(choice)
     else:
