@@ -4623,29 +4623,34 @@ def eval_(config: EvalConfig, run: RunOption = None) -> dict[str, Any]:
     choice_columns = [
         pair for pair in prompts.CHOICE_COLUMNS if set(pair) <= set(records.column_names)
     ]
-    choices, new, unkeyed = [], [], 0
+    choices, new, refused = [], [], []
     if choice_columns:
         if not answers:
             raise UserError(
                 "--answers 0: multiple choice is graded by its answers.", "leave the option out"
             )
+        try:
+            readable, reasons = prompts.read_multiple_choice(records, choice_columns[0])
+        except ValueError as error:
+            raise UserError(
+                f"--dataset: {error}.", "write letters as keys, or name more rows by --split"
+            ) from None
         records = records.take(min(answers, len(records)))
-        for record in records:
-            choice = prompts.parse_multiple_choice(record, choice_columns[0])
-            if not choice:
-                unkeyed += 1
-            elif not (trained(choice.question) or trained(choice.text)):
+        for number in range(len(records)):
+            if number in reasons:
+                refused.append(f"row {number}: {reasons[number]}")
+                continue
+            choice = readable[number]
+            if not (trained(choice.question) or trained(choice.text)):
                 choices.append(choice)
     else:
         check_columns(records, asked)
         for number, record in enumerate(records):
             if not trained(prompts.read_record(record, asked.columns, ()).question):
                 new.append(number)
-    known = len(records) - unkeyed - len(choices) - len(new)
-    if unkeyed:
-        log(
-            f"note: {unkeyed} of {len(records)} questions are left out: their key is none of their options"
-        )
+    known = len(records) - len(refused) - len(choices) - len(new)
+    if refused:
+        log(f"note: {len(refused)} of {len(records)} questions are left out", *refused[:5])
     if known:
         log(
             f"note: {known} of {len(records)} questions are left out: trained on, or nearly the same"

@@ -9,7 +9,9 @@ the recipe were trained on these bytes. What becomes of a record, as text and as
 given, is decided here too, and what an answer is worth.
 """
 
+import ast
 import collections
+import contextlib
 import functools
 import html
 import itertools
@@ -20,7 +22,7 @@ import statistics
 import string
 import unicodedata
 import zlib
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any, Literal, NamedTuple
 
 Lang = Literal["en", "zh"]
@@ -478,8 +480,22 @@ def measure(answer: dict[str, Any]) -> dict[str, float]:
     return counted
 
 
+# ---------------------------------------------------------------------------------- multiple choice
+# Reads multiple-choice records, and which option an answer settles on.
+# Promises to refuse what is unclear: a record with a reason, an answer as unread.
+# Leaves published benchmark figures to lm-evaluation-harness.
+
+# Of options and key: MedQA's, MMLU's, MedMCQA's.
+CHOICE_COLUMNS = (
+    ("options", "answer_idx"),
+    ("options", "answer"),
+    ("choices", "answer"),
+    ("opa", "cop"),
+)
+
+
 class MultipleChoice(NamedTuple):
-    """A multiple-choice question: its options by letter, and the letter of the right one."""
+    """A question, its options by letter, and the letter of the right one."""
 
     question: str
     options: dict[str, str]
@@ -488,129 +504,140 @@ class MultipleChoice(NamedTuple):
     @property
     def text(self) -> str:
         """As it is asked."""
-        text = self.question
-        for letter, option in self.options.items():
-            text += f"\n{letter}. {option}"
-        return f"{text}\nSay which option is right."
+        options = [f"{letter}. {option}" for letter, option in self.options.items()]
+        return "\n".join([self.question, *options, "Say which option is right."])
 
 
-# Columns of options and key: MedQA's, MMLU's, and MedMCQA's, whose options are in four.
-CHOICE_COLUMNS = (("options", "answer_idx"), ("choices", "answer"), ("opa", "cop"))
+def option_name(key: Any) -> str:
+    """A key or an option's name, to compare them: "(b)" is B, 2.0 is 2."""
+    return str(key).strip(" .:()").removesuffix(".0").upper()
 
 
-def parse_multiple_choice(
-    record: dict[str, Any], columns: tuple[str, str]
-) -> MultipleChoice | None:
-    """Reads a record by its columns of options and key, which is an option's name, letter, or number from 0.
+def read_options(record: dict[str, Any], column: str) -> dict[str, str]:
+    """A record's options by name, or by letter in a list; empty unless 2 to 26 different texts."""
+    options = record.get(column)
+    if column == "opa":
+        options = [record.get(f"op{letter}") for letter in "abcd"]
+    for parse in (json.loads, ast.literal_eval):  # a CSV's text: JSON, or as pandas writes it
+        if isinstance(options, str):
+            with contextlib.suppress(ValueError, SyntaxError, TypeError):
+                options = parse(options)
+    pairs: list[Any] = []
+    if isinstance(options, dict):  # `datasets` fills in None for other records' names
+        pairs = [(name, text) for name, text in options.items() if text is not None]
+    elif isinstance(options, list) and all(isinstance(each, dict) for each in options):
+        pairs = [(each.get("key"), each.get("text") or each.get("value")) for each in options]
+    elif isinstance(options, list):
+        pairs = list(zip(string.ascii_uppercase, options, strict=False))
+    named = {}
+    for name, text in pairs:
+        if isinstance(text, str | int | float):
+            named[option_name(name)] = str(text).strip()
+    different = len(set(named.values()) - {""})
+    return named if 2 <= different == len(pairs) <= 26 else {}
 
-    None if the key is none of its options, or there is no question.
+
+def read_multiple_choice(
+    records: Iterable[dict[str, Any]], columns: tuple[str, str]
+) -> tuple[dict[int, MultipleChoice], dict[int, str]]:
+    """Reads `columns` of options and key: choices, and reasons where there is none, by position.
+
+    Options: a dict, list, list of {"key", "text" or "value"}, one of these as text, or opa to opd.
+    Key: a letter, text or number. Numbers count from 0 if one is 0, from 1 if one is the number of
+    its options; ValueError if neither or both are among them.
     """
-    options = record[columns[0]]
-    if columns[0] == "opa":
-        options = [record["opa"], record["opb"], record["opc"], record["opd"]]
-    named = options if isinstance(options, dict) else dict(enumerate(options))
-    # `datasets` fills in None for a name that only other records have.
-    texts = {str(name): str(text) for name, text in named.items() if text is not None}
-    letters = string.ascii_uppercase[: len(texts)]
-    meant: dict[str, str] = {}
-    for names in (
-        map(str, range(len(letters))),
-        letters,
-        texts,
-    ):  # where they clash, the later one counts
-        meant |= dict(zip(names, letters, strict=False))
-    question, right = (
-        record.get("question", record.get("Question")),
-        meant.get(str(record[columns[1]])),
-    )
-    if not question or not right:
-        return None
-    return MultipleChoice(question, dict(zip(letters, texts.values(), strict=False)), right)
+    read = []
+    numbers = []
+    for record in records:
+        options, key = read_options(record, columns[0]), record.get(columns[1])
+        name = option_name(key)
+        read.append((record, options, key))
+        if options and name.isdecimal() and name not in [*options, *options.values()]:
+            numbers.append((int(name), len(options)))
+
+    # What numbers mean is told by all records.
+    from_0 = any(number == 0 for number, _ in numbers)
+    from_1 = any(number == last for number, last in numbers)
+    if numbers and from_0 == from_1:
+        occur = "both occur" if from_0 else "never occur"
+        raise ValueError(
+            f"{columns[1]}: do numbers count from 0 or 1? 0 and the number of options {occur}"
+        )
+
+    choices = {}
+    reasons = {}
+    for position, (record, named, key) in enumerate(read):
+        question = record.get("question") or record.get("Question")
+        options = dict(zip(string.ascii_uppercase, named.values(), strict=False))
+        wanted = option_name(key)
+        fits = []
+        for number, (letter, name) in enumerate(zip(options, named, strict=True), start=from_1):
+            numbered = wanted == str(number) and wanted not in named
+            if name == wanted or options[letter] == key or numbered:
+                fits.append(letter)
+        if not isinstance(question, str) or not question.strip():
+            reasons[position] = "the question is empty or not text"
+        elif not named:
+            value = record.get(columns[0])
+            reasons[position] = f"{columns[0]} is not 2 to 26 different texts: {value!r:.200}"
+        elif len(fits) != 1:
+            count = "two" if fits else "none"
+            reasons[position] = f"{columns[1]} {key!r} fits {count} of {named}"
+        else:
+            choices[position] = MultipleChoice(question, options, fits[0])
+    return choices, reasons
 
 
-# An answer is read as signs, one for each of its words, and the rules are patterns of signs. A small letter
-# stands for a kind of word, whose first one begins with it.
-WORDS = {
-    "i": r"(?:is|are|was|be|would|must|does|can|could|should|seems)\b|->|→|[:=是为]",
-    "n": r"(?:not|neither|nor|unlike|(?:rather|other) than|instead of|rul(?:e|ed|ing) out|exclud(?:e|ing))\b"
-    "|而?不[是应宜]|而非|不选|排除",
-    "w": r"(?:wrong|incorrect|false|unlikely|less|ruled out|excluded)\b|不正确|不对|错误?",
-    "r": r"(?:right|correct|best|better|fits|preferred|appropriate|suitable|(?:most|more) likely)\b"
-    "|正确|对的|最佳|符合",
-    "a": r"(?:answer|ans|choice|option|response|diagnosis)\b|答案?",
-    "c": r"(?:choose|chose|select|pick|say|leaves|go(?:ing)? (?:with|for))\b|选择?(?!项)",
-    "&": r"(?:and|or)\b|[、和或及]",
-    "b": r"but\b|而",
-    "f": r"(?:for|the|to|it|i|i'd|my|that|this|which|letter|think|believe|so|then|therefore|thus|both|either"
-    r"|all|only|because|as|since|\w+ly)\b|选项|因此|所以|认为|因为|由于|[项故应都均也最]",
-    "x": r"[a-z0-9]+(?:[.'-][a-z0-9]+)*|[一-鿿]",  # any other
-    ".": r"[.!?;。\n]",
-    ",": ",",
-}
-# An option is its letter, a capital, after a sign of how it was named: by its text (t), or by its letter at a
-# line's head (h), after "option" (o), or anywhere else (l).
-OPTION = "(?: [loh][A-Z] (?: t[A-Z] )? | t[A-Z] )"
-OPTIONS = f"(?: {OPTION} (?: [,&] {OPTION} )* ,? & {OPTION} | {OPTION} )"
-DENIED = re.compile(rf"""(?x)
-      n f* [cx]? [cx]? f* {OPTIONS} ,? b?     # not C; not A, but
-    | {OPTIONS} [f,]* (?: i f* n | i? f* w )  # C is not; C is wrong
-""")
-CLAIMED = re.compile(rf"""(?x)
-      [rac] [^.A-Z]* i [.f]* {OPTIONS} (?!x)                            # the answer is C
-    | c f* {OPTIONS} (?!x)                                              # I choose C
-    | (?<!x) {OPTIONS} [f,]* (?: i [^.A-Z]* )? [ra]                     # C is right
-    | (?: (?: ^ | [.] ) [f,]* | f i f* ) (?!h) {OPTIONS} (?= [.] | $ )  # so, C; it is C
-""")
+# An option is its letter, or «C» where its text was; "A man", "C. difficile" and "C or D" are none.
+# The patterns are in ASCII mode, where \b also stands between Chinese and a letter.
+NO_OPTION = r"-|[.] | or | and |[、和或]"
+OPTION = rf"(?i:option |choice |选项)?«?\b([B-HJ-Z]|[AI](?! (?!is)[a-z]))\b»?(?!{NO_OPTION})"
+ANSWER = r"(?:\b(?i:answer|option|choice|diagnosis|treatment|step|one)\b|答案|选项|最)"
+GAP = r"[^«]{0,60}?"
+IS = r"(?:\b(?i:is|be)\b|:|为|是|选) ?"
+CHOOSE = r"(?i:\b(?:choose|chose|select|pick|with|for|it's|it is|so|therefore) |选择?)"
+START = r"(?i:^ ?|\b(?:to|that|but|so|think|therefore) |所以)"
+RIGHT = r"(?:\b(?:right|correct|best|answer|most)\b|正确|答案|最|合适)"
+CLAIMS = (  # the clearer first
+    ANSWER + GAP + IS + OPTION,  # "the best answer is (C)", "答案：C"
+    CHOOSE + OPTION,  # "I would choose C", "应选C"
+    START + OPTION + GAP + RIGHT,  # "so C is right", "C选项正确"
+    rf"^[ >-]*{OPTION} ?$",  # "C", "C. It lowers the risk"
+    r"«(.)»",  # "Give aspirin"
+)
+# What follows one of these in a clause claims nothing: "not C", "C is wrong", "不选C".
+NEGATION = r"(?i:\b(?:not|neither|incorrect|wrong|unlike|less|rather)\b|n't|[不非错]|排除)"
 
 
 def plain(text: str) -> str:
-    """The text without full-width letters, contractions, markup and LaTeX."""
+    """The text without markup, LaTeX, brackets and full-width letters."""
     text = unicodedata.normalize("NFKC", text).replace("’", "'")
-    text = text.replace("n't", " not").replace("t's ", "t is ")
-    text = re.sub(r"\\boxed|<answer>", " answer: ", text)
-    return re.sub(r"\\[a-zA-Z]+|</?\w+>|[*_`$#>{}\[\]【】\"“”]", "", text)
-
-
-def read_signs(answer: str, options: dict[str, str]) -> str:
-    """The signs of an answer."""
-    names = {plain(text).strip(" .").casefold(): letter for letter, text in options.items()}
-    texts = sorted((re.escape(name) for name in names if len(name) > 1), key=len, reverse=True)
-    one = rf"(?<![a-z0-9-])(?-i:[{''.join(options)}](?![a-zA-Z0-9'-]|\.\s+[a-z]))"  # not of E. coli
-    kinds = {
-        "t": rf"(?<![a-z0-9])(?:{'|'.join(texts) or '(?!)'})(?![a-z0-9])",
-        "h": rf"(?m:^)\W*(?:option |choice )?\(?{one}[).:、]+(?=[^\S\n]*\S)(?![^\S\n]*{one})",
-        "o": rf"(?:\b(?:option|choice|answer) |选项\s*|答案)\(?{one}",
-        "l": one,
-        **WORDS,
-    }
-    pattern = "|".join(f"({words})" for words in kinds.values())
-    signs = ""
-    for match in re.finditer(pattern, plain(answer), re.IGNORECASE):
-        sign = list(kinds)[(match.lastindex or 1) - 1]
-        signs += sign
-        if sign == "t":
-            signs += names.get(match[0].casefold(), "")
-        elif sign in "hol":
-            signs += match[0].rstrip(").:、")[-1]
-    return signs
+    text = re.sub(r"\\boxed|<answer>|【答案】", "answer: ", text)
+    return re.sub(r"\\[a-zA-Z]+|</?\w+>|[*_`$#<>«»(){}\[\]\"“”]", "", text)
 
 
 def predicted_option(answer: str, options: dict[str, str]) -> str | None:
-    """The letter of the option that an answer settles on; None if it can't be read, or stays open.
+    """The letter of the option that an answer settles on; None if it is unread or stays open.
 
-    What it denies is left aside. Its last claim counts; without one the option that it is headed by, then the
-    only one that it calls an option, then the only one whose text it names.
+    The first of `CLAIMS` that occurs counts, if all its occurrences mean one option.
     """
-    signs = DENIED.sub("f", read_signs(answer, options))
-    claims = CLAIMED.findall(signs)
-    if claims:
-        said = set(re.findall("[A-Z]", claims[-1]))
-        return said.pop() if len(said) == 1 else None
-    for kind in "hot":
-        named: list[str] = re.findall(f"{kind}([A-Z])", signs)
-        # A list of all the options is headed by the first of them.
-        if named and (len(set(named)) == 1 or (kind == "h" and named[0] != min(options))):
-            return named[0]
+    text = plain(answer)
+    for letter in sorted(options, key=lambda letter: len(options[letter]), reverse=True):
+        option = re.escape(plain(options[letter]).strip(" ."))
+        if len(option) > 1:
+            text = re.sub(rf"(?ai)(?<!\w){option}(?!\w)", f"«{letter}»", text)
+    # Into clauses, of which "Answer:\nC" is one.
+    text = re.sub(r"(:|therefore,|so,)\s+", r"\1 ", text)
+    clauses = []
+    for clause in re.split(r"[!?;。,\n]|[.](?! [a-z])", text):
+        clauses.append(re.sub(f"{NEGATION}.*", " not", clause))
+    for pattern in CLAIMS:
+        found: set[str] = set()
+        for clause in clauses:
+            found.update(re.findall(pattern, clause, re.ASCII))
+        found &= options.keys()
+        if found:
+            return found.pop() if len(found) == 1 else None
     return None
 
 

@@ -422,14 +422,14 @@ def test_questions_trained_on_and_those_without_a_key_are_left_out_of_multiple_c
         "Which vitamin's lack causes scurvy?",
     ]
     texts = dict(zip(("opa", "opb", "opc", "opd"), "CDAB", strict=True))
-    rows = [{"question": question, **texts, "cop": 2, "exp": None} for question in questions]
+    rows = [{"question": question, **texts, "cop": 0, "exp": None} for question in questions]
     finetune_r1.write_jsonl(tmp_path / "medmcqa.jsonl", [*rows, {**rows[2], "cop": -1}])
     asked = {"dataset": str(tmp_path / "medmcqa.jsonl"), "split": "train"}
     assert evaluated(run, **asked)["rows"] == 2
     told = capsys.readouterr().err
     assert (
         "2 of 5 questions are left out: trained on" in told
-        and "1 of 5 questions are left out: their key" in told
+        and "1 of 5 questions are left out\nrow 4: cop -1 fits none of" in told
     )
     with pytest.raises(UserError, match="no question is left"):
         evaluated(run, **asked | {"split": "train[4:]"})
