@@ -1001,18 +1001,17 @@ def read_json_records(path: Path) -> list[Any]:
 
 
 def read_csv_records(path: Path) -> list[Any]:
-    """The rows of a table whose fields are separated by commas, semicolons or tabs; all are text.
+    """The rows of a table separated by commas, semicolons or tabs; every field is text.
 
-    `datasets` and pandas would move fields to other columns where one is unquoted, and take "None",
-    "NA" and 007 for something else.
+    pandas would shift fields where a comma is unquoted, and change "None", "NA" and 007.
     """
     csv.field_size_limit(sys.maxsize)
     records = []
     lines = list(io.StringIO(read_utf8(path), newline=""))
     start = 0
-    while start < len(lines) and not lines[start].strip():
+    while start < len(lines) - 1 and not lines[start].strip():
         start += 1
-    first = lines[start] if start < len(lines) else ""
+    first = "".join(lines[start : start + 1])
     separator = max(",;\t", key=first.count)
     if first.lower().startswith("sep="):  # Excel's
         separator = first[4]
@@ -1065,13 +1064,13 @@ def split_name(file: Path, folder: Path) -> str:
 
 def read_files(path: Path, config: DataConfig) -> dict[str, Any]:
     """The records of a file, or of all files of a folder, as a table for each split."""
-    files = [path]
-    if path.is_dir():
-        files = [file for file in sorted(path.rglob("[!.]*")) if file.is_file()]
     records: dict[str, list[Any]] = {}
     named: dict[frozenset[str], Path] = {}  # a file for each set of the named columns
     unread = []
-    for file in files:
+    for file in sorted(path.rglob("*")) if path.is_dir() else [path]:
+        is_hidden = any(part.startswith(".") for part in file.relative_to(path).parts)
+        if is_hidden or file.is_dir():
+            continue
         reader = READERS.get(file.suffix.lower())
         if not reader or file.name == "dataset_infos.json":
             unread.append(file.name)
@@ -1081,10 +1080,10 @@ def read_files(path: Path, config: DataConfig) -> dict[str, Any]:
             columns = set().union(*rows)
             named.setdefault(frozenset(columns.intersection(config.columns)), file)
         records.setdefault(split_name(file, path) if path.is_dir() else "train", []).extend(rows)
-    kinds = ", ".join(READERS)
     if not records:
         raise UserError(
-            f"--dataset {path}: nothing to read there.", f"name a file or folder of {kinds}"
+            f"--dataset {path}: nothing to read there.",
+            f"name a file or folder of {', '.join(READERS)}",
         )
     if unread:
         log(f"note: not read in {path}: {', '.join(unread)}")
@@ -1125,7 +1124,7 @@ def take_split(tables: dict[str, Any], split: str) -> Any:
 def load_repository(config: DataConfig) -> Any:
     """The rows of a repository's configuration: --subset, else the language, else its only one.
 
-    The repository is on the Hub, or a folder whose README names configurations.
+    It is on the Hub, or a folder whose README names configurations.
     """
     use_hub_token()
     read = functools.partial(datasets.load_dataset, config.dataset, split=config.split)
@@ -1176,6 +1175,7 @@ def read_records(config: DataConfig) -> Any:
                     "leave --subset out, or name a folder in it",
                 )
             records = take_split(read_files(path, config), config.split)
+        records.data.validate(full=True)  # `datasets` reads text that is not UTF-8
     except UserError:
         raise
     except Exception as error:  # each reader has its own kinds
@@ -1190,60 +1190,47 @@ def read_records(config: DataConfig) -> Any:
 
 def data_error(error: BaseException, config: DataConfig) -> UserError:
     """What went wrong with a dataset, by the types of an error and its causes, and what to do."""
-    chain = [error]
-    cause = error.__cause__ or error.__context__
-    while cause:
-        chain.append(cause)
-        cause = cause.__cause__ or cause.__context__
-    numbers = {each.errno for each in chain if isinstance(each, OSError)}
-    responses = [each.response for each in chain if isinstance(each, hub_errors.HfHubHTTPError)]
-    status = responses[0].status_code if responses else 0
-    cache = f"the cache {hub_constants.HF_HOME}"
     root = error
     while root.__cause__ and not isinstance(root, ValueError):
         root = root.__cause__
     what = (str(root) or type(root).__name__).strip().partition("\n")[0]
-
-    def has(*types: Any) -> bool:
-        return any(isinstance(each, types) for each in chain)
+    chain = [error]
+    while chain[-1].__cause__ or chain[-1].__context__:
+        chain.append(chain[-1].__cause__ or chain[-1].__context__)  # type: ignore[arg-type]
+    types = {kind for each in chain for kind in type(each).__mro__}
+    numbers = {each.errno for each in chain if isinstance(each, OSError)}
+    cache = f"the cache {hub_constants.HF_HOME}"
+    status = 0
+    for each in chain:
+        if isinstance(each, hub_errors.HfHubHTTPError) and each.response.status_code != 404:
+            status = each.response.status_code
 
     # `datasets` has no error number where it finds a disk too small, and no type for a script.
+    hint = "repair the file, or check --split"
     if numbers & {errno.ENOSPC, errno.EDQUOT, errno.EFBIG} or "Not enough disk space" in what:
         what = f"the disk of {cache} is full"
         hint = "make room there, or set HF_HOME to a folder on another disk"
     elif numbers & {errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOTDIR}:
         hint = f"check that the rows can be read and {cache} can be written (HF_HOME moves it)"
-    elif has(hub_errors.GatedRepoError):
-        what = "access to this dataset is restricted"
-        hint = "ask for access on the dataset's page, then `login`"
-    elif has(datasets.exceptions.DatasetNotFoundError):
+    elif hub_errors.GatedRepoError in types or status in (401, 403):
+        what = f"the Hub refused it (HTTP {status})"
+        hint = "retry; if it persists, ask for access on the dataset's page, and `login`"
+    elif datasets.exceptions.DatasetNotFoundError in types:
         what = "no such file or folder here, and no such dataset on the Hub"
         hint = "check the name; a private dataset needs `login`"
-    elif status in (401, 403):
-        what = f"the Hub refused to send it (HTTP {status})"
-        hint = (
-            "retry; if it persists, check on the dataset's page that you have access, and `login`"
-        )
-    elif status or has(
-        ConnectionError, TimeoutError, httpx.TransportError, hub_errors.LocalEntryNotFoundError
-    ):
+    elif status or types & {ConnectionError, TimeoutError, httpx.TransportError}:
         what = f"the Hub failed (HTTP {status})" if status else "the Hub was not reached"
         hint = "retry later (`doctor` checks the Hub), or name a local file"
-    elif has(UnicodeDecodeError):
+    elif UnicodeDecodeError in types:
         hint = "save the file as UTF-8"
-    elif has(UnicodeEncodeError):
-        what = f"half a surrogate pair, which is no text, in {root.object[:60]!a}"
-        hint = "remove the escape that begins in \\ud"
-    elif has(datasets.table.CastError):
+    elif datasets.table.CastError in types:
         what = "its files have different columns"
         hint = "choose one configuration by --subset, or download one file and name it"
-    elif has(RuntimeError) and "script" in what:
+    elif RuntimeError in types and "script" in what:
         what = "it comes with a loading script, which is not run"
         hint = "convert it to JSONL or Parquet, or name a copy of it without a script"
-    elif has(datasets.data_files.EmptyDatasetError, datasets.exceptions.DataFilesNotFoundError):
-        hint = f"name a dataset with files of {', '.join(READERS)}"
-    else:
-        hint = "repair the file, or check --split"
+    elif yaml.YAMLError in types:
+        what = f"the YAML at the head of its README.md is broken ({what})"
     return UserError(f"--dataset {config.dataset} --split {config.split}: {what}", hint)
 
 
@@ -1320,10 +1307,8 @@ def tokenize(
     return dict(table.to_dict("list"))
 
 
-def prepare_rows(records: Any, tokenizer: Any, config: DataConfig) -> PreparedData:
-    """Turns records into rows of tokens, and chooses those held out; raises if none is left."""
-    # Column types are given, as empty columns don't tell them. Nothing is taken from a cache, which
-    # would have to know of every change in prompts.py and the tokenizer.
+def tokenize_records(records: Any, tokenizer: Any, config: DataConfig, content: str) -> Any:
+    """The table of a row for each record; its types are given, as empty columns don't tell them."""
     text = datasets.Value("string")
     number = datasets.Value("int32")
     features = {
@@ -1332,19 +1317,24 @@ def prepare_rows(records: Any, tokenizer: Any, config: DataConfig) -> PreparedDa
         **dict.fromkeys(("prompt_tokens", "tokens"), number),
         "notes": datasets.List(text),
     }
-    taught = records.select_columns(sorted(set(config.columns)))
-    content = fingerprint(*taught)
     datasets.disable_progress_bars()
-    table = taught.map(
+    return records.map(
         tokenize,
         batched=True,
-        remove_columns=taught.column_names,
+        remove_columns=records.column_names,
         features=datasets.Features(features),
         fn_kwargs={"tokenizer": tokenizer, "config": config},
         new_fingerprint=content,
         keep_in_memory=True,
-        load_from_cache_file=False,
+        load_from_cache_file=False,  # a cache would not see a change in prompts.py
     )
+
+
+def prepare_rows(records: Any, tokenizer: Any, config: DataConfig) -> PreparedData:
+    """Turns records into rows of tokens, and chooses those held out; raises if none is left."""
+    taught = records.select_columns(sorted(set(config.columns)))
+    content = fingerprint(*taught)
+    table = tokenize_records(taught, tokenizer, config, content)
 
     # Of rows with one question the first counts, so that none is both trained on and held out.
     dropped = prompts.drop(table["status"][:], table["question"][:])
@@ -1356,10 +1346,9 @@ def prepare_rows(records: Any, tokenizer: Any, config: DataConfig) -> PreparedDa
             f"--eval-rows {config.eval_rows}; dropped: {counts or 'none'}.",
             (not len(usable) and offered_columns(records)) or "widen --split, or repair the rows",
         )
-    chinese = [bool(re.search("[\u4e00-\u9fff]", question)) for question in usable["question"]]
-    if (sum(chinese) > len(chinese) / 2) != (config.lang == "zh"):
-        other = "en" if config.lang == "zh" else "zh"
-        log(f"note: prompt and questions differ in language; --lang {other} fits most questions")
+    chinese = sum(bool(re.search("[\u4e00-\u9fff]", text)) for text in usable["question"])
+    if (chinese > len(usable) / 2) != (config.lang == "zh"):
+        log(f"note: --lang {config.lang}: most questions are in another language than the prompt")
 
     # What is held out is chosen by seed.
     chosen = sorted(random.Random(config.seed).sample(range(len(usable)), config.eval_rows))
@@ -4280,58 +4269,50 @@ def format_(config: DataConfig, as_json: bool, output: OutputOption = None) -> d
     if output and output.suffix != ".jsonl":
         raise UserError(f"--output {output}: rows are written as JSONL.", "end the name in .jsonl")
     rows, tokenizer = tokenized_rows(config)
+    examples = []
+    for row in rows.usable.select_columns(["question", "thought", "answer"]):
+        text = prompts.build_example(*row.values(), tokenizer.eos_token, config.lang)
+        examples.append({**dict(zip(RECIPE_COLUMNS, row.values(), strict=True)), "text": text})
+    next_step = "`train` with the same options, or -o FILE.jsonl to write these rows"
     if output:
-        examples = []
-        for row in rows.usable.select_columns(["question", "thought", "answer"]):
-            texts = tuple(row.values())
-            text = prompts.build_example(*texts, tokenizer.eos_token, config.lang)
-            examples.append({**dict(zip(RECIPE_COLUMNS, texts, strict=True)), "text": text})
         write_jsonl(output, examples)
+        next_step = f"{PROGRAM} train --lang {config.lang} --dataset {shlex.quote(str(output))}"
+        next_step += " --split train"
 
     # Token counts, and the first row: tokens from `start` on carry loss.
     lengths = pandas.Series(rows.usable["tokens"][:])
     tokens = lengths.describe([0.05, 0.5, 0.95]).drop(["count", "std"]).round().astype(int)
-    fits = rows.usable["status"][:].count("used")
-    first = rows.usable[0]
-    pieces = list(map(tokenizer.decode, first["input_ids"]))
-    start = first["prompt_tokens"] if config.loss_on == "response" else 0
-    next_step = "`train` with the same options, or -o FILE.jsonl to write these rows"
-    if output:
-        next_step = f"{PROGRAM} train --dataset {shlex.quote(str(output))} --split train"
+    pieces = list(map(tokenizer.decode, rows.usable[0]["input_ids"]))
+    start = rows.usable[0]["prompt_tokens"] if config.loss_on == "response" else 0
     if as_json:
-        texts = (first["question"], first["thought"], first["answer"])
-        text = prompts.build_example(*texts, tokenizer.eos_token, config.lang)
         return {
             "rows": rows.row_counts,
             "tokens": {**tokens.to_dict(), "total": int(lengths.sum())},
-            "fit_without_shortening": fits,
+            "fit_without_shortening": len(lengths) - rows.row_counts["shortened"],
             "max_seq_length": config.max_seq_length,
-            "first_row": {"text": text, "tokens": pieces, "loss_from": start},
+            "first_row": {"text": examples[0]["text"], "tokens": pieces, "loss_from": start},
             "dropped": rows.dropped,
             "fingerprint": rows.fingerprint,
             "next": next_step,
         }
-
-    # One view: the first row with its token borders, and masked tokens dimmed.
     log(f"first row: {len(pieces)} tokens, {start} masked, {len(pieces) - start} in loss", "")
     if start:
         log("masked (prompt):", "│".join(pieces[:start]), faint=True)
         log("in loss:")
     log("│".join(pieces[start:]), "")
-    dropped = []
-    for reason, positions in rows.dropped.items():
-        some = ", ".join(str(position + 1) for position in positions[:5])
-        more = ", …" if len(positions) > 5 else ""
-        dropped.append(f"{len(positions)}: {reason} (row {some}{more})")
-    notes = [f"{note}: {number}" for note, number in rows.row_counts["notes"].items()]
-    counts = {**rows.row_counts, "dropped": {}, "notes": {}}
-    print_result(f"rows:     {prompts.describe_counts(counts)}")
-    print_result(f"dropped:  {'; '.join(dropped) or 'none'}")
-    print_result(f"notes:    {'; '.join(notes) or 'none'}")
     spread = ", ".join(f"{name} {count}" for name, count in tokens.items())
-    print_result(f"tokens:   {spread}, total {lengths.sum():,}")
-    print_result(f"length:   {fits} of {len(lengths)} rows fit in {config.max_seq_length} tokens")
-    print_result(f"next:     {next_step}")
+    summary = {
+        "rows": prompts.describe_counts({**rows.row_counts, "dropped": {}, "notes": {}}),
+        "dropped": prompts.describe_dropped(rows.dropped),
+        "notes": "; ".join(f"{note}: {n}" for note, n in rows.row_counts["notes"].items())
+        or "none",
+        "tokens": f"{spread}, total {lengths.sum():,}",
+        "length": f"{len(lengths) - rows.row_counts['shortened']} of {len(lengths)} rows fit in "
+        f"{config.max_seq_length} tokens",
+        "next": next_step,
+    }
+    for name, text in summary.items():
+        print_result(f"{name + ':':9} {text}")
     return {}
 
 

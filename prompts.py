@@ -232,16 +232,20 @@ ROLES = {
     **dict.fromkeys(("user", "human", "prompter"), "user"),
     **dict.fromkeys(("assistant", "gpt", "model", "bot", "chatbot", "chatgpt", "ai"), "assistant"),
 }
-# What exports write for a missing value.
-MISSING = set("nan none null nil na n/a <na> #n/a undefined missing - -- — ?".split())
+# What exports write for a missing value, without a period.
+MISSING = set(
+    "nan,none,null,nil,na,n/a,n.a,<na>,#n/a,undefined,missing,not available,not applicable,tbd,"
+    "[deleted],[removed],-,--,—,?,".split(",")
+)
 TAG = "think|thinking|thoughts?|reasoning|cot|scratchpad"
 THOUGHT_OPEN = re.compile(rf"(?i)<(?:{TAG})>|<\|begin_of_thought\|>|\[THINK\]|◁think▷")
 THOUGHT_CLOSE = re.compile(rf"(?i)</(?:{TAG})>|<\|end_of_thought\|>|\[/THINK\]|◁/think▷")
 HTML = "a|b|br|code|div|em|font|h[1-6]|i|img|li|ol|p|pre|span|strong|su[bp]|t[dhr]|table|ul"
 SUSPICIOUS = {
-    "invisible characters": "[\u00ad\u200b\u2060\ufeff]",
+    "invisible characters": "[\u00a0\u00ad\u200b-\u200f\u2028-\u202e\u2060\ufeff]",
     "control characters": "[\0-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f]",
     "characters of a wrong encoding": "\ufffd|[ÂÃ][\x80-\xbf]|â€",
+    "escaped line ends": r"\\[nrt](?![a-zA-Z])|_x000D_",
     "HTML entities": r"&(?:#\w+|[a-zA-Z]{2,8});",
     "HTML tags": rf"(?i)</?(?:{HTML})\b[^<>]*>",
     "chat markup of another model": r"<\|\w+\|>|\[/?INST\]|<</?SYS>>|<(?:start|end)_of_turn>",
@@ -391,7 +395,7 @@ def read_record(
         for column, text in zip(columns, texts, strict=True):
             if not text:
                 raise UnusableRecord(f"{column} is empty")
-            if text.casefold() in MISSING and text != "Na":  # which is sodium
+            if text.casefold().strip(".") in MISSING and text != "Na":  # which is sodium
                 raise UnusableRecord(f'{column} is missing ("{text}")')
             tag = THOUGHT_OPEN.search(text) or THOUGHT_CLOSE.search(text)
             marker = find_marker(text, special_tokens) or (tag and tag[0])
@@ -436,6 +440,16 @@ def describe_counts(counts: dict[str, Any]) -> str:
     for note, number in counts["notes"].items():
         text += f"; in {number}: {note}"
     return text
+
+
+def describe_dropped(dropped: dict[str, list[int]]) -> str:
+    """How many rows are dropped for which reason, with the numbers of the first five."""
+    parts = []
+    for reason, positions in dropped.items():
+        some = ", ".join(str(position + 1) for position in positions[:5])
+        more = ", …" if len(positions) > 5 else ""
+        parts.append(f"{len(positions)}: {reason} (row {some}{more})")
+    return "; ".join(parts) or "none"
 
 
 def special_tokens(tokenizer: Any) -> tuple[str, ...]:

@@ -199,6 +199,7 @@ DROPPED = [
     (THREE, {"q": "Why?", "t": "Hm.", "a": " N/A "}, 'a is missing ("N/A")'),
     (THREE, {"q": "NULL", "t": "Hm.", "a": "So."}, 'q is missing ("NULL")'),
     (THREE, {"q": "Why?", "t": "-", "a": "So."}, 't is missing ("-")'),
+    (THREE, {"q": "Why?", "t": "None.", "a": "So."}, 't is missing ("None.")'),
     # Other types.
     (THREE, {"q": 7, "t": "Hm.", "a": "So."}, "q is int, not text"),
     (THREE, {"q": "Why?", "t": "Hm.", "a": True}, "a is bool, not text"),
@@ -241,6 +242,7 @@ SUSPICIOUS = {
     "invisible characters": ["\ufeffSo.", "So\u200b."],
     "control characters": ["So\x00.", "So\x1b[31m."],
     "characters of a wrong encoding": ["naÃ¯ve", "itâ€™s", "na\ufffdve"],
+    "escaped line ends": ["So,\\n- so", "So_x000D_"],
     "HTML entities": ["a &lt; b", "a&nbsp;b", "it&#39;s"],
     "HTML tags": ["<p>So.</p>", "10<SUP>9</SUP>", '<a href="x">So</a>'],
     "chat markup of another model": ["<|im_end|>", "[INST] So."],

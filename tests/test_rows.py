@@ -27,7 +27,7 @@ GOOD = {
 }
 COLUMNS = list(GOOD)
 HEAD = ",".join(COLUMNS) + "\n"
-LINE = json.dumps(GOOD) + "\n"
+LINE = json.dumps(GOOD, ensure_ascii=False) + "\n"
 
 
 def records(*changes):
@@ -148,7 +148,7 @@ BROKEN = {
     "latin.jsonl": ((LINE + '{"Question": "naïve"}').encode("latin-1"), "line 2 is not", "UTF-8"),
     "latin.csv": ((HEAD + "a,b,c\nnaïve,b,c\n").encode("latin-1"), "line 3 is not", "UTF-8"),
     "utf16.csv": ((HEAD + "a,b,c\n").encode("utf-16"), "line 1 is not UTF-8", "UTF-8"),
-    "pair.jsonl": (json.dumps({**GOOD, "Response": "\ud83d!"}), r"'\\ud83d!'", r"\\ud"),
+    "pair.jsonl": (json.dumps({**GOOD, "Response": "\ud83d!"}), "surrogates", "repair"),
     "cut.json": ('[{"Question": "Why?"},\n{"Question"', "line 2", "repair"),
     "open.csv": (HEAD + 'a,b,"c\n', "line 2: unexpected end", "repair"),
     "more.csv": (HEAD + "a,b,c\na,b, and c,d\n", "line 3: more or fewer .* quote", "repair"),
@@ -263,6 +263,7 @@ BAD_REPOSITORIES = {
     "unlike": ({"a.jsonl": LINE.encode(), "b.jsonl": b'{"q": 1}\n'}, "different columns"),
     "cut": ({"a.jsonl": LINE.encode() + b'{"Question": "Wh'}, "JSON"),
     "none": ({"a.xyz": b"x"}, "data file"),
+    "yaml": ({"README.md": b"---\nconfigs: [\n---\n", "a.jsonl": LINE.encode()}, "YAML"),
 }
 
 
@@ -315,7 +316,9 @@ HUB_FAULTS = {
     "script": ({"script.py": b"x"}, "loading script"),
     "unlike": ({"a.jsonl": LINE.encode(), "b.jsonl": b'{"q": 1}'}, "different columns"),
     "cut": ({"a.jsonl": LINE.encode() + b'{"Q'}, "JSON parse error"),
+    "latin": ({"a.jsonl": LINE.encode() + LINE.replace("So", "naïve").encode("latin-1")}, "UTF8"),
     "none": ({"a.xyz": b"x"}, "data files"),
+    "yaml": ({"README.md": b"---\nconfigs: [\n---\n", "a.jsonl": LINE.encode()}, "YAML"),
 }
 
 
@@ -477,7 +480,7 @@ def test_rows_mostly_in_another_language_than_the_prompt_are_noted(
 ):
     rows = [*published.CHINESE[:chinese], *records({}, {})[: 3 - chinese]]
     assert prepare(rows, lang=lang).row_counts["used"] == 3
-    assert ("differ in language" in capsys.readouterr().err) == noted
+    assert ("another language" in capsys.readouterr().err) == noted
 
 
 def test_trained_question_is_known_again_in_another_spelling(tmp_path):
@@ -627,7 +630,7 @@ def test_rows_that_format_writes_are_taken_back_unchanged(told, tiny_r1, r1_toke
     done = told(["format", "--dataset", SAMPLE, "--output", "out.jsonl", *options])
     summary = json.loads(done.out)
     assert summary["rows"]["shortened"] > 0
-    assert summary["next"].endswith("train --dataset out.jsonl --split train")
+    assert summary["next"].endswith("train --lang en --dataset out.jsonl --split train")
     config = DataConfig(dataset=str(SAMPLE), split="train", max_seq_length=500, eval_rows=8)
     taken_back = dataclasses.replace(config, dataset=str(tmp_path / "out.jsonl"))
     first, second = (prepare_rows(read_records(c), r1_tokenizer, c) for c in (config, taken_back))
