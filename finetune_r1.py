@@ -1343,7 +1343,7 @@ def prepare_rows(records: Any, tokenizer: Any, config: DataConfig) -> PreparedDa
     if len(usable) <= config.eval_rows:
         raise UserError(
             f"--dataset {config.dataset}: {len(usable)} usable rows of {len(table)}, "
-            f"--eval-rows {config.eval_rows}; dropped: {counts or 'none'}.",
+            f"--eval-rows {config.eval_rows}; dropped {prompts.describe_dropped(dropped)}.",
             (not len(usable) and offered_columns(records)) or "widen --split, or repair the rows",
         )
     chinese = sum(bool(re.search("[\u4e00-\u9fff]", text)) for text in usable["question"])
@@ -4288,7 +4288,6 @@ def format_(config: DataConfig, as_json: bool, output: OutputOption = None) -> d
         return {
             "rows": rows.row_counts,
             "tokens": {**tokens.to_dict(), "total": int(lengths.sum())},
-            "fit_without_shortening": len(lengths) - rows.row_counts["shortened"],
             "max_seq_length": config.max_seq_length,
             "first_row": {"text": examples[0]["text"], "tokens": pieces, "loss_from": start},
             "dropped": rows.dropped,
@@ -4301,14 +4300,13 @@ def format_(config: DataConfig, as_json: bool, output: OutputOption = None) -> d
         log("in loss:")
     log("│".join(pieces[start:]), "")
     spread = ", ".join(f"{name} {count}" for name, count in tokens.items())
+    notes = [f"{note}: {number}" for note, number in rows.row_counts["notes"].items()]
     summary = {
         "rows": prompts.describe_counts({**rows.row_counts, "dropped": {}, "notes": {}}),
         "dropped": prompts.describe_dropped(rows.dropped),
-        "notes": "; ".join(f"{note}: {n}" for note, n in rows.row_counts["notes"].items())
-        or "none",
+        "notes": "; ".join(notes) or "none",
         "tokens": f"{spread}, total {lengths.sum():,}",
-        "length": f"{len(lengths) - rows.row_counts['shortened']} of {len(lengths)} rows fit in "
-        f"{config.max_seq_length} tokens",
+        "length": f"{rows.row_counts['shortened']} shortened to {config.max_seq_length} tokens",
         "next": next_step,
     }
     for name, text in summary.items():

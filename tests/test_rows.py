@@ -661,7 +661,7 @@ def test_format_shows_masked_tokens_and_six_lines(told, tiny_r1, tmp_path):
         "next",
     ]
     assert f"1: {reason} (row 4)" in shown.out and "HTML entities in the text: 1" in shown.out
-    assert "5 read, 3 to train on" in shown.out and "3 of 3 rows fit in 2048 tokens" in shown.out
+    assert "5 read, 3 to train on" in shown.out and "0 shortened to 2048 tokens" in shown.out
 
 
 @pytest.mark.parametrize(("name", "said"), [("rows.parquet", ".jsonl"), ("there.jsonl", "there")])
