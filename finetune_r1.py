@@ -4271,7 +4271,8 @@ def format_(config: DataConfig, as_json: bool, output: OutputOption = None) -> d
     rows, tokenizer = tokenized_rows(config)
     examples = []
     for row in rows.usable.select_columns(["question", "thought", "answer"]):
-        text = prompts.build_example(*row.values(), tokenizer.eos_token, config.lang)
+        question, thought, answer = row.values()
+        text = prompts.build_example(question, thought, answer, tokenizer.eos_token, config.lang)
         examples.append({**dict(zip(RECIPE_COLUMNS, row.values(), strict=True)), "text": text})
     next_step = "`train` with the same options, or -o FILE.jsonl to write these rows"
     if output:

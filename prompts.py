@@ -232,6 +232,7 @@ ROLES = {
     **dict.fromkeys(("user", "human", "prompter"), "user"),
     **dict.fromkeys(("assistant", "gpt", "model", "bot", "chatbot", "chatgpt", "ai"), "assistant"),
 }
+PART_TYPES = ("text", "input_text", "output_text", "message", "thinking", "reasoning")
 # What exports write for a missing value, without a period.
 MISSING = set(
     "nan,none,null,nil,na,n/a,n.a,<na>,#n/a,undefined,missing,not available,not applicable,tbd,"
@@ -294,7 +295,9 @@ def pick_turn(value: Any, role: str, column: str, is_whole: bool, notes: set[str
     if role == "user" and asked > 1:
         raise UnusableRecord(f"{column} has several questions")
     if (role == "user" and not asked) or (role == "assistant" and end == len(roles)):
-        raise UnusableRecord(f"{column} has no {role} message (roles: {', '.join(roles)})")
+        raise UnusableRecord(
+            f"{column} has no {role} message (roles: {', '.join(dict.fromkeys(roles))})"
+        )
     last = end if is_whole or role == "assistant" else end - 1
     for position, other in enumerate(roles):
         if other not in ("user", "assistant"):
@@ -314,14 +317,17 @@ def text_parts(value: Any, column: str, kind: str = "answer") -> Iterator[tuple[
         for part in value:
             yield from text_parts(part, column, kind)
     elif isinstance(value, dict):
+        part = value.get("type") or "text"
+        if part not in PART_TYPES:
+            raise UnusableRecord(f"{column} has a part of type {part}")
         thought = first_of(value, *USUAL_COLUMNS[1])
         text = first_of(value, "content", "value", "text")
-        if value.get("type") in ("thinking", "reasoning"):
+        if part in ("thinking", "reasoning"):
             thought = text if thought is None else thought
             text = None
         if thought is None and text is None:
-            what = first_of(value, "type", "role") or "dict"
-            raise UnusableRecord(f"{column} has a part without text ({what})")
+            fault = "has a message without text" if "role" in value else "is dict, not text"
+            raise UnusableRecord(f"{column} {fault}")
         if thought is not None:
             yield from text_parts(thought, column, "thought")
         if text is not None:
@@ -401,10 +407,10 @@ def read_record(
             marker = find_marker(text, special_tokens) or (tag and tag[0])
             if marker:
                 raise UnusableRecord(f"{marker} inside {column}")
-        question, thought, answer = [" ".join(text.casefold().split()) for text in texts]
-        if question in (thought, answer):
+        same = [" ".join(text.casefold().split()) for text in texts]
+        if same[0] in same[1:]:
             raise UnusableRecord("thought or answer repeats the question")
-        if thought == answer and columns[1] != columns[2]:
+        if same[1] == same[2] and columns[1] != columns[2]:
             raise UnusableRecord("thought and answer are the same")
     except UnusableRecord as reason:
         return Row(status=str(reason))
@@ -412,7 +418,8 @@ def read_record(
     for name, pattern in {**SUSPICIOUS, "carriage returns (made line feeds)": "\r"}.items():
         if re.search(pattern, whole):
             notes.add(f"{name} in the text")
-    return Row(*texts, notes=sorted(notes))
+    question, thought, answer = texts
+    return Row(question, thought, answer, notes=sorted(notes))
 
 
 def drop(statuses: Sequence[str], questions: Sequence[str]) -> dict[str, list[int]]:

@@ -203,10 +203,10 @@ DROPPED = [
     # Other types.
     (THREE, {"q": 7, "t": "Hm.", "a": "So."}, "q is int, not text"),
     (THREE, {"q": "Why?", "t": "Hm.", "a": True}, "a is bool, not text"),
-    (THREE, {"q": {"nested": "Why?"}, "t": "Hm.", "a": "So."}, "q has a part without text (dict)"),
+    (THREE, {"q": {"nested": "Why?"}, "t": "Hm.", "a": "So."}, "q is dict, not text"),
     (THREE, {"q": "Why?", "t": ["Hm.", "Aha."], "a": "So."}, "t holds 2 texts, not one"),
     (ONE, {"m": [user([part("Why?"), part({}, "image_url", "image_url")]), assistant(TAGGED)]},
-     "m has a part without text (image_url)"),
+     "m has a part of type image_url"),
     # Conversations.
     (ONE, {"m": [user("Why?"), user("How?"), assistant(TAGGED)]}, "m has several questions"),
     (("p", "c", "c"), {"p": [user("Why?"), assistant("So."), user("How?")], "c": TAGGED},
@@ -215,7 +215,9 @@ DROPPED = [
     (ONE, {"m": [assistant("So.")]}, "m has no user message (roles: assistant)"),
     (ONE, {"m": [user("Why?", "narrator")]}, "m has no user message (roles: narrator)"),
     (ONE, {"m": [user("Why?"), assistant(None, tool_calls=[1])]},
-     "m has a part without text (assistant)"),
+     "m has a message without text"),
+    (ONE, {"m": [{"type": "human", "content": "Why?"}, {"type": "ai", "content": TAGGED}]},
+     "m has a part of type human"),
     # Tags.
     (TWO, {"q": "Why?", "a": "So."}, "the thought in a is not marked by think tags"),
     (ONE, {"m": [user("Why?"), assistant("So.")]}, "the thought in m is not marked by think tags"),
