@@ -22,18 +22,22 @@ command's `--help` shows its lines above.
 """
 
 import atexit
+import collections
 import contextlib
 import copy
 import csv
 import dataclasses
 import datetime
 import difflib
+import errno
 import functools
 import gc
 import glob
 import hashlib
 import importlib.util
 import inspect
+import io
+import itertools
 import json
 import logging
 import math
@@ -96,6 +100,7 @@ hub_errors, hub_utils = Lazy("huggingface_hub.errors"), Lazy("huggingface_hub.ut
 hub_http, hub_sha = Lazy("huggingface_hub.utils._http"), Lazy("huggingface_hub.utils.sha")
 hub_xet, kaggle_secrets = Lazy("huggingface_hub.utils._xet"), Lazy("kaggle_secrets")
 numpy, pandas, peft, psutil = Lazy("numpy"), Lazy("pandas"), Lazy("peft"), Lazy("psutil")
+parquet = Lazy("pyarrow.parquet")
 safetensors, safetensors_torch = Lazy("safetensors"), Lazy("safetensors.torch")
 pyplot, rich_console, rich_table = (
     Lazy("matplotlib.pyplot"),
@@ -133,7 +138,6 @@ DEMO_MODEL = "HuggingFaceTB/SmolLM2-135M-Instruct"
 DEMO_ROWS = PROJECT / "data" / "medical_sample.jsonl"
 GENERAL_TEXTS = PROJECT / "data" / "general.jsonl"
 RECIPE_COLUMNS = ("Question", "Complex_CoT", "Response")
-READERS = {".jsonl": "json", ".json": "json", ".csv": "csv", ".tsv": "csv", ".parquet": "parquet"}
 # Every tokenizer has to give this back byte for byte: white space, accents, Chinese, code, both tags.
 ROUND_TRIP = "BP 90/60,  pulse 120.\n\n\tnaïve 😀 你好,世界。\ndef f(x):\n    return x**2\n<think>\nWhy?\n</think>\nSo"
 
@@ -966,8 +970,9 @@ def versions() -> dict[str, str]:
 
 
 # ------------------------------------------------------------------------------------------------------ rows
-# A dataset's records become rows of tokens, and every record is accounted for: used, shortened, held out or
-# dropped with a reason. `datasets` reads files and the Hub; prompts.py makes text and tokens of a record.
+# Reads a dataset and makes rows of tokens of its records. Every record is accounted for: used,
+# shortened, held out or dropped with a true reason; what can't be read has advice that fits the cause.
+# `datasets` reads repositories and slices splits; `csv`, `json` and pyarrow read files.
 
 
 class PreparedData(NamedTuple):
@@ -977,121 +982,295 @@ class PreparedData(NamedTuple):
     used: Any
     held_out: Any
     dropped: dict[str, list[int]]  # positions of records, by reason
-    account: dict[str, Any]  # numbers of records, by what became of them
+    row_counts: dict[str, Any]  # numbers of records, by what became of them
     fingerprint: str  # equal for equal records
 
 
-def read_records(config: DataConfig) -> Any:
-    """The records of `--dataset`: a file (all `train`), a folder or a name on the Hub; at least one."""
-    path, flags = Path(config.dataset), f"--dataset {config.dataset} --split {config.split}"
-    reader = None if path.is_dir() else READERS.get(path.suffix.lower())
-    if path.is_file() and not reader:
-        raise UserError(
-            f"--dataset {path}: not one of {', '.join(READERS)}.", "convert it, or name another"
-        )
-    if path.exists() or reader:
-        datasets.disable_progress_bars()
-        logging.getLogger("datasets").setLevel(logging.CRITICAL if reader else logging.WARNING)
-        try:
-            source = local_source(path, reader, config.columns)
-            records = datasets.load_dataset(**source, split=config.split)
-            records.data.validate(full=True)
-        except (
-            Exception
-        ) as error:  # each reader has its own; the cause tells the row, counted from 0
-            cause = (
-                "it is empty" if isinstance(error, StopIteration) else str(error.__cause__ or error)
+def read_utf8(path: Path) -> str:
+    """The text of a file; raises with the line that is not UTF-8."""
+    content = path.read_bytes()
+    try:
+        return content.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        line = content.count(b"\n", 0, error.start) + 1
+        raise ValueError(f"{path.name}, line {line} is not UTF-8") from error
+
+
+def read_json_records(path: Path) -> list[Any]:
+    """The objects of a JSON or JSONL file: in a list, or one after the other."""
+    text = read_utf8(path).strip()
+    decoder = json.JSONDecoder()
+    space = re.compile(r"\s*")
+    records = []
+    position = 0
+    while position < len(text):
+        value, position = decoder.raw_decode(text, position)
+        records += value if isinstance(value, list) else [value]
+        position += len(space.match(text, position)[0])  # type: ignore[index]
+    for number, record in enumerate(records, 1):
+        if not isinstance(record, dict):
+            raise ValueError(
+                f"record {number} is {type(record).__name__}, not an object of columns"
             )
-            counted = r"(?:in row|at string index) (\d+)"
-            fault = re.sub(counted, lambda match: f"in row {int(match[1]) + 1}", cause)
-            way_out = "check path and --split; .jsonl, .json, .csv and .parquet are read, and text as UTF-8"
-            raise UserError(f"{flags}: {fault}", way_out) from error
-    else:
-        records = read_from_hub(config, flags)
+    return records
+
+
+def read_csv_records(path: Path) -> list[Any]:
+    """The rows of a table separated by commas, semicolons or tabs; every field is text.
+
+    pandas would shift fields where a comma is unquoted, and change "None", "NA" and 007.
+    """
+    csv.field_size_limit(sys.maxsize)
+    records = []
+    lines = list(io.StringIO(read_utf8(path), newline=""))
+    start = 0
+    while start < len(lines) - 1 and not lines[start].strip():
+        start += 1
+    first = "".join(lines[start : start + 1])
+    separator = max(",;\t", key=first.count)
+    if first.lower().startswith("sep="):  # Excel's
+        separator = first[4]
+        start += 1
+    reader = csv.DictReader(lines[start:], delimiter=separator, strict=True)
+    try:
+        names = [name for name in reader.fieldnames or () if name]
+        if len(set(names)) < len(names):
+            raise ValueError(f"the header has a column twice: {', '.join(names)}")
+        for record in reader:
+            if None in record or None in record.values():
+                raise ValueError(f"more or fewer fields than the header's {len(names)}")
+            record.pop("", None)
+            records.append(record)
+    except (csv.Error, ValueError) as error:
+        line = f"{path.name}, line {start + reader.reader.line_num}"
+        quote = f"quote fields that hold {separator!r}, quotes or line ends"
+        raise ValueError(f"{line}: {error} ({quote})") from None
+    return records
+
+
+def read_parquet_records(path: Path) -> list[Any]:
+    """The rows of a Parquet file."""
+    rows: list[Any] = parquet.read_table(path).to_pylist()
+    return rows
+
+
+READERS = {
+    ".jsonl": read_json_records,
+    ".json": read_json_records,
+    ".ndjson": read_json_records,
+    ".csv": read_csv_records,
+    ".tsv": read_csv_records,
+    ".parquet": read_parquet_records,
+}
+
+
+def split_name(file: Path, folder: Path) -> str:
+    """The split that a file of a folder belongs to, by the rules of `datasets`."""
+    name = file.relative_to(folder).as_posix().lower()
+    shard = re.search(r"([^/]+)-\d{5}-of-\d{5}", name)
+    if shard:
+        return shard[1]
+    words = set(re.split(r"[-._ 0-9/]+", name))
+    for split, keywords in datasets.data_files.SPLIT_KEYWORDS.items():
+        if words.intersection(keywords):
+            return str(split)
+    return "train"
+
+
+def read_files(path: Path, config: DataConfig) -> dict[str, Any]:
+    """The records of a file, or of all files of a folder, as a table for each split."""
+    records: dict[str, list[Any]] = {}
+    named: dict[frozenset[str], Path] = {}  # a file for each set of the named columns
+    unread = []
+    for file in sorted(path.rglob("*")) if path.is_dir() else [path]:
+        is_hidden = any(part.startswith(".") for part in file.relative_to(path).parts)
+        if is_hidden or file.is_dir():
+            continue
+        reader = READERS.get(file.suffix.lower())
+        if not reader or file.name == "dataset_infos.json":
+            unread.append(file.name)
+            continue
+        rows = reader(file)
+        if rows:
+            columns = set().union(*rows)
+            named.setdefault(frozenset(columns.intersection(config.columns)), file)
+        records.setdefault(split_name(file, path) if path.is_dir() else "train", []).extend(rows)
+    if not records:
+        raise UserError(
+            f"--dataset {path}: nothing to read there.",
+            f"name a file or folder of {', '.join(READERS)}",
+        )
+    if unread:
+        log(f"note: not read in {path}: {', '.join(unread)}")
+    if len(named) > 1:
+        shown = [
+            f"{file.name} ({', '.join(sorted(columns)) or 'none'})"
+            for columns, file in named.items()
+        ]
+        raise UserError(
+            f"--dataset {path}: its files have different columns: {'; '.join(shown)}.",
+            "name one file, or give the files the same columns",
+        )
+    tables = {}
+    for split, rows in records.items():
+        names = dict.fromkeys(name for row in rows for name in row)
+        table = {name: [row.get(name) for row in rows] for name in names}
+        tables[split] = datasets.Dataset.from_dict(table, on_mixed_types="use_json")
+    return tables
+
+
+def take_split(tables: dict[str, Any], split: str) -> Any:
+    """The rows that a `--split` such as train[:500]+test names, as `datasets` understands it."""
+    if split.startswith("all") and "all" not in tables:
+        tables = {**tables, "all": datasets.concatenate_datasets(list(tables.values()))}
+    sizes = {name: len(table) for name, table in tables.items()}
+    try:
+        parts = datasets.ReadInstruction.from_spec(split).to_absolute(sizes)
+    except ValueError as error:
+        there = ", ".join(f"{name} ({size} rows)" for name, size in sizes.items())
+        raise UserError(f"--split {split}: {error}", f"there is {there}") from error
+    chosen = []
+    for part in parts:
+        positions = range(part.from_, max(part.from_, part.to))
+        chosen.append(tables[part.splitname].select(list(positions)))
+    return datasets.concatenate_datasets(chosen)
+
+
+def load_repository(config: DataConfig) -> Any:
+    """The rows of a repository's configuration: --subset, else the language, else its only one.
+
+    It is on the Hub, or a folder whose README names configurations.
+    """
+    use_hub_token()
+    read = functools.partial(datasets.load_dataset, config.dataset, split=config.split)
+    wanted = config.subset or config.lang
+    try:
+        return read(name=wanted)
+    except ValueError:  # an unknown configuration, or an unknown split
+        names = datasets.get_dataset_config_names(config.dataset)
+        if wanted in names:
+            raise
+        if not config.subset and len(names) == 1:
+            return read(name=names[0])
+        raise UserError(
+            f"--dataset {config.dataset} has no configuration {wanted}.",
+            f"choose one by --subset: {', '.join(names)}",
+        ) from None
+
+
+def read_records(config: DataConfig) -> Any:
+    """The records of --dataset, --subset and --split, at least one, as a `datasets.Dataset`.
+
+    --dataset is a file, a folder (of files, of `save_to_disk`, or a downloaded repository), or a
+    name on the Hub.
+    """
+    path = Path(config.dataset)
+    logging.getLogger("datasets").setLevel(logging.CRITICAL)
+    try:
+        is_file_name = path.suffix.lower() in READERS or not is_hub_name(config.dataset)
+        if not path.exists() and is_file_name:
+            raise UserError(
+                f"--dataset {path}: not found.", "check the path; a name on the Hub is OWNER/NAME"
+            )
+        card = path / "README.md"
+        metadata = huggingface_hub.metadata_load(card) if card.is_file() else None
+        if not path.exists() or (metadata and metadata.get("configs")):
+            records = load_repository(config)
+        elif (path / "state.json").is_file() or (path / "dataset_dict.json").is_file():
+            saved = datasets.load_from_disk(str(path))
+            records = take_split(
+                saved if isinstance(saved, dict) else {"train": saved}, config.split
+            )
+        else:
+            if path.is_dir() and (config.subset or (path / config.lang).is_dir()):
+                path /= config.subset or config.lang
+            if not path.exists():
+                raise UserError(
+                    f"--dataset {config.dataset} has no configuration {config.subset}.",
+                    "leave --subset out, or name a folder in it",
+                )
+            records = take_split(read_files(path, config), config.split)
+        records.data.validate(full=True)  # `datasets` reads text that is not UTF-8
+    except UserError:
+        raise
+    except Exception as error:  # each reader has its own kinds
+        raise data_error(error, config) from error
     if not len(records):
         raise UserError(
-            f"{flags}: no rows found.", "widen --split; data/medical_sample.jsonl is an example"
+            f"--dataset {config.dataset} --split {config.split}: no rows found.",
+            "widen --split; data/medical_sample.jsonl is an example",
         )
     return records
 
 
-def local_source(path: Path, reader: str | None, columns: Sequence[str]) -> dict[str, Any]:
-    """What `load_dataset` takes for a file, which `reader` reads, or for a folder; raises for a torn CSV."""
-    pattern = glob.escape(str(path.absolute()))
-    source: dict[str, Any] = (
-        {"path": reader, "data_files": pattern} if reader else {"path": str(path)}
-    )
-    tables: dict[str, list[Path]] = {}
-    for file in sorted(path.rglob("*.*")) if path.is_dir() else [path]:
-        if file.suffix != ".json":  # in a folder of tables it holds settings
-            tables.setdefault(READERS.get(file.suffix.lower(), ""), []).append(file)
-    if path.is_dir() and len(tables) == 1 and pattern != str(path.absolute()):
-        source = {
-            "path": next(iter(tables)),
-            "data_dir": pattern,
-        }  # a [ would be taken for a pattern
-    if "csv" in tables and not {"json", "parquet"} & tables.keys():
-        separators = set(map(check_csv, tables["csv"]))
-        if len(separators) > 1:
-            raise ValueError("the files of a folder have to be separated alike")
-        # Text stays text, be it a number or "NA", and a column has one type throughout.
-        source |= {"converters": dict.fromkeys(columns, str), "keep_default_na": False}
-        source |= {"chunksize": 10**9, "sep": separators.pop()}
-    if reader == "json":  # in one piece, or an error would tell the wrong row
-        source["chunksize"] = min(path.stat().st_size + 1, GIB)
-    return source
+def data_error(error: BaseException, config: DataConfig) -> UserError:
+    """What went wrong with a dataset, by the types of an error and its causes, and what to do."""
+    root = error
+    while root.__cause__ and not isinstance(root, ValueError):
+        root = root.__cause__
+    what = (str(root) or type(root).__name__).strip().partition("\n")[0]
+    chain = [error]
+    while chain[-1].__cause__ or chain[-1].__context__:
+        chain.append(chain[-1].__cause__ or chain[-1].__context__)  # type: ignore[arg-type]
+    types = {kind for each in chain for kind in type(each).__mro__}
+    numbers = {each.errno for each in chain if isinstance(each, OSError)}
+    cache = f"the cache {hub_constants.HF_HOME}"
+    status = 0
+    for each in chain:
+        if isinstance(each, hub_errors.HfHubHTTPError) and each.response.status_code != 404:
+            status = each.response.status_code
 
-
-def check_csv(path: Path) -> str:
-    """The separator of a CSV file; raises for a row that has more or fewer fields than the header."""
-    csv.field_size_limit(sys.maxsize)
-    with path.open(encoding="utf-8-sig", newline="") as file:
-        separator = max(",;\t", key=file.readline().count)
-        file.seek(0)
-        reader = csv.reader(file, delimiter=separator, strict=True)
-        rows = filter("".join, reader)  # blank ones are skipped
-        header = next(rows, [])
-        for row in rows:
-            if len(row) != len(header):
-                fault = f"{path.name}, line {reader.line_num} has {len(row)} fields, the header {len(header)}"
-                raise ValueError(f"{fault}; quote a field that holds {separator!r} or a line end")
-    return separator
-
-
-def read_from_hub(config: DataConfig, flags: str) -> Any:
-    """The rows of a dataset's configuration: --subset, else the language, else its only one."""
-    export_hub_token()
-    read = functools.partial(datasets.load_dataset, config.dataset, split=config.split)
-    try:
-        return read(name=config.subset or config.lang)
-    except ValueError as error:  # an unknown configuration, or an unknown split
-        names = datasets.get_dataset_config_names(config.dataset)
-        if config.subset or config.lang in names or len(names) > 1:
-            raise UserError(f"{flags}: {error}", "check --split and --subset") from error
-        return read(name=names[0])
-    except FileNotFoundError as error:  # or the Hub fell silent
-        way_out = "check the name, and the Hub with `doctor`; a file has to end in " + ", ".join(
-            READERS
-        )
-        raise UserError(f"{flags}: {error}", way_out) from error
+    # `datasets` has no error number where it finds a disk too small, and no type for a script.
+    hint = "repair the file, or check --split"
+    if numbers & {errno.ENOSPC, errno.EDQUOT, errno.EFBIG} or "Not enough disk space" in what:
+        what = f"the disk of {cache} is full"
+        hint = "make room there, or set HF_HOME to a folder on another disk"
+    elif numbers & {errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOTDIR}:
+        hint = f"check that the rows can be read and {cache} can be written (HF_HOME moves it)"
+    elif hub_errors.GatedRepoError in types or status in (401, 403):
+        what = f"the Hub refused it (HTTP {status})"
+        hint = "retry; if it persists, ask for access on the dataset's page, and `login`"
+    elif datasets.exceptions.DatasetNotFoundError in types:
+        what = "no such file or folder here, and no such dataset on the Hub"
+        hint = "check the name; a private dataset needs `login`"
+    elif status or types & {ConnectionError, TimeoutError, httpx.TransportError}:
+        what = f"the Hub failed (HTTP {status})" if status else "the Hub was not reached"
+        hint = "retry later (`doctor` checks the Hub), or name a local file"
+    elif UnicodeDecodeError in types:
+        hint = "save the file as UTF-8"
+    elif datasets.table.CastError in types:
+        what = "its files have different columns"
+        hint = "choose one configuration by --subset, or download one file and name it"
+    elif RuntimeError in types and "script" in what:
+        what = "it comes with a loading script, which is not run"
+        hint = "convert it to JSONL or Parquet, or name a copy of it without a script"
+    elif yaml.YAMLError in types:
+        what = f"the YAML at the head of its README.md is broken ({what})"
+    return UserError(f"--dataset {config.dataset} --split {config.split}: {what}", hint)
 
 
 def check_columns(records: Any, config: DataConfig) -> None:
-    """Raises if a column that was named is missing, and tells which may be meant."""
-    record = records[0]
-    missing = sorted(set(config.columns) - record.keys())
-    if record.get("input") and "instruction" in config.columns:
-        log(
-            "note: the column `input` is not taught; join it to `instruction` if the questions need it"
-        )
+    """Raises if a column that was named is missing, and offers those that would keep most rows."""
+    names = records.column_names
+    missing = sorted(set(config.columns).difference(names))
+    if "input" in names and "instruction" in config.columns and any(records[:100]["input"]):
+        log("note: column `input` is not taught; join it to `instruction` if the questions need it")
     if missing:
-        flags = ("--question-col", "--cot-col", "--response-col")
-        guess = prompts.guess_columns(records[:100])
-        way_out = "if they are meant:" if guess else "name its columns:"
-        for flag, name in zip(flags, guess or ["NAME"] * 3, strict=True):
-            way_out += f" {flag} {shlex.quote(name)}"
-        fault = f"--dataset {config.dataset} has no {', '.join(missing)}; its columns: {', '.join(record)}."
-        raise UserError(fault, way_out)
+        raise UserError(
+            f"--dataset {config.dataset} has no {', '.join(missing)}; "
+            f"its columns: {', '.join(names)}.",
+            offered_columns(records) or "name them by --question-col, --cot-col and --response-col",
+        )
+
+
+def offered_columns(records: Any) -> str:
+    """The options for the columns that would keep most rows; empty if none would."""
+    guess = prompts.guess_columns(list(records.take(min(100, len(records)))))
+    if not guess:
+        return ""
+    flags = ("--question-col", "--cot-col", "--response-col")
+    given = [f"{flag} {shlex.quote(name)}" for flag, name in zip(flags, guess, strict=True)]
+    return f"if they are meant: {' '.join(given)}"
 
 
 def fingerprint(*parts: Any) -> str:
@@ -1106,40 +1285,36 @@ def question_hash(question: str) -> str:
 
 
 def trained_questions(run: Run) -> Callable[[str], bool]:
-    """Tells whether a run was trained on a question, or on one that is nearly the same."""
-    kept = read_json(run / "trained.json")
-    texts = (
-        kept.values() if isinstance(kept, dict) else ()
-    )  # runs used to keep a list of hashes alone
-    sketches = [set(text.split()) for text in texts]
-    return lambda question: question_hash(question) in kept or prompts.is_near(question, sketches)
+    """Tells whether a run was trained on a question."""
+    known = set(read_json(run / "trained.json"))
+    return lambda question: question_hash(question) in known
 
 
 def tokenize(
     batch: dict[str, list[Any]], tokenizer: Any, config: DataConfig
 ) -> dict[str, list[Any]]:
-    """Reads and tokenizes a batch of records, for `datasets.map`; `status` tells which are to be dropped."""
+    """Reads and tokenizes a batch of records, for `datasets.map`; `status` tells which to drop."""
     special = prompts.special_tokens(tokenizer)
     rows = []
     for values in zip(*batch.values(), strict=True):
-        rows.append(
-            prompts.read_record(dict(zip(batch, values, strict=True)), config.columns, special)
-        )
-    # All that are whole are tokenized at once.
-    whole = {i: row for i, row in enumerate(rows) if row.status == "used"}
-    for i, row in zip(
-        whole, prompts.encode(list(whole.values()), tokenizer, config.lang), strict=True
-    ):
-        too_long = row.status == "used" and len(row.input_ids) > config.max_seq_length
-        if too_long and config.overlong == "error":
-            fault = f"--overlong error: a row has {len(row.input_ids)} tokens: {row.question[:80]}"
-            raise UserError(fault, "raise --max-seq-length, or choose --overlong shorten-thought")
-        if too_long and config.overlong == "drop":
-            rows[i] = row._replace(status="longer than --max-seq-length")
-        elif too_long:
-            rows[i] = prompts.shorten(row, tokenizer, config.lang, config.max_seq_length)
-        else:
-            rows[i] = row
+        record = dict(zip(batch, values, strict=True))
+        rows.append(prompts.read_record(record, config.columns, special))
+    # All that can be used are tokenized at once.
+    usable = [i for i, row in enumerate(rows) if row.status == "used"]
+    encoded = prompts.encode([rows[i] for i in usable], tokenizer, config.lang)
+    for i, row in zip(usable, encoded, strict=True):
+        length = len(row.input_ids)
+        if row.status == "used" and length > config.max_seq_length:
+            if config.overlong == "error":
+                raise UserError(
+                    f"--overlong error: a row has {length} tokens: {row.question[:80]}",
+                    "raise --max-seq-length, or choose --overlong shorten-thought",
+                )
+            if config.overlong == "drop":
+                row = row._replace(status="longer than --max-seq-length")
+            else:
+                row = prompts.shorten(row, tokenizer, config.lang, config.max_seq_length)
+        rows[i] = row
     table = pandas.DataFrame(rows)
     table["tokens"] = table["input_ids"].map(len)
     lengths = zip(table["prompt_tokens"], table["tokens"], strict=True)
@@ -1147,42 +1322,62 @@ def tokenize(
     return dict(table.to_dict("list"))
 
 
+def tokenize_records(records: Any, tokenizer: Any, config: DataConfig, content: str) -> Any:
+    """The table of a row for each record; its types are given, as empty columns don't tell them."""
+    text = datasets.Value("string")
+    number = datasets.Value("int32")
+    features = {
+        **dict.fromkeys(("question", "thought", "answer", "status"), text),
+        **dict.fromkeys(("input_ids", "completion_mask"), datasets.List(number)),
+        **dict.fromkeys(("prompt_tokens", "tokens"), number),
+        "notes": datasets.List(text),
+    }
+    datasets.disable_progress_bars()
+    return records.map(
+        tokenize,
+        batched=True,
+        remove_columns=records.column_names,
+        features=datasets.Features(features),
+        fn_kwargs={"tokenizer": tokenizer, "config": config},
+        new_fingerprint=content,
+        keep_in_memory=True,
+        load_from_cache_file=False,  # a cache would not see a change in prompts.py
+    )
+
+
 def prepare_rows(records: Any, tokenizer: Any, config: DataConfig) -> PreparedData:
-    """Turns records into rows of tokens, and chooses those held out; raises if none is left to train on."""
-    # The columns' types are told, as empty ones don't tell them. Nothing is taken from a cache, which would
-    # have to know of every change in prompts.py and the tokenizer.
-    text, number = datasets.Value("string"), datasets.Value("int32")
-    features = dict.fromkeys(("question", "thought", "answer", "status"), text)
-    features |= dict.fromkeys(("input_ids", "completion_mask"), datasets.List(number))
-    features |= dict.fromkeys(("prompt_tokens", "tokens"), number)
-    records = records.select_columns(sorted(set(config.columns)))
-    content = fingerprint(*records)
-    table = records.map(
-        tokenize, batched=True, remove_columns=records.column_names, features=datasets.Features(features),
-        fn_kwargs={"tokenizer": tokenizer, "config": config}, new_fingerprint=content,
-        keep_in_memory=True, load_from_cache_file=False,
-    )  # fmt: skip
-    # Of rows with the same question the first one counts, so that none is both trained on and held out.
+    """Turns records into rows of tokens, and chooses those held out; raises if none is left."""
+    taught = records.select_columns(sorted(set(config.columns)))
+    content = fingerprint(*taught)
+    table = tokenize_records(taught, tokenizer, config, content)
+
+    # Of rows with one question the first counts, so that none is both trained on and held out.
     dropped = prompts.drop(table["status"][:], table["question"][:])
-    counts = {reason: len(positions) for reason, positions in dropped.items()}
     usable = table.select(sorted(set(range(len(table))).difference(*dropped.values())))
+    counts = {reason: len(positions) for reason, positions in dropped.items()}
     if len(usable) <= config.eval_rows:
-        fault = f"{len(usable)} usable rows of {len(table)}, --eval-rows {config.eval_rows}"
-        way_out = f"widen --split or mend the rows; dropped: {counts or 'none'}"
-        raise UserError(f"--dataset {config.dataset}: {fault}.", way_out)
-    chinese = [
-        question for question in usable["question"] if re.search("[\u4e00-\u9fff]", question)
-    ]
-    if config.lang == "en" and len(chinese) > len(usable) / 2:
-        log(
-            "note: most questions are Chinese, and the prompt is English; --lang zh asks in Chinese"
+        raise UserError(
+            f"--dataset {config.dataset}: {len(usable)} usable rows of {len(table)}, "
+            f"--eval-rows {config.eval_rows}; dropped {prompts.describe_dropped(dropped)}.",
+            (not len(usable) and offered_columns(records)) or "widen --split, or repair the rows",
         )
+    chinese = sum(bool(re.search("[\u4e00-\u9fff]", text)) for text in usable["question"])
+    if (chinese > len(usable) / 2) != (config.lang == "zh"):
+        log(f"note: --lang {config.lang}: most questions are in another language than the prompt")
+
+    # What is held out is chosen by seed.
     chosen = sorted(random.Random(config.seed).sample(range(len(usable)), config.eval_rows))
-    others = sorted(set(range(len(usable))) - set(chosen))
-    account: dict[str, Any] = {"read": len(table), "used": len(others), "held_out": len(chosen)}
-    account |= {"shortened": usable["status"][:].count("shortened"), "dropped": counts}
+    others = sorted(set(range(len(usable))).difference(chosen))
+    row_counts = {
+        "read": len(table),
+        "used": len(others),
+        "held_out": len(chosen),
+        "shortened": usable["status"][:].count("shortened"),
+        "dropped": counts,
+        "notes": dict(collections.Counter(itertools.chain(*usable["notes"]))),
+    }
     return PreparedData(
-        usable, usable.select(others), usable.select(chosen), dropped, account, content
+        usable, usable.select(others), usable.select(chosen), dropped, row_counts, content
     )
 
 
@@ -2532,7 +2727,7 @@ def train_run(config: TrainConfig, run: Run, resume: bool = False) -> tuple[Load
     config = with_steps(config, len(rows.used))
     log_header("run", str(run))
     log_header("settings", changed_settings(config))
-    log_header("rows", prompts.as_words(rows.account))
+    log_header("rows", prompts.describe_counts(rows.row_counts))
     if WORLD == 1 and torch.cuda.is_available():  # one process takes one GPU
         gpus = subprocess.run(
             "nvidia-smi -L", shell=True, capture_output=True, text=True
@@ -2555,14 +2750,13 @@ def train_run(config: TrainConfig, run: Run, resume: bool = False) -> tuple[Load
                     f"--resume {run}: the {name} was {before}, is now {value}.", "`train` anew"
                 )
             run.update(**{name: value})
-        run.update(rows=rows.account)
+        run.update(rows=rows.row_counts)
         if RANK == 0:
             held_out = rows.held_out.select_columns(["question", "thought", "answer"])
             names = dict(zip(("question", "thought", "answer"), RECIPE_COLUMNS, strict=True))
             write_jsonl(run / "held_out.jsonl", held_out.rename_columns(names))
             questions = rows.used["question"][:]
-            known = zip(map(question_hash, questions), prompts.sketches(questions), strict=True)
-            write_json(run / "trained.json", dict(known))
+            write_json(run / "trained.json", list(map(question_hash, questions)))
 
         # The model, and how a step fits into memory.
         started = time.perf_counter()
@@ -4209,47 +4403,55 @@ def load(config: ModelConfig) -> dict[str, Any]:
 
 @command
 def format_(config: DataConfig, as_json: bool, output: OutputOption = None) -> dict[str, Any]:
-    """Show what would be taught: rows, lengths, what is dropped."""
+    """Preview training examples: token counts, loss mask, dropped rows."""
     check_output(output)
     if output and output.suffix != ".jsonl":
         raise UserError(f"--output {output}: rows are written as JSONL.", "end the name in .jsonl")
     rows, tokenizer = tokenized_rows(config)
     examples = []
     for row in rows.usable.select_columns(["question", "thought", "answer"]):
-        texts = row["question"], row["thought"], row["answer"]
-        example = dict(zip(RECIPE_COLUMNS, texts, strict=True))
-        examples.append(
-            example | {"text": prompts.build_example(*texts, tokenizer.eos_token, config.lang)}
-        )
-    lengths = pandas.Series(rows.usable["tokens"][:])
-    tokens = (
-        lengths.describe([0.05, 0.5, 0.95]).drop(["count", "std"]).round().astype(int).to_dict()
-    )
-    report: dict[str, Any] = {
-        "rows": rows.account,
-        "tokens": {**tokens, "total": int(lengths.sum())},
-    }
-    report["fit_without_shortening"] = rows.usable["status"][:].count("used")
-    report["max_seq_length"] = config.max_seq_length
+        question, thought, answer = row.values()
+        text = prompts.build_example(question, thought, answer, tokenizer.eos_token, config.lang)
+        examples.append({**dict(zip(RECIPE_COLUMNS, row.values(), strict=True)), "text": text})
+    next_step = "`train` with the same options, or -o FILE.jsonl to write these rows"
     if output:
         write_jsonl(output, examples)
-        report["written"] = str(output)
-        report["next"] = f"{PROGRAM} train --dataset {shlex.quote(str(output))} --split train"
+        next_step = f"{PROGRAM} train --lang {config.lang} --dataset {shlex.quote(str(output))}"
+        next_step += " --split train"
 
-    # The first row as text and as tokens; those from `start` on carry loss.
-    first = rows.usable[0]
-    pieces = list(map(tokenizer.decode, first["input_ids"]))
-    start = first["prompt_tokens"] if config.loss_on == "response" else 0
+    # Token counts, and the first row: tokens from `start` on carry loss.
+    lengths = pandas.Series(rows.usable["tokens"][:])
+    tokens = lengths.describe([0.05, 0.5, 0.95]).drop(["count", "std"]).round().astype(int)
+    pieces = list(map(tokenizer.decode, rows.usable[0]["input_ids"]))
+    start = rows.usable[0]["prompt_tokens"] if config.loss_on == "response" else 0
     if as_json:
-        report["first_row"] = {"text": examples[0]["text"], "tokens": pieces, "loss_from": start}
-        return report | {"dropped": rows.dropped, "fingerprint": rows.fingerprint}
-    log("THE FIRST ROW", examples[0]["text"], "")
-    log(f"without loss, {start} tokens:", "│".join(pieces[:start]), "")
-    log(f"with loss, {len(pieces) - start} tokens:", "│".join(pieces[start:]), "")
-    for reason, positions in rows.dropped.items():
-        some = ", ".join(str(position + 1) for position in positions[:5])
-        log(f"dropped {len(positions)}: {reason} (row {some}{', …' if len(positions) > 5 else ''})")
-    return report
+        return {
+            "rows": rows.row_counts,
+            "tokens": {**tokens.to_dict(), "total": int(lengths.sum())},
+            "max_seq_length": config.max_seq_length,
+            "first_row": {"text": examples[0]["text"], "tokens": pieces, "loss_from": start},
+            "dropped": rows.dropped,
+            "fingerprint": rows.fingerprint,
+            "next": next_step,
+        }
+    log(f"first row: {len(pieces)} tokens, {start} masked, {len(pieces) - start} in loss", "")
+    if start:
+        log("masked (prompt):", "│".join(pieces[:start]), faint=True)
+        log("in loss:")
+    log("│".join(pieces[start:]), "")
+    spread = ", ".join(f"{name} {count}" for name, count in tokens.items())
+    notes = [f"{note}: {number}" for note, number in rows.row_counts["notes"].items()]
+    summary = {
+        "rows": prompts.describe_counts({**rows.row_counts, "dropped": {}, "notes": {}}),
+        "dropped": prompts.describe_dropped(rows.dropped),
+        "notes": "; ".join(notes) or "none",
+        "tokens": f"{spread}, total {lengths.sum():,}",
+        "length": f"{rows.row_counts['shortened']} shortened to {config.max_seq_length} tokens",
+        "next": next_step,
+    }
+    for name, text in summary.items():
+        print_result(f"{name + ':':9} {text}")
+    return {}
 
 
 def tokenized_rows(config: DataConfig) -> tuple[PreparedData, Any]:
@@ -4358,7 +4560,7 @@ def train(
         check_config(config)
         rows, _ = tokenized_rows(config)
         config = with_steps(config, len(rows.used))
-        settings = {"settings": changed_settings(config), "rows": prompts.as_words(rows.account)}
+        settings = {"settings": changed_settings(config), "rows": prompts.describe_counts(rows.row_counts)}
         return settings | expect(config, rows.used["tokens"][:])
     train_run(config, chosen, resume)
     if RANK:

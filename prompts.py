@@ -10,7 +10,6 @@ given, is decided here too, and what an answer is worth.
 """
 
 import ast
-import collections
 import contextlib
 import functools
 import html
@@ -21,8 +20,7 @@ import re
 import statistics
 import string
 import unicodedata
-import zlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, Literal, NamedTuple
 
 Lang = Literal["en", "zh"]
@@ -219,9 +217,14 @@ class Row(NamedTuple):
     status: str = "used"  # or "shortened", or the reason why it is dropped
     input_ids: Sequence[int] = ()
     prompt_tokens: int = 0
+    notes: Sequence[str] = ()  # what of the record is not taught, and what looks damaged
 
 
 KEPT = ("used", "shortened")
+
+
+class UnusableRecord(Exception):
+    """The reason why a record is dropped."""
 
 
 def build_prompt(question: str, lang: Lang = "en") -> str:
@@ -274,75 +277,213 @@ def marker_pattern(special_tokens: tuple[str, ...]) -> re.Pattern[str]:
 
 def find_marker(text: str, special_tokens: Sequence[str] = ()) -> str | None:
     """The first think tag or special token in `text`, which could forge a row's structure."""
-    # Nor does a tokenizer take half a surrogate pair. One search for both would be a hundred times slower.
+    # Nor can a tokenizer take half a surrogate pair. One pattern for both would be much slower.
     found = marker_pattern(tuple(special_tokens)).search(text) or re.search("[\ud800-\udfff]", text)
     return found[0].encode(errors="backslashreplace").decode() if found else None
 
 
-# Names of columns in public reasoning datasets, the likelier first: question, thought, answer.
+# Column names of public reasoning datasets, the likelier first: question, thought, answer.
 USUAL_COLUMNS = (
-    ("question", "problem", "prompt", "instruction", "query", "input"),
-    (
-        "complex_cot",
-        "cot",
-        "reasoning",
-        "reasoning_content",
-        "thinking",
-        "thought",
-        "chain_of_thought",
-    ),
-    ("response", "answer", "output", "solution", "completion", "content"),
+    "question problem prompt instruction query input".split(),
+    "complex_cot cot reasoning reasoning_content thinking thought rationale".split(),
+    "response answer output solution completion content attempt".split(),
 )
-USER, ASSISTANT = ("user", "human"), ("assistant", "gpt")
+ROLES = {
+    **dict.fromkeys(("user", "human", "prompter"), "user"),
+    **dict.fromkeys(("assistant", "gpt", "model", "bot", "chatbot", "chatgpt", "ai"), "assistant"),
+}
+PART_TYPES = ("text", "input_text", "output_text", "message", "thinking", "reasoning")
+# What exports write for a missing value, without a period.
+MISSING = set(
+    "nan,none,null,nil,na,n/a,n.a,<na>,#n/a,undefined,missing,not available,not applicable,tbd,"
+    "[deleted],[removed],-,--,—,?,".split(",")
+)
+TAG = "think|thinking|thoughts?|reasoning|cot|scratchpad"
+THOUGHT_OPEN = re.compile(rf"(?i)<(?:{TAG})>|<\|begin_of_thought\|>|\[THINK\]|◁think▷")
+THOUGHT_CLOSE = re.compile(rf"(?i)</(?:{TAG})>|<\|end_of_thought\|>|\[/THINK\]|◁/think▷")
+HTML = "a|b|br|code|div|em|font|h[1-6]|i|img|li|ol|p|pre|span|strong|su[bp]|t[dhr]|table|ul"
+SUSPICIOUS = {
+    "invisible characters": "[\u00a0\u00ad\u200b-\u200f\u2028-\u202e\u2060\ufeff]",
+    "control characters": "[\0-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f]",
+    "characters of a wrong encoding": "\ufffd|[ÂÃ][\x80-\xbf]|â€",
+    "escaped line ends": r"\\[nrt](?![a-zA-Z])|_x000D_",
+    "HTML entities": r"&(?:#\w+|[a-zA-Z]{2,8});",
+    "HTML tags": rf"(?i)</?(?:{HTML})\b[^<>]*>",
+    "chat markup of another model": r"<\|\w+\|>|\[/?INST\]|<</?SYS>>|<(?:start|end)_of_turn>",
+}
 
 
-def one_turn(messages: Sequence[Any], speakers: Sequence[str]) -> dict[str, Any]:
-    """The one message of `speakers` in a conversation; empty if there is none, or more than one."""
-    said = []
-    for turn in messages:
-        if isinstance(turn, dict) and turn.get("role", turn.get("from")) in speakers:
-            said.append({**turn, "text": turn.get("content", turn.get("value"))})
-    return said[0] if len(said) == 1 else {}
+def first_of(value: dict[str, Any], *names: str) -> Any:
+    """The first of these values that is not None, which tables put where a row lacks a key."""
+    for name in names:
+        if value.get(name) is not None:
+            return value[name]
+    return None
 
 
-def read_fields(record: dict[str, Any], columns: Sequence[str]) -> list[Any]:
-    """Question, thought and answer, whatever their types, out of the three `columns` of a record.
+def read_turns(value: Any) -> list[dict[str, Any]]:
+    """The messages of a conversation, also of one written as JSON or Python; empty for all else."""
+    if isinstance(value, str) and re.match(r"\s*\[?\s*\{", value):
+        for parse in (json.loads, ast.literal_eval):
+            with contextlib.suppress(ValueError, SyntaxError, MemoryError, RecursionError):
+                value = parse(value)
+                break
+    turns = []
+    for turn in value if isinstance(value, list) else [value]:
+        role = first_of(turn, "role", "from", "speaker") if isinstance(turn, dict) else None
+        if not isinstance(role, str):
+            return []
+        role = role.strip().lower()
+        turns.append({**turn, "role": ROLES.get(role, role)})
+    return turns
 
-    A column may hold a conversation. Where one column is named for thought and answer, think tags divide it.
+
+def pick_turn(value: Any, role: str, column: str, is_whole: bool, notes: set[str]) -> Any:
+    """The question of a conversation, or the answer to it; what is no conversation comes back.
+
+    `is_whole` says that question and answer are of the same column, whose later turns can be left.
     """
-    question, thought, answer = map(record.get, columns)
-    if isinstance(question, list):
-        question = one_turn(question, USER).get("text")
-    if isinstance(answer, list):
-        turn = one_turn(answer, ASSISTANT)
-        answer = turn.get("text")
-        thought = next((turn[name] for name in USUAL_COLUMNS[1] if turn.get(name)), answer)
-    if columns[1] == columns[2] and thought == answer and isinstance(answer, str):
-        thought, answer, _ = split_response(answer)
+    turns = read_turns(value)
+    if not turns:
+        return value
+    roles = [turn["role"] for turn in turns]
+    start = roles.index("user") if "user" in roles else 0
+    end = len(roles)
+    if "assistant" in roles[start:]:
+        end = roles.index("assistant", start)
+    asked = roles[: end if is_whole else None].count("user")
+    if role == "user" and asked > 1:
+        raise UnusableRecord(f"{column} has several questions")
+    if (role == "user" and not asked) or (role == "assistant" and end == len(roles)):
+        raise UnusableRecord(
+            f"{column} has no {role} message (roles: {', '.join(dict.fromkeys(roles))})"
+        )
+    last = end if is_whole or role == "assistant" else end - 1
+    for position, other in enumerate(roles):
+        if other not in ("user", "assistant"):
+            notes.add(f"{other} message not taught")
+        elif position > end and "user" not in roles[end : position + 1]:
+            notes.add("second answer not taught")
+        elif not start <= position <= last:
+            notes.add("other turns not taught")
+    return turns[start if role == "user" else end]
+
+
+def text_parts(value: Any, column: str, kind: str = "answer") -> Iterator[tuple[str, str]]:
+    """Yields kind ("thought" or "answer") and text of a field, of a message or of its parts."""
+    if isinstance(value, list):
+        if len(value) != 1 and all(isinstance(part, str) for part in value):
+            raise UnusableRecord(f"{column} holds {len(value)} texts, not one")
+        for part in value:
+            yield from text_parts(part, column, kind)
+    elif isinstance(value, dict):
+        part = value.get("type") or "text"
+        if part not in PART_TYPES:
+            raise UnusableRecord(f"{column} has a part of type {part}")
+        thought = first_of(value, *USUAL_COLUMNS[1])
+        text = first_of(value, "content", "value", "text")
+        if part in ("thinking", "reasoning"):
+            thought = text if thought is None else thought
+            text = None
+        if thought is None and text is None:
+            fault = "has a message without text" if "role" in value else "is dict, not text"
+            raise UnusableRecord(f"{column} {fault}")
+        if thought is not None:
+            yield from text_parts(thought, column, "thought")
+        if text is not None:
+            yield from text_parts(text, column, kind)
+    elif value is None or value != value:  # NaN
+        raise UnusableRecord(f"{column} is missing")
+    elif isinstance(value, str):
+        yield kind, value
+    else:
+        raise UnusableRecord(f"{column} is {type(value).__name__}, not text")
+
+
+def split_thought(text: str, column: str) -> tuple[str, str]:
+    """Thought and answer of one text, which tags divide."""
+    body = text.lstrip()
+    opened = THOUGHT_OPEN.match(body)
+    if opened:
+        body = body[opened.end() :]
+    parts = THOUGHT_CLOSE.split(body)
+    if len(parts) == 1:
+        fault = "is not closed" if opened else "is not marked by think tags"
+        raise UnusableRecord(f"the thought in {column} {fault}")
+    if len(parts) > 2:
+        raise UnusableRecord(f"{column} has more than one thought")
+    if THOUGHT_OPEN.search(body):
+        raise UnusableRecord(f"{column} has text before its thought")
+    answer = re.sub(r"<\|(?:begin|end)_of_solution\|>", "", parts[1])
+    for name, part in (("thought", parts[0]), ("answer", answer)):
+        if not part.strip():
+            raise UnusableRecord(f"the {name} in {column} is empty")
+    return parts[0], answer
+
+
+def read_fields(record: dict[str, Any], columns: Sequence[str], notes: set[str]) -> list[str]:
+    """The texts of question, thought and answer; adds to `notes` what is left aside.
+
+    A column may hold a conversation. Where one column is named for thought and answer, the thought
+    is what its message marks as one, or tags divide it.
+    """
+    question_col, thought_col, answer_col = columns
+    is_whole = question_col == answer_col
+    value = pick_turn(record.get(question_col), "user", question_col, is_whole, notes)
+    question = "\n".join(text for _, text in text_parts(value, question_col))
+    found = {}
+    for column in dict.fromkeys((thought_col, answer_col)):
+        value = pick_turn(record.get(column), "assistant", column, is_whole, notes)
+        texts: dict[str, list[str]] = {"answer": [], "thought": []}
+        for kind, text in text_parts(value, column):
+            texts[kind].append(text)
+        found[column] = ["\n".join(texts["thought"]), "\n".join(texts["answer"])]
+    inner, answer = found[answer_col]
+    if thought_col != answer_col:
+        thought = found[thought_col][0] or found[thought_col][1]
+        if inner.strip():
+            notes.add(f"thought inside {answer_col} not taught")
+    elif inner.strip():
+        thought = inner
+    else:
+        thought, answer = split_thought(answer, answer_col)
     return [question, thought, answer]
 
 
 def read_record(
     record: dict[str, Any], columns: Sequence[str], special_tokens: Sequence[str]
 ) -> Row:
-    """The texts of a record, without tokens yet, or the reason why it is dropped."""
-    fields = read_fields(record, columns)
-    for column, text in zip(columns, fields, strict=True):
-        if not isinstance(text, str) or not text.strip():
-            if isinstance(record.get(column), list):
-                return Row(status=f"{column} is not one question and one answer")
-            if record.get(column) and columns[1] == columns[2] == column:
-                return Row(status=f"no thought between think tags in {column}")
-            return Row(status=f"{column} is empty or not text")
-        marker = find_marker(text, special_tokens)
-        if marker:
-            return Row(status=f"{marker} inside {column}")
-    question, thought, answer = map(str.strip, fields)
-    return Row(question, thought, answer)
+    """The texts of a record, without tokens yet, or the one reason why it is dropped."""
+    notes: set[str] = set()
+    try:
+        fields = read_fields(record, columns, notes)
+        texts = [re.sub("\r\n?", "\n", text).strip() for text in fields]
+        for column, text in zip(columns, texts, strict=True):
+            if not text:
+                raise UnusableRecord(f"{column} is empty")
+            if text.casefold().strip(".") in MISSING and text != "Na":  # which is sodium
+                raise UnusableRecord(f'{column} is missing ("{text}")')
+            tag = THOUGHT_OPEN.search(text) or THOUGHT_CLOSE.search(text)
+            marker = find_marker(text, special_tokens) or (tag and tag[0])
+            if marker:
+                raise UnusableRecord(f"{marker} inside {column}")
+        same = [" ".join(text.casefold().split()) for text in texts]
+        if same[0] in same[1:]:
+            raise UnusableRecord("thought or answer repeats the question")
+        if same[1] == same[2] and columns[1] != columns[2]:
+            raise UnusableRecord("thought and answer are the same")
+    except UnusableRecord as reason:
+        return Row(status=str(reason))
+    whole = "\n".join(fields)
+    for name, pattern in {**SUSPICIOUS, "carriage returns (made line feeds)": "\r"}.items():
+        if re.search(pattern, whole):
+            notes.add(f"{name} in the text")
+    question, thought, answer = texts
+    return Row(question, thought, answer, notes=sorted(notes))
 
 
 def drop(statuses: Sequence[str], questions: Sequence[str]) -> dict[str, list[int]]:
-    """Positions of what is dropped, by reason; of rows with the same question all but the first are."""
+    """Positions of what is dropped, by reason; of rows with one question all but the first are."""
     dropped: dict[str, list[int]] = {}
     seen: set[str] = set()
     for position, (status, question) in enumerate(zip(statuses, questions, strict=True)):
@@ -356,14 +497,26 @@ def drop(statuses: Sequence[str], questions: Sequence[str]) -> dict[str, list[in
     return dropped
 
 
-def as_words(account: dict[str, Any]) -> str:
-    """An account of rows, as a sentence."""
-    text = f"{account['read']} read, {account['used']} to train on, {account['held_out']} held out"
-    if account["shortened"]:
-        text += f", {account['shortened']} shortened"
-    for reason, number in account["dropped"].items():
+def describe_counts(counts: dict[str, Any]) -> str:
+    """The number of rows by what became of them, as a sentence."""
+    text = f"{counts['read']} read, {counts['used']} to train on, {counts['held_out']} held out"
+    if counts["shortened"]:
+        text += f", {counts['shortened']} shortened"
+    for reason, number in counts["dropped"].items():
         text += f"; dropped {number}: {reason}"
+    for note, number in counts["notes"].items():
+        text += f"; in {number}: {note}"
     return text
+
+
+def describe_dropped(dropped: dict[str, list[int]]) -> str:
+    """How many rows are dropped for which reason, with the numbers of the first five."""
+    parts = []
+    for reason, positions in dropped.items():
+        some = ", ".join(str(position + 1) for position in positions[:5])
+        more = ", …" if len(positions) > 5 else ""
+        parts.append(f"{len(positions)}: {reason} (row {some}{more})")
+    return "; ".join(parts) or "none"
 
 
 def special_tokens(tokenizer: Any) -> tuple[str, ...]:
@@ -372,39 +525,38 @@ def special_tokens(tokenizer: Any) -> tuple[str, ...]:
 
 
 def encode(rows: Sequence[Row], tokenizer: Any, lang: Lang) -> list[Row]:
-    """Adds tokens to rows, in two calls; one that does not have the template's structure is to be dropped."""
-    eos, special = tokenizer.eos_token, set(tokenizer.added_tokens_decoder)
+    """Adds tokens to rows; where they don't have the template's structure, the status says so."""
+    if not rows:
+        return []
+    eos = tokenizer.eos_token
+    special = set(tokenizer.added_tokens_decoder)
     texts = [build_example(row.question, row.thought, row.answer, eos, lang) for row in rows]
-    heads = (
-        tokenizer([build_prompt(row.question, lang) for row in rows])["input_ids"] if rows else []
-    )
+    heads = tokenizer([build_prompt(row.question, lang) for row in rows])["input_ids"]
     *encoded, empty = tokenizer([*texts, build_example("", "", "", eos, lang)])["input_ids"]
     decoded = tokenizer.backend_tokenizer.decode_batch(encoded, skip_special_tokens=False)
-    composed = functools.partial(
-        unicodedata.normalize, "NFC"
-    )  # as Qwen 2's tokenizer writes accents
     structure = [token for token in empty if token in special]
     found = []
     for row, text, ids, head, back in zip(rows, texts, encoded, heads, decoded, strict=True):
         status = "used"
-        if [token for token in ids if token in special] != structure or ids[
-            -1
-        ] != tokenizer.eos_token_id:
+        back = back.removeprefix(tokenizer.bos_token or "")
+        markers = [token for token in ids if token in special]
+        if markers != structure or ids[-1] != tokenizer.eos_token_id:
             status = "special tokens are not where the template has them"
         elif ids[: len(head)] != head:
             status = "its first token joins prompt and thought"
-        elif composed(back.removeprefix(tokenizer.bos_token or "")) != composed(text):
+        # Qwen 2's tokenizer composes accents.
+        elif unicodedata.normalize("NFC", back) != unicodedata.normalize("NFC", text):
             status = "its tokens do not give its text back"
         found.append(row._replace(input_ids=ids, prompt_tokens=len(head), status=status))
     return found
 
 
 def shorten(row: Row, tokenizer: Any, lang: Lang, limit: int) -> Row:
-    """Cuts a row's thought at a sentence, until the row has at most `limit` tokens; nothing else is cut."""
-    offsets = tokenizer(row.thought, add_special_tokens=False, return_offsets_mapping=True)[
-        "offset_mapping"
-    ]
-    keep, excess = len(offsets), len(row.input_ids) - limit
+    """Cuts the thought at a sentence, so that the row has at most `limit` tokens."""
+    tokens = tokenizer(row.thought, add_special_tokens=False, return_offsets_mapping=True)
+    offsets = tokens["offset_mapping"]
+    keep = len(offsets)
+    excess = len(row.input_ids) - limit
     while excess > 0:  # again, where the tokens around the cut came out as more than before
         keep -= excess
         if keep <= 0:
@@ -417,25 +569,52 @@ def shorten(row: Row, tokenizer: Any, lang: Lang, limit: int) -> Row:
     return shorter._replace(status="shortened")
 
 
-def guess_columns(columns: dict[str, list[Any]]) -> list[str] | None:
-    """Which of some records' columns seem to hold question, thought and answer; None if that is unclear."""
-    names = {
-        name.lower().partition(" (")[0]: name for name in columns
-    }  # "reasoning (…)" is a reasoning
-    guess = [""] * 3
-    for i, choices in enumerate(USUAL_COLUMNS):
-        for usual in reversed(choices):  # the likelier one comes last, and stays
-            guess[i] = names.get(usual, guess[i])
-    if (
-        guess[0] == names.get("instruction") and "input" in names
-    ):  # Alpaca's; the question may be in either
-        guess[0] = max(guess[0], names["input"], key=lambda name: len(set(map(str, columns[name]))))
-    for name, (value, *_) in columns.items():
-        if isinstance(value, list) and one_turn(value, ASSISTANT):
-            guess = [name] * 3
-        elif isinstance(value, str) and THINK_CLOSE in value:
-            guess[1:] = [name, name]
-    return guess if all(guess) else None
+def column_choices(records: Sequence[dict[str, Any]]) -> list[list[str]]:
+    """Columns that may hold question, thought ("": the answer's column) and answer, likelier first."""
+    talks = []
+    tagged = []
+    for name in records[0]:
+        values = [record.get(name) for record in records]
+        if any(map(read_turns, values)):
+            talks.append(name)
+        if any(isinstance(value, str) and THOUGHT_CLOSE.search(value) for value in values):
+            tagged.append(name)
+    choices = []
+    for usual in USUAL_COLUMNS:
+        ranked = {}
+        for name in records[0]:
+            plain = re.sub(r"[\W_]+", "_", name.partition(" (")[0].lower())  # "reasoning (…)"
+            ranks = [(word != plain, rank) for rank, word in enumerate(usual) if word in plain]
+            if ranks:
+                ranked[name] = min(ranks)
+        choices.append([*sorted(ranked, key=ranked.__getitem__), *talks])
+    return [choices[0], [*choices[1], ""], [*choices[2], *tagged]]
+
+
+def guess_columns(records: Sequence[dict[str, Any]]) -> list[str] | None:
+    """The columns for question, thought and answer that keep most of these records, as tried on them.
+
+    None where no choice keeps more than half. Each question counts once: of Alpaca's "instruction"
+    and "input" the one that differs is the question.
+    """
+    best = None
+    most = len(records) / 2
+    for question, thought, answer in itertools.product(*column_choices(records)):
+        columns = [question, thought or answer, answer]
+        questions = set()
+        thoughts = []
+        for record in records:
+            row = read_record(record, columns, ())
+            if row.status == "used":
+                questions.add(same_question(row.question))
+                thoughts.append(row.thought)
+        # Bare words such as "on" and "off" only say whether to think.
+        bare = r"[a-z\d_-]+|ON|OFF|On|Off|Yes|No|True|False|High|Low"
+        is_switch = thought and all(re.fullmatch(bare, text) for text in thoughts)
+        if len(questions) > most and not is_switch:
+            best = columns
+            most = len(questions)
+    return best
 
 
 def build_ollama_files(
@@ -892,41 +1071,8 @@ def as_text(line: str) -> str:
 
 
 def same_question(question: str) -> str:
-    """Equal for questions that differ in case and spacing only."""
-    return " ".join(question.casefold().split())
-
-
-NEAR = 0.5  # the share of its kept shingles that a nearly equal question has, and three of them at least
-KEPT_SHINGLES, FEWEST_SHINGLES = 8, 3
-COMMON = 0.01  # a shingle that a larger share of the questions has is none of theirs
-
-
-def shingles(question: str) -> set[str]:
-    """Its pairs of words that follow each other, or runs of four Chinese characters, as hashes."""
-    text = unicodedata.normalize("NFKC", question).casefold()
-    words = re.findall(r"[一-鿿]|[^\W一-鿿]+", text)
-    length = 4 if re.search("[一-鿿]", text) else 2
-    found = set()
-    for start in range(len(words) - length + 1):
-        run = " ".join(words[start : start + length])
-        found.add(f"{zlib.crc32(run.encode()):08x}")
-    return found
-
-
-def sketches(questions: Sequence[str]) -> list[str]:
-    """The rarest shingles of each question, to know it again; what many questions share tells nothing."""
-    found = list(map(shingles, questions))
-    number = collections.Counter(itertools.chain.from_iterable(found))
-    common = max(2, COMMON * len(found))
-    kept = []
-    for each in found:
-        rare = [shingle for shingle in sorted(each) if number[shingle] <= common]
-        rare.sort(key=number.__getitem__)
-        kept.append(" ".join(rare[:KEPT_SHINGLES]))
-    return kept
-
-
-def is_near(question: str, kept: Sequence[set[str]]) -> bool:
-    """Whether it is nearly one of the questions that these sketches were kept of."""
-    own = shingles(question)
-    return any(len(own & each) >= max(FEWEST_SHINGLES, NEAR * len(each)) for each in kept)
+    """Equal for questions that differ in case, spacing and punctuation only, but in no number."""
+    text = " ".join(unicodedata.normalize("NFKC", question).casefold().split())
+    # Kept are signs of mathematics and what stands within a number, such as 1.5 or 120/80.
+    plain = re.sub(r"(?<!\d)[^\w<=>+±%]+|[^\w<=>+±%]+(?!\d)", "", text)
+    return plain or text

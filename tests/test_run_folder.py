@@ -62,7 +62,14 @@ def test_all_that_a_training_makes_lies_in_it_and_nothing_half_written(finished)
 def test_run_json_tells_how_it_ended_and_with_what(finished):
     record = finished.record
     assert record["status"] == "finished"
-    assert record["rows"] == {"read": 24, "used": 20, "held_out": 4, "shortened": 0, "dropped": {}}
+    assert record["rows"] == {
+        "read": 24,
+        "used": 20,
+        "held_out": 4,
+        "shortened": 0,
+        "dropped": {},
+        "notes": {},
+    }
     plan = record["plan"]
     assert plan["effective_batch"] == plan["micro_batch"] * plan["accumulation"] == 4
     assert (
