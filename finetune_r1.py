@@ -1676,7 +1676,7 @@ class LoadedModel:
 
     def add_adapter(self, config: TrainConfig, kept_layers: int) -> None:
         """Wraps the model with an untrained adapter; all but `kept_layers` recompute their activations."""
-        modules = target_modules(self.model, config)
+        modules = list(adapter_sizes(self.model, config))
         recompute = kept_layers < self.model.config.num_hidden_layers
         self.model = import_unsloth().get_peft_model(
             self.model, target_modules=modules, r=config.lora_r, lora_alpha=config.lora_alpha, bias="none",
@@ -1913,9 +1913,9 @@ class AnswerPrinter(LibraryClass):  # type: ignore[misc]
         )
 
 
-# -------------------------------------------------------------------------------------------------- training
-# Fine-tunes the adapter on the rows. Promised: the fastest step that fits into memory, a checkpoint at every
-# stop, a resumed run that ends bit for bit as an undisturbed one, and no NaN that is saved. Left to libraries:
+# ---------------------------------------------------------------------------------------- training
+# Fine-tunes an adapter on the rows. Promised: the fastest step that fits into memory, a checkpoint at
+# every stop, a resumed run equal to an undisturbed one bit for bit, no NaN saved. Left to libraries:
 # loop, optimizer, best checkpoint and DDP (TRL, transformers, Accelerate), fast layers (Unsloth).
 
 
@@ -1951,36 +1951,29 @@ def gather(values: list[Any]) -> list[Any]:
     return list(accelerate_utils.gather_object(values)) if WORLD > 1 else values
 
 
-def target_modules(model: Any, config: TrainConfig) -> list[str]:
-    """Names of the linear layers that get an adapter; raises for those that the model lacks."""
-    linear = set()
-    for name, module in model.named_modules():
+def adapter_sizes(model: Any, config: TrainConfig) -> dict[str, int]:
+    """Parameters of the adapter by name of layer; raises for linear layers that `model` lacks."""
+    sizes: dict[str, int] = {}
+    for path, module in model.named_modules():
         if isinstance(module, torch.nn.Linear) and module is not model.get_output_embeddings():
-            linear.add(name.rpartition(".")[2])
+            name = path.rpartition(".")[2]
+            added = config.lora_r * (module.in_features + module.out_features)
+            sizes[name] = sizes.get(name, 0) + added
     if config.target_modules == "all-linear":
-        return sorted(linear)
+        return sizes
     names = [name.strip() for name in config.target_modules.split(",")]
-    unknown = set(names) - linear
+    unknown = set(names) - sizes.keys()
     if unknown:
         raise UserError(
             f"--target-modules: the model has no linear layer {', '.join(sorted(unknown))}.",
-            hint=f"choose from {', '.join(sorted(linear))}, or all-linear",
+            hint=f"choose from {', '.join(sizes)}, or all-linear",
         )
-    return names
+    return {name: sizes[name] for name in names}
 
 
-def adapter_parameters(model: Any, config: TrainConfig) -> int:
-    """Number of parameters that an adapter of `model` will have."""
-    names = target_modules(model, config)
-    size = 0
-    for name, module in model.named_modules():
-        if name.rpartition(".")[2] in names:
-            size += module.in_features + module.out_features
-    return config.lora_r * size
-
-
-def run_size(parameters: int, config: TrainConfig) -> int:
+def run_size(model: Any, config: TrainConfig) -> int:
     """Bytes of a run folder: the adapter, and checkpoints of adapter and optimizer."""
+    parameters = sum(adapter_sizes(model, config).values())
     optimizer = 2 if "8bit" in config.optim else 8
     return parameters * (4 + optimizer) * (config.keep_checkpoints + config.keep_best + 2)
 
@@ -1997,12 +1990,13 @@ class Memory(NamedTuple):
 
 
 def measure_memory(model: Any, weights: float, config: TrainConfig) -> Memory:
-    """The memory for training `model`, which has no adapter yet, whose weights take `weights` bytes."""
+    """The memory for training `model`, without adapter yet, whose weights take `weights` bytes."""
     shape = model.config
     layers = shape.num_hidden_layers
     limit = memory_limit(config)
     optimizer = 2 if "8bit" in config.optim else 8
-    resident = weights + adapter_parameters(model, config) * (4 + 4 + optimizer) + WORKSPACE
+    parameters = sum(adapter_sizes(model, config).values())
+    resident = weights + parameters * (4 + 4 + optimizer) + WORKSPACE
     stored = 3 * shape.intermediate_size + 3.3 * shape.hidden_size  # as measured, in numbers
     if not torch.cuda.is_available():
         # Logits, softmax and gradient in float32, most of which Unsloth avoids on a GPU.
@@ -2090,7 +2084,7 @@ def estimate_cost(config: TrainConfig, lengths: Sequence[int]) -> dict[str, str]
     weights = layers * each + (model.num_parameters() - layers) * 2
     plan = make_plan(lengths, config, measure_memory(model, weights, config))
 
-    run = run_size(adapter_parameters(model, config), config)
+    run = run_size(model, config)
     try:
         missing = weights_size(weights_name(config))[1]
         download = f"{file_size(missing)} to download" if missing else "weights cached"
@@ -2211,7 +2205,8 @@ def log_callback(run: Run, tokens_per_step: int) -> Any:
             text = self.step(state) + losses
             if state.global_step == 1:  # compiles kernels
                 return text
-            pace = (time.monotonic() - self.paced_at) / (state.global_step - self.paced)
+            steps = max(1, state.global_step - self.paced)
+            pace = (time.monotonic() - self.paced_at) / steps
             left = time_text(pace * (state.max_steps - state.global_step))
             return f"{text}  {pace:.2f} s/step  {tokens_per_step / pace:.0f} tok/s  {left} left"
 
@@ -2274,13 +2269,26 @@ def hub_callback(run: Run, repo: str) -> Any:
     return HubCheckpoints()
 
 
-def training_arguments(config: TrainConfig, plan: dict[str, Any], run: Run, tracked: bool) -> Any:
+def wandb_callback() -> Any:
+    """The Trainer's W&B callback, which would end the training if W&B's own process dies."""
+
+    class LastingWandb(transformers.integrations.WandbCallback):  # type: ignore
+        def on_train_begin(self, *_: Any, **__: Any) -> None:
+            pass  # the first on_log sets up
+
+        def on_log(self, *arguments: Any, **options: Any) -> None:
+            with contextlib.suppress(Exception):
+                super().on_log(*arguments, **options)
+
+    return LastingWandb()
+
+
+def training_arguments(config: TrainConfig, plan: dict[str, Any], run: Run) -> Any:
     """TRL's settings for a training by `plan`."""
     on_gpu = torch.cuda.is_available()
     return trl.SFTConfig(
         output_dir=str(run / "checkpoints"),
-        run_name=run.name,
-        report_to="wandb" if tracked else "none",
+        report_to="none",
         max_steps=config.max_steps,
         warmup_steps=config.warmup_steps,
         learning_rate=config.learning_rate,
@@ -2343,12 +2351,14 @@ def train_steps(
     eval_rows = rows.held_out.select_columns(columns) if config.eval_rows else None
     with stop_after_step() as stop:
         callbacks = [checkpoint_callback(config, stop), log_callback(run, plan["tokens_per_step"])]
+        if tracked:
+            callbacks.append(wandb_callback())
         if config.hub_checkpoints and RANK == 0:
             callbacks.append(hub_callback(run, config.hub_checkpoints))
         while True:
             trainer = trl.SFTTrainer(
                 model=loaded.model,
-                args=training_arguments(config, plan, run, tracked),
+                args=training_arguments(config, plan, run),
                 processing_class=loaded.tokenizer,
                 train_dataset=train_rows,
                 eval_dataset=eval_rows,
@@ -2374,7 +2384,7 @@ def train_steps(
     if stop:
         interrupt(stop[0])
     barrier()  # the first process has written the checkpoints
-    if config.keep_best:
+    if trainer.state.best_model_checkpoint:
         log(f"best checkpoint by eval loss: {Path(trainer.state.best_model_checkpoint).name}")
 
 
@@ -2398,8 +2408,7 @@ def train_run(config: TrainConfig, run: Run, resume: bool = False) -> tuple[Load
         plan = broadcast(make_plan(rows.used["tokens"][:], config, memory))
         log_header("plan", plan_text(plan))
         run.update(model_revisions=loaded.revisions, device=device_name(), plan=plan)
-        size = run_size(adapter_parameters(loaded.model, config), config)
-        check_room({run.folder: size}, "name a --run-dir on another disk")
+        check_room({run.folder: run_size(loaded.model, config)}, "name a --run-dir elsewhere")
 
         # The training.
         loaded.add_adapter(config, plan["kept_layers"])
@@ -2448,7 +2457,7 @@ def prepare_training(
     # The rows, every one accounted for.
     import_unsloth(for_training=True)
     folder = download_model(config.model, weights=False, revision=revision)
-    target_modules(load_meta_model(folder), config)
+    adapter_sizes(load_meta_model(folder), config)  # raises for unknown --target-modules
     tokenizer = load_tokenizer(folder)
     rows = prepare_rows(records, tokenizer, config)
     config = with_steps(config, len(rows.used))
@@ -2465,7 +2474,7 @@ def prepare_training(
 
 
 def record_rows(run: Run, config: TrainConfig, rows: PreparedData) -> None:
-    """Writes what the rows are into the run; raises if a resumed run's prompt or rows have changed."""
+    """Writes what the rows are into the run; raises if a resumed run's prompt or rows differ."""
     current = {
         "prompt_hash": hashlib.sha256(prompts.TEMPLATES[config.lang].encode()).hexdigest(),
         "dataset_fingerprint": rows.fingerprint,
@@ -4093,8 +4102,10 @@ def train(
         length = f"e{config.epochs:g}" if config.epochs else f"s{config.max_steps}"
         name = f"{time.strftime('%Y%m%d-%H%M%S')}-r{config.lora_r}-{length}"
         chosen = broadcast(Run(run_dir or RUNS / name))
+    if push and push == config.hub_checkpoints:
+        raise UserError("--push and --hub-checkpoints name one repository.", hint="name two")
     if push and RANK == 0:  # what `push` would refuse is refused before the training
-        check_push(push)
+        check_push(push, config.model, PushConfig())
     if dry_run:
         check_config(config)
         rows, _ = tokenized_rows(config)
@@ -4114,17 +4125,15 @@ def train(
 def check_train_options(given: set[str], run: Path | None, resume: bool) -> None:
     """Raises for options of `train` that contradict each other."""
     if run and not resume:
-        if str(run).isdigit():
-            raise UserError(f"{run} is not a run.", hint=f"did you mean `train --max-steps {run}`?")
         raise UserError(
-            f"RUN {run} needs --resume.", hint=f"{Run(run).resume_line}, or --run-dir for a new run"
+            f"RUN {run} needs --resume.", hint=f"{Run(run).resume_line}; steps are --max-steps N"
         )
     if {"epochs", "max_steps"} <= given:
         raise UserError("--epochs and --max-steps both set the length.", hint="give one of them")
 
 
 def settle(config: TrainConfig, given: set[str]) -> TrainConfig:
-    """The settings with absolute local paths, for use from any folder, and a length that is clear."""
+    """The settings with absolute local paths, and one length, to which the warmup fits."""
     changes: dict[str, Any] = {}
     for name in ("model", "dataset"):
         path = Path(getattr(config, name))
@@ -4180,7 +4189,7 @@ def run_to_resume(place: Path | None) -> Run:
 
 
 def run_from_hub(place: str) -> Run:
-    """Downloads the run that --hub-checkpoints keeps at hub:OWNER/NAME to a new folder under runs/."""
+    """Downloads the run that --hub-checkpoints keeps at hub:OWNER/NAME into runs/."""
     repo = place.removeprefix("hub:")
     if not is_hub_name(repo):
         raise UserError(f"--resume {place}: not hub:OWNER/NAME.", hint="check the name")
@@ -4200,7 +4209,7 @@ def run_from_hub(place: str) -> Run:
 
 
 def resumed_config(run: Run, config: TrainConfig, given: set[str]) -> TrainConfig:
-    """The run's settings with those `given` that may change; raises for the others."""
+    """The run's settings with those `given`; raises for those that may not change."""
     settings = run.config
     if run.record["status"] == "finished" and (run / "adapter").exists():
         raise UserError(

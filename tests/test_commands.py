@@ -104,7 +104,7 @@ def test_the_settings_stand_under_headings_in_the_order_of_their_use(cli):
     headings = [line for line in lines if line.endswith(":") and not line.startswith(" ")]
     assert headings == [*(f"{name}:" for name in HEADINGS), "Examples:"]
     place = {name: lines.index(f"{name}:") for name in HEADINGS}
-    for option, heading in {"--lora-r ": "LoRA", "--split ": "Data", "--max-time ": "Run"}.items():
+    for option, heading in {"--lora-r ": "LoRA", "--split ": "Data", "--save-steps ": "Run"}.items():
         at = next(number for number, line in enumerate(lines) if line.startswith(f"  {option}"))
         assert max((name for name in HEADINGS if place[name] < at), key=place.get) == heading
 
@@ -256,8 +256,6 @@ MISTYPED = {
     "unknown language": ("train --lang fr", ["--lang", "en"]),
     "unknown option": ("train --lora-rank 8", ["--lora-rank"]),
     "unknown command": ("tune", ["tune"]),
-    "a time without unit": ("train --max-time 90", ["--max-time", "90m"]),
-    "a time in words": ("train --max-time soon", ["--max-time"]),
     "no checkpoints at all": ("train --keep-checkpoints 0", ["--keep-checkpoints"]),
     "rows of five tokens": ("train --max-seq-length 5", ["--max-seq-length"]),
     "rows beyond any model": ("train --max-seq-length 2000000", ["--max-seq-length"]),

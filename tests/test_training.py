@@ -1,4 +1,4 @@
-"""Training: settings, the plan that fits a step into memory, where the loss is taken, and what stops it.
+"""Training: settings, the plan that fits a step into memory, where the loss is, and what stops it.
 
 The model is tiny, laid out like R1 and in 4-bit, and goes through the same code that trains the 8B.
 """
@@ -9,12 +9,14 @@ import shutil
 from pathlib import Path
 
 import pytest
-from conftest import SAMPLE
+from conftest import SAMPLE, add_base
 from safetensors.torch import load_file
 from servers.wandb_server import WandbServer
 
 import finetune_r1
 from finetune_r1 import GIB, Memory, Run, TrainConfig, UserError, read_jsonl
+
+needs_push = pytest.mark.skipif(not hasattr(finetune_r1, "push_run"), reason="has no push_run")
 
 
 @pytest.fixture(scope="module")
@@ -49,7 +51,7 @@ def losses(run, name="loss"):
     return {line["step"]: line[name] for line in lines if name in line}
 
 
-# ------------------------------------------------------------------------------------------------- settings
+# ----------------------------------------------------------------------------------------- settings
 
 
 def test_train_config_defaults_are_the_recipes():
@@ -158,7 +160,7 @@ def test_warmup_ratio_is_a_share_of_the_steps():
     assert finetune_r1.with_steps(config, rows=1000).warmup_steps == 10
 
 
-# ------------------------------------------------------------------------------------------------- the plan
+# ----------------------------------------------------------------------------------------- the plan
 
 R1 = Memory(
     limit=140 * GIB, resident=6.2 * GIB, layers=32, token_in_layer=2 * (3 * 14336 + 3.3 * 4096)
@@ -264,14 +266,15 @@ def test_plan_below_compute_capability_8_leaves_room(config, tiny_r1, monkeypatc
     assert 6.2 + (peak - 6.2) * 8.2 / 7.1 <= 13.8
 
 
-# ------------------------------------------------------------------------------------- what is refused early
+# ---------------------------------------------------------------------------- what is refused early
 
 
 def test_target_modules_are_checked_and_all_linear_is_every_layer_but_the_head(config, tiny_r1):
     model = finetune_r1.load_meta_model(tiny_r1)
 
     def names(text):
-        return finetune_r1.target_modules(model, dataclasses.replace(config, target_modules=text))
+        settings = dataclasses.replace(config, target_modules=text)
+        return list(finetune_r1.adapter_sizes(model, settings))
 
     assert set(names("all-linear")) == set(TrainConfig().target_modules.split(","))
     assert names("q_proj, v_proj") == ["q_proj", "v_proj"]
@@ -310,7 +313,7 @@ def test_keep_best_without_held_out_rows_is_refused(config, tmp_path):
         finetune_r1.train_run(dataclasses.replace(config, keep_best=True), Run(tmp_path / "run"))
 
 
-# ------------------------------------------------------------------------------------------ what is trained
+# ---------------------------------------------------------------------------------- what is trained
 
 
 @pytest.mark.parametrize(("loss_on", "checkpointing"), [("all", "unsloth"), ("response", "none")])
@@ -380,6 +383,40 @@ def test_train_ends_in_labelled_lines_or_one_object_and_what_to_run_next(
     assert commands == [[name, "--run", "again"] for name in ("infer", "eval", "push")]
 
 
+@pytest.fixture
+def train_on_hub(told, hub, tiny_r1, monkeypatch):
+    """Trains the Hub's org/base with these options more."""
+    add_base(hub, tiny_r1)
+    monkeypatch.setenv("HF_TOKEN", "hf_writetoken")
+    finetune_r1.use_hub_token.cache_clear()
+    options = ["train", "--model", "org/base", "--dataset", SAMPLE, "--split", "train[:9]"]
+    options += ["--max-steps", 2, "--effective-batch", 2, "--no-wandb", "--max-new-tokens", 4]
+    options += ["--max-seq-length", 768, "--no-load-in-4bit"]
+    yield lambda *more: told([*options, *more])
+    finetune_r1.use_hub_token.cache_clear()
+
+
+@needs_push
+def test_train_push_evaluates_and_leaves_the_model_on_the_hub(train_on_hub, hub, tmp_path):
+    done = train_on_hub("--eval-rows", 2, "--push", "alice/model", "--run-dir", "run", "--json")
+    assert done.code == 0, done.err
+    assert json.loads(done.out)["pushed"]["repo"] == "alice/model"
+    files = hub.repos["model", "alice/model"].files
+    assert {"README.md", "config.json", "adapter/adapter_model.safetensors"} <= set(files)
+    assert Run(tmp_path / "run").evaluation
+
+
+@needs_push
+@pytest.mark.parametrize("repo", ["no-owner", "bob/not-mine", "alice/full"])
+def test_train_push_that_would_be_refused_is_refused_before_the_training(
+    train_on_hub, hub, tmp_path, repo
+):
+    hub.add_repo("model", "alice/full", {"model.safetensors": b"another's" * 99})
+    done = train_on_hub("--push", repo)
+    assert done.code == 1 and repo in done.err and "Traceback" not in done.err
+    assert not (tmp_path / "runs").exists()
+
+
 @pytest.mark.parametrize(
     ("seconds", "text"), [(40.4, "40 s"), (2950, "49 min"), (7500, "2 h 5 min")]
 )
@@ -387,7 +424,7 @@ def test_durations_have_units(seconds, text):
     assert finetune_r1.time_text(seconds) == text
 
 
-# ------------------------------------------------------------------------------------------ what goes wrong
+# ---------------------------------------------------------------------------------- what goes wrong
 
 
 def test_out_of_memory_halves_the_micro_batch_and_changes_no_loss(
@@ -468,13 +505,13 @@ def test_steps_that_fp16_skipped_are_counted(config, tmp_path, monkeypatch, caps
     assert "2 steps skipped by the fp16 GradScaler" in capsys.readouterr().err
 
 
-# --------------------------------------------------------------------------------------- the best checkpoint
+# ------------------------------------------------------------------------------ the best checkpoint
 
 
 def test_keep_best_saves_the_weights_with_the_lowest_eval_loss_also_when_resumed(
     config, unsloth, tmp_path, capsys
 ):
-    """Such a learning rate makes every step but the first a bad one."""
+    """Such a learning rate makes the second step a bad one."""
     rough = dataclasses.replace(
         config,
         eval_rows=3,
@@ -483,15 +520,15 @@ def test_keep_best_saves_the_weights_with_the_lowest_eval_loss_also_when_resumed
         keep_checkpoints=1,
         keep_best=True,
         learning_rate=30.0,
-        max_steps=3,
+        max_steps=2,
         lr_scheduler_type="constant",
     )
     run = Run(tmp_path / "run")
     finetune_r1.train_run(rough, run)
     assert "best checkpoint by eval loss: checkpoint-1" in capsys.readouterr().err
     eval_losses = losses(run, "eval_loss")
-    assert min(range(1, 4), key=eval_losses.get) == 1
-    assert [path.name for path in run.checkpoints] == ["checkpoint-1", "checkpoint-3"]
+    assert min((1, 2), key=eval_losses.get) == 1
+    assert [path.name for path in run.checkpoints] == ["checkpoint-1", "checkpoint-2"]
     wanted = load_file(run / "checkpoints" / "checkpoint-1" / "adapter_model.safetensors")
 
     def is_saved(run):
@@ -506,7 +543,7 @@ def test_keep_best_saves_the_weights_with_the_lowest_eval_loss_also_when_resumed
     assert is_saved(moved)
 
 
-# ------------------------------------------------------------------------------------------------- tracking
+# ----------------------------------------------------------------------------------------- tracking
 
 
 @pytest.mark.slow
