@@ -1951,14 +1951,19 @@ def gather(values: list[Any]) -> list[Any]:
     return list(accelerate_utils.gather_object(values)) if WORLD > 1 else values
 
 
+def linear_layers(model: Any) -> Iterator[tuple[str, Any]]:
+    """The linear layers of a model, but for its head, each with the last part of its name."""
+    for path, module in model.named_modules():
+        if isinstance(module, torch.nn.Linear) and module is not model.get_output_embeddings():
+            yield path.rpartition(".")[2], module
+
+
 def adapter_sizes(model: Any, config: TrainConfig) -> dict[str, int]:
     """Parameters of the adapter by name of layer; raises for linear layers that `model` lacks."""
     sizes: dict[str, int] = {}
-    for path, module in model.named_modules():
-        if isinstance(module, torch.nn.Linear) and module is not model.get_output_embeddings():
-            name = path.rpartition(".")[2]
-            added = config.lora_r * (module.in_features + module.out_features)
-            sizes[name] = sizes.get(name, 0) + added
+    for name, layer in linear_layers(model):
+        added = config.lora_r * (layer.in_features + layer.out_features)
+        sizes[name] = sizes.get(name, 0) + added
     if config.target_modules == "all-linear":
         return sizes
     names = [name.strip() for name in config.target_modules.split(",")]
@@ -2076,12 +2081,9 @@ def plan_text(plan: dict[str, Any]) -> str:
 def estimate_cost(config: TrainConfig, lengths: Sequence[int]) -> dict[str, str]:
     """Plan and disk of a training on rows of `lengths` tokens, without loading weights."""
     model = load_meta_model(download_model(config.model, weights=False))
-    layers = 0
-    for module in model.modules():
-        if isinstance(module, torch.nn.Linear) and module is not model.get_output_embeddings():
-            layers += module.weight.numel()
+    in_layers = sum(layer.weight.numel() for _, layer in linear_layers(model))
     each = FOUR_BIT if config.load_in_4bit else 2
-    weights = layers * each + (model.num_parameters() - layers) * 2
+    weights = in_layers * each + (model.num_parameters() - in_layers) * 2
     plan = make_plan(lengths, config, measure_memory(model, weights, config))
 
     run = run_size(model, config)
@@ -2457,7 +2459,6 @@ def prepare_training(
     # The rows, every one accounted for.
     import_unsloth(for_training=True)
     folder = download_model(config.model, weights=False, revision=revision)
-    adapter_sizes(load_meta_model(folder), config)  # raises for unknown --target-modules
     tokenizer = load_tokenizer(folder)
     rows = prepare_rows(records, tokenizer, config)
     config = with_steps(config, len(rows.used))
@@ -4125,9 +4126,10 @@ def train(
 def check_train_options(given: set[str], run: Path | None, resume: bool) -> None:
     """Raises for options of `train` that contradict each other."""
     if run and not resume:
-        raise UserError(
-            f"RUN {run} needs --resume.", hint=f"{Run(run).resume_line}; steps are --max-steps N"
-        )
+        hint = f"{Run(run).resume_line}, or --run-dir for a new run"
+        if str(run).isdigit():
+            hint = f"did you mean `train --max-steps {run}`?"
+        raise UserError(f"RUN {run} needs --resume.", hint=hint)
     if {"epochs", "max_steps"} <= given:
         raise UserError("--epochs and --max-steps both set the length.", hint="give one of them")
 

@@ -283,16 +283,23 @@ def test_target_modules_are_checked_and_all_linear_is_every_layer_but_the_head(c
             names(f"q_proj,{unknown}")
 
 
-def test_dry_run_shows_rows_plan_and_disk_and_refuses_unknown_target_modules(
-    config, told, tmp_path
+def test_dry_run_without_weights_shows_rows_plan_and_disk_and_refuses_unknown_target_modules(
+    told, tiny_r1, tmp_path
 ):
-    options = ["train", "--model", config.model, "--dataset", SAMPLE, "--split", "train[:9]"]
-    done = told([*options, "--dry-run", "--max-steps", 2, "--json"])
+    (tmp_path / "outline").mkdir()
+    for path in tiny_r1.glob("*.json"):
+        (tmp_path / "outline" / path.name).symlink_to(path)
+    options = ["train", "--dry-run", "--model", "outline", "--dataset", SAMPLE, "--split", "train"]
+    options += ["--epochs", 2, "--eval-rows", 6, "--lora-r", 8, "--effective-batch", 4, "--json"]
+    done = told(options)
     assert done.code == 0, done.err
     report = json.loads(done.out)
-    assert report["rows"].startswith("9 read") and "2 steps of 8 rows" in report["plan"]
+    assert "lora_r=8" in report["settings"] and "learning_rate" not in report["settings"]
+    assert report["rows"] == "96 read, 90 to train on, 6 held out"
+    plan = "45 steps of 4 rows (micro-batch 4 × accumulation 1), 2.0 epochs, "
+    assert report["plan"].startswith(plan) and "estimated peak" in report["plan"]
     assert "for the run" in report["disk"] and "cached" in report["disk"]
-    refused = told([*options, "--dry-run", "--target-modules", "q_proj,nope_proj"])
+    refused = told([*options, "--target-modules", "q_proj,nope_proj"])
     assert refused.code == 1 and "nope_proj" in refused.err
     assert not (tmp_path / "runs").exists()
 
