@@ -1914,9 +1914,9 @@ class AnswerPrinter(LibraryClass):  # type: ignore[misc]
 
 
 # ---------------------------------------------------------------------------------------- training
-# Fine-tunes an adapter on the rows. Promised: the fastest step that fits into memory, a checkpoint at
-# every stop, a resumed run equal to an undisturbed one bit for bit, no NaN saved. Left to libraries:
-# loop, optimizer, best checkpoint and DDP (TRL, transformers, Accelerate), fast layers (Unsloth).
+# Fine-tunes an adapter. Promises the fastest step that fits in memory, a checkpoint at every stop,
+# a resumed run equal to an undisturbed one bit for bit, and no NaN saved. Leaves loop, optimizer,
+# best checkpoint and DDP to TRL, transformers and Accelerate, fast layers to Unsloth.
 
 
 def processes() -> Any:
@@ -2262,8 +2262,8 @@ def hub_callback(run: Run, repo: str) -> Any:
             newest = run.checkpoints[-1].name
             log(f"uploading {newest} to {repo}; `train --resume hub:{repo}` resumes it anywhere")
             self.thread.join(HUB_SECONDS)
-            if self.uploaded != newest:  # that was an earlier one, or it failed
-                self.on_save()
+            if self.uploaded != newest and not self.thread.is_alive():
+                self.on_save()  # that was an earlier one, or it failed
                 self.thread.join(HUB_SECONDS)
             if self.uploaded != newest:
                 log(f"note: {repo} lacks {newest}, which is in {run}")
@@ -2324,8 +2324,6 @@ def training_arguments(config: TrainConfig, plan: dict[str, Any], run: Run) -> A
         save_steps=config.eval_steps,
         save_total_limit=config.keep_checkpoints + config.keep_best,
         load_best_model_at_end=config.keep_best,
-        metric_for_best_model="eval_loss",
-        greater_is_better=False,
     )
 
 
@@ -2391,7 +2389,7 @@ def train_steps(
 
 
 def train_run(config: TrainConfig, run: Run, resume: bool = False) -> tuple[LoadedModel, Any]:
-    """Trains a new run or resumes one; returns the model with its adapter, and the held-out rows."""
+    """Trains a new run or resumes one; returns the model with its adapter and the held-out rows."""
     config, rows, tokenizer = prepare_training(config, run, resume)
     with run.track_status(config, resume), track_in_wandb(config, run) as tracked:
         barrier()  # the first process has made the folder

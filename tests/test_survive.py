@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 from conftest import SAMPLE, SCRIPT
 from safetensors.torch import load_file
-from servers.base import STALL, Fault
+from servers.base import Fault
 
 import finetune_r1
 from finetune_r1 import Run, SamplingConfig, TrainConfig, UserError, read_jsonl
@@ -425,7 +425,6 @@ TROUBLE = {
     "down": Fault("*", "", "drop", times=math.inf),
     "5xx at the commit": Fault("POST", "/commit/", 500, times=math.inf),
     "too many requests": Fault("POST", "", 429, times=math.inf, headers={"Retry-After": "1"}),
-    "silent": Fault("*", "", delay=STALL, times=math.inf),
 }
 QUICK = ("down", "5xx at the commit")
 
