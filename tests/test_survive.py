@@ -426,13 +426,9 @@ TROUBLE = {
     "5xx at the commit": Fault("POST", "/commit/", 500, times=math.inf),
     "too many requests": Fault("POST", "", 429, times=math.inf, headers={"Retry-After": "1"}),
 }
-QUICK = ("down", "5xx at the commit")
 
 
-@pytest.mark.parametrize(
-    "kind",
-    [kind if kind in QUICK else pytest.param(kind, marks=pytest.mark.slow) for kind in TROUBLE],
-)
+@pytest.mark.parametrize("kind", TROUBLE)
 def test_hub_in_trouble_is_noted_once_and_has_the_newest_checkpoint_when_it_is_back(
     config, undisturbed, hub, tmp_path, capsys, in_step, kind
 ):
