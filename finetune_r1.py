@@ -41,6 +41,7 @@ import itertools
 import json
 import logging
 import math
+import operator
 import os
 import random
 import re
@@ -53,6 +54,7 @@ import subprocess
 import sys
 import tempfile
 import textwrap
+import threading
 import time
 import traceback
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -167,16 +169,17 @@ CPU_BILLIONS = 2.0  # larger models take minutes a step on a CPU, and outgrow a 
 CHECKPOINT_SECONDS = 300
 # Where --hub-checkpoints keeps a run in its repository, and how long the end waits for the last one.
 HUB_FOLDER, HUB_SECONDS = "run-to-resume", 600
-# Counted for a whole block; with hf_xet's own values a silent server holds it for 20 minutes.
-XET_DOWNLOADS = {"HF_XET_CLIENT_READ_TIMEOUT": "120s", "HF_XET_CLIENT_RETRY_MAX_ATTEMPTS": "2"}
-STALLED_SECONDS, READ_AGAIN_SECONDS = 120, 3
-HUB_TIMEOUT = 30  # seconds without a byte
-COMMIT_TIMEOUT = 100  # the Hub finishes a commit even after the client has left
-RETRY_SECONDS = 2
-WANDB_SECONDS = 10  # to upload the last of a run; `wandb sync` can send the rest
+HUB_FILES = ("run.json", "config.json", "held_out.jsonl", "trained.json")
+# How long the Hub may send nothing, by a part of the address; an upload may stand still, W&B may take to end.
+SILENT_SECONDS = {"whoami": 5, "/revision/": 5, "/commit/": 100, "": 30}
+# What is asked first of an account, a model, a dataset or Xet; who leaves that unanswered is asked no more.
+FIRST_QUESTIONS = "whoami|/revision/(?!refs)|/resolve/main/README.md|/xet-read-token/"
+XET_DOWNLOADS = {"HF_XET_CLIENT_READ_TIMEOUT": "20s", "HF_XET_CLIENT_RETRY_MAX_ATTEMPTS": "2"}
+STALLED_SECONDS, READ_AGAIN_SECONDS, WANDB_SECONDS = 120, 3, 45
 # For the plan, as measured on a GPU (tests/bench/NOTES.md).
 WORKSPACE = 0.35 * GIB  # memory that the libraries hold
 MICRO_BATCH_TOKENS = 2000  # what a micro-batch costs beside its own tokens
+OLD_GPU_SHARE = 0.93  # of the memory limit, below compute capability 8
 RECOMPUTE = 0.4  # what recomputing all activations costs, as a share of a step
 TEMPLATE_SECONDS = 5  # a chat template may take
 CLOSING_TOKENS = 12  # that a closed thought ends in, at most
@@ -218,17 +221,6 @@ WANDB_PROJECT = "Fine-tune-DeepSeek-R1-Distill-Llama-8B on Medical COT Dataset"
 def option(default: Any, help: str, *flags: str, **limits: Any) -> Any:
     """A dataclass field that becomes an option; `flags` replace its name's own, `limits` go to Typer."""
     return field(default=default, metadata={"flags": flags, "help": help, **limits})
-
-
-def duration(text: str | float) -> float:
-    """Reads a time such as 90m or 1h30m, in seconds; a number, as config.json has it, is one already."""
-    if isinstance(text, float):
-        return text
-    with contextlib.suppress(ValueError):
-        seconds = float(pandas.Timedelta(text).total_seconds())
-        if seconds >= 1:  # a number without unit would be nanoseconds
-            return seconds
-    raise typer.BadParameter("a time with its unit, such as 90m, 2h or 1h30m")
 
 
 SEED = option(3407, "Seed for held-out rows, row order, adapter and sampling.", min=0)
@@ -317,7 +309,9 @@ class TrainConfig(SamplingConfig, DataConfig):
     lora_alpha: int = option(16, "Scale of the adapter: alpha / r.", min=1)
     lora_dropout: float = option(0.0, "Dropout in the adapter.", min=0.0, max=0.9)
     use_rslora: bool = option(False, "Scale by alpha / sqrt(r) instead.")
-    target_modules: str = option(LAYERS, "Layers that get an adapter, separated by commas.")
+    target_modules: str = option(
+        LAYERS, "Linear layers to adapt: names separated by commas, or all-linear."
+    )
     effective_batch: int = option(8, "Rows per step.", "--effective-batch", "--batch-size", min=1)
     micro_batch: int | None = option(
         None, "Rows at once (default: all that fit).", *MICRO_BATCH_FLAGS, min=1
@@ -348,14 +342,8 @@ class TrainConfig(SamplingConfig, DataConfig):
         None, "Checkpoint every so many steps, and every 5 minutes.", min=1
     )
     keep_checkpoints: int = option(2, "How many of the newest checkpoints to keep.", min=1)
-    max_time: float | None = option(
-        None, "Stop cleanly after this time, such as 90m or 2h.", parser=duration
-    )
     hub_checkpoints: str | None = option(
-        None, "Private repository that keeps the newest checkpoint."
-    )
-    keep_hub_checkpoints: bool = option(
-        False, "Leave it there at the end.", "--keep-hub-checkpoints"
+        None, "Also upload the latest checkpoint to this private Hub repo."
     )
     wandb: bool = option(True, "Log to Weights & Biases when logged in.")
     wandb_project: str = option(
@@ -370,9 +358,9 @@ HEADINGS = {
 }  # fmt: skip
 # What a resumed run may change; anything else would make it another training.
 RESUME_MAY_CHANGE = {
-    "max_time", "save_steps", "keep_checkpoints", "eval_steps", "logging_steps", "micro_batch",
+    "save_steps", "keep_checkpoints", "eval_steps", "logging_steps", "micro_batch",
     "gradient_checkpointing", "gpu_memory_gib", "max_new_tokens", "temperature", "top_p", "thinking_budget",
-    "wandb", "wandb_project", "hub_checkpoints", "keep_hub_checkpoints",
+    "wandb", "wandb_project", "hub_checkpoints",
 }  # fmt: skip
 # What `--recipe` names: other defaults than the published recipe's (where from: README.md).
 RECIPES: dict[str, dict[str, Any]] = {
@@ -904,14 +892,12 @@ class Run:
                 yield
                 if self.last_step < config.max_steps:
                     status = "stopped"
-                    log(
-                        f"--max-time: stopped after step {self.last_step}; continue with {self.resume_line}"
-                    )
+                    log(f"stopped after step {self.last_step}; resume with {self.resume_line}")
             except BaseException as error:
                 status = "interrupted" if isinstance(error, KeyboardInterrupt) else "failed"
                 if self.last_step:
                     log(
-                        f"{self} is kept up to step {self.last_step}; continue with {self.resume_line}"
+                        f"{self} is saved up to step {self.last_step}; resume with {self.resume_line}"
                     )
                 self.remove_torn_checkpoints()  # on a full disk this makes room for the record
                 self.update(error=f"{type(error).__name__}: {error}")
@@ -1633,12 +1619,14 @@ def save_config(folder: Path) -> None:
         )
 
 
-def import_unsloth() -> Any:
+def import_unsloth(for_training: bool = False) -> Any:
     """Unsloth's FastLanguageModel; it has to be imported before trl, transformers and peft."""
     if "unsloth" not in sys.modules:
         # What is imported stays: no garbage is looked for in it, now or when Unsloth looks, a dozen times.
         gc.disable()
-        if knows_unsloth():  # as if it were tested, or it makes over all trainers of TRL, in 7 s
+        if (
+            knows_unsloth() and not for_training
+        ):  # as if it were tested, or it makes over all trainers of TRL, in 7 s
             os.environ["UNSLOTH_ALLOW_CPU"] = "1"
         importlib.import_module("unsloth")
         os.environ.pop("UNSLOTH_ALLOW_CPU", None)
@@ -1906,13 +1894,7 @@ class LoadedModel:
 
     def add_adapter(self, config: TrainConfig, kept_layers: int) -> None:
         """Wraps the model with an untrained adapter; all but `kept_layers` recompute their activations."""
-        modules = list(map(str.strip, config.target_modules.split(",")))
-        known = {name.rpartition(".")[2] for name, _ in self.model.named_modules()}
-        unknown = sorted(set(modules) - known)
-        if unknown:
-            raise UserError(
-                f"--target-modules: the model has no {', '.join(unknown)}.", "leave it out"
-            )
+        modules = list(adapter_sizes(self.model, config))
         recompute = kept_layers < self.model.config.num_hidden_layers
         self.model = import_unsloth().get_peft_model(
             self.model, target_modules=modules, r=config.lora_r, lora_alpha=config.lora_alpha, bias="none",
@@ -2149,13 +2131,14 @@ class AnswerPrinter(LibraryClass):  # type: ignore[misc]
         )
 
 
-# -------------------------------------------------------------------------------------------------- training
-# TRL's Trainer trains. Around it: a plan that fits a step into memory, checkpoints at any stop, agreement of
-# several processes. How many rows go through the model at once never changes the mathematics.
+# ---------------------------------------------------------------------------------------- training
+# Fine-tunes an adapter. Promises the fastest step that fits in memory, a checkpoint at every stop,
+# a resumed run equal to an undisturbed one bit for bit, and no NaN saved. Leaves loop, optimizer,
+# best checkpoint and DDP to TRL, transformers and Accelerate, fast layers to Unsloth.
 
 
 def processes() -> Any:
-    """Initialises torch.distributed, by NCCL on GPUs and gloo on CPUs; does nothing for one process."""
+    """Initialises torch.distributed, by NCCL on GPUs and gloo on CPUs; None for one process."""
     if WORLD == 1:
         return None
     on_cpu = not torch.cuda.is_available()
@@ -2164,13 +2147,19 @@ def processes() -> Any:
     return accelerate.PartialState(cpu=on_cpu)
 
 
-def broadcast(value: Any = None) -> Any:
-    """The first process's value, in all of them, once all have come here."""
+def barrier() -> None:
+    """Waits for all processes."""
+    if WORLD > 1:
+        processes().wait_for_everyone()
+
+
+def broadcast(value: Any) -> Any:
+    """The first process's value, in all of them."""
     return accelerate_utils.broadcast_object_list([value])[0] if processes() else value
 
 
 def my_share(values: Sequence[Any]) -> Sequence[Any]:
-    """The part of `values` that this process works on; `gather` puts the parts together again in order."""
+    """The part of `values` that this process works on; `gather` joins the parts in order."""
     size = math.ceil(len(values) / WORLD)
     return values[RANK * size : (RANK + 1) * size]
 
@@ -2180,427 +2169,177 @@ def gather(values: list[Any]) -> list[Any]:
     return list(accelerate_utils.gather_object(values)) if WORLD > 1 else values
 
 
-def adapter_parameters(model: Any, config: TrainConfig) -> int:
-    """How many parameters the adapter will have, of a model that has none yet."""
-    modules, parameters = config.target_modules.split(","), 0
-    for name, module in model.named_modules():
-        if name.rpartition(".")[2] in modules:
-            parameters += config.lora_r * (module.in_features + module.out_features)
-    return parameters
+def linear_layers(model: Any) -> Iterator[tuple[str, Any]]:
+    """The linear layers of a model, but for its head, each with the last part of its name."""
+    for path, module in model.named_modules():
+        if isinstance(module, torch.nn.Linear) and module is not model.get_output_embeddings():
+            yield path.rpartition(".")[2], module
 
 
-def run_size(parameters: int, config: TrainConfig) -> int:
-    """Bytes that a run's folder comes to: adapter, and checkpoints of adapter and optimizer."""
-    checkpoint = parameters * (4 + (2 if "8bit" in config.optim else 8))
-    return checkpoint * (config.keep_checkpoints + config.keep_best + 2)
+def adapter_sizes(model: Any, config: TrainConfig) -> dict[str, int]:
+    """Parameters of the adapter by name of layer; raises for linear layers that `model` lacks."""
+    sizes: dict[str, int] = {}
+    for name, layer in linear_layers(model):
+        added = config.lora_r * (layer.in_features + layer.out_features)
+        sizes[name] = sizes.get(name, 0) + added
+    if config.target_modules == "all-linear":
+        return sizes
+    names = [name.strip() for name in config.target_modules.split(",")]
+    unknown = set(names) - sizes.keys()
+    if unknown:
+        raise UserError(
+            f"--target-modules: the model has no linear layer {', '.join(sorted(unknown))}.",
+            hint=f"choose from {', '.join(sizes)}, or all-linear",
+        )
+    return {name: sizes[name] for name in names}
 
 
-@functools.cache
-def cpu_group() -> Any:
-    """A group of the processes' CPUs, so that no GPU has to be waited for."""
-    return torch.distributed.new_group(backend="gloo")
-
-
-def any_rank(*flags: bool) -> list[bool]:
-    """For each flag, whether any process has set it, so that all do the same."""
-    if WORLD == 1:
-        return list(flags)
-    together = torch.tensor(flags, dtype=torch.uint8)
-    torch.distributed.all_reduce(together, torch.distributed.ReduceOp.MAX, group=cpu_group())
-    return list(map(bool, together))
+def run_size(model: Any, config: TrainConfig) -> int:
+    """Bytes of a run folder: the adapter, and checkpoints of adapter and optimizer."""
+    parameters = sum(adapter_sizes(model, config).values())
+    optimizer = 2 if "8bit" in config.optim else 8
+    return parameters * (4 + optimizer) * (config.keep_checkpoints + config.keep_best + 2)
 
 
 class Memory(NamedTuple):
-    """What a plan has to fit into, in bytes."""
+    """What a plan has to fit into; sizes in bytes."""
 
     limit: float
-    resident: float  # held throughout
+    resident: float  # weights, adapter, gradients, optimizer, workspace
     layers: int
-    token_in_layer: float  # the activations of one token in one layer
-    some: bool = True  # whether some of the layers may keep their activations, or only all or none
+    token_in_layer: float  # activations stored per token and layer for backward
+    partly: bool = True  # whether some layers can keep theirs, or only all or none
     token_in_loss: float = 0.0
 
 
 def measure_memory(model: Any, weights: float, config: TrainConfig) -> Memory:
-    """The memory there is for a training of `model`, without an adapter yet, whose weights take `weights`."""
-    shape, trained = model.config, adapter_parameters(model, config)
-    # Weights, adapter, gradients and optimizer.
-    held = weights + trained * (4 + 4 + (2 if "8bit" in config.optim else 8)) + WORKSPACE
-    # Numbers that a layer keeps of a token for the way back, as measured. On an old GPU Unsloth also spells
-    # out keys and values for all heads that share them.
-    numbers = 3 * shape.intermediate_size + 3.3 * shape.hidden_size
+    """The memory for training `model`, without adapter yet, whose weights take `weights` bytes."""
+    shape = model.config
+    layers = shape.num_hidden_layers
+    limit = memory_limit(config)
+    optimizer = 2 if "8bit" in config.optim else 8
+    parameters = sum(adapter_sizes(model, config).values())
+    resident = weights + parameters * (4 + 4 + optimizer) + WORKSPACE
+    stored = 3 * shape.intermediate_size + 3.3 * shape.hidden_size  # as measured, in numbers
+    if not torch.cuda.is_available():
+        # Logits, softmax and gradient in float32, most of which Unsloth avoids on a GPU.
+        loss = 3 * 4 * shape.vocab_size
+        return Memory(limit, resident, layers, 4 * stored, partly=False, token_in_loss=loss)
     if is_old_gpu():
-        numbers += 2 * (shape.num_attention_heads - shape.num_key_value_heads) * head_size(shape)
-    limit, layers = memory_limit(config), shape.num_hidden_layers
-    if torch.cuda.is_available():
-        return Memory(limit, held, layers, 2 * numbers)
-    loss = (
-        3 * 4 * shape.vocab_size
-    )  # logits, softmax and gradient, of which Unsloth holds little on a GPU
-    return Memory(limit, held, layers, 4 * numbers, False, loss)
+        # Unsloth repeats keys and values for all heads; 1.1 GiB more than planned were reserved.
+        stored += 2 * (shape.num_attention_heads - shape.num_key_value_heads) * head_size(shape)
+        limit *= OLD_GPU_SHARE
+    return Memory(limit, resident, layers, 2 * stored)
 
 
 def make_plan(lengths: Sequence[int], config: TrainConfig, memory: Memory) -> dict[str, Any]:
-    """The fastest way to take the effective batch's rows, of `lengths` tokens, in the memory there is.
+    """The fastest micro-batch, and number of layers that keep their activations, for the memory.
 
-    It tells the rows of a micro-batch, and how many layers keep their activations and don't recompute them.
+    `lengths` are the rows' tokens. Where nothing fits, the smallest peak is taken.
     """
-    batch, layers = config.effective_batch // WORLD, memory.layers
+    batch = config.effective_batch // WORLD
     tokens = sum(lengths) / len(lengths) * batch
-    # The longest micro-batch: rows are drawn by chance as in the training, up to 20,000 of them.
-    chance, wanted = (
-        random.Random(config.seed),
-        min(config.max_steps * config.effective_batch, 20_000),
-    )
+    # Draw up to 20,000 rows as training does, to find the longest micro-batch.
+    wanted = min(config.max_steps * config.effective_batch, 20_000)
+    shuffle = random.Random(config.seed)
     drawn: list[int] = []
     while len(drawn) < wanted:
-        drawn += chance.sample(lengths, len(lengths))
-    sizes = (
-        [config.micro_batch]
-        if config.micro_batch
-        else [n for n in range(1, batch + 1) if batch % n == 0]
-    )
-    every = range(0, layers + 1, 1 if memory.some else layers)
-    kept_choices = {"none": [layers], "unsloth": [0], "auto": every}
+        drawn += shuffle.sample(lengths, len(lengths))
+
+    sizes = [size for size in range(1, batch + 1) if batch % size == 0]
+    if config.micro_batch:
+        sizes = [config.micro_batch]
+    kept_choices = {
+        "none": [memory.layers],
+        "unsloth": [0],
+        "auto": range(0, memory.layers + 1, 1 if memory.partly else memory.layers),
+    }
     choices = []
     for size in sizes:
-        most = max(sum(drawn[i : i + size]) for i in range(0, wanted, size))
+        at_once = max(sum(drawn[i : i + size]) for i in range(0, wanted, size))
         for kept in kept_choices[config.gradient_checkpointing]:
-            peak = memory.resident + most * (
-                memory.token_in_layer * (kept + 1) + memory.token_in_loss
-            )
-            cost = batch / size * MICRO_BATCH_TOKENS + tokens * (
-                1 + RECOMPUTE * (1 - kept / layers)
-            )
-            choices.append((max(0, peak - memory.limit), cost, size, kept, peak))
-    _, _, size, kept, peak = min(choices)  # the fastest that fits, or the one that exceeds least
-    plan: dict[str, Any] = {"effective_batch": config.effective_batch, "processes": WORLD}
-    plan["micro_batch"] = size
-    plan |= {"accumulation": batch // size, "kept_layers": kept, "layers": layers}
-    plan |= {"expected_peak_gib": round(peak / GIB, 1), "steps": config.max_steps}
-    epochs = round(config.max_steps * config.effective_batch / len(lengths), 2)
-    return {**plan, "epochs": epochs, "tokens_per_step": round(tokens * WORLD)}
+            per_token = memory.token_in_layer * (kept + 1) + memory.token_in_loss
+            recompute = tokens * RECOMPUTE * (1 - kept / memory.layers)
+            cost = batch / size * MICRO_BATCH_TOKENS + tokens + recompute
+            peak = memory.resident + at_once * per_token
+            choices.append({"size": size, "kept": kept, "peak": peak, "cost": cost})
+    fits = [choice for choice in choices if choice["peak"] <= memory.limit]
+    if fits:
+        best = min(fits, key=operator.itemgetter("cost"))
+    else:
+        best = min(choices, key=operator.itemgetter("peak"))
+    return {
+        "effective_batch": config.effective_batch,
+        "processes": WORLD,
+        "micro_batch": best["size"],
+        "accumulation": batch // best["size"],
+        "kept_layers": best["kept"],
+        "layers": memory.layers,
+        "estimated_peak_gib": round(best["peak"] / GIB, 1),
+        "steps": config.max_steps,
+        "epochs": round(config.max_steps * config.effective_batch / len(lengths), 2),
+        "tokens_per_step": round(tokens * WORLD),
+    }
 
 
 def plan_text(plan: dict[str, Any]) -> str:
     """A plan in words."""
-    at_once = f"{plan['micro_batch']} at once" + (
-        f" on each of {WORLD} processes" if WORLD > 1 else ""
+    split = f"micro-batch {plan['micro_batch']} × accumulation {plan['accumulation']}"
+    if plan["processes"] > 1:
+        split += f" × {plan['processes']} processes"
+    recomputed = plan["layers"] - plan["kept_layers"]
+    return (
+        f"{plan['steps']} steps of {plan['effective_batch']} rows ({split}), "
+        f"{plan['epochs']} epochs, {plan['tokens_per_step']:,} tokens per step; activation "
+        f"checkpointing {'on' if recomputed else 'off'} ({recomputed}/{plan['layers']} layers); "
+        f"estimated peak {plan['estimated_peak_gib']} GiB"
     )
-    text = f"{plan['steps']} steps of {plan['effective_batch']} rows ({at_once}), {plan['epochs']} epochs, "
-    text += f"{plan['tokens_per_step']:,} tokens a step; {plan['kept_layers']} of {plan['layers']} layers keep "
-    return text + f"their activations; {plan['expected_peak_gib']} GiB expected at the peak"
 
 
-def expect(config: TrainConfig, lengths: Sequence[int]) -> dict[str, Any]:
-    """What a training on rows of `lengths` tokens would take, in memory, time and disk, without weights."""
-    model, in_layers = load_meta_model(download_model(config.model, weights=False)), 0
-    for module in model.modules():
-        if isinstance(module, torch.nn.Linear) and module is not model.get_output_embeddings():
-            in_layers += module.weight.numel()
-    weights = in_layers * (FOUR_BIT if config.load_in_4bit else 2) + 2 * (
-        model.num_parameters() - in_layers
-    )
+def estimate_cost(config: TrainConfig, lengths: Sequence[int]) -> dict[str, str]:
+    """Plan and disk of a training on rows of `lengths` tokens, without loading weights."""
+    model = load_meta_model(download_model(config.model, weights=False))
+    in_layers = sum(layer.weight.numel() for _, layer in linear_layers(model))
+    each = FOUR_BIT if config.load_in_4bit else 2
+    weights = in_layers * each + (model.num_parameters() - in_layers) * 2
     plan = make_plan(lengths, config, measure_memory(model, weights, config))
 
-    # A step is four products of tokens and weights, two of them on the way back; some are computed again.
-    size, device = (8192, "cuda") if torch.cuda.is_available() else (1024, "cpu")
-    factor = torch.ones(size, size, dtype=getattr(torch, precision(config)), device=device)
-    float((factor @ factor)[0, 0])  # the first one is slow
-    started = time.perf_counter()
-    for _ in range(10):
-        product = factor @ factor
-    float(product[0, 0])  # waits for the GPU
-    speed = EFFICIENCY * 10 * 2 * size**3 / (time.perf_counter() - started)
-    again = 1 + RECOMPUTE * (1 - plan["kept_layers"] / plan["layers"])
-    seconds = 4 * in_layers * plan["tokens_per_step"] / WORLD * again / speed
-    time_needed = (
-        f"about {seconds:.2g} s a step, {clock(seconds * config.max_steps)} in all, and loading"
-    )
-
-    download = "unknown, as the Hub was not reached"
-    with contextlib.suppress(httpx.HTTPError, OSError):
-        download = f"{weights_size(weights_name(config))[1] / 1e9:.1f} GB to download"
-    run = run_size(adapter_parameters(model, config), config)
-    disk = f"{download}, {run / 1e9:.1f} GB for the run; {shutil.disk_usage('.').free / 1e9:.0f} GB are free"
-    return {"plan": plan_text(plan), "time": time_needed, "disk": disk}
-
-
-@contextlib.contextmanager
-def uploading() -> Iterator[None]:
-    """Lifts a download's deadlines meanwhile: they count for a whole block, minutes on a slow line."""
-    limits = {name: os.environ.pop(name) for name in XET_DOWNLOADS if name in os.environ}
-    hub_xet.abort_xet_session()  # the next one reads the environment again
+    run = run_size(model, config)
     try:
-        yield
-    finally:
-        os.environ |= limits
-        hub_xet.abort_xet_session()
+        missing = weights_size(weights_name(config))[1]
+        download = f"{file_size(missing)} to download" if missing else "weights cached"
+    except (httpx.HTTPError, OSError):
+        download = "download size unknown (Hub not reached)"
+    free = shutil.disk_usage(".").free
+    disk = f"{download}, {file_size(run)} for the run, {file_size(free)} free"
+    return {"plan": plan_text(plan), "disk": disk}
 
 
-class HubCheckpoints:
-    """Keeps a run's newest checkpoint in a private repository, so that it outlives the machine.
-
-    A thread sends it. What fails is said once, and tried again with the next checkpoint.
-    """
-
-    def __init__(self, run: Run, repo: str):
-        self.run, self.repo, self.failed, self.sent = run, repo, False, ""
-        self.pool = ThreadPool(1)  # its thread ends with the process
-        self.sending: Any = None
-
-    def send(self) -> None:
-        """Sends the newest checkpoint, unless one is on its way."""
-        if self.sending and not self.sending.ready():
-            return
-        # Links, as the Trainer removes old checkpoints.
-        folder, checkpoint = self.run / ".hub", self.run.checkpoints[-1]
-        remove(folder)
-        others = shutil.ignore_patterns("README.md", "training_args.bin")
-        shutil.copytree(
-            checkpoint,
-            folder / "checkpoints" / checkpoint.name,
-            ignore=others,
-            copy_function=os.link,
-        )
-        for name in ("held_out.jsonl", "trained.json"):
-            os.link(self.run / name, folder / name)
-        # Paths of this machine stay here, but for the name of a file or folder that another one needs, too.
-        settings, record = dataclasses.asdict(self.run.config), self.run.record
-        for name in ("model", "dataset"):
-            path = Path(settings[name])
-            if path.exists() or path.is_absolute():
-                settings[name] = f"./{path.absolute().name}"
-        adapter = folder / "checkpoints" / checkpoint.name / "adapter_config.json"
-        write_json(adapter, read_json(adapter) | {"base_model_name_or_path": settings["model"]})
-        write_json(folder / "config.json", settings)
-        del record["command"]
-        write_json(folder / "run.json", record)
-        self.sent, self.sending = checkpoint.name, self.pool.apply_async(self.upload, [folder])
-
-    def upload(self, folder: Path) -> None:
-        """Replaces what the repository holds; runs in the thread."""
-        try:
-            api, message = huggingface_hub.HfApi(), "A checkpoint, by finetune_r1"
-            api.create_repo(self.repo, private=True, exist_ok=True)
-            if not api.model_info(self.repo).private:
-                raise ValueError("it is public")
-            options: dict[str, Any] = {
-                "delete_patterns": "checkpoints/*",
-                "commit_message": message,
-            }
-            with uploading():
-                api.upload_folder(
-                    repo_id=self.repo, folder_path=folder, path_in_repo=HUB_FOLDER, **options
-                )
-            self.failed = False
-        except Exception as error:  # whatever it is, the training goes on
-            if not self.failed:
-                log(
-                    f"note: {self.repo} did not take a checkpoint ({error}); the next one will be tried, too"
-                )
-            self.failed = True
-
-    def close(self, finished: bool, keep: bool) -> None:
-        """Waits for the last checkpoint if it is to be resumed or kept; else removes what is there."""
-        if self.sending and (keep or not finished):
-            log(f"sending the checkpoint to {self.repo}")
-            self.sending.wait(HUB_SECONDS)
-            if self.failed or self.sent != self.run.checkpoints[-1].name:
-                self.send()
-                self.sending.wait(HUB_SECONDS)
-            if self.failed or not self.sending.ready():
-                log(f"{self.repo} lacks the newest checkpoint, which is in {self.run}")
-            elif not finished:
-                log(f"on any machine, continue with `train --resume hub:{self.repo}`")
-        elif self.sending:
-            with contextlib.suppress(Exception):
-                self.sending.wait(30)
-                huggingface_hub.HfApi().delete_folder(HUB_FOLDER, self.repo)
-        self.pool.close()
-        remove(self.run / ".hub")
-
-
-class TrainingLog(LibraryClass):  # type: ignore[misc]
-    """A transformers.TrainerCallback: step lines, metrics.jsonl, and when to checkpoint and to stop."""
-
-    def __init__(
-        self, run: Run, config: TrainConfig, tokens_per_step: int, stop: list[int], hub: Any
-    ):
-        self.run, self.config, self.tokens_per_step = run, config, tokens_per_step
-        self.stop, self.hub = (
-            stop,
-            hub,
-        )  # signals that want the training to stop; where checkpoints are kept
-
-    def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        self.started = self.saved = self.first_step_done = time.monotonic()
-        self.first_step, self.skipped = state.global_step + 1, 0
-
-    def on_train_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        if self.skipped:  # the first ones, usually, until the scale of fp16's gradients is found
-            log(
-                f"{self.skipped} of the steps changed nothing, as their gradients were too large for fp16"
-            )
-
-    def on_step_end(
-        self, args: Any, state: Any, control: Any, optimizer: Any = None, **_: Any
-    ) -> None:
-        step, now = state.global_step, time.monotonic()
-        self.skipped += getattr(optimizer, "step_was_skipped", False)
-        if (
-            step == self.first_step
-        ):  # it holds compilation and warm-up, so it is left out of the pace
-            self.first_step_done = now
-        elif sys.stderr.isatty():
-            log(self.progress(state), end="\r")
-        due = (
-            now - self.saved > CHECKPOINT_SECONDS
-            or step % (self.config.save_steps or math.inf) == 0
-        )
-        late = now - STARTED > (self.config.max_time or math.inf)
-        signalled, late, due = any_rank(bool(self.stop), late, due)
-        if signalled and not self.stop:
-            self.stop.append(signal.SIGTERM)  # another process got it
-        control.should_training_stop |= signalled or late
-        control.should_save = due or control.should_training_stop
-        control.should_log |= control.should_save  # so that an interruption loses no loss
-        control.should_evaluate |= self.config.keep_best and step == state.max_steps
-
-    def on_evaluate(
-        self, args: Any, state: Any, control: Any, metrics: Any = None, **_: Any
-    ) -> None:
-        if not self.config.keep_best or not state.global_step:
-            return
-        if metrics["eval_loss"] < (state.best_metric or math.inf):
-            state.best_metric = metrics["eval_loss"]
-            state.best_model_checkpoint = f"{args.output_dir}/checkpoint-{state.global_step}"
-            control.should_save = True
-
-    def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        self.saved = time.monotonic()
-        if self.hub:
-            self.hub.send()
-
-    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **_: Any) -> None:
-        if not {"loss", "eval_loss"} & logs.keys():
-            return
-        # The history is in each checkpoint, so a resumed run's file has every step once.
-        state.log_history[-1]["seconds"] = round(time.monotonic() - self.started, 3)
-        if RANK == 0:
-            write_jsonl(self.run / "metrics.jsonl", state.log_history)
-        if "loss" in logs:
-            losses = f"  loss {logs['loss']:.4f}  lr {logs['learning_rate']:.1e}"
-            log(self.progress(state, losses))
-        else:
-            log(
-                f"step {state.global_step:05d}/{state.max_steps:05d}  held-out loss {logs['eval_loss']:.4f}"
-            )
-
-    def progress(self, state: Any, losses: str = "") -> str:
-        """Step, losses, pace and time left."""
-        line = f"step {state.global_step:05d}/{state.max_steps:05d}{losses}"
-        if state.global_step <= self.first_step:
-            return line
-        pace = (time.monotonic() - self.first_step_done) / (state.global_step - self.first_step)
-        left = clock(pace * (state.max_steps - state.global_step))
-        return f"{line}  {pace:.2f} s/step  {self.tokens_per_step / pace:.0f} tok/s  {left} left"
-
-
-class LastingWandb(LibraryClass):  # type: ignore[misc]
-    """A transformers.WandbCallback that outlives W&B's own process; what W&B lacks is told at the end."""
-
-    def on_log(self, *arguments: Any, **options: Any) -> None:
-        with contextlib.suppress(Exception):
-            super().on_log(*arguments, **options)
-
-
-class NanCheckingTrainer(LibraryClass):  # type: ignore[misc]
-    """A trl.SFTTrainer that stops at a NaN loss, and runs out of memory in all processes at once.
-
-    Losses are looked at when a line is logged or a checkpoint due, as each look waits for the GPU.
-    """
-
-    def __init__(self, questions: Sequence[str], **options: Any):
-        self.questions, self.out_of_memory = questions, False
-        self.unseen: list[tuple[int, Any, Any]] = []  # step, loss and tokens of micro-batches
-        super().__init__(**options)
-
-    def training_step(self, model: Any, inputs: Any, *rest: Any) -> Any:
-        """One process's part of a step.
-
-        Of several processes each works out its gradients alone. They are averaged after the step's last
-        micro-batch, when each has told whether its memory sufficed: one that ran out within DDP's own
-        averaging, or TRL's count of all tokens, would leave the others waiting for ever.
-        """
-        if WORLD == 1:
-            loss = super().training_step(model, inputs, *rest)
-        else:
-            self.accelerator.gather_for_metrics = lambda values, *_, **__: values  # for TRL's count
-            try:
-                with model.no_sync():
-                    loss = super().training_step(model, inputs, *rest)
-            except torch.OutOfMemoryError:
-                self.out_of_memory, loss = True, torch.zeros((), device=self.args.device)
-            finally:
-                del self.accelerator.gather_for_metrics
-            if self.accelerator.sync_gradients:
-                if any(any_rank(self.out_of_memory)):
-                    raise torch.OutOfMemoryError("one of the processes ran out of memory")
-                gradients = [
-                    weights.grad for weights in model.parameters() if weights.grad is not None
-                ]
-                together = torch.nn.utils.parameters_to_vector(gradients)
-                torch.distributed.all_reduce(together)
-                torch.nn.utils.vector_to_parameters(together / WORLD, gradients)
-        if not self.out_of_memory:
-            self.unseen.append((self.state.global_step + 1, loss.detach(), inputs["input_ids"]))
-        return loss
-
-    def log(self, *arguments: Any, **options: Any) -> None:
-        self.check_losses()
-        super().log(*arguments, **options)
-
-    def _save_checkpoint(self, *arguments: Any) -> None:
-        self.check_losses()
-        finite = [
-            weights.isfinite().all() for weights in self.model.parameters() if weights.requires_grad
-        ]
-        if not torch.stack(finite).all():
-            way_out = "`train` with a smaller --learning-rate; the checkpoints before are kept"
-            raise UserError(f"step {self.state.global_step} left NaN weights.", way_out)
-        super()._save_checkpoint(*arguments)
-
-    def check_losses(self) -> None:
-        """Raises for a loss that is no number, with its step and its rows."""
-        for step, loss, tokens in self.unseen:
-            if not 0 < float(loss) < math.inf:
-                text = self.processing_class.decode(tokens.flatten())
-                rows = " | ".join(question[:80] for question in self.questions if question in text)
-                way_out = (
-                    "look at the rows with `format`, or `train` with a smaller --learning-rate"
-                )
-                raise UserError(
-                    f"step {step} had a loss of {float(loss)}; its rows ask: {rows}", way_out
-                )
-        self.unseen.clear()
+def time_text(seconds: float) -> str:
+    """A duration with its unit: 40 s, 49 min, 2 h 5 min."""
+    minutes = round(seconds / 60)
+    if seconds < 120:
+        return f"{seconds:.0f} s"
+    if minutes < 120:
+        return f"{minutes} min"
+    return f"{minutes // 60} h {minutes % 60} min"
 
 
 @contextlib.contextmanager
 def stop_after_step() -> Iterator[list[int]]:
-    """Notes the first signal to stop in a list, so that the step can end; a second one leaves at once."""
+    """Collects a first signal to stop, so that the step can end; a second one quits immediately."""
     stop: list[int] = []
     noted = 0.0
 
     def note(number: int, frame: Any) -> None:
         nonlocal noted
-        repeated = WORLD > 1 and time.monotonic() - noted < 1  # torchrun repeats the terminal's
+        repeated = WORLD > 1 and time.monotonic() - noted < 1  # torchrun passes on the terminal's
         if stop and not repeated:
             interrupt(number)
         noted = time.monotonic()
         stop.append(number)
-        with contextlib.suppress(OSError):  # the terminal may be what has gone
-            os.write(2, b"\nstopping after this step, with a checkpoint; once more quits at once\n")
+        with contextlib.suppress(OSError):  # the terminal may be gone
+            os.write(2, b"\nstopping after this step; press Ctrl-C again to quit immediately\n")
 
     before = {number: signal.signal(number, note) for number in STOP_SIGNALS}
     try:
@@ -2610,16 +2349,210 @@ def stop_after_step() -> Iterator[list[int]]:
             signal.signal(number, handler)
 
 
-def patch_sft_trainer() -> None:
-    """Has Unsloth make over the one of TRL's trainers that is used here, on a GPU."""
-    if not knows_unsloth() or hasattr(trl, "__UNSLOTH_BACKWARDS_COMPATIBLE__"):
-        return
-    rl = vars(importlib.import_module("unsloth.models.rl"))
-    make_over = rl["_patch_trl_rl_trainers"]
-    rl["_patch_trl_rl_trainers"] = lambda name: make_over(name) if name == "sft_trainer" else None
-    rl["_import_trl_experimental_trainers"] = dict
-    rl["PatchFastRL"]()
-    importlib.import_module("unsloth.trainer")._patch_trl_trainer()
+def checkpoint_callback(config: TrainConfig, stop: list[int]) -> Any:
+    """Checkpoints every five minutes, at --save-steps, at the end, and when `stop` has a signal."""
+
+    class Checkpoints(transformers.TrainerCallback):  # type: ignore
+        saved = time.monotonic()
+
+        def on_save(self, *_: Any, **__: Any) -> None:
+            self.saved = time.monotonic()
+
+        def on_step_end(self, args: Any, state: Any, control: Any, model: Any, **_: Any) -> None:
+            due = time.monotonic() - self.saved > CHECKPOINT_SECONDS
+            if config.save_steps and state.global_step % config.save_steps == 0:
+                due = True
+            stopping = bool(stop)
+            if WORLD > 1:  # what one process decides, all do
+                flags = torch.tensor([due, stopping], dtype=torch.int32, device=args.device)
+                torch.distributed.all_reduce(flags, torch.distributed.ReduceOp.MAX)
+                due, stopping = map(bool, flags.tolist())
+            if stopping:
+                control.should_training_stop = True
+                stop.append(signal.SIGTERM)  # another process may have received it
+            if due or control.should_training_stop:
+                control.should_save = True
+            if not control.should_save:
+                return
+            control.should_log = True  # comes first: checks the losses, and none is lost
+            for weights in model.parameters():
+                if weights.requires_grad and not weights.isfinite().all():
+                    raise UserError(
+                        f"non-finite weights after step {state.global_step}.",
+                        hint="lower --learning-rate; earlier checkpoints are intact",
+                    )
+
+    return Checkpoints()
+
+
+def log_callback(run: Run, tokens_per_step: int) -> Any:
+    """Prints step lines, writes metrics.jsonl, and stops at a loss that is NaN, infinite or 0."""
+
+    class StepLog(transformers.TrainerCallback):  # type: ignore
+        def on_train_begin(self, args: Any, state: Any, *_: Any, **__: Any) -> None:
+            self.started = self.paced_at = time.monotonic()
+            self.paced = state.global_step
+            self.skipped = 0
+
+        def on_step_end(self, args: Any, state: Any, *_: Any, optimizer: Any, **__: Any) -> None:
+            self.skipped += getattr(optimizer, "step_was_skipped", False)
+            if sys.stderr.isatty():
+                log(self.line(state), end="\r")
+
+        def on_log(self, args: Any, state: Any, *_: Any, logs: Any, **__: Any) -> None:
+            if "loss" in logs:
+                if not 0 < logs["loss"] < math.inf:
+                    raise UserError(
+                        f"non-finite loss ({logs['loss']}) at {self.step(state)}.",
+                        hint="inspect the rows with `format`, or lower --learning-rate",
+                    )
+                log(self.line(state, f"  loss {logs['loss']:.4f}  lr {logs['learning_rate']:.1e}"))
+            elif "eval_loss" in logs:
+                log(f"{self.step(state)}  eval loss {logs['eval_loss']:.4f}")
+            else:
+                return
+            self.paced = state.global_step
+            self.paced_at = time.monotonic()
+            # Checkpoints hold the history, so a resumed run's file has every step once.
+            state.log_history[-1]["seconds"] = round(self.paced_at - self.started, 3)
+            if RANK == 0:
+                write_jsonl(run / "metrics.jsonl", state.log_history)
+
+        def step(self, state: Any) -> str:
+            return f"step {state.global_step:05d}/{state.max_steps:05d}"
+
+        def line(self, state: Any, losses: str = "") -> str:
+            text = self.step(state) + losses
+            if state.global_step == 1:  # compiles kernels
+                return text
+            steps = max(1, state.global_step - self.paced)
+            pace = (time.monotonic() - self.paced_at) / steps
+            left = time_text(pace * (state.max_steps - state.global_step))
+            return f"{text}  {pace:.2f} s/step  {tokens_per_step / pace:.0f} tok/s  {left} left"
+
+        def on_train_end(self, *_: Any, **__: Any) -> None:
+            if self.skipped:
+                log(f"{self.skipped} steps skipped by the fp16 GradScaler (inf/NaN gradients)")
+
+    return StepLog()
+
+
+def hub_callback(run: Run, repo: str) -> Any:
+    """Uploads the newest checkpoint to a private repository, in the background.
+
+    A failure is noted once and retried with the next checkpoint; it never ends the training.
+    """
+
+    class HubCheckpoints(transformers.TrainerCallback):  # type: ignore
+        thread: Any = None
+        uploaded = ""
+        failed = False
+
+        def on_save(self, *_: Any, **__: Any) -> None:
+            if not self.thread or not self.thread.is_alive():
+                # A daemon, so that a silent Hub never keeps the process alive.
+                self.thread = threading.Thread(target=self.upload, daemon=True)
+                self.thread.start()
+
+        def upload(self) -> None:
+            try:
+                newest = run.checkpoints[-1].name
+                api = huggingface_hub.HfApi()
+                api.create_repo(repo, private=True, exist_ok=True)
+                if not api.model_info(repo).private:
+                    raise ValueError("the repository is public")
+                api.upload_folder(
+                    repo_id=repo,
+                    folder_path=run.folder,
+                    path_in_repo=HUB_FOLDER,
+                    allow_patterns=[f"checkpoints/{newest}/*", *HUB_FILES],
+                    ignore_patterns=["*.bin", "*README.md"],  # a pickle, and an empty card
+                    delete_patterns="checkpoints/*",
+                    commit_message=f"{newest} of {run.name}",
+                )
+                self.uploaded = newest
+            except Exception as error:
+                if not self.failed:
+                    log(f"note: checkpoint not uploaded to {repo}, retrying with the next: {error}")
+                self.failed = True
+
+        def on_train_end(self, *_: Any, **__: Any) -> None:
+            newest = run.checkpoints[-1].name
+            log(f"uploading {newest} to {repo}; `train --resume hub:{repo}` resumes it anywhere")
+            self.thread.join(HUB_SECONDS)
+            if self.uploaded != newest and not self.thread.is_alive():
+                self.on_save()  # that was an earlier one, or it failed
+                self.thread.join(HUB_SECONDS)
+            if self.uploaded != newest:
+                log(f"note: {repo} lacks {newest}, which is in {run}")
+
+    return HubCheckpoints()
+
+
+def wandb_callback() -> Any:
+    """The Trainer's W&B callback, which would end the training if W&B's own process dies."""
+
+    class LastingWandb(transformers.integrations.WandbCallback):  # type: ignore
+        def on_train_begin(self, *_: Any, **__: Any) -> None:
+            pass  # the first on_log sets up
+
+        def on_log(self, *arguments: Any, **options: Any) -> None:
+            with contextlib.suppress(Exception):
+                super().on_log(*arguments, **options)
+
+    return LastingWandb()
+
+
+def training_arguments(config: TrainConfig, plan: dict[str, Any], run: Run) -> Any:
+    """TRL's settings for a training by `plan`."""
+    on_gpu = torch.cuda.is_available()
+    return trl.SFTConfig(
+        output_dir=str(run / "checkpoints"),
+        report_to="none",
+        max_steps=config.max_steps,
+        warmup_steps=config.warmup_steps,
+        learning_rate=config.learning_rate,
+        lr_scheduler_type=config.lr_scheduler_type,
+        optim=config.optim,
+        weight_decay=config.weight_decay,
+        seed=config.seed,
+        data_seed=config.seed,
+        max_length=config.max_seq_length,
+        completion_only_loss=config.loss_on == "response",
+        per_device_train_batch_size=plan["micro_batch"],
+        gradient_accumulation_steps=plan["accumulation"],
+        gradient_checkpointing=plan["kept_layers"] < plan["layers"],
+        bf16=precision(config) == "bfloat16",
+        fp16=precision(config) == "float16",
+        use_cpu=not on_gpu,
+        pad_to_multiple_of=64 if on_gpu else None,  # odd sizes cost 4% of a step
+        ddp_find_unused_parameters=False,
+        logging_steps=config.logging_steps,
+        logging_first_step=True,
+        logging_nan_inf_filter=False,
+        disable_tqdm=True,
+        log_level_replica="error",
+        eval_strategy="steps" if config.eval_rows else "no",
+        eval_steps=config.eval_steps,
+        eval_on_start=config.eval_rows > 0 and not run.checkpoints,
+        per_device_eval_batch_size=1,  # in the memory there is
+        prediction_loss_only=True,
+        # Checkpoints come by time, from a callback; for the best one also at each evaluation.
+        save_strategy="steps" if config.keep_best else "no",
+        save_steps=config.eval_steps,
+        save_total_limit=config.keep_checkpoints + config.keep_best,
+        load_best_model_at_end=config.keep_best,
+    )
+
+
+def halve_micro_batch(plan: dict[str, Any]) -> dict[str, Any]:
+    """The plan with at most half the micro-batch and the same effective batch."""
+    batch = plan["micro_batch"] * plan["accumulation"]
+    size = plan["micro_batch"] // 2
+    while batch % size:
+        size -= 1
+    log(f"out of memory: retrying with micro-batch {size}, same effective batch")
+    return {**plan, "micro_batch": size, "accumulation": batch // size}
 
 
 def train_steps(
@@ -2630,138 +2563,61 @@ def train_steps(
     run: Run,
     tracked: bool,
 ) -> None:
-    """Trains from the newest checkpoint, if any.
-
-    Out of memory, it goes on from the last good step with half the rows at once, which changes no loss.
-    """
-    if run.last_step == config.max_steps:
-        weights = adapter_weights(loaded.model, run.best_checkpoint)
-        peft.set_peft_model_state_dict(loaded.model, weights)
-        return
-    same = "max_steps warmup_steps learning_rate lr_scheduler_type optim weight_decay seed logging_steps"
-    columns = ["input_ids", "completion_mask"]  # what was accounted for is what is trained on
-    patch_sft_trainer()
-    hub = (
-        HubCheckpoints(run, config.hub_checkpoints)
-        if config.hub_checkpoints and RANK == 0
-        else None
-    )
+    """Trains from the newest checkpoint, if any, to the last step, or to the best one."""
+    columns = ["input_ids", "completion_mask"]
+    train_rows = rows.used.select_columns(columns)
+    eval_rows = rows.held_out.select_columns(columns) if config.eval_rows else None
     with stop_after_step() as stop:
+        callbacks = [checkpoint_callback(config, stop), log_callback(run, plan["tokens_per_step"])]
+        if tracked:
+            callbacks.append(wandb_callback())
+        if config.hub_checkpoints and RANK == 0:
+            callbacks.append(hub_callback(run, config.hub_checkpoints))
         while True:
-            arguments = trl.SFTConfig(
-                **{name: getattr(config, name) for name in same.split()},
-                data_seed=config.seed, output_dir=str(run / "checkpoints"), max_length=config.max_seq_length,
-                per_device_train_batch_size=plan["micro_batch"],
-                gradient_accumulation_steps=plan["accumulation"],
-                completion_only_loss=config.loss_on == "response",
-                gradient_checkpointing=plan["kept_layers"] < plan["layers"],
-                bf16=precision(config) == "bfloat16", fp16=precision(config) == "float16",
-                report_to="none", logging_first_step=True, disable_tqdm=True,
-                save_strategy="no", save_total_limit=config.keep_checkpoints + config.keep_best,
-                eval_strategy="steps" if config.eval_rows else "no", eval_steps=config.eval_steps,
-                eval_on_start=config.eval_rows > 0 and not run.checkpoints,
-                per_device_eval_batch_size=1, prediction_loss_only=True,  # in the memory there is
-                pad_to_multiple_of=64 if torch.cuda.is_available() else None,  # odd sizes cost 4% of a step
-                logging_nan_inf_filter=False, use_cpu=not torch.cuda.is_available(),
-                log_level_replica="error", ddp_find_unused_parameters=False,
-            )  # fmt: skip
-            trainer = with_base(NanCheckingTrainer, trl.SFTTrainer)(
-                rows.used["question"][:], model=loaded.model, processing_class=loaded.tokenizer,
-                args=arguments, train_dataset=rows.used.select_columns(columns),
-                eval_dataset=rows.held_out.select_columns(columns) if config.eval_rows else None,
-            )  # fmt: skip
+            trainer = trl.SFTTrainer(
+                model=loaded.model,
+                args=training_arguments(config, plan, run),
+                processing_class=loaded.tokenizer,
+                train_dataset=train_rows,
+                eval_dataset=eval_rows,
+                callbacks=callbacks,
+            )
             trainer.remove_callback(transformers.PrinterCallback)
-            if tracked:
-                trainer.add_callback(
-                    with_base(LastingWandb, transformers.integrations.WandbCallback)
-                )
-            callback = with_base(TrainingLog, transformers.TrainerCallback)
-            trainer.add_callback(callback(run, config, plan["tokens_per_step"], stop, hub))
+            newest = str(run.checkpoints[-1]) if run.checkpoints else None
             try:
-                trainer.train(
-                    resume_from_checkpoint=str(run.checkpoints[-1]) if run.checkpoints else None
-                )
+                trainer.train(resume_from_checkpoint=newest)
                 break
             except torch.OutOfMemoryError:
-                if plan["micro_batch"] == 1:
+                if WORLD > 1 or plan["micro_batch"] == 1:
                     raise
-            step, batch = trainer.state.global_step, plan["micro_batch"] * plan["accumulation"]
-            size = max(n for n in range(1, plan["micro_batch"] // 2 + 1) if batch % n == 0)
-            plan = plan | {"micro_batch": size, "accumulation": batch // size}
-            run.update(plan=plan, out_of_memory_at=step)
-            log(f"out of memory after step {step}: continuing with {size} rows per forward pass")
+            # Retry from the last good step.
+            step = trainer.state.global_step
             if step > run.last_step:
                 trainer._save_checkpoint(trainer.model, None)
-            broadcast()
+            plan = halve_micro_batch(plan)
+            run.update(plan=plan, out_of_memory_at=step)
             del trainer
             gc.collect()
             torch.cuda.empty_cache()
-    if hub:
-        hub.close(run.last_step == config.max_steps, config.keep_hub_checkpoints)
     if stop:
         interrupt(stop[0])
-    broadcast()  # the first process has written the checkpoints
-    if config.keep_best:
-        best = run.best_checkpoint
-        log(f"the weights kept are those of {best.name}")
-        peft.set_peft_model_state_dict(loaded.model, adapter_weights(loaded.model, best))
+    barrier()  # the first process has written the checkpoints
+    if trainer.state.best_model_checkpoint:
+        log(f"best checkpoint by eval loss: {Path(trainer.state.best_model_checkpoint).name}")
 
 
 def train_run(config: TrainConfig, run: Run, resume: bool = False) -> tuple[LoadedModel, Any]:
-    """Trains a new run, or goes on with one; returns the model with its adapter, and the held-out rows."""
-    # What can be refused is refused before anything large is imported or downloaded.
-    check_config(config)
-    revisions = run.record.get("model_revisions", {}) if resume else {}
-    check_model(config, revisions.get(config.model))
-    read_ahead(config)
-    records = read_records(config)
-    check_columns(records, config)
-    if not resume and RANK == 0:
-        run.check_new()
-
-    # The rows, every one accounted for.
-    import_unsloth()
-    folder = download_model(config.model, weights=False, revision=revisions.get(config.model))
-    tokenizer = load_tokenizer(folder)
-    rows = prepare_rows(records, tokenizer, config)
-    config = with_steps(config, len(rows.used))
-    log_header("run", str(run))
-    log_header("settings", changed_settings(config))
-    log_header("rows", prompts.describe_counts(rows.row_counts))
-    if WORLD == 1 and torch.cuda.is_available():  # one process takes one GPU
-        gpus = subprocess.run(
-            "nvidia-smi -L", shell=True, capture_output=True, text=True
-        ).stdout.splitlines()
-        if len(gpus) > 1:
-            line = f"torchrun --nproc-per-node {len(gpus)} -- {shlex.join(sys.argv)}"
-            log(f"note: this uses one of {len(gpus)} GPUs; for all of them: {line}")
-
+    """Trains a new run or resumes one; returns the model with its adapter and the held-out rows."""
+    config, rows, tokenizer = prepare_training(config, run, resume)
     with run.track_status(config, resume), track_in_wandb(config, run) as tracked:
-        # What has to be the same when the run goes on, and what `eval` needs if the dataset changes.
-        broadcast()  # the first process has made the folder
-        template = hashlib.sha256(prompts.TEMPLATES[config.lang].encode()).hexdigest()
-        for name, value in {
-            "prompt_hash": template,
-            "dataset_fingerprint": rows.fingerprint,
-        }.items():
-            before = run.record.get(name, value)
-            if before != value:
-                raise UserError(
-                    f"--resume {run}: the {name} was {before}, is now {value}.", "`train` anew"
-                )
-            run.update(**{name: value})
-        run.update(rows=rows.row_counts)
-        if RANK == 0:
-            held_out = rows.held_out.select_columns(["question", "thought", "answer"])
-            names = dict(zip(("question", "thought", "answer"), RECIPE_COLUMNS, strict=True))
-            write_jsonl(run / "held_out.jsonl", held_out.rename_columns(names))
-            questions = rows.used["question"][:]
-            write_json(run / "trained.json", list(map(question_hash, questions)))
+        barrier()  # the first process has made the folder
+        record_rows(run, config, rows)
 
-        # The model, and how a step fits into memory.
+        # The model, and the plan that fits a step into memory.
         started = time.perf_counter()
         log("loading the model")
-        loaded = LoadedModel.load(config, config.lang, broadcast(revisions), tokenizer)
+        revisions = broadcast(run.record.get("model_revisions", {}) if resume else {})
+        loaded = LoadedModel.load(config, config.lang, revisions, tokenizer)
         seconds = {"load": round(time.perf_counter() - started, 1)}
         weights = loaded.model.get_memory_footprint()
         if torch.cuda.is_available():
@@ -2770,30 +2626,24 @@ def train_run(config: TrainConfig, run: Run, resume: bool = False) -> tuple[Load
         plan = broadcast(make_plan(rows.used["tokens"][:], config, memory))
         log_header("plan", plan_text(plan))
         run.update(model_revisions=loaded.revisions, device=device_name(), plan=plan)
-        size = run_size(adapter_parameters(loaded.model, config), config)
-        check_room({run.folder: size}, "name a --run-dir on another disk")
-        loaded.add_adapter(config, plan["kept_layers"])
+        check_room({run.folder: run_size(loaded.model, config)}, "name a --run-dir elsewhere")
 
-        # The training. The adapter names the model asked for, not the quantized copy that was loaded.
+        # The training.
+        loaded.add_adapter(config, plan["kept_layers"])
+        # The adapter names the model that was given, not the quantized copy that was loaded.
         loaded.model.peft_config["default"].base_model_name_or_path = config.model
         started = time.perf_counter()
-        log("training; the first step takes longest, as kernels are compiled")
-        train_steps(loaded, rows, config, plan, run, tracked)
+        if run.last_step < config.max_steps:
+            log("training; the first step takes longest, as kernels are compiled")
+            train_steps(loaded, rows, config, plan, run, tracked)
+        else:  # interrupted between the last step and the adapter
+            newest = run.checkpoints[-1]
+            best = read_json(newest / "trainer_state.json")["best_model_checkpoint"]
+            folder = newest.with_name(Path(best or newest).name)  # the run may have moved
+            loaded.model.load_adapter(str(folder), "default")
         if RANK:
             return loaded, rows.held_out
-        with atomic_path(run / "adapter") as partial:
-            loaded.model.save_pretrained(partial)
-            save_tokenizer(loaded.tokenizer, partial, config.lang)
-            remove(partial / "README.md")  # PEFT's empty form; the run has a card of its own
-            run.update(adapter={path.name: file_hash(path) for path in partial.iterdir()})
-            # What was made of an earlier state must not pass for what is made of this one.
-            reports = [
-                path
-                for path in run.folder.glob("eval*")
-                if path.suffix in (".json", ".png", ".html")
-            ]
-            for path in (run / "adapter", run / "merged", run / "gguf", *reports):
-                remove(path)
+        save_adapter(loaded, run)
         seconds["train"] = round(time.perf_counter() - started, 1)
         losses = draw_losses(run)
         run.update(saved={}, losses=losses, seconds=seconds, peak_memory_gib=peak_memory_gib())
@@ -2803,17 +2653,84 @@ def train_run(config: TrainConfig, run: Run, resume: bool = False) -> tuple[Load
         [pair] = loaded.answer_both([prompts.BEFORE_AFTER[config.lang]], config)
         write_jsonl(run / "samples.jsonl", [pair])
         write_card(run)
-        if tracked:
-            texts = [pair["question"], pair["base"]["answer"], pair["tuned"]["answer"]]
-            with contextlib.suppress(Exception):  # it asks W&B, which may be gone
-                wandb.log({"before_after": wandb.Table(["question", "before", "after"], [texts])})
     print_pair(pair, log)
     return loaded, rows.held_out
 
 
+def prepare_training(
+    config: TrainConfig, run: Run, resume: bool
+) -> tuple[TrainConfig, PreparedData, Any]:
+    """Settings, rows and tokenizer; refuses what can be refused before anything large is loaded."""
+    check_config(config)
+    revision = None
+    if resume:
+        revision = run.record.get("model_revisions", {}).get(config.model)
+    elif RANK == 0:
+        run.check_new()
+    check_model(config, revision)
+    read_ahead(config)
+    records = read_records(config)
+    check_columns(records, config)
+
+    # The rows, every one accounted for.
+    import_unsloth(for_training=True)
+    folder = download_model(config.model, weights=False, revision=revision)
+    tokenizer = load_tokenizer(folder)
+    rows = prepare_rows(records, tokenizer, config)
+    config = with_steps(config, len(rows.used))
+    log_header("run", str(run))
+    log_header("settings", changed_settings(config))
+    log_header("rows", prompts.as_words(rows.account))
+    if WORLD == 1 and torch.cuda.is_available():
+        listed = subprocess.run("nvidia-smi -L", shell=True, capture_output=True, text=True)
+        gpus = len(listed.stdout.splitlines())
+        if gpus > 1:
+            line = f"torchrun --nproc-per-node {gpus} -- {shlex.join(sys.argv)}"
+            log(f"note: using 1 of {gpus} GPUs; for all of them: {line}")
+    return config, rows, tokenizer
+
+
+def record_rows(run: Run, config: TrainConfig, rows: PreparedData) -> None:
+    """Writes what the rows are into the run; raises if a resumed run's prompt or rows differ."""
+    current = {
+        "prompt_hash": hashlib.sha256(prompts.TEMPLATES[config.lang].encode()).hexdigest(),
+        "dataset_fingerprint": rows.fingerprint,
+    }
+    for name, value in current.items():
+        before = run.record.get(name, value)
+        if before != value:
+            raise UserError(
+                f"--resume {run}: the {name} was {before}, now {value}.",
+                hint="start a new run with `train`",
+            )
+    job = {name: os.environ[name] for name in ("JOB_ID", "ACCELERATOR") if name in os.environ}
+    run.update(rows=rows.account, **current, **job)  # a rented machine names itself
+    if RANK == 0:
+        texts = ["question", "thought", "answer"]
+        columns = dict(zip(texts, RECIPE_COLUMNS, strict=True))
+        held_out = rows.held_out.select_columns(texts).rename_columns(columns)
+        write_jsonl(run / "held_out.jsonl", held_out)
+        write_json(run / "trained.json", sorted(map(question_hash, rows.used["question"][:])))
+
+
+def save_adapter(loaded: LoadedModel, run: Run) -> None:
+    """Writes the adapter, and deletes artifacts derived from an earlier one."""
+    with atomic_path(run / "adapter") as partial:
+        loaded.model.save_pretrained(partial)
+        save_tokenizer(loaded.tokenizer, partial, loaded.lang)
+        remove(partial / "README.md")  # PEFT's empty form; the run has a card of its own
+        run.update(adapter={path.name: file_hash(path) for path in partial.iterdir()})
+        for name in ("adapter", "merged", "gguf"):
+            remove(run / name)
+        for path in run.folder.glob("eval*"):
+            if path.suffix in (".json", ".png", ".html"):
+                remove(path)
+
+
 def with_steps(config: TrainConfig, rows: int) -> TrainConfig:
-    """The settings with the steps that `--epochs` over so many rows and `--warmup-ratio` come to."""
-    steps, warmup = config.max_steps, config.warmup_steps
+    """The settings with the steps that --epochs over `rows` rows and --warmup-ratio come to."""
+    steps = config.max_steps
+    warmup = config.warmup_steps
     if config.epochs:
         steps = max(1, math.ceil(config.epochs * rows / config.effective_batch))
         warmup = min(warmup, steps // 2)
@@ -2823,16 +2740,14 @@ def with_steps(config: TrainConfig, rows: int) -> TrainConfig:
 
 
 def draw_losses(run: Run) -> dict[str, float]:
-    """Draws loss.png from metrics.jsonl; returns the first and the last training loss."""
+    """Draws loss.png from metrics.jsonl; returns the first and the last train loss."""
     metrics = pandas.DataFrame(read_jsonl(run / "metrics.jsonl")).set_index("step")
     figure, axes = pyplot.subplots(figsize=(7, 4), layout="constrained")
-    for name, label in (("loss", "training"), ("eval_loss", "held out")):
-        losses = metrics[name].dropna() if name in metrics else pandas.Series(dtype=float)
-        [line] = axes.plot(losses, marker=".", alpha=0.4 if len(losses) > 9 else 1, label=label)
-        if len(losses) > 9:
-            smooth = losses.rolling(5, center=True, min_periods=1).mean()
-            axes.plot(smooth, color=line.get_color(), label=f"{label}, mean of 5")
-    axes.set(xlabel="step", ylabel="loss (nats per token)", title=run.folder.name)
+    for name, label in (("loss", "train loss"), ("eval_loss", "eval loss")):
+        if name in metrics:
+            axes.plot(metrics[name].dropna(), marker=".", label=label)
+    axes.set(xlabel="step", ylabel="loss (nats per token)", title=run.name)
+    axes.locator_params(axis="x", integer=True)
     axes.legend()
     with atomic_path(run / "loss.png") as partial:
         figure.savefig(partial, dpi=120, format="png")
@@ -4309,43 +4224,45 @@ def check_wandb() -> str:
 
 @command
 def doctor(config: ModelConfig) -> dict[str, Any]:
-    """Check GPU, disk, packages and tokens; report what to fix."""
-
-    def check(name: str, function: Callable[[], object], failed: str) -> dict[str, str]:
-        try:
-            return {"status": "OK", "name": name, "found": str(function() or "found"), "fix": ""}
-        except (UserError, httpx.HTTPError, OSError, ImportError) as error:
-            fix = expand_commands(advice(error) or "")
-            return {"status": failed, "name": name, "found": str(error), "fix": fix}
-
-    checks = [
-        check("packages", check_packages, "FAIL"),
-        check("GPU", find_gpu, "FAIL"),
-        check("room", check_resources, "FAIL"),
-        check("model", functools.partial(check_model, config), "FAIL"),
-        check("Hub", check_hub, "WARN"),
-        check("W&B", check_wandb, "WARN"),
-        check("token", check_token, "WARN"),
-    ]
-    ready = all(each["status"] != "FAIL" for each in checks)
-    can_push = ready and checks[-1]["status"] == "OK"
-    verdict = "ready" if ready else "not ready"
-    return {"checks": checks, "can_train": ready, "can_push": can_push, "verdict": verdict}
-
-
-def print_checks(report: dict[str, Any]) -> None:
-    """Print `doctor`'s checklist, and in the last line what this machine can do."""
-    for check in report["checks"]:
-        lines = textwrap.wrap(check["found"], 80)
-        if check["fix"]:
-            lines += textwrap.wrap(f"fix: {check['fix']}", 80)
-        print_result(f"{check['status']:5} {check['name']:9} " + f"\n{'':16}".join(lines))
-    text = "not ready"
-    if report["can_train"]:
-        text = "ready to train, not to push"
-    if report["can_push"]:
-        text = "ready to train and push"
-    print_result(text)
+    """Check whether this machine is ready, and say what to mend."""
+    gpus = list(map(torch.cuda.get_device_properties, range(torch.cuda.device_count())))
+    free, memory = shutil.disk_usage(".").free / GIB, psutil.virtual_memory().available / GIB
+    try:
+        hub = f"answers {httpx.head(hub_constants.ENDPOINT, timeout=5).status_code}"
+    except httpx.HTTPError as error:
+        hub = f"not reached: {error}"
+    problems: list[str] = []
+    expected: Any = "unknown"
+    try:
+        check_model(config)
+        expected = estimate_cost(TrainConfig(**dataclasses.asdict(config)), [R1_TOKENS] * 500)
+    except (UserError, httpx.HTTPError, OSError) as error:
+        problems.append(f"{error} ({pasteable(str(advice(error)))})")
+    if free < 8:
+        problems.append("too little free disk: the 8B in 4-bit takes 6 GiB and a run about 1")
+    if shutil.which("nvidia-smi") and not gpus:
+        problems.append(
+            f"torch {torch.__version__} sees no GPU: the driver is too old, or torch is for CPUs"
+        )
+    works = dict.fromkeys(("train", "infer", "push"), "no" if problems else "yes")
+    if free < MERGE_DISK or memory < MERGE_MEMORY:
+        works["push"] = "with --adapter-only, as there is too little room to merge"
+    token, key = use_hub_token(), find_secret(WANDB_KEYS)
+    return {
+        "versions": versions(),
+        "gpus": [
+            f"{g.name}, compute {g.major}.{g.minor}, {g.total_memory / GIB:.1f} GiB" for g in gpus
+        ],
+        "precision": precision(config),
+        "free_memory": f"{memory:.0f} GiB; merging takes {MERGE_MEMORY}",
+        "free_disk": f"{free:.0f} GiB; `push` of the 8B takes {MERGE_DISK}, `save` 16 more",
+        "works_here": works,
+        "hugging_face_token": token.source if token else "none; public models need none",
+        "wandb_key": key.source if key else "not found; W&B is optional",
+        "hub": hub,
+        "train": expected,
+        "verdict": "; ".join(problems) or "ready",
+    }
 
 
 @command
@@ -4464,27 +4381,28 @@ def tokenized_rows(config: DataConfig) -> tuple[PreparedData, Any]:
 
 
 def use_recipe(context: typer.Context, name: str) -> str:
-    """Makes the settings of a recipe the defaults of this command line."""
+    """Makes a recipe's settings the defaults of this command line."""
     context.default_map = {**RECIPES[name], **(context.default_map or {})}
     return name
 
 
 def use_settings(context: typer.Context, file: Path | None) -> Path | None:
-    """Makes the settings in a YAML or JSON file the defaults of this command line; they outdo a recipe's."""
-    if file:
-        try:
-            settings = yaml.safe_load(file.read_text(encoding="utf-8"))
-            settings = {str(name).replace("-", "_"): value for name, value in settings.items()}
-        except (OSError, ValueError, AttributeError, yaml.YAMLError) as error:
-            raise typer.BadParameter(f"{file} is no file of settings: {error}") from error
-        unknown = settings.keys() - {entry.name for entry in dataclasses.fields(TrainConfig)}
-        if unknown:
-            raise typer.BadParameter(
-                f"{file} has no setting of `train`: {', '.join(sorted(unknown))}"
-            )
-        if "max_steps" in settings:
-            settings.setdefault("epochs", None)  # a recipe's would outdo it
-        context.default_map = {**(context.default_map or {}), **settings}
+    """Makes the settings in a YAML or JSON file the defaults of this command line."""
+    if not file:
+        return None
+    try:
+        content = dict(yaml.safe_load(file.read_text(encoding="utf-8")))
+    except (OSError, ValueError, TypeError, yaml.YAMLError) as error:
+        raise typer.BadParameter(f"{file} is no file of settings: {error}") from error
+    settings = {str(name).replace("-", "_"): value for name, value in content.items()}
+    unknown = settings.keys() - {entry.name for entry in dataclasses.fields(TrainConfig)}
+    if unknown:
+        raise typer.BadParameter(f"{file}: `train` has no setting {', '.join(sorted(unknown))}")
+    if isinstance(settings.get("target_modules"), list):
+        settings["target_modules"] = ",".join(map(str, settings["target_modules"]))
+    if "max_steps" in settings:
+        settings.setdefault("epochs", None)  # a recipe's would replace the steps
+    context.default_map = {**(context.default_map or {}), **settings}
     return file
 
 
@@ -4500,131 +4418,174 @@ SETTINGS_OPTION = typer.Option(
 def train(
     config: TrainConfig,
     given: set[str],
+    as_json: bool,
     recipe: Annotated[Literal["published", "thorough"], RECIPE_OPTION] = "published",
     settings_file: Annotated[Path | None, SETTINGS_OPTION] = None,
     run: Annotated[
         Path | None, typer.Argument(help="With --resume: this run (default: the newest).")
     ] = None,
-    resume: Annotated[
-        bool, typer.Option("--resume", help="Go on from a run's last checkpoint.")
-    ] = False,
+    resume: Annotated[bool, typer.Option("--resume", help="Resume an interrupted run.")] = False,
     run_dir: RunDirOption = None,
+    push: Annotated[
+        str | None, typer.Option("--push", help="Afterwards push to the Hub, as OWNER/NAME.")
+    ] = None,
     dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Show plan, time and disk, and stop.")
+        bool, typer.Option("--dry-run", help="Show rows, plan and disk, and stop.")
     ] = False,
 ) -> dict[str, Any]:
-    """Fine-tune, and answer one question before and after."""
-    if run and not resume:
-        if str(run).isdigit():
-            raise UserError(f"`{run}` isn't a run.", f"did you mean `train --max-steps {run}`?")
-        raise UserError(
-            f"RUN {run} needs --resume.", f"{Run(run).resume_line}, or --run-dir for a new run"
-        )
-    if {"epochs", "max_steps"} <= given:
-        raise UserError("--epochs and --max-steps both say how long to train.", "give one of them")
+    """Fine-tune, then answer one question before and after."""
+    check_train_options(given, run, resume)
     if resume and (settings_file or recipe != "published"):
-        raise UserError(
-            "--resume goes on with the run's own settings.", "leave --recipe and --config out"
-        )
-    if "max_steps" in given:  # a recipe's or a file's --epochs give way
-        config = dataclasses.replace(config, epochs=None)
-    if (
-        config.warmup_steps == TrainConfig.warmup_steps and "warmup_steps" not in given
-    ):  # not a file's
-        config = dataclasses.replace(
-            config, warmup_steps=min(config.warmup_steps, config.max_steps // 2)
-        )
-    with contextlib.suppress(httpx.HTTPError, hub_errors.OfflineModeIsEnabled, UserError):
-        secret = None if dry_run else export_hub_token()
-        if (
-            secret and not hub_account(secret)["can_push"]
-        ):  # said now rather than after a long training
-            log(
-                f"note: the token from {secret.source} can read, not write: `push` will need another"
-            )
+        raise UserError("--resume uses the run's own settings.", hint="omit --recipe and --config")
+    config = settle(config, given)
     if resume:
-        if str(run).startswith("hub:"):
-            run = broadcast(None if RANK else run_from_hub(str(run)))
-        # A start that failed before its first checkpoint comes after all that have begun.
-        unfinished = sorted(Run.all(*UNFINISHED), key=lambda run: run.last_step > 0)
-        if not run and not unfinished:
-            raise UserError(f"--resume: no run under {RUNS}/ is unfinished.", "`train` without it")
-        chosen = broadcast(Run.find(run) if run else unfinished[-1])
+        chosen = broadcast(None if RANK else run_to_resume(run))
         log(f"resuming {chosen} after step {chosen.last_step}")
         config = resumed_config(chosen, config, given)
     else:
         length = f"e{config.epochs:g}" if config.epochs else f"s{config.max_steps}"
         name = f"{time.strftime('%Y%m%d-%H%M%S')}-r{config.lora_r}-{length}"
         chosen = broadcast(Run(run_dir or RUNS / name))
+    if push and push == config.hub_checkpoints:
+        raise UserError("--push and --hub-checkpoints name one repository.", hint="name two")
+    if push and RANK == 0:  # what `push` would refuse is refused before the training
+        check_push(push, config.model, PushConfig())
     if dry_run:
         check_config(config)
         rows, _ = tokenized_rows(config)
         config = with_steps(config, len(rows.used))
-        settings = {"settings": changed_settings(config), "rows": prompts.describe_counts(rows.row_counts)}
-        return settings | expect(config, rows.used["tokens"][:])
-    train_run(config, chosen, resume)
+        settings = {"settings": changed_settings(config), "rows": prompts.as_words(rows.account)}
+        return {**settings, **estimate_cost(config, rows.used["tokens"][:])}
+
+    loaded, held_out = train_run(config, chosen, resume)
     if RANK:
         return {}
-    summary: dict[str, Any] = {"run": str(chosen)}
-    for name in ("rows", "losses", "seconds", "peak_memory_gib"):
-        summary[name] = chosen.record.get(name)
-    which = f"--run {shlex.quote(str(chosen))}"
-    check = "eval" if config.eval_rows else "save"
-    summary["next"] = [
+    if push and config.eval_rows:
+        print_report(evaluate(loaded, chosen, held_out, [], EvalConfig.answers, config), log)
+    pushed = push_run(chosen, push) if push else None
+    return summarize(chosen, pushed, as_json)
+
+
+def check_train_options(given: set[str], run: Path | None, resume: bool) -> None:
+    """Raises for options of `train` that contradict each other."""
+    if run and not resume:
+        hint = f"{Run(run).resume_line}, or --run-dir for a new run"
+        if str(run).isdigit():
+            hint = f"did you mean `train --max-steps {run}`?"
+        raise UserError(f"RUN {run} needs --resume.", hint=hint)
+    if {"epochs", "max_steps"} <= given:
+        raise UserError("--epochs and --max-steps both set the length.", hint="give one of them")
+
+
+def settle(config: TrainConfig, given: set[str]) -> TrainConfig:
+    """The settings with absolute local paths, and one length, to which the warmup fits."""
+    changes: dict[str, Any] = {}
+    for name in ("model", "dataset"):
+        path = Path(getattr(config, name))
+        if path.exists():
+            changes[name] = str(path.absolute())
+    if "max_steps" in given:
+        changes["epochs"] = None
+    if config.warmup_steps == TrainConfig.warmup_steps and "warmup_steps" not in given:
+        changes["warmup_steps"] = min(config.warmup_steps, config.max_steps // 2)
+    return dataclasses.replace(config, **changes)
+
+
+def summarize(run: Run, pushed: dict[str, Any] | None, as_json: bool) -> dict[str, Any]:
+    """The end of `train`: an object for --json, else labelled lines, and what to run next."""
+    record = run.record
+    names = ("rows", "losses", "seconds", "peak_memory_gib")
+    report = {"run": str(run), **{name: record.get(name) for name in names}, "pushed": pushed}
+    which = f"--run {shlex.quote(str(run))}"
+    follow_ups = [
         f'{PROGRAM} infer {which} "What widens the anion gap?"',
-        f"{PROGRAM} {check} {which}",
+        f"{PROGRAM} {'eval' if run.config.eval_rows else 'save'} {which}",
         f"{PROGRAM} push {which} --repo OWNER/NAME",
     ]
-    return summary
+    if as_json:
+        return {**report, "next": follow_ups}
+    losses = record["losses"]
+    print_result(
+        f"Run:        {run}\n"
+        f"Rows:       {prompts.as_words(record['rows'])}\n"
+        f"Train loss: {losses['first']:.4f} → {losses['last']:.4f}\n"
+        f"Time:       {time_text(record['seconds']['train'])}\n"
+        f"Memory:     {record['peak_memory_gib']} GiB peak\n"
+        f"Adapter:    {run / 'adapter'}"
+    )
+    if pushed:
+        print_result(f"Pushed:     {pushed['repo']}")
+        follow_ups.pop()
+    print_result("\n  ".join(["Next:", *follow_ups]))
+    return {}
 
 
-def run_from_hub(place: str) -> Path:
-    """Fetches what `--hub-checkpoints` kept at hub:OWNER/NAME into a new folder under runs/."""
+def run_to_resume(place: Path | None) -> Run:
+    """The run that --resume names, also as hub:OWNER/NAME; by default the newest unfinished one."""
+    if place and str(place).startswith("hub:"):
+        return run_from_hub(str(place))
+    if place:
+        return Run.find(place)
+    unfinished = Run.all(*UNFINISHED)
+    if not unfinished:
+        raise UserError(f"--resume: nothing to resume under {RUNS}/.", hint="start with `train`")
+    begun = [run for run in unfinished if run.last_step]  # the others have no checkpoint yet
+    return (begun or unfinished)[-1]
+
+
+def run_from_hub(place: str) -> Run:
+    """Downloads the run that --hub-checkpoints keeps at hub:OWNER/NAME into runs/."""
     repo = place.removeprefix("hub:")
-    folder = RUNS / repo.replace("/", "--")
     if not is_hub_name(repo):
+        raise UserError(f"--resume {place}: not hub:OWNER/NAME.", hint="check the name")
+    run = Run(RUNS / repo.replace("/", "--"))
+    if run.folder.exists():
         raise UserError(
-            f"--resume {place}: not hub:OWNER/NAME.", "name the one given to --hub-checkpoints"
-        )
-    if folder.exists():
-        raise UserError(
-            f"--resume {place} is here already.", f"{Run(folder).resume_line}, or move it away"
+            f"--resume {place}: {run} already exists.", hint=f"{run.resume_line}, or move it away"
         )
     export_hub_token()
     RUNS.mkdir(exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=RUNS) as fetched:
-        huggingface_hub.snapshot_download(repo, local_dir=fetched, allow_patterns=f"{HUB_FOLDER}/*")
-        if not Path(fetched, HUB_FOLDER, "run.json").exists():
-            raise UserError(f"--resume {place}: no run is kept there.", "check the name")
-        Path(fetched, HUB_FOLDER).rename(folder)
-    return folder
+    with tempfile.TemporaryDirectory(dir=RUNS) as folder:
+        huggingface_hub.snapshot_download(repo, local_dir=folder, allow_patterns=f"{HUB_FOLDER}/*")
+        if not Path(folder, HUB_FOLDER, "run.json").exists():
+            raise UserError(f"--resume {place}: no run is stored there.", hint="check the name")
+        Path(folder, HUB_FOLDER).rename(run.folder)
+    return run
 
 
 def resumed_config(run: Run, config: TrainConfig, given: set[str]) -> TrainConfig:
-    """The run's own settings, with those of the options `given` that may change; raises for the others."""
-    settings, fixed = run.config, []
-    if (
-        run.record["status"] == "finished" and (run / "adapter").exists()
-    ):  # a lost one is made again
+    """The run's settings with those `given`; raises for those that may not change."""
+    settings = run.config
+    if run.record["status"] == "finished" and (run / "adapter").exists():
         raise UserError(
-            f"--resume {run}: it is finished, with {settings.max_steps} steps.", "`train` anew"
+            f"--resume {run}: already finished, with {settings.max_steps} steps.",
+            hint="`push` it, or start a new run with `train`",
         )
-    changed = {name: value for name, value in dataclasses.asdict(config).items() if name in given}
-    for name, now in changed.items():
-        before = getattr(settings, name)
-        moved = str(before).startswith("./") and Path(str(now)).name == Path(before).name
-        if before != now and not moved and name not in RESUME_MAY_CHANGE:
-            fixed.append(f"--{name.replace('_', '-')} was {before}, now {now}")
-    if fixed:
-        fault = f"--resume {run} would be another training: {', '.join(fixed)}."
-        raise UserError(fault, "leave it out, or `train` anew")
-    config = dataclasses.replace(settings, **changed)
+    may_change = set(RESUME_MAY_CHANGE)
     for name in ("model", "dataset"):
-        path = getattr(config, name)
-        if path.startswith("./") and not Path(path).exists():
-            fault = f"--resume {run}: its {name} was {Path(path).name} on another machine, and is not here."
-            raise UserError(fault, f"{run.resume_line[:-1]} --{name} PATH`")
-    return config
+        path = Path(getattr(settings, name))
+        if path.is_absolute() and not path.exists():  # another machine's, or moved
+            may_change.add(name)
+            if name not in given:
+                raise UserError(
+                    f"--resume {run}: its {name} {path} is not on this machine.",
+                    hint=f"{run.resume_line[:-1]} --{name} PATH`",
+                )
+    changed = {}
+    refused = []
+    for entry in dataclasses.fields(config):
+        before = getattr(settings, entry.name)
+        now = getattr(config, entry.name)
+        if entry.name in given and now != before:
+            changed[entry.name] = now
+            if entry.name not in may_change:
+                refused.append(f"--{entry.name.replace('_', '-')} was {before}, now {now}")
+    if refused:
+        raise UserError(
+            f"--resume {run}: cannot resume with different settings: {', '.join(refused)}.",
+            hint="omit them, or start a new run with `train`",
+        )
+    return dataclasses.replace(settings, **changed)
 
 
 @command
