@@ -376,15 +376,36 @@ def guess_columns(columns: dict[str, list[Any]]) -> list[str] | None:
     return guess if all(guess) else None
 
 
+def build_ollama_template(eos: str, lang: Lang) -> str:
+    """The chat template in Ollama's language, Go's text/template."""
+    template = TEMPLATES[lang].replace("{question}", "{{ .Prompt }}")
+    return template
+
+
+def build_ollama_files(
+    eos: str, context: int, sampling: dict[str, float], lang: Lang
+) -> dict[str, str]:
+    """Files by name, for the root of a repository with a GGUF: `ollama run hf.co/…` takes them from there."""
+    params = {"stop": [eos], "num_ctx": context, **sampling}
+    return {
+        "template": build_ollama_template(eos, lang),
+        "params": json.dumps(params, ensure_ascii=False, indent=2) + "\n",
+    }
+
+
 def build_modelfile(
     eos: str, context: int, sampling: dict[str, float], lang: Lang, weights: str
 ) -> str:
     """An Ollama Modelfile for `weights` beside it: training prompt, stop at `eos`, `context` in tokens."""
-    template = TEMPLATES[lang].replace("{question}", "{{ .Prompt }}")
-    text = f'FROM {weights}\nTEMPLATE """{template}"""\nPARAMETER stop "{eos}"\nPARAMETER num_ctx {context}\n'
+    lines = [
+        f"FROM {weights}",
+        f'TEMPLATE """{build_ollama_template(eos, lang)}"""',
+        f'PARAMETER stop "{eos}"',
+        f"PARAMETER num_ctx {context}",
+    ]
     for name, value in sampling.items():
-        text += f"PARAMETER {name} {value:g}\n"
-    return text
+        lines.append(f"PARAMETER {name} {value:g}")
+    return "\n".join(lines) + "\n"
 
 
 def measure(answer: dict[str, Any]) -> dict[str, float]:
