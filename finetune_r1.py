@@ -1234,7 +1234,7 @@ def download_model(name: str, weights: bool = True, revision: str | None = None)
     folder = Path(name)
     if not folder.is_dir():
         use_hub_token()
-        patterns = ["*.json", "*.jinja"] + (["model*.safetensors"] if weights else [])
+        patterns = ["*.json", "*.jinja", "README.md"] + (["model*.safetensors"] if weights else [])
         wanted = {"allow_patterns": patterns, "ignore_patterns": "*/*"}
         folder = Path(huggingface_hub.snapshot_download(name, revision=revision, **wanted))
     check_unmixed(folder)
@@ -3083,11 +3083,15 @@ def add_card(run: Run, folder: Path) -> None:
 
 
 def base_card(model: str) -> dict[str, Any]:
-    """Metadata of a model's own card, from its folder or the Hub; empty if there is none."""
-    local = Path(model) / "README.md"
+    """Metadata of a model's own card, from its folder, the cache or the Hub; empty without one."""
     try:
-        card = huggingface_hub.ModelCard.load(local if local.parent.is_dir() else model)
-        return dict(card.data.to_dict())
+        path: Any = model
+        if Path(model).is_dir():
+            path = Path(model) / "README.md"
+        else:
+            cached = huggingface_hub.try_to_load_from_cache(model, "README.md")
+            path = Path(cached) if isinstance(cached, str) else model
+        return dict(huggingface_hub.ModelCard.load(path).data.to_dict())
     except (httpx.HTTPError, OSError, ValueError, yaml.YAMLError):
         return {}  # the card then lacks a licence, which is better than no card
 
@@ -3701,6 +3705,21 @@ def upload(repo: str, stage: Path, parent: str, force: bool) -> dict[str, Any]:
     raise UserError(message, hint="`push` again: uploaded files are skipped on retry") from failure
 
 
+def ggufs_to_push(run: Run, config: PushConfig, info: Any) -> list[Path]:
+    """The run's GGUF files, if they are asked for, or to take the place of what is there."""
+    there = {file.rfilename for file in info.siblings or ()} if info else set()
+    found = []
+    for path in sorted((run / "gguf").glob("*.gguf")):
+        if config.gguf or (path.name in there and not config.adapter_only):
+            found.append(path)
+    if config.gguf and not found:
+        raise UserError(
+            f"--gguf: there is none in {run / 'gguf'}.",
+            hint=f"`save --as gguf --run {shlex.quote(str(run))}`",
+        )
+    return found
+
+
 def push_run(
     run: Run, repo: str, config: PushConfig | None = None, dry_run: bool = False
 ) -> dict[str, Any]:
@@ -3717,44 +3736,36 @@ def push_run(
             check_repository(info, config, known_hashes(run))
     else:
         info = check_push(repo, run.config.model, config, known_hashes(run))
-    there = {file.rfilename for file in info.siblings or ()} if info else set()
-    ggufs = []
-    for path in sorted((run / "gguf").glob("*.gguf")):
-        if not config.adapter_only and (config.gguf or path.name in there):
-            ggufs.append(path)
-    if config.gguf and not ggufs:
-        raise UserError(
-            f"--gguf: there is none in {run / 'gguf'}.",
-            hint=f"`save --as gguf --run {shlex.quote(str(run))}`",
-        )
+    ggufs = ggufs_to_push(run, config, info)
 
     with tempfile.TemporaryDirectory(prefix="finetune-r1-") as scratch:
         # The repository as it is going to be.
         merged = None if config.adapter_only else merged_folder(run)
         if not dry_run and not config.adapter_only:
             merged = merge_for_push(run, Path(scratch), config.model)
-        elif dry_run and not config.adapter_only and not merged:
+        elif not merged and not config.adapter_only:
             log("note: merged weights are missing below: `push` would make them, as `save` does")
         stage = Path(scratch, "repository")
         stage_repository(run, stage, repo, merged, ggufs, config)
-        total = 0
         files = [path for path in sorted(stage.rglob("*")) if path.is_file()]
-        for path in files:
-            total += path.stat().st_size
-            log(f"{path.stat().st_size:>16,}  {path.relative_to(stage)}")
+        sizes = [path.stat().st_size for path in files]
+        for path, size in zip(files, sizes, strict=True):
+            log(f"{size:>16,}  {path.relative_to(stage)}")
         is_private = info.private if info else config.private is not False
         report = {
             "repo": repo,
             "visibility": "private" if is_private else "public",
             "files": len(files),
-            "bytes": total,
+            "bytes": sum(sizes),
         }
         if dry_run:
             return {**report, "dry_run": True}
         verified = upload(repo, stage, info.sha, config.force)
-        if (stage / "README.md").is_file():
-            for folder in filter(None, (run.folder, merged)):
-                shutil.copyfile(stage / "README.md", folder / "README.md")
+
+        # The merged folder stays what the repository is.
+        for name in ("README.md", "adapter/adapter_config.json"):
+            if merged and (stage / name).is_file():
+                shutil.copyfile(stage / name, merged / name)
         return {**report, **verified}
 
 
