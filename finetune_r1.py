@@ -50,7 +50,7 @@ import sys
 import tempfile
 import textwrap
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from importlib import metadata
 from multiprocessing.pool import ThreadPool
@@ -2859,111 +2859,88 @@ def weights_size(model: str, revision: str | None = None) -> tuple[int, int]:
     return sum(file.file_size for file in files), missing
 
 
-def file_hashes(folder: Path) -> dict[str, str]:
-    """The SHA-256 of a folder's files by their names."""
-    paths = sorted(folder.iterdir())
-    with ThreadPool() as pool:
-        digests = pool.map(file_hash, paths)
-    return {path.name: digest for path, digest in zip(paths, digests, strict=True)}
-
-
 def check_hashes(folder: Path, hashes: dict[str, str], hint: str) -> None:
-    """Raises unless every file named in `hashes` is in the folder and has that SHA-256."""
-    for name in hashes:
-        if not (folder / name).is_file() or (folder / name).is_symlink():
-            raise UserError(f"{folder / name} is missing or not a regular file.", hint=hint)
-    with ThreadPool() as pool:
-        digests = pool.map(file_hash, [folder / name for name in hashes])
-    for name, digest in zip(hashes, digests, strict=True):
-        if digest != hashes[name]:
-            raise UserError(
-                f"{folder / name} was changed or damaged after it was written.", hint=hint
-            )
+    """Raises unless each file in `hashes` is in the folder with that SHA-256."""
+    for name, digest in hashes.items():
+        path = folder / name
+        if not path.is_file() or file_hash(path) != digest:
+            raise UserError(f"{path} is missing, or was changed after it was written.", hint=hint)
 
 
 def weight_files(folder: Path) -> dict[str, str]:
     """The file of each tensor by its name, as the index has it."""
     index = folder / "model.safetensors.index.json"
-    if index.is_file():
-        entries = read_object(index).get("weight_map")
-        if not isinstance(entries, dict):
-            raise UserError(f"{index} has no weight_map.", hint="download the model again")
-        return {name: Path(file).name for name, file in entries.items()}
-    with safetensors.safe_open(folder / "model.safetensors", "pt") as tensors:
-        return dict.fromkeys(tensors.keys(), "model.safetensors")
+    if not index.is_file():
+        with safetensors.safe_open(folder / "model.safetensors", "pt") as tensors:
+            return dict.fromkeys(tensors.keys(), "model.safetensors")
+    files = read_object(index).get("weight_map")
+    if not isinstance(files, dict):
+        raise UserError(f"{index} has no weight_map.", hint="download the model again")
+    return {name: Path(file).name for name, file in files.items()}
 
 
-def merge_file(source: Path, target: Path, lora: dict[str, Any], scale: float) -> Any:
+def merge_file(
+    source: Path, target: Path, lora: dict[str, Any], scale: float, digests: dict[str, str]
+) -> Any:
     """Copies a file of the base's weights and overwrites its adapted tensors in place.
 
     Takes their A and B out of `lora`. Each tensor becomes base + B·A·scale, computed in float32
-    and rounded once. Returns the sums of moved·change and of change², as a pair.
+    and rounded once; its SHA-256 goes into `digests`. Returns Σ moved·change and Σ change².
     """
-    digests: dict[str, str] = {}
-    kept = torch.zeros(2, dtype=torch.float64)
+    sums = torch.zeros(2, dtype=torch.float64)
     shutil.copyfile(source, target)
     with safetensors.safe_open(source, "pt") as tensors, target.open("r+b") as file:
         # The layout: eight bytes with the header's length, the header, the data it points into.
-        header_size = int.from_bytes(file.read(8), "little")
-        header = json.loads(file.read(header_size))
-        for name in tensors.keys():  # noqa: SIM118
+        size = int.from_bytes(file.read(8), "little")
+        header = json.loads(file.read(size))
+        for name in header.keys() - {"__metadata__"}:
             module = f"base_model.model.{name.removesuffix('.weight')}"
             if f"{module}.lora_A.weight" not in lora:
                 continue
             down = lora.pop(f"{module}.lora_A.weight").float()
-            up = lora.pop(f"{module}.lora_B.weight").float()
+            change = lora.pop(f"{module}.lora_B.weight").float() @ down
             weight = tensors.get_tensor(name)
-            change = up @ down
             if change.shape != weight.shape:
                 raise UserError(
                     f"the adapter does not fit the base: {name} is {tuple(weight.shape)}, "
-                    f"the adapter's change {tuple(change.shape)}.",
+                    f"its change {tuple(change.shape)}.",
                     hint="name the base it was trained on with --model",
                 )
             change *= scale
             rounded = (change + weight).to(weight.dtype)
-            moved = rounded.float() - weight.float()
-            kept[0] += torch.dot(moved.flatten(), change.flatten())
-            kept[1] += torch.dot(change.flatten(), change.flatten())
+            moved = rounded.float().sub_(weight)
+            sums[0] += torch.dot(moved.flatten(), change.flatten())
+            sums[1] += torch.dot(change.flatten(), change.flatten())
             data = rounded.flatten().view(torch.uint8).numpy()
-            file.seek(8 + header_size + header[name]["data_offsets"][0])
+            file.seek(8 + size + header[name]["data_offsets"][0])
             file.write(data)
             digests[name] = hashlib.sha256(data).hexdigest()
-
-    # Read back by the library that everybody loads it with.
-    with safetensors.safe_open(target, "pt") as tensors:
-        for name, digest in digests.items():
-            data = tensors.get_tensor(name).flatten().view(torch.uint8).numpy()
-            if hashlib.sha256(data).hexdigest() != digest:
-                raise UserError(f"{name} reads back differently.", hint="check the disk")
-    return kept
+    return sums
 
 
 def merge_adapter(base: Path, adapter: Path, folder: Path) -> float:
     """Writes the base's weights with the adapter merged in; returns the share that rounding kept.
 
-    After a short training 16 bits swallow part of the change, which is Σ moved·change / Σ change².
+    After a short training 16 bits swallow part of the change: Σ moved·change / Σ change² is left.
     """
     settings = peft.LoraConfig.from_pretrained(adapter)
     scale = settings.lora_alpha / settings.r
     if settings.use_rslora:
         scale = settings.lora_alpha / math.sqrt(settings.r)
     lora = peft.load_peft_weights(str(adapter), "cpu")
-    kept = torch.zeros(2, dtype=torch.float64)
-    files = sorted(set(weight_files(base).values()))
-    for file in tqdm_auto.tqdm(files, "merging", disable=Console.quiet):
-        kept += merge_file(base / file, folder / file, lora, scale)
+    sums = torch.zeros(2, dtype=torch.float64)
+    digests: dict[str, str] = {}
+    places = weight_files(base)
+    for file in tqdm_auto.tqdm(sorted(set(places.values())), "merging", disable=Console.quiet):
+        sums += merge_file(base / file, folder / file, lora, scale, digests)
     if lora:
         raise UserError(
             f"the base has no place for {len(lora)} adapter tensors, such as {min(lora)}.",
             hint="name the base it was trained on with --model",
         )
-    index = base / "model.safetensors.index.json"
-    if index.is_file():
-        shutil.copyfile(index, folder / index.name)
 
     # NaN and infinity are refused too, as is an adapter that was never trained.
-    share = float(kept[0] / kept[1]) if kept[1] else 0.0
+    share = float(sums[0] / sums[1]) if sums[1] else 0.0
     if not (math.isfinite(share) and share > 0):
         raise UserError(
             f"merge check failed (adapter effect kept {share:.2f}); nothing was saved.",
@@ -2971,14 +2948,21 @@ def merge_adapter(base: Path, adapter: Path, folder: Path) -> float:
         )
     if share < 0.85:
         log(f"note: rounded to 16 bits, the weights keep {share:.0%} of the adapter's effect")
+
+    # Read back by the library that everybody loads it with.
+    for name, digest in digests.items():
+        with safetensors.safe_open(folder / places[name], "pt") as tensors:
+            data = tensors.get_tensor(name).flatten().view(torch.uint8).numpy()
+        if hashlib.sha256(data).hexdigest() != digest:
+            raise UserError(f"{name} reads back differently.", hint="check the disk")
     return round(share, 3)
 
 
 def save_settings(source: Path, adapter: Path, folder: Path, lang: Lang) -> None:
-    """Writes config, generation settings and tokenizer of merged weights.
+    """Writes all of a model but its weights.
 
     Generation settings are handled as JSON: transformers refuses to save what many published
-    models have, such as a temperature without do_sample.
+    models have, such as a temperature without do_sample (transformers issue 29988).
     """
     tokenizer = load_tokenizer(adapter)
     config = transformers.AutoConfig.from_pretrained(source, trust_remote_code=False)
@@ -2997,26 +2981,30 @@ def save_settings(source: Path, adapter: Path, folder: Path, lang: Lang) -> None
         "pad_token_id": tokenizer.pad_token_id,
     }
     write_json(folder / "generation_config.json", {**settings, **own})
+    index = source / "model.safetensors.index.json"
+    if index.is_file():
+        shutil.copyfile(index, folder / index.name)
 
 
-def merged_weights(
-    run: Run, output: Path | None = None, model: str | None = None
-) -> tuple[Path, float]:
-    """The verified folder of merged weights, made if there is none, and the effect it kept.
+def merged_folder(run: Run) -> Path | None:
+    """The folder that `save` merged into, if it is there."""
+    saved = run.record.get("saved")
+    return run / saved["folder"] if saved and (run / saved["folder"]).is_dir() else None
+
+
+def merged_weights(run: Run, output: Path | None = None, model: str | None = None) -> Path:
+    """The folder of merged weights, verified, and made if there is none.
 
     `output` is where it goes instead of the run's own folder, `model` where the base is now.
     """
-    saved = run.record.get("saved")
-    if saved and not output and (run / saved["folder"]).is_dir():
-        folder = run / saved["folder"]
+    saved = run.record.get("saved") or {}
+    folder = merged_folder(run)
+    if folder and not output:
         check_hashes(folder, saved["hashes"], f"remove {folder} and `save` again")
-        return folder, saved["adapter_effect_kept"]
+        return folder
     folder = output or run / "merged"
     if folder.exists():
-        raise UserError(
-            f"{folder} already exists and `save` did not write it.",
-            hint="move it away; the adapter is untouched",
-        )
+        raise UserError(f"{folder} already exists, not by `save`.", hint="move it away")
     adapter = run.adapter
     base = full_precision_name(resolve_base(run, model))
     revision = run.record.get("model_revisions", {}).get(base)
@@ -3033,10 +3021,7 @@ def merged_weights(
             {folder: size, Path(hub_constants.HF_HUB_CACHE): missing},
             "`push --adapter-only` needs no room; or set --output and HF_HOME to a larger disk",
         )
-        log(
-            f"merging the adapter into a copy of {base}: downloads {file_size(missing)}, "
-            f"writes {file_size(size)}"
-        )
+        log(f"merging into {base}: {file_size(missing)} to download, {file_size(size)} to write")
         download_model(base, revision=revision)
 
         # The folder is complete before it gets its name, and noted before that.
@@ -3045,12 +3030,12 @@ def merged_weights(
         save_settings(source, adapter, partial, run.config.lang)
         saved = {
             "folder": str(output.resolve()) if output else "merged",
-            "hashes": file_hashes(partial),
+            "hashes": {path.name: file_hash(path) for path in sorted(partial.iterdir())},
             "adapter_effect_kept": kept,
         }
         add_card(run, partial)
         run.update(saved=saved)
-    return folder, kept
+    return folder
 
 
 def adapter_settings(adapter: Path, base: str | None) -> dict[str, Any]:
@@ -3070,15 +3055,13 @@ def adapter_settings(adapter: Path, base: str | None) -> dict[str, Any]:
 
 def add_card(run: Run, folder: Path) -> None:
     """Adds card, pictures and adapter to merged weights: then the folder is a repository."""
-    base = public_base(run.config.model)
     adapter = folder / "adapter"
     adapter.mkdir()
-    shutil.copyfile(
-        run / "adapter/adapter_model.safetensors", adapter / "adapter_model.safetensors"
-    )
-    write_json(adapter / "adapter_config.json", adapter_settings(run / "adapter", base))
+    shutil.copy(run / "adapter" / "adapter_model.safetensors", adapter)
+    settings = adapter_settings(run / "adapter", public_base(run.config.model))
+    write_json(adapter / "adapter_config.json", settings)
     for picture in card_pictures(run):
-        shutil.copyfile(picture, folder / picture.name)
+        shutil.copy(picture, folder)
     write_text(folder / "README.md", model_card(run))
 
 
@@ -3112,11 +3095,11 @@ def own_parent_card(model: str) -> dict[str, Any]:
     return card if CARD_TAG in (card.get("tags") or []) else {}
 
 
-def check_base_name(model: str, base_model: str | None, adapter_only: bool = False) -> str:
-    """The base's name that a card may have; raises where only the user knows it.
+def published_base_name(model: str, base_model: str | None, adapter_only: bool = False) -> str:
+    """The base's name for what is published; raises where only the user knows it.
 
-    Merged weights that we wrote have a card of ours, which names the base of both generations.
-    An adapter belongs to the very weights it was trained on: it needs their own name.
+    The card of a second generation keeps the base of the first; an adapter alone needs the name of
+    the very weights it was trained on.
     """
     if base_model and not is_hub_name(base_model):
         raise UserError(f"--base-model {base_model} is not OWNER/NAME.", hint="check the name")
@@ -3129,11 +3112,6 @@ def check_base_name(model: str, base_model: str | None, adapter_only: bool = Fal
             hint="name the repository it came from: `push --base-model OWNER/NAME`",
         )
     return name
-
-
-def published_base_name(run: Run, base_model: str | None, adapter_only: bool = False) -> str:
-    """The base's name in what is published of a run; raises where only the user knows it."""
-    return check_base_name(run.config.model, base_model, adapter_only)
 
 
 def serving_options(run: Run) -> list[str]:
@@ -3167,22 +3145,18 @@ def card_metadata(run: Run, base: str | None, adapter_only: bool) -> str:
     config = run.config
     parent = base_card(config.model)
     licence = {key: value for key, value in parent.items() if key.startswith("license")}
+    dataset = Path(config.dataset)
+    is_file = dataset.exists() or dataset.is_absolute() or dataset.suffix.lower() in READERS
     metadata = huggingface_hub.ModelCardData(
         **licence,
         base_model=base,
-        datasets=[config.dataset] if is_public_dataset(config.dataset) else None,
+        datasets=None if is_file else [config.dataset],
         language=config.lang,
         library_name="peft" if adapter_only else "transformers",
         pipeline_tag="text-generation",
         tags=["medical", "reasoning", "chain-of-thought", "lora", "unsloth", CARD_TAG],
     )
     return str(metadata.to_yaml())
-
-
-def is_public_dataset(name: str) -> bool:
-    """Whether a dataset is one of the Hub, rather than a file or folder of the user's."""
-    is_file = Path(name).exists() or Path(name).suffix.lower() in READERS
-    return is_hub_name(name) and not is_file
 
 
 def model_card(
@@ -3230,37 +3204,31 @@ def model_card(
         where=where.format(base=title),
         chat=use.format(repo=repo),
         tokens=config.max_new_tokens,
-        serve="\n".join(serving_lines(run, repo, files, adapter_only)),
+        serve=serving_lines(run, base if adapter_only else repo, files),
         numbers=json.dumps(numbers, indent=2),
     )
     return f"{text}{CARD_SEAL}{hashlib.sha256(text.encode()).hexdigest()} -->\n"
 
 
-def serving_lines(run: Run, repo: str, files: Iterable[str], adapter_only: bool) -> list[str]:
-    """The commands that serve what is in a repository."""
-    options = serving_options(run)
-    if adapter_only:
-        rank = min(rank for rank in VLLM_RANKS if rank >= run.config.lora_r)
-        lora = ["--enable-lora", "--lora-modules", f"tuned={repo}", "--max-lora-rank", str(rank)]
-        return [shlex.join(["vllm", "serve", "BASE", *lora, *options])]
-    lines = [shlex.join(["vllm", "serve", repo, *options])]
+def serving_lines(run: Run, repo: str, files: Iterable[str]) -> str:
+    """The commands that serve merged weights, and the `files` beside them."""
+    lines = [shlex.join(["vllm", "serve", repo, *serving_options(run)])]
     for name in files:
         if name == "Modelfile":
             lines.append(f"ollama create {repo.partition('/')[2].lower()} -f Modelfile")
         elif name.endswith(".gguf"):
-            length = run.config.max_seq_length
-            lines.append(shlex.join(["llama-server", "-m", name, "--jinja", "-c", str(length)]))
-    return lines
+            lines.append(f"llama-server -m {name} --jinja -c {run.config.max_seq_length}")
+    return "\n".join(lines)
 
 
 def write_card(run: Run) -> None:
     """Writes the card, README.md, into the run, and into its merged weights if there are some."""
-    card = model_card(run)
-    write_text(run / "README.md", card)
-    if (run / "merged").is_dir():
-        write_text(run / "merged" / "README.md", card)
-        for picture in card_pictures(run):
-            shutil.copyfile(picture, run / "merged" / picture.name)
+    for folder in (run.folder, run / "merged"):
+        if folder.is_dir():
+            write_text(folder / "README.md", model_card(run))
+    for picture in card_pictures(run):
+        if (run / "merged").is_dir():
+            shutil.copy(picture, run / "merged")
 
 
 # ------------------------------------------------------------------------------------------------------ gguf
@@ -3374,36 +3342,12 @@ def gguf_type(name: str, tensor: Any, outtype: str, is_tied: bool) -> Any:
 
     Of all layers it suffers most from four bits; llama.cpp's own quantizer keeps it apart too.
     """
-    if tensor.ndim == 1:
-        return gguf.GGMLQuantizationType.F32
     output = "token_embd.weight" if is_tied else "output.weight"
-    if name == output and outtype in ("q4_0", "q5_1"):
+    if tensor.ndim == 1:
+        outtype = "f32"
+    elif name == output and outtype in ("q4_0", "q5_1"):
         outtype = "q8_0"
-    kind = gguf.GGMLQuantizationType[outtype.upper()]
-    if tensor.shape[-1] % gguf.GGML_QUANT_SIZES[kind][0]:
-        raise UserError(
-            f"--outtype {outtype}: rows of {name} have {tensor.shape[-1]} numbers, "
-            "not a multiple of 32.",
-            hint="take --outtype f16",
-        )
-    return kind
-
-
-def quantize(name: str, weight: Any, kind: Any) -> Any:
-    """A tensor's bytes in a GGUF, converted some rows at a time to save memory."""
-    pieces = []
-    for piece in weight.split(GGUF_ROWS):
-        # The steps of the quantized types are F16; NaN is refused as well.
-        limit = 65504.0
-        if kind.name in ("F32", "BF16"):
-            limit = math.inf
-        if not piece.abs().max() <= limit:
-            raise UserError(
-                f"{name} holds {float(piece.abs().max())}, which {kind.name} can't represent.",
-                hint="take --outtype bf16, which has the widest range",
-            )
-        pieces.append(gguf.quantize(piece.float().numpy(), kind))
-    return numpy.concatenate(pieces)
+    return gguf.GGMLQuantizationType[outtype.upper()]
 
 
 def write_gguf(
@@ -3423,7 +3367,10 @@ def write_gguf(
         writer.write_kv_data_to_file()
         writer.write_ti_data_to_file()
         for name, kind in tqdm_auto.tqdm(kinds.items(), "gguf", disable=Console.quiet):
-            writer.write_tensor_data(quantize(name, read(name), kind))
+            pieces = []  # some rows at a time, as they are float32 meanwhile
+            for piece in read(name).split(GGUF_ROWS):
+                pieces.append(gguf.quantize(piece.float().numpy(), kind))
+            writer.write_tensor_data(numpy.concatenate(pieces))
 
 
 def save_gguf(run: Run, output: Path | None, outtype: str, model: str | None) -> tuple[Path, Path]:
@@ -3437,7 +3384,7 @@ def save_gguf(run: Run, output: Path | None, outtype: str, model: str | None) ->
     revision = None if model else run.record.get("model_revisions", {}).get(base)
     gguf_names(load_meta_model(download_model(base, weights=False, revision=revision)))
     pre_tokenizer(load_tokenizer(run.adapter))
-    merged, _ = merged_weights(run, model=model)
+    merged = merged_weights(run, model=model)
 
     # Every tensor's name and shape; Llama 3's rope scaling is a tensor too.
     meta = load_meta_model(merged)
@@ -3501,18 +3448,47 @@ class PushConfig:
     model: str | None = option(None, "Where the base is now, if it has moved.")
 
 
-def check_push(repo: str, model: str, config: PushConfig, hashes: Iterable[str] = ()) -> Any:
+def check_push(
+    repo: str, model: str, config: PushConfig, hashes: Collection[str] = (), dry_run: bool = False
+) -> Any:
     """Raises for what a push would be refused for, before minutes of merging or hours of training.
 
     `model` is the run's, `hashes` are those of its weights, if there are some. Makes the
-    repository if there is none; returns what the Hub says of it.
+    repository if there is none; returns what the Hub says of it, in a dry run perhaps None.
     """
-    check_push_names(repo, model, config)
-    secret = use_hub_token()
-    if not secret:
+    if not is_hub_name(repo):
         raise UserError(
-            "there is no Hugging Face token to push with.", hint="`login`, or look with --dry-run"
+            f"{repo} is not a repository's name.",
+            hint="`push --repo OWNER/DeepSeek-R1-Medical-COT`",
         )
+    if config.adapter_only and config.gguf:
+        raise UserError("--gguf goes with merged weights.", hint="leave --adapter-only out")
+    published_base_name(model, config.base_model, config.adapter_only)
+    secret = use_hub_token()
+    if dry_run and not huggingface_hub.repo_exists(repo):
+        return None
+    if not dry_run:
+        if not secret:
+            raise UserError("there is no Hugging Face token.", hint="`login`, or `push --dry-run`")
+        check_write_access(repo, config, secret)
+
+    # What is there, and whose it is.
+    info = huggingface_hub.model_info(repo, files_metadata=True)
+    if config.private not in (None, info.private):
+        raise UserError(
+            f"{repo} already exists and is {'private' if info.private else 'public'}.",
+            hint="change that in the repository's settings, or leave --private/--public out",
+        )
+    foreign = []
+    for file in info.siblings or ():
+        if file.rfilename.endswith(TENSORS) and file.lfs and file.lfs.sha256 not in hashes:
+            foreign.append(file.rfilename)
+    refuse_foreign(repo, foreign, config.force)
+    return info
+
+
+def check_write_access(repo: str, config: PushConfig, secret: Any) -> None:
+    """Makes the repository if there is none; raises unless the token may write to it."""
     try:
         huggingface_hub.create_repo(repo, private=config.private is not False, exist_ok=True)
         # A read token passes so far, if the repository exists.
@@ -3525,38 +3501,6 @@ def check_push(repo: str, model: str, config: PushConfig, hashes: Iterable[str] 
             f"(HTTP {error.response.status_code}: {error.server_message}).",
             hint="make one with write access (huggingface.co/settings/tokens), then `login`",
         ) from error
-    info = huggingface_hub.model_info(repo, files_metadata=True)
-    check_repository(info, config, hashes)
-    return info
-
-
-def check_push_names(repo: str, model: str, config: PushConfig) -> None:
-    """Raises unless the repository is OWNER/NAME and the base has a name to be published under."""
-    if not is_hub_name(repo):
-        raise UserError(
-            f"{repo} is not a repository's name.",
-            hint="`push --repo OWNER/DeepSeek-R1-Medical-COT`",
-        )
-    if config.adapter_only and config.gguf:
-        raise UserError(
-            "--gguf holds merged weights, which --adapter-only leaves out.", hint="drop one of them"
-        )
-    check_base_name(model, config.base_model, config.adapter_only)
-
-
-def check_repository(info: Any, config: PushConfig, hashes: Iterable[str]) -> None:
-    """Raises for a repository of the other visibility, or with weights that are not the run's."""
-    if config.private is not None and info.private != config.private:
-        raise UserError(
-            f"{info.id} already exists and is {'private' if info.private else 'public'}.",
-            hint="change that in the repository's settings, or leave --private/--public out",
-        )
-    known = set(hashes)
-    foreign = []
-    for file in info.siblings or ():
-        if file.rfilename.endswith(TENSORS) and file.lfs and file.lfs.sha256 not in known:
-            foreign.append(file.rfilename)
-    refuse_foreign(info.id, foreign, config.force)
 
 
 def refuse_foreign(repo: str, foreign: Sequence[str], force: bool) -> None:
@@ -3566,32 +3510,6 @@ def refuse_foreign(repo: str, foreign: Sequence[str], force: bool) -> None:
             f"{repo} holds other weights: {', '.join(sorted(foreign))}.",
             hint="name another --repo, or replace them with `push --force`",
         )
-
-
-def look_at(repo: str) -> Any:
-    """What the Hub says of a repository, for a dry run; None without one, or without the Hub."""
-    try:
-        return huggingface_hub.model_info(repo, files_metadata=True)
-    except hub_errors.RepositoryNotFoundError:
-        return None
-    except (httpx.HTTPError, OSError) as error:
-        log(f"note: the Hub was not reached, so what is in {repo} is unknown ({error})")
-        return None
-
-
-def known_hashes(run: Run) -> list[str]:
-    """Hashes of the weights that belong to a run, also of merged ones that are gone again."""
-    saved = run.record.get("saved") or {}
-    hashes = [*run.record.get("adapter", {}).values(), *saved.get("hashes", {}).values()]
-    for path in (run / "gguf").glob("*.gguf"):
-        hashes.append(file_hash(path))
-    return hashes
-
-
-def merged_folder(run: Run) -> Path | None:
-    """The folder that `save` merged into, if it is there."""
-    saved = run.record.get("saved")
-    return run / saved["folder"] if saved and (run / saved["folder"]).is_dir() else None
 
 
 def merge_for_push(run: Run, scratch: Path, model: str | None) -> Path:
@@ -3605,8 +3523,7 @@ def merge_for_push(run: Run, scratch: Path, model: str | None) -> Path:
         if size > shutil.disk_usage(run.folder).free:
             output = scratch / "merged"
             log(f"note: no room for {file_size(size)} in {run}, so they are merged under {scratch}")
-    folder, _ = merged_weights(run, output, model)
-    return folder
+    return merged_weights(run, output, model)
 
 
 def stage_repository(
@@ -3638,7 +3555,7 @@ def stage_repository(
         for name, text in ollama_files(run, merged, f"./{ggufs[-1].name}").items():
             write_text(stage / name, text)
             files.append(name)
-    base = published_base_name(run, config.base_model, config.adapter_only)
+    base = published_base_name(run.config.model, config.base_model, config.adapter_only)
     card = model_card(run, repo, base, files, config.adapter_only)
     write_text(stage / "README.md", card)
 
@@ -3662,9 +3579,7 @@ def upload(repo: str, stage: Path, parent: str, force: bool) -> dict[str, Any]:
     missing = [path for path in before.missing_paths if path.endswith(WEIGHTS)]
     refuse_foreign(repo, [path for path in changed if path.endswith(TENSORS)] + missing, force)
     if "README.md" in changed and not force and keeps_foreign_card(repo, stage):
-        log(
-            f"note: README.md of {repo} was not written here or was edited: it stays without --force"
-        )
+        log(f"note: README.md of {repo} is not as we wrote it: it stays (--force replaces it)")
         (stage / "README.md").unlink()
         changed.remove("README.md")
 
@@ -3683,7 +3598,6 @@ def upload(repo: str, stage: Path, parent: str, force: bool) -> dict[str, Any]:
             failure = error
 
     # What the Hub has now.
-    message = ""
     for pause in (0, READ_AGAIN_SECONDS):
         time.sleep(pause)
         try:
@@ -3692,16 +3606,11 @@ def upload(repo: str, stage: Path, parent: str, force: bool) -> dict[str, Any]:
             message = f"{repo} could not be read back: {error}"
             failure = failure or error
             continue
-        wrong = [mismatch["path"] for mismatch in after.mismatches] + after.extra_paths
-        wrong += set(after.missing_paths).intersection(missing)
-        if not wrong:
-            return {
-                "url": f"{hub_constants.ENDPOINT}/{repo}",
-                "verified": "every file is there, with the same hash",
-            }
-        message = f"{repo} differs in {', '.join(wrong)}"
-        if failure:
-            message = f"upload to {repo} failed, nothing committed: {failure}"
+        wrong = {mismatch["path"] for mismatch in after.mismatches}.union(after.extra_paths)
+        if not wrong and not set(missing).intersection(after.missing_paths):
+            url = f"{hub_constants.ENDPOINT}/{repo}"
+            return {"url": url, "verified": "every file is there, with the same hash"}
+        message = f"upload to {repo} failed, nothing committed: {failure or ', '.join(wrong)}"
     raise UserError(message, hint="`push` again: uploaded files are skipped on retry") from failure
 
 
@@ -3729,13 +3638,11 @@ def push_run(
     """
     # What would be refused is refused before the merge.
     config = config or PushConfig()
-    if dry_run:
-        check_push_names(repo, run.config.model, config)
-        info = look_at(repo)
-        if info:
-            check_repository(info, config, known_hashes(run))
-    else:
-        info = check_push(repo, run.config.model, config, known_hashes(run))
+    saved = run.record.get("saved") or {}
+    hashes = {**run.record.get("adapter", {}), **saved.get("hashes", {})}
+    for path in (run / "gguf").glob("*.gguf"):
+        hashes[path.name] = file_hash(path)
+    info = check_push(repo, run.config.model, config, set(hashes.values()), dry_run)
     ggufs = ggufs_to_push(run, config, info)
 
     with tempfile.TemporaryDirectory(prefix="finetune-r1-") as scratch:
@@ -4842,27 +4749,21 @@ def save(
     model: BaseOption = None,
 ) -> dict[str, Any]:
     """Merge the adapter into 16-bit weights, or write a GGUF."""
-    is_gguf = as_ == "gguf"
-    if outtype and not is_gguf:
-        raise UserError(
-            f"--outtype {outtype} is for --as gguf.", hint="add it, or leave --outtype out"
-        )
-    if not is_gguf:  # several of which may share a folder
-        check_output(output)
+    if outtype and as_ != "gguf":
+        raise UserError(f"--outtype {outtype} is for --as gguf.", hint="add it, or leave this out")
     found = Run.find(run)
-    length = found.config.max_seq_length
-    if is_gguf:
+    ollama = ["ollama", "create"]
+    if as_ == "gguf":  # several may share a folder
         saved, merged = save_gguf(found, output, outtype or "q8_0", model)
-        folder = saved.parent
-        weights = f"./{saved.name}"
-        serve = ["llama-server", "-m", str(saved), "--jinja", "-c", str(length)]
-        quantize_now: list[str] = []
+        folder, weights = saved.parent, f"./{saved.name}"
+        length = str(found.config.max_seq_length)
+        serve = ["llama-server", "-m", str(saved), "--jinja", "-c", length]
     else:
-        merged, _ = merged_weights(found, output, model)
-        saved = folder = merged
+        check_output(output)
+        saved = folder = merged = merged_weights(found, output, model)
         weights = "."
         serve = ["vllm", "serve", str(saved), *serving_options(found)]
-        quantize_now = ["--quantize", "q4_K_M"]  # which the package gguf can't write
+        ollama += ["--quantize", "q4_K_M"]  # which the package gguf can't write
     report = {
         "saved": str(saved),
         "as": as_,
@@ -4870,11 +4771,10 @@ def save(
         "serve": shlex.join(serve),
     }
     if modelfile:
-        text = ollama_files(found, merged, weights)["Modelfile"]
-        write_text(folder / "Modelfile", text)
+        path = folder / "Modelfile"
+        write_text(path, ollama_files(found, merged, weights)["Modelfile"])
         name = "-".join(re.findall("[a-z0-9]+", found.name.lower())) or "tuned"
-        line = ["ollama", "create", *quantize_now, name, "-f", str(folder / "Modelfile")]
-        report["ollama"] = shlex.join(line)
+        report["ollama"] = shlex.join([*ollama, name, "-f", str(path)])
     return report
 
 

@@ -392,17 +392,6 @@ def test_a_tokenizer_that_splits_text_in_an_unknown_way_is_refused(r1_run, monke
         finetune_r1.save(run=r1_run.folder, as_="gguf", outtype="f16")
 
 
-@pytest.mark.parametrize("number", [1e5, float("nan")])
-def test_a_number_that_the_type_does_not_reach_is_refused(number):
-    import torch
-
-    weight = torch.ones(40, 32)
-    weight[3, 5] = number
-    with pytest.raises(UserError, match=r"blk\.1\.ffn_up\.weight holds") as refused:
-        finetune_r1.quantize("blk.1.ffn_up.weight", weight, gguf.GGMLQuantizationType.F16)
-    assert "bf16" in refused.value.hint
-
-
 def test_merged_weights_that_were_damaged_are_not_converted(r1_run, tmp_path):
     damaged = shutil.copytree(
         r1_run.folder, tmp_path / "run", ignore=shutil.ignore_patterns("gguf")
@@ -411,6 +400,6 @@ def test_merged_weights_that_were_damaged_are_not_converted(r1_run, tmp_path):
     content = bytearray(file.read_bytes())
     content[-100:] = bytes(100)
     file.write_bytes(content)
-    with pytest.raises(UserError, match="was changed or damaged"):
+    with pytest.raises(UserError, match="was changed after it was written"):
         finetune_r1.save(run=damaged, as_="gguf")
     assert not (damaged / "gguf").exists()

@@ -218,7 +218,7 @@ def test_gguf_that_was_not_made_is_asked_for(push, hub):
     done = push("--gguf")
     assert done.code == 1 and "--gguf: there is none" in done.err and "save --as gguf" in done.err
     done = push("--gguf", "--adapter-only")
-    assert done.code == 1 and "drop one of them" in done.err
+    assert done.code == 1 and "leave --adapter-only out" in done.err
 
 
 # --------------------------------------------------------------------------------- a dry run
@@ -236,13 +236,6 @@ def test_dry_run_shows_the_files_sends_nothing_and_writes_nothing(push, hub, run
     assert report["files"] == len(whole(run)) - 1
     assert "model-00001-of-00004.safetensors" in done.err and "adapter/adapter_config" in done.err
     assert {method for method, _ in hub.requests} <= {"GET", "HEAD"} and contents(run) == before
-
-
-def test_dry_run_without_a_hub_tells_what_it_can(push, hub):
-    hub.faults.append(Fault("*", "", status="drop", times=math.inf))
-    done = push("--dry-run", token=None)
-    assert done.code == 0 and f"so what is in {REPO} is unknown" in done.err
-    assert json.loads(done.out)["bytes"] > 0
 
 
 # ----------------------------------------------------------------------- what is refused before
@@ -474,7 +467,7 @@ def test_lasting_fault_leaves_nothing_and_a_push_again_completes(
 ):
     hub.faults.append(Fault(method, path, status, times=math.inf))
     done = push(way=way)
-    assert done.code == 1 and "hint" in done.err + "next"
+    assert done.code == 1 and ("hint:" in done.err or "next:" in done.err)
     assert files(hub) is None or set(files(hub)) == {".gitattributes"}
     hub.faults.clear()
     assert push(way=way).code == 0 and set(files(hub)) == whole(run)

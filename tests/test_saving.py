@@ -204,7 +204,7 @@ def test_saving_again_does_no_work_twice(run, merged):
     assert (merged / "config.json").stat().st_mtime_ns == before
 
 
-@pytest.mark.parametrize("damage", ["a byte is changed", "a file is missing", "a file is a link"])
+@pytest.mark.parametrize("damage", ["a byte is changed", "a file is missing"])
 def test_damaged_merged_weights_are_refused_before_use(run, merged, tmp_path, damage):
     copy = shutil.copytree(run, tmp_path / "run")
     file = sorted((copy / "merged").glob("*.safetensors"))[0]
@@ -214,16 +214,14 @@ def test_damaged_merged_weights_are_refused_before_use(run, merged, tmp_path, da
         file.write_bytes(content)
     else:
         file.unlink()
-    if damage == "a file is a link":
-        file.symlink_to(merged / file.name)
-    with pytest.raises(UserError, match=f"{file.name} (was changed|is missing or not a regular)"):
+    with pytest.raises(UserError, match=f"{file.name} is missing, or was changed"):
         finetune_r1.save(run=copy)
 
 
 def test_folder_that_save_did_not_write_is_refused(run, tmp_path):
     copy = untouched_copy(run, tmp_path / "run")
     (copy / "merged").mkdir()
-    with pytest.raises(UserError, match="already exists and `save` did not write it"):
+    with pytest.raises(UserError, match="already exists, not by `save`"):
         finetune_r1.save(run=copy.folder)
     with pytest.raises(UserError, match="--output"):
         finetune_r1.save(run=copy.folder, output=copy / "merged")
@@ -323,10 +321,12 @@ def test_published_base_is_never_guessed(run, tiny_r1, tmp_path, hub, model, nam
     name_base(copy.folder, model.replace("FOLDER", str(tiny_r1)))
     for adapter_only in (False, True):
         if published:
-            assert finetune_r1.published_base_name(copy, named, adapter_only) == published
+            assert (
+                finetune_r1.published_base_name(copy.config.model, named, adapter_only) == published
+            )
         else:
             with pytest.raises(UserError) as refused:
-                finetune_r1.published_base_name(copy, named, adapter_only)
+                finetune_r1.published_base_name(copy.config.model, named, adapter_only)
             assert "--base-model OWNER/NAME" in refused.value.hint
 
 
@@ -341,9 +341,9 @@ def test_second_generation_keeps_licence_and_base_of_the_first(run, merged, tmp_
     card.save(first / "README.md")
     copy = untouched_copy(run, tmp_path / "run")
     name_base(copy.folder, str(first))
-    assert finetune_r1.published_base_name(copy, None) == "org/base"
+    assert finetune_r1.published_base_name(str(first), None) == "org/base"
     with pytest.raises(UserError, match="unknown"):
-        finetune_r1.published_base_name(copy, None, adapter_only=True)
+        finetune_r1.published_base_name(str(first), None, adapter_only=True)
     finetune_r1.save(run=copy.folder)
     second = ModelCard.load(copy / "merged" / "README.md")
     assert (second.data.license, second.data.base_model) == ("llama3.1", "org/base")
