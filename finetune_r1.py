@@ -3046,7 +3046,7 @@ def adapter_settings(adapter: Path, base: str | None) -> dict[str, Any]:
     """
     defaults = peft.LoraConfig().to_dict()
     needless = {"peft_version", "auto_mapping", "base_model_name_or_path"}
-    settings: dict[str, Any] = {"base_model_name_or_path": base}
+    settings: dict[str, Any] = {"base_model_name_or_path": base, "task_type": "CAUSAL_LM"}
     for name, value in read_object(adapter / "adapter_config.json").items():
         if name == "peft_type" or (name not in needless and value != defaults.get(name)):
             settings[name] = value
@@ -3527,14 +3527,19 @@ def merge_for_push(run: Run, scratch: Path, model: str | None) -> Path:
 
 
 def stage_repository(
-    run: Run, stage: Path, repo: str, merged: Path | None, ggufs: Sequence[Path], config: PushConfig
+    run: Run,
+    stage: Path,
+    repo: str,
+    adapter: Path,
+    merged: Path | None,
+    ggufs: Sequence[Path],
+    config: PushConfig,
 ) -> None:
     """Lays the repository out in `stage`, with links to the large files.
 
     PEFT and vLLM look for an adapter at the root, so that is where it is if it is alone. What
     neither the training nor `save` wrote stays where it is.
     """
-    adapter = run.adapter
     place = stage if config.adapter_only else stage / "adapter"
     place.mkdir(parents=True)
     names = ["adapter_model.safetensors"]
@@ -3638,6 +3643,7 @@ def push_run(
     """
     # What would be refused is refused before the merge.
     config = config or PushConfig()
+    adapter = run.adapter  # which verifies it
     saved = run.record.get("saved") or {}
     hashes = {**run.record.get("adapter", {}), **saved.get("hashes", {})}
     for path in (run / "gguf").glob("*.gguf"):
@@ -3653,7 +3659,7 @@ def push_run(
         elif not merged and not config.adapter_only:
             log("note: merged weights are missing below: `push` would make them, as `save` does")
         stage = Path(scratch, "repository")
-        stage_repository(run, stage, repo, merged, ggufs, config)
+        stage_repository(run, stage, repo, adapter, merged, ggufs, config)
         files = [path for path in sorted(stage.rglob("*")) if path.is_file()]
         sizes = [path.stat().st_size for path in files]
         for path, size in zip(files, sizes, strict=True):

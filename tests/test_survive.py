@@ -212,7 +212,7 @@ def test_it_goes_on_in_its_folder_to_the_undisturbed_runs_end_without_what_was_m
 ):
     (stopped / "merged").mkdir()
     (stopped / "evaluated by hand.txt").touch()
-    stopped.update(saved={"folder": "merged", "files": {}, "checked": {}})
+    stopped.update(saved={"folder": "merged", "hashes": {}, "adapter_effect_kept": 1.0})
     for name in ("eval.json", "eval.png", "eval-medqa-test-77e0.json"):
         (stopped / name).touch()
     again = told(["train", "--resume", "--max-time", "1s"], stopped.folder.parent.parent)
@@ -490,9 +490,9 @@ def test_a_save_killed_before_or_after_its_weights_have_their_name_can_be_repeat
     with monkeypatch.context() as patch, pytest.raises(Killed):
         patch.setattr(Run, "update", dies)
         finetune_r1.merged_weights(run)
-    merged, _ = finetune_r1.merged_weights(run)
+    merged = finetune_r1.merged_weights(run)
     merged.rename(run / "elsewhere")  # as if killed in between
-    assert (finetune_r1.merged_weights(run)[0] / "model.safetensors").is_file()
+    assert (finetune_r1.merged_weights(run) / "model.safetensors").is_file()
 
 
 def test_the_lost_adapter_of_a_finished_run_is_made_again_by_the_line_that_is_told(

@@ -281,7 +281,7 @@ def soak(times: int, model: Path, scratch: Path, chance: random.Random) -> list[
                  "--run-dir", mostly(named, f"runs/{chance.randrange(10**6)}")]  # fmt: skip
         others: list[list[Any]] = [
             ["train", "--resume"], ["train", "--resume", named, "--max-time", "1s"], ["save", "--run", named],
-            ["train", "--resume", named, "--lora-r", 4], ["save", "--as", "adapter"],
+            ["train", "--resume", named, "--lora-r", 4], ["save", "--as", "gguf"],
             ["eval", "--run", named, "--answers", 1, "--max-new-tokens", 2],
             ["infer", "Why?", "--run", named, "--max-new-tokens", 2],
             ["push", "--repo", "a/b", "--dry-run", "--run", named],
