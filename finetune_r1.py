@@ -185,6 +185,7 @@ HUB_TOKENS = (
 WANDB_KEYS = ("WANDB_API_KEY", "wandb")
 TENSORS = (".safetensors", ".bin", ".pt", ".gguf")
 WEIGHTS = (*TENSORS, ".safetensors.index.json", "adapter_config.json")
+NAME_BASE = "name the base it was trained on: `save --model PATH`"
 # What a repository of an adapter holds beside the adapter.
 ADAPTER_FILES = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja")
 # Our cards are known by a tag, and by their last line whether they are as we wrote them.
@@ -2882,10 +2883,10 @@ def weight_files(folder: Path) -> dict[str, str]:
 def merge_file(
     source: Path, target: Path, lora: dict[str, Any], scale: float, digests: dict[str, str]
 ) -> Any:
-    """Copies a file of the base's weights and overwrites its adapted tensors in place.
+    """Copies a file of the base and overwrites its adapted tensors: base + B·A·scale, rounded once.
 
-    Takes their A and B out of `lora`. Each tensor becomes base + B·A·scale, computed in float32
-    and rounded once; its SHA-256 goes into `digests`. Returns Σ moved·change and Σ change².
+    Takes A and B out of `lora`, adds each tensor's SHA-256 to `digests`; returns Σ moved·change
+    and Σ change².
     """
     sums = torch.zeros(2, dtype=torch.float64)
     shutil.copyfile(source, target)
@@ -2901,11 +2902,7 @@ def merge_file(
             change = lora.pop(f"{module}.lora_B.weight").float() @ down
             weight = tensors.get_tensor(name)
             if change.shape != weight.shape:
-                raise UserError(
-                    f"the adapter does not fit the base: {name} is {tuple(weight.shape)}, "
-                    f"its change {tuple(change.shape)}.",
-                    hint="name the base it was trained on with --model",
-                )
+                raise UserError(f"{name}: the adapter does not fit the base.", hint=NAME_BASE)
             change *= scale
             rounded = (change + weight).to(weight.dtype)
             moved = rounded.float().sub_(weight)
@@ -2919,10 +2916,7 @@ def merge_file(
 
 
 def merge_adapter(base: Path, adapter: Path, folder: Path) -> float:
-    """Writes the base's weights with the adapter merged in; returns the share that rounding kept.
-
-    After a short training 16 bits swallow part of the change: Σ moved·change / Σ change² is left.
-    """
+    """Writes merged weights; returns how much of the adapter's change the rounding kept."""
     settings = peft.LoraConfig.from_pretrained(adapter)
     scale = settings.lora_alpha / settings.r
     if settings.use_rslora:
@@ -2934,10 +2928,7 @@ def merge_adapter(base: Path, adapter: Path, folder: Path) -> float:
     for file in tqdm_auto.tqdm(sorted(set(places.values())), "merging", disable=Console.quiet):
         sums += merge_file(base / file, folder / file, lora, scale, digests)
     if lora:
-        raise UserError(
-            f"the base has no place for {len(lora)} adapter tensors, such as {min(lora)}.",
-            hint="name the base it was trained on with --model",
-        )
+        raise UserError(f"the base has no place for the adapter's {min(lora)}.", hint=NAME_BASE)
 
     # NaN and infinity are refused too, as is an adapter that was never trained.
     share = float(sums[0] / sums[1]) if sums[1] else 0.0
@@ -2961,8 +2952,7 @@ def merge_adapter(base: Path, adapter: Path, folder: Path) -> float:
 def save_settings(source: Path, adapter: Path, folder: Path, lang: Lang) -> None:
     """Writes all of a model but its weights.
 
-    Generation settings are handled as JSON: transformers refuses to save what many published
-    models have, such as a temperature without do_sample (transformers issue 29988).
+    transformers refuses to save generation settings that many models have (its issue 29988).
     """
     tokenizer = load_tokenizer(adapter)
     config = transformers.AutoConfig.from_pretrained(source, trust_remote_code=False)
@@ -2993,10 +2983,7 @@ def merged_folder(run: Run) -> Path | None:
 
 
 def merged_weights(run: Run, output: Path | None = None, model: str | None = None) -> Path:
-    """The folder of merged weights, verified, and made if there is none.
-
-    `output` is where it goes instead of the run's own folder, `model` where the base is now.
-    """
+    """The folder of merged weights, verified; made, in `output` or the run, if there is none."""
     saved = run.record.get("saved") or {}
     folder = merged_folder(run)
     if folder and not output:
@@ -3039,10 +3026,9 @@ def merged_weights(run: Run, output: Path | None = None, model: str | None = Non
 
 
 def adapter_settings(adapter: Path, base: str | None) -> dict[str, Any]:
-    """adapter_config.json as it is published, naming `base`.
+    """adapter_config.json for publishing, without what is PEFT's default.
 
-    Keys at PEFT's defaults are left out, as older versions refuse those they don't know
-    (peft issue 2275).
+    Older versions refuse keys that they don't know (peft issue 2275).
     """
     defaults = peft.LoraConfig().to_dict()
     needless = {"peft_version", "auto_mapping", "base_model_name_or_path"}
@@ -3080,13 +3066,9 @@ def base_card(model: str) -> dict[str, Any]:
 
 
 def public_base(model: str, base_model: str | None = None) -> str | None:
-    """The base's name on the Hub: what the user says, or the name it was loaded by.
-
-    None for a folder: its card names its parent, which is another model of the same shape.
-    """
-    if base_model:
-        return base_model
-    return model if is_hub_name(model) and not Path(model).is_dir() else None
+    """The base's name on the Hub; None for a folder, whose card names its parent instead."""
+    is_public = is_hub_name(model) and not Path(model).is_dir()
+    return base_model or (model if is_public else None)
 
 
 def own_parent_card(model: str) -> dict[str, Any]:
@@ -3098,8 +3080,7 @@ def own_parent_card(model: str) -> dict[str, Any]:
 def published_base_name(model: str, base_model: str | None, adapter_only: bool = False) -> str:
     """The base's name for what is published; raises where only the user knows it.
 
-    The card of a second generation keeps the base of the first; an adapter alone needs the name of
-    the very weights it was trained on.
+    A second generation keeps the base of the first, but an adapter fits its own base alone.
     """
     if base_model and not is_hub_name(base_model):
         raise UserError(f"--base-model {base_model} is not OWNER/NAME.", hint="check the name")
@@ -3166,10 +3147,7 @@ def model_card(
     files: Iterable[str] = (),
     adapter_only: bool = False,
 ) -> str:
-    """The model card: Hub metadata, verdict, before and after, how to use it, numbers.
-
-    `base` is the base's published name, `files` are those for llama.cpp and Ollama beside it.
-    """
+    """The model card; `files` are those for llama.cpp and Ollama beside the weights."""
     config, record = run.config, run.record
     parent = own_parent_card(config.model)
     base = base or public_base(config.model) or parent.get("base_model")
@@ -3204,15 +3182,19 @@ def model_card(
         where=where.format(base=title),
         chat=use.format(repo=repo),
         tokens=config.max_new_tokens,
-        serve=serving_lines(run, base if adapter_only else repo, files),
+        serve=serving_lines(run, repo, base if adapter_only else None, files),
         numbers=json.dumps(numbers, indent=2),
     )
     return f"{text}{CARD_SEAL}{hashlib.sha256(text.encode()).hexdigest()} -->\n"
 
 
-def serving_lines(run: Run, repo: str, files: Iterable[str]) -> str:
-    """The commands that serve merged weights, and the `files` beside them."""
-    lines = [shlex.join(["vllm", "serve", repo, *serving_options(run)])]
+def serving_lines(run: Run, repo: str, base: str | None, files: Iterable[str]) -> str:
+    """The commands that serve merged weights and the `files` beside them, or an adapter of `base`."""
+    line = ["vllm", "serve", base or repo, *serving_options(run)]
+    if base:
+        rank = min(rank for rank in VLLM_RANKS if rank >= run.config.lora_r)
+        line += ["--enable-lora", "--max-lora-rank", str(rank), "--lora-modules", f"tuned={repo}"]
+    lines = [shlex.join(line)]
     for name in files:
         if name == "Modelfile":
             lines.append(f"ollama create {repo.partition('/')[2].lower()} -f Modelfile")
@@ -3223,12 +3205,10 @@ def serving_lines(run: Run, repo: str, files: Iterable[str]) -> str:
 
 def write_card(run: Run) -> None:
     """Writes the card, README.md, into the run, and into its merged weights if there are some."""
-    for folder in (run.folder, run / "merged"):
-        if folder.is_dir():
-            write_text(folder / "README.md", model_card(run))
-    for picture in card_pictures(run):
-        if (run / "merged").is_dir():
-            shutil.copy(picture, run / "merged")
+    write_text(run / "README.md", model_card(run))
+    if (run / "merged").is_dir():
+        for path in (run / "README.md", *card_pictures(run)):
+            shutil.copy(path, run / "merged")
 
 
 # ------------------------------------------------------------------------------------------------------ gguf
@@ -3246,7 +3226,7 @@ def gguf_names(model: Any) -> dict[str, str]:
         raise UserError(
             f"--as gguf takes {' and '.join(ROPES)} without a sliding window; "
             f"this is {kind}, rope {rope}.",
-            hint="`save` writes weights for transformers and vLLM",
+            hint="plain `save` takes every model",
         )
     known = gguf.get_tensor_name_map(gguf.MODEL_ARCH[kind.upper()], shape.num_hidden_layers)
     names = {name: known.get_name(name, (".weight", ".bias")) for name in model.state_dict()}
@@ -3256,11 +3236,7 @@ def gguf_names(model: Any) -> dict[str, str]:
 
 
 def gguf_rows(name: str, weight: Any, shape: Any) -> Any:
-    """A weight with its rows in llama.cpp's order.
-
-    The pairs that rope turns are half a head apart in transformers, and side by side in
-    llama.cpp's Llama.
-    """
+    """A weight with its rows in llama.cpp's order: pairs that rope turns are side by side there."""
     heads = {"q_proj": shape.num_attention_heads, "k_proj": shape.num_key_value_heads}
     layer = name.split(".")[-2]
     if shape.model_type != "llama" or layer not in heads:
@@ -3278,7 +3254,7 @@ def pre_tokenizer(tokenizer: Any) -> str:
     known = ", ".join(PRE_TOKENIZERS.values())
     raise UserError(
         f"--as gguf: the tokenizer splits text in none of the known ways ({known}).",
-        hint="`save` writes weights for transformers and vLLM",
+        hint="plain `save` takes every model",
     )
 
 
@@ -3338,10 +3314,7 @@ def add_metadata(writer: Any, run: Run, merged: Path, shape: Any, outtype: str) 
 
 
 def gguf_type(name: str, tensor: Any, outtype: str, is_tied: bool) -> Any:
-    """A tensor's number format: vectors stay F32, the output layer has eight bits at least.
-
-    Of all layers it suffers most from four bits; llama.cpp's own quantizer keeps it apart too.
-    """
+    """A tensor's format: vectors stay F32, and the output layer, as in llama.cpp's own, above 5 bits."""
     output = "token_embd.weight" if is_tied else "output.weight"
     if tensor.ndim == 1:
         outtype = "f32"
@@ -3451,10 +3424,10 @@ class PushConfig:
 def check_push(
     repo: str, model: str, config: PushConfig, hashes: Collection[str] = (), dry_run: bool = False
 ) -> Any:
-    """Raises for what a push would be refused for, before minutes of merging or hours of training.
+    """Raises, before a merge or a training, for what a push would be refused for.
 
-    `model` is the run's, `hashes` are those of its weights, if there are some. Makes the
-    repository if there is none; returns what the Hub says of it, in a dry run perhaps None.
+    `model` and `hashes` are the run's. Makes the repository if there is none; returns what the Hub
+    says of it, None if a dry run finds none.
     """
     if not is_hub_name(repo):
         raise UserError(
@@ -3513,10 +3486,7 @@ def refuse_foreign(repo: str, foreign: Sequence[str], force: bool) -> None:
 
 
 def merge_for_push(run: Run, scratch: Path, model: str | None) -> Path:
-    """The run's merged weights, made under `scratch` where the run's own disk has no room.
-
-    Kaggle keeps 20 GB of the working folder, a third of which the environment fills.
-    """
+    """The run's merged weights; made in `scratch` where its disk has no room, as on Kaggle."""
     output = None
     if not merged_folder(run):
         size, _ = weights_size(full_precision_name(resolve_base(run, model)))
@@ -3535,10 +3505,9 @@ def stage_repository(
     ggufs: Sequence[Path],
     config: PushConfig,
 ) -> None:
-    """Lays the repository out in `stage`, with links to the large files.
+    """Lays the repository out in `stage`, with links to large files, and nothing unexpected.
 
-    PEFT and vLLM look for an adapter at the root, so that is where it is if it is alone. What
-    neither the training nor `save` wrote stays where it is.
+    PEFT and vLLM look for an adapter at the root, so that is where it is if it is alone.
     """
     place = stage if config.adapter_only else stage / "adapter"
     place.mkdir(parents=True)
@@ -3575,8 +3544,7 @@ def keeps_foreign_card(repo: str, stage: Path) -> bool:
 def upload(repo: str, stage: Path, parent: str, force: bool) -> dict[str, Any]:
     """Makes the repository what `stage` is, in one commit, and compares every hash with the Hub's.
 
-    Of a commit whose answer is lost, the comparison tells whether it happened. With more than 20
-    files the library would split a failing commit.
+    With more than 20 files the library would split a failing commit.
     """
     api = huggingface_hub.HfApi()
     before = api.verify_repo_checksums(repo, local_dir=stage)
@@ -3637,10 +3605,7 @@ def ggufs_to_push(run: Run, config: PushConfig, info: Any) -> list[Path]:
 def push_run(
     run: Run, repo: str, config: PushConfig | None = None, dry_run: bool = False
 ) -> dict[str, Any]:
-    """Pushes a run: merged weights at the root, adapter in adapter/, card; or the adapter alone.
-
-    Returns the repository, its visibility, the number of files, their bytes, what was verified.
-    """
+    """Pushes merged weights, adapter and card, or the adapter alone; returns what was verified."""
     # What would be refused is refused before the merge.
     config = config or PushConfig()
     adapter = run.adapter  # which verifies it

@@ -125,6 +125,7 @@ def test_adapter_alone_loads_by_the_repositorys_name(push, hub, run):
     card = yaml.safe_load(front)
     assert (card["library_name"], card["base_model"]) == ("peft", "org/base")
     assert f'AutoPeftModelForCausalLM.from_pretrained("{REPO}"' in text
+    assert f"--max-lora-rank 16 --lora-modules tuned={REPO}" in text
     assert json.loads(files(hub)["adapter_config.json"])["base_model_name_or_path"] == "org/base"
     done = push()
     assert done.code == 1 and "adapter_config.json" in done.err, "or LoRA would be applied twice"

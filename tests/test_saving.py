@@ -105,7 +105,7 @@ def another_layer(weights):
 REFUSED = {
     "never trained": (lambda all: {n: w * ("lora_A" in n) for n, w in all.items()}, "kept 0.00"),
     "not numbers": (lambda all: {n: w * float("nan") for n, w in all.items()}, "kept nan"),
-    "of a deeper model": (another_layer, "has no place for 14 adapter tensors"),
+    "of a deeper model": (another_layer, r"has no place for the adapter's .*\.layers\.2\."),
     "of a narrower model": (
         lambda all: {n: w[..., :8].clone() if "lora_A" in n else w for n, w in all.items()},
         "does not fit the base",

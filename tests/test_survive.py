@@ -492,7 +492,7 @@ def test_a_save_killed_before_or_after_its_weights_have_their_name_can_be_repeat
         finetune_r1.merged_weights(run)
     merged = finetune_r1.merged_weights(run)
     merged.rename(run / "elsewhere")  # as if killed in between
-    assert (finetune_r1.merged_weights(run) / "model.safetensors").is_file()
+    assert (finetune_r1.merged_weights(run) / "config.json").is_file()
 
 
 def test_the_lost_adapter_of_a_finished_run_is_made_again_by_the_line_that_is_told(
