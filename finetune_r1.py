@@ -1371,61 +1371,68 @@ def check_round_trip(tokenizer: Any, folder: Path) -> None:
 
 
 def save_tokenizer(tokenizer: Any, folder: Path, lang: Lang | None = None) -> None:
-    """Writes a tokenizer that transformers 4 and 5, Ollama and llama.cpp read alike, and reads it back.
+    """Save a tokenizer that transformers 4 and 5, vLLM and Ollama read alike, and read it back.
 
-    transformers 5 alone writes a class that 4 does not know, and leaves out settings that Ollama reads. With
-    `lang` the chat template becomes the training prompt, so that every client asks as training did.
+    With `lang` its chat template becomes the training prompt.
     """
+    adds_bos = has_bos(tokenizer)  # this call also undoes padding, which would be saved
     if lang:
-        tokenizer.chat_template = prompts.build_chat_template(has_bos(tokenizer), lang)
+        tokenizer.chat_template = prompts.build_chat_template(adds_bos, lang)
     tokenizer.save_pretrained(folder)
+
+    # transformers 5 writes a class and keys with which 4 fails, and drops what Ollama and 4.46 read.
     settings = read_json(folder / "tokenizer_config.json")
     for name in ("auto_map", "backend", "from_slow", "is_local", "local_files_only"):
         settings.pop(name, None)
-    settings |= {"tokenizer_class": "PreTrainedTokenizerFast", "add_bos_token": has_bos(tokenizer)}
-    settings |= {"add_eos_token": False, "model_input_names": ["input_ids", "attention_mask"]}
+    settings["tokenizer_class"] = "PreTrainedTokenizerFast"
+    settings["padding_side"] = "left"  # right-padded prompts are answered with rubbish (#25790)
+    settings["add_bos_token"] = adds_bos
+    settings["add_eos_token"] = False
+    settings["model_input_names"] = ["input_ids", "attention_mask"]
     if tokenizer.chat_template:
-        settings["chat_template"] = (
-            tokenizer.chat_template
-        )  # chat_template.jinja has it for newer programs
+        settings["chat_template"] = tokenizer.chat_template
     write_json(folder / "tokenizer_config.json", settings)
-    read_back = transformers.AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
-    check_round_trip(read_back, folder)
-    prompt = prompts.build_prompt(ROUND_TRIP, lang or "en")
-    expected, found = tokenizer(prompt)["input_ids"], [read_back(prompt)["input_ids"]]
+
+    # Read it back as any other program does: a batch, and a chat.
+    saved = transformers.AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+    check_round_trip(saved, folder)
+    batch = [prompts.build_prompt(ROUND_TRIP, lang or "en"), "Why?"]
+    expected = tokenizer(batch, padding=True, padding_side="left")["input_ids"]
+    same = saved(batch, padding=True)["input_ids"] == expected
     if lang:
         chat = [{"role": "user", "content": ROUND_TRIP}]
-        found.append(
-            read_back.apply_chat_template(chat, add_generation_prompt=True, return_dict=False)
+        ids = saved.apply_chat_template(chat, add_generation_prompt=True, return_dict=False)
+        same = same and ids == expected[0]
+    if not same:
+        raise UserError(
+            f"the tokenizer saved in {folder} encodes text differently when loaded.",
+            hint="nothing was saved; please report it",
         )
-    if any(ids != expected for ids in found):
-        fault = f"the tokenizer in {folder} reads back differently."
-        raise UserError(fault, "nothing was saved; please report it")
 
 
 def save_config(folder: Path) -> None:
-    """Adds to config.json the names that older programs look for, and reads it back.
+    """Add the names that transformers 4 and Ollama look for to config.json, and read it back.
 
-    Where transformers 4, Ollama and some vLLMs find the rope settings under their new name only, they
-    silently take a theta of 10000 and no scaling.
+    Where they find the rope settings under their new name only, they silently take a theta of 10000 and no
+    scaling.
     """
     settings = read_json(folder / "config.json")
-    rope = settings.get("rope_parameters")
-    if (
-        rope and "rope_theta" in rope
-    ):  # Gemma's are by kind of layer, which transformers 4 has no name for
-        settings["rope_scaling"] = dict(rope)
-        settings["rope_theta"] = settings["rope_scaling"].pop("rope_theta")
+    rope = settings.get("rope_parameters") or {}
+    if "rope_theta" in rope:  # Gemma 3 has settings for each kind of layer, which had no older name
+        scaling = dict(rope)
+        settings["rope_theta"] = scaling.pop("rope_theta")
+        settings["rope_scaling"] = scaling
         if rope.get("rope_type") == "default":
             settings["rope_scaling"] = None
     settings["torch_dtype"] = settings["dtype"]
-    settings.pop("auto_map", None)  # the code it names is not there
+    settings.pop("auto_map", None)  # the code that it names is not saved
     write_json(folder / "config.json", settings)
-    read_back = transformers.AutoConfig.from_pretrained(folder, trust_remote_code=False)
-    if getattr(read_back, "rope_parameters", None) != rope:
+
+    saved = transformers.AutoConfig.from_pretrained(folder, trust_remote_code=False)
+    if (getattr(saved, "rope_parameters", None) or {}) != rope:
         raise UserError(
-            f"the rope settings in {folder} change when read.",
-            "nothing was saved; please report it",
+            f"the rope settings saved in {folder} differ when loaded.",
+            hint="nothing was saved; please report it",
         )
 
 

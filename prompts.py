@@ -72,36 +72,88 @@ BEFORE_AFTER: dict[Lang, str] = {
 }
 
 
-# What clients render a conversation with (Jinja), so that they ask as training did. A system message joins
-# the instruction. Of earlier answers, the thoughts are left out, as DeepSeek's own template does it.
+# A conversation as clients render it (Jinja); earlier answers lose their thoughts. Other engines fail
+# on a `generation` tag (minijinja issue 815), and Ollama takes the words "tools" and "tool_call" in
+# it for support of them.
 CHAT_TEMPLATE = """\
-{{- BOS + INSTRUCTION -}}
-{%- for message in messages -%}
-    {%- if message['role'] == 'system' -%}
-        {{- '\\n' + message['content'] | trim -}}
-    {%- endif -%}
-{%- endfor -%}
-{%- for message in messages -%}
-    {%- if message['role'] == 'user' -%}
-        {{- QUESTION + message['content'] | trim -}}
-    {%- elif message['role'] == 'assistant' -%}
-        {%- set parts = message['content'].split('</think>') -%}
-        {%- set thought = message['reasoning_content'] -%}
-        {%- if not thought -%}
-            {%- set thought = parts[0].split('<think>')[-1] if parts | length > 1 else '' -%}
-        {%- endif -%}
-        {%- set shown = thought | trim + '\\n</think>\\n' if loop.last else '' -%}
-        {{- RESPONSE + ('<think>\\n' if loop.last else '') -}}
-        {%- generation -%}
-        {{- shown + parts[-1] | trim + eos_token -}}
-        {%- endgeneration -%}
-    {%- elif message['role'] != 'system' -%}
-        {{- raise_exception('This model knows the roles system, user and assistant.') -}}
-    {%- endif -%}
-{%- endfor -%}
-{%- if add_generation_prompt -%}
-    {{- RESPONSE + '<think>\\n' -}}
+{%- macro text(content) %}
+  {%- if content is string %}
+    {{- content }}
+  {%- elif content %}
+    {%- for part in content %}
+      {{- '' if loop.first else '\\n' }}
+      {{- part.text if part.type == 'text' else raise_exception('This model reads text only.') }}
+    {%- endfor %}
+  {%- endif %}
+{%- endmacro %}
+{%- set state = namespace(gap='\\n', open=false) %}
+{{- BOS + INSTRUCTION }}
+{%- for message in messages if message.role in ['system', 'developer'] %}
+  {%- set said = text(message.content) | trim %}
+  {%- if said %}
+    {{- state.gap + said }}
+    {%- set state.gap = '\\n\\n' %}
+  {%- endif %}
+{%- endfor %}
+{%- for message in messages %}
+  {%- set said = text(message.content) %}
+  {%- if message.role == 'user' %}
+    {{- QUESTION + said | trim }}
+  {%- elif message.role == 'assistant' %}
+    {%- set thought = message.reasoning_content or message.reasoning %}
+    {%- if thought and '</think>' not in said %}
+      {%- set said = '<think>\\n' + thought + ('\\n</think>\\n' + said if said | trim else '') %}
+    {%- endif %}
+    {%- set parts = said.split('</think>') %}
+    {%- set thought = parts[0].split('<think>')[-1] if parts | length > 1 else '' %}
+    {%- set answer = parts[-1].split('<think>')[0] | trim + eos_token %}
+    {{- RESPONSE }}
+    {%- if not loop.last %}
+      {{- answer }}
+    {%- elif '<think>' in said and parts | length == 1 %}
+      {{- '<think>' + (said.split('<think>')[-1] or '\\n') }}
+      {%- set state.open = true %}
+    {%- else %}
+      {{- '<think>\\n' + thought | trim + '\\n</think>\\n' + answer }}
+    {%- endif %}
+  {%- elif message.role not in ['system', 'developer'] %}
+    {{- raise_exception('This model knows system, user and assistant, not ' + message.role + '.') }}
+  {%- endif %}
+{%- endfor %}
+{%- if add_generation_prompt and not state.open %}
+  {{- RESPONSE + '<think>\\n' }}
 {%- endif -%}
+"""
+
+# The same for Ollama. Go's text/template can't search or trim, so the first three templates call
+# themselves with a byte less; "answer" takes a content twice, with a NUL between. The text around
+# .Thinking tells Ollama the tags.
+OLLAMA_TEMPLATE = """\
+{{- define "trim" }}{{ if . }}{{ $end := len (slice . 1) }}
+{{- if eq (slice . 0 1) " " "\\n" "\\t" "\\r" }}{{ template "trim" (slice . 1) }}
+{{- else if eq (slice . $end) " " "\\n" "\\t" "\\r" }}{{ template "trim" (slice . 0 $end) }}
+{{- else }}{{ . }}{{ end }}{{ end }}{{ end }}
+{{- define "head" }}{{ $end := len (slice . 1) }}
+{{- if eq (slice . $end) "\\x00" }}{{ template "trim" (slice . 0 $end) }}
+{{- else }}{{ template "head" (slice . 0 $end) }}{{ end }}{{ end }}
+{{- define "answer" }}{{ $tagged := ge (len .) 8 }}
+{{- if and $tagged (eq (slice . 0 8) "</think>") }}{{ template "head" (slice . 8) }}
+{{- else if ne (slice . 0 1) "\\x00" }}{{ template "answer" (slice . 1) }}
+{{- else if not (and $tagged (eq (slice . 1 8) "<think>")) }}{{ template "trim" (slice . 1) }}
+{{- end }}{{ end }}
+{{- INSTRUCTION }}{{ if .System }}{{ "\\n" }}{{ template "trim" .System }}{{ end }}
+{{- range $i, $_ := .Messages }}{{ $last := eq (len (slice $.Messages $i)) 1 }}
+{{- if eq .Role "user" }}{{ QUESTION }}{{ template "trim" .Content }}{{ end }}
+{{- if or $last (eq .Role "assistant") }}{{ RESPONSE }}
+{{- if not $last }}{{ template "answer" (printf "%s\\x00%s" .Content .Content) }}{{ EOS }}
+{{- else if ne .Role "assistant" }}<think>
+{{ else if and (ge (len .Content) 7) (eq (slice .Content 0 7) "<think>") }}{{ .Content }}
+{{- else }}
+{{- if or .Content (not .Thinking) }}<think>
+{{ .Thinking }}
+</think>
+{{ else }}<think>
+{{ .Thinking }}{{ end }}{{ .Content }}{{ end }}{{ end }}{{ end -}}
 """
 
 # Lines on the card that make `chat`, from merged weights or from the adapter alone.
@@ -188,15 +240,23 @@ def build_example(question: str, thought: str, answer: str, eos: str, lang: Lang
 
 
 def build_chat_template(has_bos: bool, lang: Lang = "en") -> str:
-    """`CHAT_TEMPLATE` with the training prompt's parts; `has_bos` says whether a text begins with BOS."""
-    head, tail = TEMPLATES[lang].split("{question}")
-    instruction, mark, question = head.rpartition("\n\n### ")
-    response = tail.removesuffix(f"{THINK_OPEN}\n")
-    parts = {"INSTRUCTION": instruction, "QUESTION": mark + question, "RESPONSE": response}
-    text = CHAT_TEMPLATE.replace("BOS", "bos_token" if has_bos else "''")
+    """`has_bos` says whether a text begins with BOS."""
+    return fill_template(CHAT_TEMPLATE, lang).replace("BOS", "bos_token" if has_bos else "''")
+
+
+def fill_template(template: str, lang: Lang, eos: str = "") -> str:
+    """Put the parts of the training prompt in place of their names."""
+    head, response = TEMPLATES[lang].removesuffix(f"{THINK_OPEN}\n").split("{question}")
+    start = head.rindex("\n\n### ")
+    parts = {
+        "INSTRUCTION": head[:start],
+        "QUESTION": head[start:],
+        "RESPONSE": response,
+        "EOS": eos,
+    }
     for name, part in parts.items():
-        text = text.replace(name, json.dumps(part, ensure_ascii=False))
-    return text
+        template = template.replace(name, json.dumps(part, ensure_ascii=False))
+    return template
 
 
 def split_response(text: str, thinks: bool = True) -> tuple[str, str, bool]:
@@ -381,36 +441,26 @@ def guess_columns(columns: dict[str, list[Any]]) -> list[str] | None:
     return guess if all(guess) else None
 
 
-def build_ollama_template(eos: str, lang: Lang) -> str:
-    """The chat template in Ollama's language, Go's text/template."""
-    template = TEMPLATES[lang].replace("{question}", "{{ .Prompt }}")
-    return template
-
-
 def build_ollama_files(
     eos: str, context: int, sampling: dict[str, float], lang: Lang
 ) -> dict[str, str]:
-    """Files by name, for the root of a repository with a GGUF: `ollama run hf.co/…` takes them from there."""
+    """Files to push beside a GGUF; without them the Hub takes the prompt for Alpaca's."""
     params = {"stop": [eos], "num_ctx": context, **sampling}
     return {
-        "template": build_ollama_template(eos, lang),
-        "params": json.dumps(params, ensure_ascii=False, indent=2) + "\n",
+        "template": fill_template(OLLAMA_TEMPLATE, lang, eos),
+        "params": json.dumps(params, ensure_ascii=False),
     }
 
 
 def build_modelfile(
     eos: str, context: int, sampling: dict[str, float], lang: Lang, weights: str
 ) -> str:
-    """An Ollama Modelfile for `weights` beside it: training prompt, stop at `eos`, `context` in tokens."""
-    lines = [
-        f"FROM {weights}",
-        f'TEMPLATE """{build_ollama_template(eos, lang)}"""',
-        f'PARAMETER stop "{eos}"',
-        f"PARAMETER num_ctx {context}",
-    ]
-    for name, value in sampling.items():
-        lines.append(f"PARAMETER {name} {value:g}")
-    return "\n".join(lines) + "\n"
+    """A Modelfile for `weights` beside it; `context` is in tokens."""
+    template = fill_template(OLLAMA_TEMPLATE, lang, eos)
+    text = f'FROM {weights}\nTEMPLATE """{template}"""\nPARAMETER stop "{eos}"\n'
+    for name, value in {"num_ctx": context, **sampling}.items():
+        text += f"PARAMETER {name} {value}\n"
+    return text
 
 
 def measure(answer: dict[str, Any]) -> dict[str, float]:
