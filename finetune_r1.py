@@ -844,7 +844,7 @@ class Run:
             fault = f"--run {self}: no adapter is in it; its status is {self.record['status']}."
             raise UserError(fault, self.resume_line)
         check_unmixed(folder)
-        settings, way_out = read_json(folder / "adapter_config.json"), "put the run's own back"
+        settings, way_out = read_object(folder / "adapter_config.json"), "put the run's own back"
         own: dict[str, Any] = {
             "r": config.lora_r,
             "lora_alpha": config.lora_alpha,
@@ -3615,12 +3615,12 @@ def push_run(
     """Pushes merged weights, adapter and card, or the adapter alone; returns what was verified."""
     # What would be refused is refused before the merge.
     config = config or PushConfig()
-    adapter = run.adapter  # which verifies it
+    adapter = run.adapter
     saved = run.record.get("saved") or {}
-    hashes = {**run.record.get("adapter", {}), **saved.get("hashes", {})}
-    for path in (run / "gguf").glob("*.gguf"):
-        hashes[path.name] = file_hash(path)
-    info = check_push(repo, run.config.model, config, set(hashes.values()), dry_run)
+    hashes = set(saved.get("hashes", {}).values())  # also of merged weights that are gone again
+    for path in (adapter / "adapter_model.safetensors", *(run / "gguf").glob("*.gguf")):
+        hashes.add(file_hash(path))
+    info = check_push(repo, run.config.model, config, hashes, dry_run)
     ggufs = ggufs_to_push(run, config, info)
 
     with tempfile.TemporaryDirectory(prefix="finetune-r1-") as scratch:

@@ -360,3 +360,11 @@ def test_adapter_settings_hold_nothing_that_older_peft_refuses(run):
         "target_modules", "lora_dropout", "use_rslora", "bias",
     }  # fmt: skip
     assert json.dumps(settings) and settings["base_model_name_or_path"] == "org/base"
+
+
+@pytest.mark.parametrize("text", ["[]", "{", '"r"'])
+def test_adapter_settings_that_are_foreign_json_are_named(run, tmp_path, text):
+    copy = untouched_copy(run, tmp_path / "run")
+    (copy / "adapter" / "adapter_config.json").write_text(text)
+    with pytest.raises(UserError, match=r"adapter_config\.json is not"):
+        finetune_r1.save(run=copy.folder)
