@@ -2830,7 +2830,7 @@ def print_report(report: dict[str, Any], out: Callable[[str], None] = print_resu
 # ---------------------------------------------------------------------------------------------------- saving
 # Purpose: merged 16-bit weights and the model card, in a folder that is ready to be pushed.
 # Promise: equal to PEFT's own merge bit for bit, in about 1 GiB of memory; a whole folder or none.
-# Left to libraries: tensor files (safetensors), adapter settings (PEFT), configuration (transformers).
+# Left to libraries: tensor files (safetensors), adapter settings (PEFT), configs (transformers).
 
 
 def resolve_base(run: Run, model: str | None = None) -> str:
@@ -3196,7 +3196,7 @@ def model_card(
 
 
 def serving_lines(run: Run, repo: str, base: str | None, files: Iterable[str]) -> str:
-    """The commands that serve merged weights and the `files` beside them, or an adapter of `base`."""
+    """Commands that serve merged weights and the `files` beside them, or an adapter of `base`."""
     line = ["vllm", "serve", base or repo, *serving_options(run)]
     if base:
         rank = min(rank for rank in VLLM_RANKS if rank >= run.config.lora_r)
@@ -3321,7 +3321,7 @@ def add_metadata(writer: Any, run: Run, merged: Path, shape: Any, outtype: str) 
 
 
 def gguf_type(name: str, tensor: Any, outtype: str, is_tied: bool) -> Any:
-    """A tensor's format: vectors stay F32, and the output layer, as in llama.cpp's own, above 5 bits."""
+    """Vectors stay F32, the output layer above five bits, as in llama.cpp's own quantizer."""
     output = "token_embd.weight" if is_tied else "output.weight"
     if tensor.ndim == 1:
         outtype = "f32"
