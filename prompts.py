@@ -156,25 +156,26 @@ OLLAMA_TEMPLATE = """\
 {{ .Thinking }}{{ end }}{{ .Content }}{{ end }}{{ end }}{{ end -}}
 """
 
-# Lines on the card that make `chat`, by whether the repository holds merged weights or the adapter alone.
+# Lines on the card that make `chat`, from merged weights or from the adapter alone.
 CHAT_BY_WEIGHTS = """\
 from transformers import pipeline
 
 chat = pipeline("text-generation", "{repo}", dtype="auto", device_map="auto")"""
 CHAT_BY_ADAPTER = """\
-from peft import PeftModel
-from transformers import AutoModelForCausalLM, AutoTokenizer, pipeline
+from peft import AutoPeftModelForCausalLM
+from transformers import AutoTokenizer, pipeline
 
-base = AutoModelForCausalLM.from_pretrained("{base}", dtype="auto", device_map="auto")
-model = PeftModel.from_pretrained(base, "{repo}", subfolder="adapter")
-tokenizer = AutoTokenizer.from_pretrained("{repo}", subfolder="adapter")
+model = AutoPeftModelForCausalLM.from_pretrained("{repo}", dtype="auto", device_map="auto")
+tokenizer = AutoTokenizer.from_pretrained("{repo}")
 chat = pipeline("text-generation", model, tokenizer=tokenizer)"""
+WHERE_WEIGHTS = "Merged 16-bit weights are at the root, the LoRA adapter is in `adapter/`."
+WHERE_ADAPTER = "This is the LoRA adapter alone, for `{base}`."
 
-# Filled in by `write_card`: the README.md of a run and of a repository.
+# The model card of a run, of its merged weights and of a repository.
 MODEL_CARD = """---
 {metadata}
 ---
-# {base}, fine-tuned on medical chains of thought
+# {base}, fine-tuned {again}on medical chains of thought
 
 {evaluation}
 ## Before and after
@@ -182,21 +183,25 @@ MODEL_CARD = """---
 {sample}
 ## Use
 
-The LoRA adapter is in `adapter/`; merged 16-bit weights are at the root, if they were pushed. The chat
-template is the prompt that the model was trained on, so ask it by chat messages. It thinks first; its answer
-follows `</think>`.
+{where} The chat template is the prompt that the model was trained on, so ask it by chat messages. It
+thinks first; its answer follows `</think>`.
 
 ```python
 {chat}
 messages = [{{"role": "user", "content": "What widens the anion gap?"}}]
 print(chat(messages, max_new_tokens={tokens})[0]["generated_text"][-1]["content"])
 ```
+
+On a server (a GGUF file is downloaded first):
+
+```
 {serve}
+```
 
 ## Limits
 
-A model for study, and no medical device: what it says can be wrong, and nobody's health should be decided by
-it. It was tuned on few rows and knows what its base model knows; a fluent thought proves no answer right.
+For study, not a medical device: what it says can be wrong, and nobody's health should be decided by it. It was
+tuned on few rows and knows what its base model knows; a fluent thought does not make an answer right.
 
 ## Training and evaluation
 

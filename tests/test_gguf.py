@@ -1,9 +1,9 @@
 """A GGUF is the same model to a real llama.cpp: the same tokens, the same probabilities, the same end."""
 
+import copy
 import dataclasses
 import hashlib
 import random
-import resource
 import shlex
 import shutil
 import unicodedata
@@ -17,6 +17,7 @@ import pytest
 from conftest import SAMPLE
 
 import finetune_r1
+import prompts
 from finetune_r1 import Run, TrainConfig, UserError, read_json, write_json
 
 ALPHABETS = [
@@ -27,9 +28,6 @@ ALPHABETS = [
 # Of log-probabilities, in nats: 0.015 at most was seen, as llama.cpp rounds activations to 16 bits. Rows in
 # a wrong order or rope without its factors move them by 2 and more.
 NEAR = 0.05
-# What base + adapter are off merged weights, which are rounded to 16 bits; 0.051 at most were seen.
-ROUNDED = 0.2
-
 
 PUBLISHED = tuple(finetune_r1.PRE_TOKENIZERS.items())  # before the stand-ins' are added
 
@@ -37,15 +35,13 @@ PUBLISHED = tuple(finetune_r1.PRE_TOKENIZERS.items())  # before the stand-ins' a
 class LlamaServer:
     """llama.cpp's own server on a GGUF, with its prompts as text or as tokens."""
 
-    def __init__(self, path, adapter=None):
+    def __init__(self, path):
         import xllamacpp
 
         settings = xllamacpp.CommonParams()
         settings.model.path, settings.n_ctx, settings.n_parallel = str(path), 2048, 1
         settings.verbosity, settings.warmup, settings.use_jinja = -1, False, True
         settings.cpuparams.n_threads = settings.cpuparams_batch.n_threads = 1
-        if adapter:
-            settings.lora_adapters = [xllamacpp.CommonAdapterLoraInfo(str(adapter), 1.0)]
         self.server = xllamacpp.Server(settings)  # which ends when it is held no more
         self.client = httpx.Client(base_url=self.server.listening_address, timeout=60)
 
@@ -72,17 +68,16 @@ class Case(NamedTuple):
     path: Path
     tokenizer: Any
     merged: Any
-    tuned: Any  # base and adapter, as PEFT has them
     prompts: list[
         list[int]
     ]  # each begins with the one before, which llama.cpp still has in its cache
 
-    def wanted(self, model):
+    def wanted(self, model=None):
         """The log-probabilities of all next tokens, after each prompt."""
         import torch
 
         with torch.no_grad():
-            logits = model(torch.tensor(self.prompts[-1:])).logits[0]
+            logits = (model or self.merged)(torch.tensor(self.prompts[-1:])).logits[0]
         return [logits[len(prompt) - 1].log_softmax(-1) for prompt in self.prompts]
 
     def furthest(self, server, wanted):
@@ -145,9 +140,11 @@ def make_run(folder, base, **settings):
         model=str(base), dataset=str(SAMPLE), max_seq_length=512, lora_alpha=24, **settings
     )
     lora = LoraConfig(
-        r=config.lora_r, lora_alpha=config.lora_alpha, use_rslora=config.use_rslora,
+        r=config.lora_r,
+        lora_alpha=config.lora_alpha,
+        use_rslora=config.use_rslora,
         target_modules=config.target_modules.split(","),
-    )  # fmt: skip
+    )
     with torch.random.fork_rng():
         torch.manual_seed(1)
         model = get_peft_model(AutoModelForCausalLM.from_pretrained(base, dtype="auto"), lora)
@@ -155,49 +152,32 @@ def make_run(folder, base, **settings):
             if "lora_B" in name:
                 weight.data.normal_(std=0.05)
     model.save_pretrained(folder / "adapter")
-    finetune_r1.save_tokenizer(finetune_r1.load_tokenizer(base), folder / "adapter")
+    tokenizer = finetune_r1.load_tokenizer(base)
+    finetune_r1.save_tokenizer(tokenizer, folder / "adapter", config.lang)
     write_json(folder / "config.json", dataclasses.asdict(config))
     write_json(folder / "run.json", {"status": "finished", "started": ""})
     return Run(folder)
 
 
-def take_for_merged(run, folder):
-    """Makes a folder of weights what `save` has merged and verified."""
-    run.update(
-        saved={"folder": str(folder), "files": finetune_r1.file_sizes(folder), "checked": {}}
-    )
-
-
-def base_gguf(run, folder):
-    """The base of a run as a GGUF."""
-    other = Run(
-        shutil.copytree(run.folder, folder, ignore=shutil.ignore_patterns("gguf", "merged"))
-    )
-    take_for_merged(other, Path(run.config.model).resolve())
-    return finetune_r1.save(run=other.folder, as_="gguf", outtype="f16")["saved"]
-
-
 def know_pre_tokenizer(monkeypatch, model, name):
-    """Adds a stand-in's small vocabulary to those that are known; how it splits text is as published."""
+    """Adds a stand-in's small vocabulary to those known; how it splits text is as published."""
     tokenizer = finetune_r1.load_tokenizer(model)
     ids = tokenizer.encode(finetune_r1.PRE_TOKENIZER_TEXT)
-    monkeypatch.setitem(
-        finetune_r1.PRE_TOKENIZERS, hashlib.sha256(str(ids).encode()).hexdigest(), name
-    )
+    digest = hashlib.sha256(str(ids).encode()).hexdigest()
+    monkeypatch.setitem(finetune_r1.PRE_TOKENIZERS, digest, name)
 
 
 @pytest.fixture(scope="module")
 def known(models, tiny_r1):
-    """Models laid out like the 8B and like Qwen 2, whose vocabularies show it if text is split otherwise."""
+    """Models laid out like the 8B and like Qwen 2, whose vocabularies show how text is split."""
     with pytest.MonkeyPatch.context() as monkeypatch:
         know_pre_tokenizer(monkeypatch, tiny_r1, "llama-bpe")
         layouts = {"unsloth": "llama-bpe", "qwen": "deepseek-r1-qwen"}
         folders = {}
         for layout, name in layouts.items():
-            folders[layout] = strong(
-                published.write_model(models / f"strong-{layout}", layout, varied_texts() * 9)
-            )
-            know_pre_tokenizer(monkeypatch, folders[layout], name)
+            folder = models / f"strong-{layout}"
+            folders[layout] = strong(published.write_model(folder, layout, varied_texts() * 9))
+            know_pre_tokenizer(monkeypatch, folder, name)
         yield folders
 
 
@@ -205,27 +185,25 @@ def known(models, tiny_r1):
     scope="module", params=[pytest.param("smollm2", marks=pytest.mark.slow), "unsloth", "qwen"]
 )
 def case(request, known, tmp_path_factory):
-    """The demo's model, and small ones laid out like the 8B (with Llama 3's rope) and like Qwen 2."""
+    """The demo's model, and small ones laid out like the 8B (with Llama 3's rope) and Qwen 2."""
     import torch
-    from peft import PeftModel
     from transformers import AutoModelForCausalLM
 
     folder = tmp_path_factory.mktemp("gguf")
+    step = 75  # where Llama 3's rope differs from others, prompts have to be long
     if request.param == "smollm2":
-        run, step = make_run(folder / "run", request.getfixturevalue("smollm2")), 3
-    else:  # where Llama 3's rope differs from others, prompts have to be long
-        run, step = make_run(folder / "run", known[request.param]), 75
+        step = 3
+        run = make_run(folder / "run", request.getfixturevalue("smollm2"))
+    else:
+        run = make_run(folder / "run", known[request.param])
     path = Path(finetune_r1.save(run=run.folder, as_="gguf", outtype="f16")["saved"])
-    merged, _ = finetune_r1.merged_weights(run)
+    merged = run / "merged"
     model = AutoModelForCausalLM.from_pretrained(merged, dtype=torch.float32).eval()
-    base_model = AutoModelForCausalLM.from_pretrained(run.config.model, dtype=torch.float32)
     tokenizer = finetune_r1.load_tokenizer(merged)
     text = "\n".join(row["Question"] + row["Complex_CoT"] for row in published.sample_rows())
     ids = tokenizer(text)["input_ids"]
-    tuned = PeftModel.from_pretrained(base_model, run.adapter).eval()
-    return Case(
-        run, path, tokenizer, model, tuned, [ids[: step * number] for number in range(1, 21)]
-    )
+    steps = [ids[: step * number] for number in range(1, 21)]
+    return Case(run, path, tokenizer, model, steps)
 
 
 @pytest.fixture(scope="module")
@@ -235,8 +213,13 @@ def server(case):
 
 @pytest.fixture(scope="module")
 def r1_run(known, tiny_r1, tmp_path_factory):
-    """A run of the 8B's layout."""
-    return make_run(tmp_path_factory.mktemp("r1") / "run", tiny_r1, use_rslora=True)
+    """A run of the 8B's layout, merged."""
+    run = make_run(tmp_path_factory.mktemp("r1") / "run", tiny_r1, use_rslora=True)
+    finetune_r1.save(run=run.folder)
+    return run
+
+
+# ------------------------------------------------------------------------------- equal in llama.cpp
 
 
 def test_200_texts_become_the_tokenizers_tokens(case, server):
@@ -244,12 +227,19 @@ def test_200_texts_become_the_tokenizers_tokens(case, server):
         assert server.tokens(text) == case.tokenizer(text)["input_ids"], repr(text)
 
 
+def test_a_chat_is_asked_by_the_training_prompt_with_one_bos(case, server):
+    talk = [{"role": "user", "content": " Why {question}?\n"}]
+    text = server.ask("/apply-template", messages=talk)["prompt"]
+    prompt = prompts.build_prompt("Why {question}?")
+    assert server.tokens(text) == case.tokenizer(prompt)["input_ids"]
+
+
 def test_a_chat_tells_thought_from_answer_and_is_sampled_as_the_base_was(case, server):
     """What it says is forced here: small models with random weights close no thought."""
-    talk, forced = [{"role": "user", "content": "Why?"}], 'root ::= "Hm, so.\\n</think>\\nBecause."'
-    [choice] = server.ask("/v1/chat/completions", messages=talk, grammar=forced, max_tokens=60)[
-        "choices"
-    ]
+    talk = [{"role": "user", "content": "Why?"}]
+    forced = 'root ::= "Hm, so.\\n</think>\\nBecause."'
+    reply = server.ask("/v1/chat/completions", messages=talk, grammar=forced, max_tokens=60)
+    [choice] = reply["choices"]
     said = choice["message"]
     assert (said["reasoning_content"].strip(), said["content"].strip()) == ("Hm, so.", "Because.")
     assert choice["finish_reason"] == "stop"
@@ -259,41 +249,15 @@ def test_a_chat_tells_thought_from_answer_and_is_sampled_as_the_base_was(case, s
     assert found["top_p"] == pytest.approx(own.get("top_p", 1.0))
 
 
-def test_a_tokenizer_without_bos_gets_none(r1_run, tmp_path, monkeypatch):
-    """llama.cpp would begin with it whatever splits text as Llama 3 does."""
-    from tokenizers.processors import ByteLevel
-
-    finetune_r1.merged_weights(r1_run)
-    run = Run(shutil.copytree(r1_run.folder, tmp_path / "run"))
-    tokenizer = finetune_r1.load_tokenizer(run / "merged")
-    tokenizer.backend_tokenizer.post_processor = ByteLevel(trim_offsets=False)
-    for folder in (run / "adapter", run / "merged"):
-        finetune_r1.save_tokenizer(tokenizer, folder)
-    take_for_merged(run, run / "merged")
-    know_pre_tokenizer(monkeypatch, run / "merged", "llama-bpe")
-    server = LlamaServer(finetune_r1.save(run=run.folder, as_="gguf")["saved"])
-    assert server.tokens("Why?") == tokenizer("Why?")["input_ids"]
-
-
 def test_the_probabilities_are_torchs(case, server):
-    assert case.furthest(server, case.wanted(case.merged)) < NEAR
-
-
-def test_the_adapters_file_on_the_bases_file_is_the_tuned_model(case, tmp_path):
-    base = base_gguf(case.run, tmp_path / "base")
-    adapter = finetune_r1.save(run=case.run.folder, as_="gguf-adapter")["saved"]
-    tuned = LlamaServer(base, adapter)
-    assert case.furthest(tuned, case.wanted(case.tuned)) < NEAR
-    assert case.furthest(tuned, case.wanted(case.merged)) < ROUNDED
+    assert case.furthest(server, case.wanted()) < NEAR
 
 
 def test_it_stops_where_the_tokenizer_does(case, server):
     tokenizer = case.tokenizer
     settings = server.ask("/props")
-    assert (settings["bos_token"], settings["eos_token"]) == (
-        tokenizer.bos_token,
-        tokenizer.eos_token,
-    )
+    specials = (tokenizer.bos_token, tokenizer.eos_token)
+    assert (settings["bos_token"], settings["eos_token"]) == specials
 
     def answer(favoured):
         return server.ask("/completion", prompt="So", n_predict=3, logit_bias=[[favoured, 1000]])
@@ -304,17 +268,50 @@ def test_it_stops_where_the_tokenizer_does(case, server):
         assert answer(last)["stop_type"] == "limit", other
 
 
-def test_in_eight_bits_the_likeliest_tokens_stay(case):
-    path = finetune_r1.save(run=case.run.folder, as_="gguf")["saved"]
-    assert (
-        path.endswith("run-q8_0.gguf")
-        and Path(path).stat().st_size < 0.6 * case.path.stat().st_size
-    )
-    server, same = LlamaServer(path), 0
-    for prompt, right in zip(case.prompts, case.wanted(case.merged), strict=True):
+SIZES = {"q8_0": 0.6, "q5_1": 0.45, "q4_0": 0.4}  # at most, as a share of f16's
+
+
+@pytest.mark.parametrize("outtype", SIZES)
+def test_in_fewer_bits_it_is_the_model_with_rounded_weights(case, outtype):
+    """Likeliest tokens are compared, as llama.cpp then rounds activations to eight bits too."""
+    import torch
+
+    path = Path(finetune_r1.save(run=case.run.folder, as_="gguf", outtype=outtype)["saved"])
+    assert path.name == f"run-{outtype}.gguf"
+    tokenizer = 150_000
+    assert path.stat().st_size < SIZES[outtype] * case.path.stat().st_size + tokenizer
+    rounded = copy.deepcopy(case.merged)
+    kinds = {tensor.name: tensor.tensor_type for tensor in gguf.GGUFReader(path).tensors}
+    names = finetune_r1.gguf_names(case.merged)
+    for name, weight in rounded.state_dict().items():
+        kind = kinds.get(names.get(name))
+        if kind is not None and weight.ndim == 2:
+            data = gguf.dequantize(gguf.quantize(weight.numpy(), kind), kind)
+            weight.copy_(torch.from_numpy(data))
+    server = LlamaServer(path)
+    same = 0
+    for prompt, right in zip(case.prompts, case.wanted(rounded), strict=True):
         top = server.top(prompt)
         same += max(top, key=top.get) == int(right.argmax())
-    assert same >= 19
+    assert same >= 18
+
+
+def test_a_tokenizer_without_bos_gets_none(r1_run, tmp_path, monkeypatch):
+    """llama.cpp would begin with it whatever splits text as Llama 3 does."""
+    from tokenizers.processors import ByteLevel
+
+    skipped = shutil.ignore_patterns("merged", "gguf")
+    run = Run(shutil.copytree(r1_run.folder, tmp_path / "run", ignore=skipped))
+    run.update(saved={})
+    tokenizer = finetune_r1.load_tokenizer(run / "adapter")
+    tokenizer.backend_tokenizer.post_processor = ByteLevel(trim_offsets=False)
+    finetune_r1.save_tokenizer(tokenizer, run / "adapter", "en")
+    know_pre_tokenizer(monkeypatch, run / "adapter", "llama-bpe")
+    server = LlamaServer(finetune_r1.save(run=run.folder, as_="gguf")["saved"])
+    assert server.tokens("Why?") == tokenizer("Why?")["input_ids"]
+
+
+# ------------------------------------------------------------------------------------- the file
 
 
 def test_a_file_says_what_the_model_is(r1_run):
@@ -322,27 +319,11 @@ def test_a_file_says_what_the_model_is(r1_run):
     about = LlamaServer(path).ask("/v1/models")["data"][0]["meta"]
     assert (about["n_ctx_train"], about["n_embd"]) == (131072, 64)
     fields = gguf.GGUFReader(path).fields
-    assert (
-        fields["general.name"].contents() == "run"
-        and fields["general.base_model.0.name"].contents()
-    )
+    assert fields["general.name"].contents() == "run"
     assert fields["llama.rope.freq_base"].contents() == 500000
 
 
-def test_of_an_adapter_it_says_its_scale(r1_run):
-    """llama.cpp divides alpha by r, and knows no other way."""
-    path = finetune_r1.save(run=r1_run.folder, as_="gguf-adapter")["saved"]
-    file = gguf.GGUFReader(path)
-    assert (
-        path.endswith("gguf/run-f16-lora.gguf")
-        and file.fields["general.type"].contents() == "adapter"
-    )
-    assert file.fields["adapter.lora.alpha"].contents() == pytest.approx(24 / 16**0.5 * 16)
-    assert {tensor.name.rpartition(".")[2] for tensor in file.tensors} == {"lora_a", "lora_b"}
-    assert len(file.tensors) == 2 * 2 * 7
-
-
-@pytest.mark.parametrize("outtype", ["f16", "bf16", "q8_0"])
+@pytest.mark.parametrize("outtype", ["f16", "bf16", "q8_0", "q5_1", "q4_0"])
 def test_numbers_are_rounded_as_llama_cpp_does_it(r1_run, outtype, monkeypatch):
     """By the package's own functions, bit for bit, however many rows are converted at once."""
     from safetensors.torch import load_file
@@ -350,13 +331,33 @@ def test_numbers_are_rounded_as_llama_cpp_does_it(r1_run, outtype, monkeypatch):
     monkeypatch.setattr(finetune_r1, "GGUF_ROWS", 24)
     path = finetune_r1.save(run=r1_run.folder, as_="gguf", outtype=outtype)["saved"]
     tensors = {tensor.name: tensor for tensor in gguf.GGUFReader(path).tensors}
-    weights = load_file(r1_run / "merged" / "model.safetensors")
+    weights = {}
+    for file in (r1_run / "merged").glob("*.safetensors"):
+        weights.update(load_file(file))
     for name, in_gguf in {"mlp.down_proj": "ffn_down", "self_attn.o_proj": "attn_output"}.items():
         weight = weights[f"model.layers.1.{name}.weight"].float().numpy()
         whole = gguf.quantize(weight, gguf.GGMLQuantizationType[outtype.upper()])
         assert tensors[f"blk.1.{in_gguf}.weight"].data.tobytes() == whole.tobytes()
     assert all(tensors[name].tensor_type.name == "F32" for name in tensors if "norm" in name)
+    output = tensors["output.weight"].tensor_type.name
+    assert output == ("Q8_0" if outtype in ("q4_0", "q5_1") else outtype.upper())
 
+
+def test_the_lines_that_run_it(r1_run, tmp_path):
+    folder = tmp_path / "my models"
+    asked = {"run": r1_run.folder, "as_": "gguf", "output": folder}
+    saved = finetune_r1.save(**asked, outtype="q4_0", modelfile=True)
+    file = folder / "run-q4_0.gguf"
+    assert shlex.split(saved["serve"]) == ["llama-server", "-m", str(file), "--jinja", "-c", "512"]
+    modelfile = folder / "Modelfile"
+    assert shlex.split(saved["ollama"]) == ["ollama", "create", "run", "-f", str(modelfile)]
+    assert modelfile.read_text().startswith("FROM ./run-q4_0.gguf\n")
+    finetune_r1.save(**asked, outtype="bf16")
+    with pytest.raises(UserError, match=r"there already|already exists"):
+        finetune_r1.save(**asked, outtype="q4_0")
+
+
+# ----------------------------------------------------------------------------------- what is refused
 
 YARN = {
     "rope_type": "yarn",
@@ -364,25 +365,22 @@ YARN = {
     "original_max_position_embeddings": 8192,
     "rope_theta": 500000.0,
 }
+OTHER_MODELS = {
+    "mistral": ({"model_type": "mistral"}, "llama and qwen2 .*; this is mistral"),
+    "yarn": ({"rope_parameters": YARN, "rope_scaling": YARN}, "this is llama, rope yarn"),
+    "qwen2": ({"model_type": "qwen2"}, "this is qwen2, rope llama3"),
+}
 
 
-@pytest.mark.parametrize("as_", ["gguf", "gguf-adapter"])
-@pytest.mark.parametrize(
-    ("settings", "said"),
-    [
-        ({"model_type": "mistral"}, "llama and qwen2 .*; this is mistral"),
-        ({"rope_parameters": YARN, "rope_scaling": YARN}, "this is llama, rope yarn"),
-        ({"model_type": "qwen2"}, "this is qwen2, rope llama3"),
-    ],
-)
-def test_what_llama_cpp_would_compute_otherwise_is_refused_at_once(
-    known, tiny_r1, tmp_path, settings, said, as_
+@pytest.mark.parametrize(("settings", "said"), OTHER_MODELS.values(), ids=OTHER_MODELS)
+def test_what_llama_cpp_would_compute_otherwise_is_refused_before_the_merge(
+    known, tiny_r1, tmp_path, settings, said
 ):
     base = shutil.copytree(tiny_r1, tmp_path / "base")
     run = make_run(tmp_path / "run", base)
     write_json(base / "config.json", read_json(base / "config.json") | settings)
     with pytest.raises(UserError, match=said):
-        finetune_r1.save(run=run.folder, as_=as_)
+        finetune_r1.save(run=run.folder, as_="gguf")
     assert not {"gguf", "merged"} & {path.name for path in run.folder.iterdir()}
 
 
@@ -390,58 +388,18 @@ def test_a_tokenizer_that_splits_text_in_an_unknown_way_is_refused(r1_run, monke
     """llama.cpp would split it in its own way, and say nothing."""
     for digest in set(finetune_r1.PRE_TOKENIZERS) - {digest for digest, _ in PUBLISHED}:
         monkeypatch.delitem(finetune_r1.PRE_TOKENIZERS, digest)
-    with pytest.raises(UserError, match="splits text is none of llama-bpe, deepseek-r1-qwen"):
+    with pytest.raises(UserError, match=r"none of the known ways \(llama-bpe, deepseek-r1-qwen"):
         finetune_r1.save(run=r1_run.folder, as_="gguf", outtype="f16")
 
 
-@pytest.mark.parametrize("number", [1e5, float("nan")])
-def test_a_number_that_the_type_does_not_reach_is_refused_and_no_file_is_left(
-    r1_run, tmp_path, number
-):
-    from safetensors.torch import load_file, save_file
-
-    finetune_r1.merged_weights(r1_run)
-    copy = Run(
-        shutil.copytree(r1_run.folder, tmp_path / "run", ignore=shutil.ignore_patterns("gguf"))
+def test_merged_weights_that_were_damaged_are_not_converted(r1_run, tmp_path):
+    damaged = shutil.copytree(
+        r1_run.folder, tmp_path / "run", ignore=shutil.ignore_patterns("gguf")
     )
-    weights = load_file(copy / "merged" / "model.safetensors")
-    weights["model.layers.1.mlp.up_proj.weight"][3, 5] = number
-    save_file(weights, copy / "merged" / "model.safetensors", {"format": "pt"})
-    with pytest.raises(UserError, match=r"--outtype f16: blk\.1\.ffn_up\.weight holds") as refused:
-        finetune_r1.save(run=copy.folder, as_="gguf", outtype="f16")
-    assert "bf16" in refused.value.hint and not list((copy / "gguf").iterdir())
-
-
-def test_a_disk_that_takes_no_more_ends_in_a_message_and_leaves_nothing(r1_run, tmp_path):
-    """A limit of 20 KiB a file stands in for the full disk."""
-    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (20 * 1024, limits[1]))
-    try:
-        with pytest.raises(OSError) as failed:
-            finetune_r1.save(run=r1_run.folder, as_="gguf-adapter", output=tmp_path)
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
-    assert "disk" in str(finetune_r1.advice(failed.value)) and not list(tmp_path.iterdir())
-
-
-def test_the_lines_that_run_it(r1_run, tmp_path):
-    folder = tmp_path / "my models"
-    saved = finetune_r1.save(
-        run=r1_run.folder, as_="gguf", output=folder, outtype="f16", modelfile=True
-    )
-    file = folder / "run-f16.gguf"
-    assert shlex.split(saved["serve"]) == ["llama-server", "-m", str(file), "--jinja", "-c", "512"]
-    assert shlex.split(saved["ollama"]) == [
-        "ollama",
-        "create",
-        "run",
-        "-f",
-        str(folder / "Modelfile"),
-    ]
-    assert (folder / "Modelfile").read_text().startswith("FROM ./run-f16.gguf\nTEMPLATE")
-    finetune_r1.save(run=r1_run.folder, as_="gguf", output=folder, outtype="bf16")
-    with pytest.raises(UserError, match="there already"):
-        finetune_r1.save(run=r1_run.folder, as_="gguf", output=folder, outtype="f16")
-    serve = finetune_r1.save(run=r1_run.folder, as_="gguf-adapter", output=folder)["serve"]
-    adapter = folder / "run-f16-lora.gguf"
-    assert shlex.split(serve)[:5] == ["llama-server", "-m", "BASE.gguf", "--lora", str(adapter)]
+    file = damaged / "merged" / "model-00003-of-00004.safetensors"
+    content = bytearray(file.read_bytes())
+    content[-100:] = bytes(100)
+    file.write_bytes(content)
+    with pytest.raises(UserError, match="was changed after it was written"):
+        finetune_r1.save(run=damaged, as_="gguf")
+    assert not (damaged / "gguf").exists()

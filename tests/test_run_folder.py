@@ -9,7 +9,6 @@ import shutil
 import subprocess
 import sys
 import time
-import types
 
 import pytest
 from conftest import SAMPLE, SCRIPT
@@ -162,8 +161,9 @@ def test_the_card_shows_an_answer_as_text_whatever_is_in_it(run):
     spoil_json(run / "config.json", **names)
     spoil_json(run / "adapter" / "adapter_config.json", base_model_name_or_path=names["model"])
     finetune_r1.write_card(run)
-    card = ModelCard((run / "README.md").read_text())
-    assert card.data.datasets == [names["dataset"]] and card.data.language == "en"
+    text, _, seal = (run / "README.md").read_text().rpartition(finetune_r1.CARD_SEAL)
+    card = ModelCard(text)
+    assert seal and card.data.datasets == [names["dataset"]] and card.data.language == "en"
     tokens = MarkdownIt("commonmark").enable(["table", "strikethrough"]).parse(card.text)
     kinds = [token.type for token in tokens]
     assert (
@@ -186,24 +186,6 @@ def test_the_card_shows_an_answer_as_text_whatever_is_in_it(run):
 
 
 OF_NUMBERS = ["Training and evaluation"]
-CARDS = {
-    "a name": ("base_model: org/base", "org/base"),
-    "several": ("base_model:\n- org/base\n- org/other", "org/base"),
-    "none of several": ("base_model: []", "model"),
-    "no name": ("base_model:\n  of: it", "model"),
-    "lines": ('base_model: "org/base\\n---\\n# <b>"', "model"),
-    "no YAML": ("license: [mit\nbase_model: : org/base", "model"),
-    "an object of Python": ("license: !!python/object/apply:os.abort []", "model"),
-}
-
-
-@pytest.mark.parametrize(("metadata", "name"), CARDS.values(), ids=CARDS)
-def test_a_base_models_card_gives_a_name_or_is_left_aside(tmp_path, metadata, name):
-    (tmp_path / "model").mkdir()
-    (tmp_path / "model" / "README.md").write_text(f"---\n{metadata}\n---\n# A model\n")
-    assert finetune_r1.public_name(str(tmp_path / "model")) == name
-
-
 # ------------------------------------------------------------------------------------------------ checkpoints
 
 
@@ -387,10 +369,7 @@ def test_a_run_that_was_spoilt_is_refused_by_name(run, spoilt):
             finetune_r1.SamplingConfig(), as_json=True, question="Why?", run=run.folder
         )
     with pytest.raises(UserError, match=said):
-        remote = types.SimpleNamespace(name="user/name", files={})
-        finetune_r1.files_to_push(
-            run, True, gguf_too=False, dry_run=False, remote=remote, take=None
-        )
+        finetune_r1.push_run(run, "user/name")
 
 
 @pytest.mark.parametrize("damaged", ["run.json", "adapter/adapter_model.safetensors"])

@@ -1,18 +1,32 @@
-"""Merged weights are base + adapter, load in plain transformers, and never lie beside an adapter."""
+"""Merged weights are base + adapter bit for bit, load everywhere, and say what they came from."""
 
-import shlex
+import json
 import shutil
 import subprocess
 import sys
 
 import pytest
-from conftest import SCRIPT, add_base, name_base
+from conftest import EOS, SCRIPT, add_base, name_base
 
 import finetune_r1
-import prompts
-from finetune_r1 import Run, UserError
+from finetune_r1 import Run, UserError, read_json, write_json
 
-PROBE = "Below is an instruction. Why does a raised anion gap matter in a patient with diabetes?"
+
+def all_weights(folder):
+    """Every tensor in a folder's safetensors files."""
+    from safetensors.torch import load_file
+
+    weights = {}
+    for file in folder.glob("*.safetensors"):
+        weights.update(load_file(file))
+    return weights
+
+
+def untouched_copy(run, folder):
+    """A copy of a run without what was saved of it."""
+    copy = Run(shutil.copytree(run, folder, ignore=shutil.ignore_patterns("merged", "gguf")))
+    copy.update(saved={})
+    return copy
 
 
 @pytest.fixture(scope="module")
@@ -24,422 +38,333 @@ def run(tiny_run, tmp_path_factory):
 @pytest.fixture(scope="module")
 def merged(run):
     saved = finetune_r1.save(run=run)
-    assert saved is not None and saved["adapter_share"] == pytest.approx(1, abs=0.05)
+    assert 0.9 < saved["adapter_effect_kept"] < 1.1
     return run / "merged"
 
 
-def logits(model, tokenizer):
+# ---------------------------------------------------------------------------------------------- merging
+
+KINDS = {
+    "four shards, Llama 3's rope": ("tiny_r1", {}, {}),
+    "two shards": ("tiny_deepseek", {}, {}),
+    "rslora": ("tiny_r1", {"use_rslora": True, "lora_alpha": 5}, {}),
+    "biases": ("tiny_qwen", {}, {}),
+    "tied embeddings in one file": ("tiny_qwen", {}, {"tie_word_embeddings": True}),
+    "fp16": ("tiny_r1", {}, {"dtype": "float16"}),
+}
+
+
+@pytest.mark.parametrize(("base", "lora", "changes"), KINDS.values(), ids=KINDS)
+def test_merge_equals_pefts_merge_bit_for_bit(request, tmp_path, base, lora, changes):
     import torch
+    from peft import LoraConfig, PeftModel, get_peft_model
+    from transformers import AutoConfig, AutoModelForCausalLM
 
-    with torch.no_grad():
-        return model(**tokenizer(PROBE, return_tensors="pt")).logits.float()
+    torch.manual_seed(3)
+    source = request.getfixturevalue(base)
+    if changes:
+        changes = dict(changes)
+        dtype = getattr(torch, changes.pop("dtype", "bfloat16"))
+        settings = AutoConfig.from_pretrained(source, **changes)
+        AutoModelForCausalLM.from_config(settings, dtype=dtype).save_pretrained(tmp_path / "base")
+        source = tmp_path / "base"
+    model = AutoModelForCausalLM.from_pretrained(source, dtype="auto")
+    settings = LoraConfig(
+        target_modules=["q_proj", "k_proj", "o_proj", "down_proj"], init_lora_weights=False, **lora
+    )
+    get_peft_model(model, settings).save_pretrained(tmp_path / "adapter")
+    (tmp_path / "merged").mkdir()
+    kept = finetune_r1.merge_adapter(source, tmp_path / "adapter", tmp_path / "merged")
+
+    model = AutoModelForCausalLM.from_pretrained(source, dtype="auto")
+    pefts = PeftModel.from_pretrained(model, tmp_path / "adapter").merge_and_unload().state_dict()
+    ours, before = all_weights(tmp_path / "merged"), all_weights(source)
+    assert ours.keys() == before.keys() <= pefts.keys() and 0.9 < kept < 1.1
+    assert all(weight.equal(pefts[name]) for name, weight in ours.items())
+    changed = {name.split(".")[-2] for name in ours if not ours[name].equal(before[name])}
+    assert changed == {"q_proj", "k_proj", "o_proj", "down_proj"}
+    modes = {file.stat().st_mode & 0o777 for file in (tmp_path / "merged").iterdir()}
+    assert modes == {0o644}, "a server under another user has to read it"
 
 
-def test_merged_weights_give_the_logits_of_base_and_adapter(run, merged, tiny_r1, r1_tokenizer):
-    from peft import PeftModel
-    from transformers import AutoModelForCausalLM
+def spoil(adapter, change):
+    """Applies `change` to the adapter's weights, by name."""
+    from safetensors.torch import load_file, save_file
 
-    plain = AutoModelForCausalLM.from_pretrained(merged, dtype="auto")
-    base = AutoModelForCausalLM.from_pretrained(tiny_r1, dtype="auto")
-    untuned = logits(base, r1_tokenizer)
-    tuned = logits(PeftModel.from_pretrained(base, run / "adapter"), r1_tokenizer)
-    off, effect = (logits(plain, r1_tokenizer) - tuned).norm(), (tuned - untuned).norm()
-    assert off < 0.1 * effect
+    weights = load_file(adapter / "adapter_model.safetensors")
+    save_file(change(weights), adapter / "adapter_model.safetensors")
 
 
-def test_the_folder_is_whole_and_safe(merged, tiny_r1):
+def another_layer(weights):
+    more = {
+        name.replace(".layers.1.", ".layers.2."): weight.clone() for name, weight in weights.items()
+    }
+    return weights | more
+
+
+REFUSED = {
+    "never trained": (lambda all: {n: w * ("lora_A" in n) for n, w in all.items()}, "kept 0.00"),
+    "not numbers": (lambda all: {n: w * float("nan") for n, w in all.items()}, "kept nan"),
+    "of a deeper model": (another_layer, r"has no place for the adapter's .*\.layers\.2\."),
+    "of a narrower model": (
+        lambda all: {n: w[..., :8].clone() if "lora_A" in n else w for n, w in all.items()},
+        "does not fit the base",
+    ),
+}
+
+
+@pytest.mark.parametrize(("change", "said"), REFUSED.values(), ids=REFUSED)
+def test_adapter_without_effect_or_place_is_refused(run, tmp_path, change, said):
+    copy = untouched_copy(run, tmp_path / "run")
+    spoil(copy / "adapter", change)
+    name_base(copy.folder, copy.config.model)  # and forgets the hashes
+    with pytest.raises(UserError, match=said):
+        finetune_r1.save(run=copy.folder)
+    assert not list(copy.folder.glob("*merged*")), "nothing may look saved"
+
+
+def test_rounding_that_swallows_part_of_the_adapter_is_told(run, tmp_path, capsys):
+    copy = untouched_copy(run, tmp_path / "run")
+    spoil(
+        copy / "adapter",
+        lambda all: {n: w * (0.004 if "lora_B" in n else 1) for n, w in all.items()},
+    )
+    name_base(copy.folder, copy.config.model)
+    kept = finetune_r1.save(run=copy.folder)["adapter_effect_kept"]
+    assert 0 < kept < 0.85
+    assert f"keep {kept:.0%} of the adapter's effect" in capsys.readouterr().err
+
+
+def test_index_that_is_foreign_json_is_named(run, tiny_r1, tmp_path):
+    base = shutil.copytree(tiny_r1, tmp_path / "base")
+    copy = untouched_copy(run, tmp_path / "run")
+    for content in ("[]", "{", '{"weight_map": 3}'):
+        (base / "model.safetensors.index.json").write_text(content)
+        with pytest.raises(UserError, match=r"model\.safetensors\.index\.json"):
+            finetune_r1.save(run=copy.folder, model=str(base))
+
+
+# ----------------------------------------------------------------------------------------- the folder
+
+
+def test_merged_folder_loads_in_transformers_and_is_a_repository(merged):
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
     names = {path.name for path in merged.iterdir()}
-    assert {"config.json", "generation_config.json", "model.safetensors", "tokenizer.json"} <= names
-    assert not [
-        name for name in names if name.startswith("adapter") or name.endswith((".bin", ".pt"))
-    ]
-    tokenizer, generation = (
-        AutoTokenizer.from_pretrained(merged),
-        GenerationConfig.from_pretrained(merged),
+    assert {"config.json", "model.safetensors.index.json", "tokenizer.json", "README.md"} <= names
+    assert {"loss.png", "adapter"} <= names and not any(
+        name.startswith("adapter_") for name in names
     )
+    adapter = {path.name for path in (merged / "adapter").iterdir()}
+    assert adapter == {"adapter_config.json", "adapter_model.safetensors"}
+    tokenizer = AutoTokenizer.from_pretrained(merged)
+    generation = GenerationConfig.from_pretrained(merged)
     assert tokenizer.eos_token_id == generation.eos_token_id != tokenizer.pad_token_id
     assert (generation.temperature, generation.top_p, generation.max_length) == (0.6, 0.95, None)
     assert AutoModelForCausalLM.from_pretrained(merged, dtype="auto").dtype == torch.bfloat16
 
 
+GENERATION = {
+    "a temperature without do_sample": {"temperature": 0.9, "top_p": 0.6, "max_length": 4096},
+    "beams without do_sample": {"num_beams": 1, "length_penalty": 2.0, "top_k": 3},
+    "unknown keys": {
+        "do_sample": True,
+        "repetition_policy": {"window": 3},
+        "_from_model_config": 1,
+    },
+    "none": None,
+}
+
+
+@pytest.mark.parametrize("settings", GENERATION.values(), ids=GENERATION)
+def test_generation_settings_of_any_base_are_saved(run, tiny_r1, tmp_path, settings):
+    from transformers import GenerationConfig
+
+    base = shutil.copytree(tiny_r1, tmp_path / "base")
+    if settings is None:
+        (base / "generation_config.json").unlink()
+    else:
+        write_json(base / "generation_config.json", settings)
+    copy = untouched_copy(run, tmp_path / "run")
+    finetune_r1.save(run=copy.folder, model=str(base))
+    saved = read_json(copy / "merged" / "generation_config.json")
+    assert saved["do_sample"] is bool((settings or {}).get("do_sample"))
+    assert "max_length" not in saved and saved.items() >= {
+        (name, value)
+        for name, value in (settings or {}).items()
+        if name != "max_length" and not isinstance(value, dict)
+    }
+    GenerationConfig.from_pretrained(copy / "merged")
+
+
 def test_saving_again_does_no_work_twice(run, merged):
-    before = (merged / "model.safetensors").stat().st_mtime_ns
+    before = (merged / "config.json").stat().st_mtime_ns
     finetune_r1.save(run=run)
-    assert (merged / "model.safetensors").stat().st_mtime_ns == before
+    assert (merged / "config.json").stat().st_mtime_ns == before
 
 
-def test_a_folder_that_is_there_is_refused_so_that_nothing_mixes(run, merged, tmp_path):
-    finetune_r1.save(run=run, as_="adapter", output=tmp_path / "mine")
-    with pytest.raises(UserError, match="there already"):
-        finetune_r1.save(run=run, output=tmp_path / "mine")
-    assert not (tmp_path / "mine" / "model.safetensors").exists()
+@pytest.mark.parametrize("damage", ["a byte is changed", "a file is missing"])
+def test_damaged_merged_weights_are_refused_before_use(run, merged, tmp_path, damage):
+    copy = shutil.copytree(run, tmp_path / "run")
+    file = sorted((copy / "merged").glob("*.safetensors"))[0]
+    if damage == "a byte is changed":
+        content = bytearray(file.read_bytes())
+        content[-9] ^= 1
+        file.write_bytes(content)
+    else:
+        file.unlink()
+    with pytest.raises(UserError, match=f"{file.name} is missing, or was changed"):
+        finetune_r1.save(run=copy)
 
 
-@pytest.mark.parametrize("eos", ['</s>"', '"""', "</s>\nFROM other"])
-def test_an_end_of_text_token_that_ollama_would_read_otherwise_gets_no_modelfile(
-    run, merged, tmp_path, eos
-):
-    """It ends a value at a quotation mark before a line's end, and has no escape for it."""
-    copy = shutil.copytree(run, tmp_path / "run", ignore=shutil.ignore_patterns("Modelfile"))
-    settings = copy / "merged" / "tokenizer_config.json"
-    finetune_r1.write_json(settings, finetune_r1.read_json(settings) | {"eos_token": eos})
-    saved = Run(copy).record["saved"]
-    Run(copy).update(saved=saved | {"files": finetune_r1.file_sizes(copy / "merged")})
-    with pytest.raises(UserError, match="--modelfile: Ollama can't stop at"):
-        finetune_r1.save(run=copy, modelfile=True)
-    assert not (copy / "merged" / "Modelfile").exists()
+def test_folder_that_save_did_not_write_is_refused(run, tmp_path):
+    copy = untouched_copy(run, tmp_path / "run")
+    (copy / "merged").mkdir()
+    with pytest.raises(UserError, match="already exists, not by `save`"):
+        finetune_r1.save(run=copy.folder)
+    with pytest.raises(UserError, match="--output"):
+        finetune_r1.save(run=copy.folder, output=copy / "merged")
 
 
-def test_the_line_for_vllm_names_base_and_adapter_or_the_merged_folder(
-    run, merged, tiny_r1, tmp_path
-):
-    ending = "--max-model-len 768 --reasoning-parser deepseek_r1"
-    assert finetune_r1.save(run=run)["serve"] == f"vllm serve {merged} {ending}"
-    adapter = finetune_r1.save(run=run, as_="adapter")["serve"]
-    assert adapter.startswith(
-        f"vllm serve {tiny_r1} --enable-lora --lora-modules tuned={run / 'adapter'}"
-    )
-    template = run / "adapter" / "chat_template.jinja"
-    assert (
-        adapter.endswith(f"--max-lora-rank 16 --chat-template {template} {ending}")
-        and template.exists()
-    )
-    elsewhere = tmp_path / "my adapter"
-    adapter = finetune_r1.save(run=run, as_="adapter", output=elsewhere)["serve"]
-    assert f"tuned={elsewhere}" in shlex.split(adapter)
+def test_modelfile_stops_where_the_model_does_and_ollama_quantizes(run, merged):
+    saved = finetune_r1.save(run=run, modelfile=True)
+    text = (merged / "Modelfile").read_text()
+    assert text.startswith("FROM .\n") and EOS in text
+    assert saved["ollama"] == f"ollama create --quantize q4_K_M run -f {merged / 'Modelfile'}"
+    expected = f"vllm serve {merged} --max-model-len 768 --reasoning-parser deepseek_r1"
+    assert saved["serve"] == expected
+    finetune_r1.save(run=run)  # is still what was verified
 
 
-def test_what_would_fill_the_disk_is_refused_before_it_starts_with_the_way_out(tmp_path):
-    free = shutil.disk_usage(tmp_path).free
-    half = {tmp_path / "merged": free * 6 // 10, tmp_path / "cache" / "hub": free * 6 // 10}
-    for path, size in half.items():
-        finetune_r1.check_room({path: size}, "save elsewhere")
-    with pytest.raises(UserError, match=r"GB free, .* GB are needed") as refused:
-        finetune_r1.check_room(half, "save elsewhere")
-    assert refused.value.hint == "save elsewhere"
+# ------------------------------------------------------------------------------------------- the disk
 
 
-def test_the_size_of_a_base_model_is_known_before_and_after_its_download(tiny_r1, hub):
+def test_size_of_a_base_is_known_before_and_after_its_download(tiny_r1, hub):
     import huggingface_hub
 
-    sizes = [file.stat().st_size for file in tiny_r1.glob("*.safetensors")]
-    size = sum(sizes)
-    assert finetune_r1.weights_size(str(tiny_r1)) == (size, 0, 0)
+    size = sum(file.stat().st_size for file in tiny_r1.glob("*.safetensors"))
+    assert finetune_r1.weights_size(str(tiny_r1)) == (size, 0)
     add_base(hub, tiny_r1)
-    assert finetune_r1.weights_size("org/base") == (size, size, max(sizes))
+    assert finetune_r1.weights_size("org/base") == (size, size)
     huggingface_hub.snapshot_download("org/base")
-    assert finetune_r1.weights_size("org/base") == (size, 0, 0)
+    assert finetune_r1.weights_size("org/base") == (size, 0)
     hub.close()
-    assert finetune_r1.weights_size("org/base") == (size, 0, 0), (
-        "without a network what is there counts"
-    )
-
-
-def test_on_a_small_disk_one_file_of_the_base_is_there_at_a_time(
-    run, merged, tiny_r1, hub, small_disk
-):
-    """Of those that were downloaded for this: what was in the cache stays there, and is used."""
-    import huggingface_hub
-
-    add_base(hub, tiny_r1)
-    copy = small_disk.folder / "run"
-    shutil.copytree(run, copy, ignore=shutil.ignore_patterns("merged*"))
-    name_base(copy, "org/base")
-    kept = huggingface_hub.hf_hub_download("org/base", "model-00003-of-00004.safetensors")
-    finetune_r1.download_model("org/base", weights=False)
-    size, _, largest = finetune_r1.weights_size("org/base")
-    small_disk.hold(size + largest + 10_000)
-    saved = finetune_r1.save(run=copy)
-    assert saved["adapter_share"] > 0.9 and size < small_disk.most <= small_disk.size
-    assert (copy / "merged" / "model.safetensors").read_bytes() == (
-        merged / "model.safetensors"
-    ).read_bytes()
-    assert not (copy / "merged" / ".base").exists()
-    cached = [file.name for file in small_disk.folder.glob("hub/*/snapshots/*/*.safetensors")]
-    downloads = [
-        path for method, path in hub.requests if method == "GET" and path.endswith(".safetensors")
-    ]
-    assert cached == [finetune_r1.Path(kept).name] and len(downloads) == 4
+    assert finetune_r1.weights_size("org/base") == (size, 0), "without a network the cache counts"
 
 
 def test_without_room_for_the_result_nothing_is_downloaded(run, tiny_r1, hub, small_disk):
     add_base(hub, tiny_r1)
-    copy = shutil.copytree(run, small_disk.folder / "run", ignore=shutil.ignore_patterns("merged*"))
-    name_base(copy, "org/base")
+    copy = untouched_copy(run, small_disk.folder / "run")
+    name_base(copy.folder, "org/base")
     small_disk.hold(finetune_r1.weights_size("org/base")[0])
     with pytest.raises(UserError, match="GB are needed"):
-        finetune_r1.save(run=copy)
+        finetune_r1.save(run=copy.folder)
     assert not list(small_disk.folder.rglob("model*.safetensors"))
 
 
-@pytest.mark.parametrize("damage", ["missing", "left over"])
-def test_a_base_that_is_no_whole_model_is_not_merged_into(run, tiny_r1, tmp_path, damage):
-    index = shutil.copytree(tiny_r1, tmp_path / "base") / "model.safetensors.index.json"
-    places = finetune_r1.read_json(index)["weight_map"]
-    norm = places.pop("model.norm.weight")
-    if damage == "left over":
-        places |= {"model.norm.weight": norm, "model.layers.9.mlp.up_proj.weight": norm}
-    finetune_r1.write_json(index, {"weight_map": places})
-    with pytest.raises(UserError, match="no whole model"):
-        merge(tmp_path / "base", run / "adapter", tmp_path / "merged")
-
-
-@pytest.mark.parametrize("damage", ["missing", "left over", "changed"])
-def test_a_file_that_is_not_what_was_merged_is_not_saved(run, tmp_path, monkeypatch, damage):
-    """As read back from the disk, where a weight may have been left out, or something in."""
-    import safetensors.torch
-
-    def save_file(weights, *rest):
-        norm = weights["model.norm.weight"]
-        changes = {"left over": {"more": norm.clone()}, "changed": {"model.norm.weight": -norm}}
-        weights = {**weights, **changes.get(damage, {})}
-        if damage == "missing":
-            del weights["model.norm.weight"]
-        whole(weights, *rest)
-
-    whole = safetensors.torch.save_file
-    monkeypatch.setattr(safetensors.torch, "save_file", save_file)
-    with pytest.raises(UserError, match="was not written as it should be"):
-        finetune_r1.save(run=run, output=tmp_path / "merged")
+def test_full_disk_ends_in_a_message_and_leaves_nothing(run, tmp_path):
+    """A limit of 50 KiB a file stands in for it: the write fails in the same place."""
+    line = (
+        f"ulimit -f 50; exec {sys.executable} {SCRIPT} save --run {run} --output {tmp_path}/merged"
+    )
+    done = subprocess.run(["bash", "-c", line], capture_output=True, text=True)
+    assert done.returncode == 1 and "disk" in done.stderr and "Traceback" not in done.stderr
     assert not list(tmp_path.iterdir())
 
 
-def merge(base, adapter, folder):
-    return finetune_r1.Merge("", base, adapter, folder).walk(finetune_r1.load_tokenizer(adapter))
+# ------------------------------------------------------------------------------------------- the base
 
 
-def test_file_by_file_the_weights_are_pefts_own_bit_for_bit(run, tiny_r1, tmp_path, monkeypatch):
-    """Also where base and result are spread over several files."""
-    from peft import PeftModel
-    from safetensors.torch import load_file
-    from transformers import AutoModelForCausalLM
-
-    base = AutoModelForCausalLM.from_pretrained(tiny_r1, dtype="auto")
-    base.save_pretrained(tmp_path / "base", max_shard_size="100KB")
-    monkeypatch.setattr(finetune_r1, "SHARD", 70_000)
-    merge(tmp_path / "base", run / "adapter", tmp_path / "merged")
-    PeftModel.from_pretrained(base, run / "adapter").merge_and_unload().save_pretrained(
-        tmp_path / "pefts"
-    )
-
-    def weights(folder):
-        files = sorted(folder.glob("*.safetensors"))
-        return {name: weight for file in files for name, weight in load_file(file).items()}
-
-    files = {path.name for path in (tmp_path / "merged").glob("model-*")}
-    index = finetune_r1.read_json(tmp_path / "merged" / "model.safetensors.index.json")
-    ours, pefts, before = (weights(tmp_path / name) for name in ("merged", "pefts", "base"))
-    assert len(files) > 3 and files == set(index["weight_map"].values())
-    assert ours.keys() == pefts.keys() == index["weight_map"].keys()
-    assert all(ours[name].equal(pefts[name]) for name in ours)
-    changed = {name.split(".")[-2] for name in ours if not ours[name].equal(before[name])}
-    assert changed == set(Run(run).config.target_modules.split(","))
+def test_quantized_base_asks_for_the_16_bit_one(run, tiny_four_bit, tiny_r1, tmp_path):
+    """Also one whose name does not say so."""
+    for name in ("base", "base-unsloth-bnb-4bit"):
+        quantized = shutil.copytree(tiny_four_bit, tmp_path / name)
+        copy = untouched_copy(run, tmp_path / f"run-{name}")
+        name_base(copy.folder, str(quantized))
+        with pytest.raises(UserError, match="is quantized") as refused:
+            finetune_r1.save(run=copy.folder)
+        assert "--model PATH" in refused.value.hint
+        assert finetune_r1.save(run=copy.folder, model=str(tiny_r1))["adapter_effect_kept"] > 0.9
 
 
-def test_biases_and_an_output_layer_that_is_the_embedding_are_walked_through_too(
-    tiny_qwen, hub, tmp_path, monkeypatch
-):
-    """Also file by file, where the embedding is downloaded once more."""
-    import torch
-    from peft import LoraConfig, get_peft_model
-    from safetensors.torch import load_file
-    from transformers import AutoConfig, AutoModelForCausalLM
-
-    settings = AutoConfig.from_pretrained(tiny_qwen, tie_word_embeddings=True)
-    base = AutoModelForCausalLM.from_config(settings, dtype=torch.bfloat16)
-    base.save_pretrained(tmp_path / "base", max_shard_size="200KB")
-    add_base(hub, tmp_path / "base")
-    lora = LoraConfig(
-        target_modules=["q_proj", "down_proj"], init_lora_weights=False, task_type="CAUSAL_LM"
-    )
-    tuned = get_peft_model(base, lora)
-    tuned.save_pretrained(tmp_path / "adapter")
-    tokenizer = finetune_r1.load_tokenizer(tiny_qwen)
-    source = finetune_r1.download_model("org/base", weights=False)
-    monkeypatch.setattr(finetune_r1, "SHARD", 100_000)
-    found = finetune_r1.Merge("org/base", source, tmp_path / "adapter", tmp_path / "merged").walk(
-        tokenizer
-    )
-    assert finetune_r1.check_merge(*found)["adapter_share"] == pytest.approx(1, abs=0.05)
-    assert (
-        not list(tmp_path.glob("hub/*/snapshots/*/*.safetensors")) and torch.isfinite(found).all()
-    )
-    merged = tuned.merge_and_unload().state_dict()
-    files = list((tmp_path / "merged").glob("*.safetensors"))
-    ours = {name: weight for file in files for name, weight in load_file(file).items()}
-    assert len(files) > 2 and merged.keys() - ours.keys() == {"lm_head.weight"}
-    assert all(weight.equal(merged[name]) for name, weight in ours.items())
-
-
-def test_the_scale_of_rslora_is_pefts_too(run, tiny_r1, tmp_path):
-    from peft import PeftModel
-    from safetensors.torch import load_file
-    from transformers import AutoModelForCausalLM
-
-    adapter = shutil.copytree(run / "adapter", tmp_path / "adapter")
-    settings = finetune_r1.read_json(adapter / "adapter_config.json") | {
-        "use_rslora": True,
-        "lora_alpha": 5,
-    }
-    finetune_r1.write_json(adapter / "adapter_config.json", settings)
-    merge(tiny_r1, adapter, tmp_path / "merged")
-    base = AutoModelForCausalLM.from_pretrained(tiny_r1, dtype="auto")
-    PeftModel.from_pretrained(base, adapter).merge_and_unload().save_pretrained(tmp_path / "pefts")
-    ours, pefts = (load_file(tmp_path / name / "model.safetensors") for name in ("merged", "pefts"))
-    assert all(ours[name].equal(pefts[name]) for name in pefts)
-
-
-def test_what_old_versions_saved_beside_the_weights_does_not_stop_a_merge(run, tiny_r1, tmp_path):
-    import torch
-    from safetensors.torch import load_file, save_file
-
-    base, extra = (
-        shutil.copytree(tiny_r1, tmp_path / "base"),
-        "model.layers.0.self_attn.rotary_emb.inv_freq",
-    )
-    file = sorted(base.glob("*.safetensors"))[0]
-    save_file({**load_file(file), extra: torch.ones(8)}, file, {"format": "pt"})
-    merge(base, run / "adapter", tmp_path / "merged")
-    assert extra not in load_file(tmp_path / "merged" / "model.safetensors")
-
-
-def test_weights_of_an_adapter_that_find_no_place_are_not_left_out_in_silence(
-    run, tiny_r1, tmp_path
-):
-    with pytest.raises(UserError, match="do not fit"):
-        merge(tiny_r1, more_layers(run / "adapter", tmp_path), tmp_path / "merged")
-
-
-def more_layers(adapter, tmp_path):
-    """The adapter with one more layer than the base."""
-    from safetensors.torch import load_file, save_file
-
-    folder = shutil.copytree(adapter, tmp_path / "more")
-    weights = load_file(folder / "adapter_model.safetensors")
-    for name, weight in list(weights.items()):
-        if ".layers.1." in name:
-            weights[name.replace(".layers.1.", ".layers.2.")] = weight.clone()
-    save_file(weights, folder / "adapter_model.safetensors")
-    return folder
-
-
-def test_a_quantized_base_is_not_merged_into(run, tiny_four_bit, tmp_path):
-    """One that is quantized without its name saying so."""
-    quantized = shutil.copytree(tiny_four_bit, tmp_path / "base")
-    copy = shutil.copytree(run, tmp_path / "run", ignore=shutil.ignore_patterns("merged*"))
-    name_base(copy, str(quantized))
-    with pytest.raises(UserError, match="is quantized"):
-        finetune_r1.save(run=copy)
-
-
-def test_an_adapter_that_was_never_trained_is_not_merged():
-    import torch
-
-    same = torch.ones(3, 5)
-    with pytest.raises(UserError, match="never trained"):
-        finetune_r1.check_merge(same, same, same)
-
-
-@pytest.mark.parametrize("times", [0, 2])
-def test_a_lost_or_doubled_adapter_is_caught(times):
-    """The probe itself: logits in which the adapter's effect is there `times` times, and rounding noise."""
-    import torch
-
-    torch.manual_seed(0)
-    base, effect, noise = torch.randn(3, 50, 200).unbind(0)
-    tuned = base + 0.3 * effect
-    assert (
-        finetune_r1.check_merge(base, tuned, base + 0.3 * effect + 0.05 * noise)["adapter_share"]
-        > 0.9
-    )
-    with pytest.raises(UserError, match="do not act as base"):
-        finetune_r1.check_merge(base, tuned, base + times * 0.3 * effect + 0.05 * noise)
-
-
-@pytest.mark.parametrize(("share", "said"), [(0.95, False), (0.81, True), (0.55, True)])
-def test_a_good_merge_of_which_rounding_swallows_a_part_is_saved_and_the_part_is_told(
-    share, said, capsys
-):
-    """As of a short training, whose changes are as small as the steps between 16-bit numbers."""
-    import torch
-
-    torch.manual_seed(0)
-    base, effect, noise = torch.randn(3, 50, 200).unbind(0)
-    found = finetune_r1.check_merge(base, base + effect, base + share * effect + 0.5 * noise)
-    assert found["adapter_share"] == pytest.approx(share, abs=0.05)
-    assert ("of the adapter's effect" in capsys.readouterr().err) == said
-
-
-@pytest.mark.parametrize("times", [0, 3])
-def test_a_failed_check_leaves_no_folder(run, tmp_path, monkeypatch, times):
-    """A merge that loses the adapter or has it twice, as some have: nothing may look saved afterwards."""
-    copy, walk = tmp_path / "run", finetune_r1.Merge.walk
-    shutil.copytree(run, copy, ignore=shutil.ignore_patterns("merged*"))
-
-    def wrong(merge, tokenizer):
-        merge.scale *= times
-        return walk(merge, tokenizer)
-
-    monkeypatch.setattr(finetune_r1.Merge, "walk", wrong)
-    with pytest.raises(UserError, match="Nothing was saved"):
-        finetune_r1.save(run=copy)
-    assert not list(copy.glob("*merged*"))
-
-
-def test_the_check_has_the_logits_of_base_of_peft_and_of_what_was_saved(
-    run, merged, tiny_r1, tmp_path
-):
-    """Though all three are of one walk through the base."""
-    import torch
-    from peft import PeftModel
-    from transformers import AutoModelForCausalLM
-
-    found = merge(tiny_r1, run / "adapter", tmp_path / "merged")
-    questions = prompts.BEFORE_AFTER.items()
-    text = "\n".join(prompts.build_prompt(question, lang) for lang, question in questions)
-    batch = finetune_r1.load_tokenizer(run / "adapter")(text, return_tensors="pt")
-    plain = AutoModelForCausalLM.from_pretrained(merged, dtype="auto")
-    base = AutoModelForCausalLM.from_pretrained(tiny_r1, dtype="auto")
-    with torch.no_grad():
-        expected = [
-            base(**batch),
-            PeftModel.from_pretrained(base, run / "adapter")(**batch),
-            plain(**batch),
-        ]
-    effect = (found[1] - found[0]).norm()
-    for ours, theirs in zip(found, expected, strict=True):
-        assert (ours - theirs.logits[0].float()).norm() < 0.05 * effect
-
-
-def test_an_adapter_that_was_never_trained_changes_no_bit(run, tiny_r1, tmp_path):
-    from safetensors.torch import load_file, save_file
-
-    adapter = shutil.copytree(run / "adapter", tmp_path / "adapter")
-    weights = load_file(adapter / "adapter_model.safetensors")
-    for name in weights:
-        weights[name] = weights[name] * ("lora_A" in name)
-    save_file(weights, adapter / "adapter_model.safetensors")
-    with pytest.raises(UserError, match="never trained"):
-        finetune_r1.check_merge(*merge(tiny_r1, adapter, tmp_path / "merged"))
-
-
-def test_a_disk_that_takes_no_more_ends_in_a_message_and_leaves_nothing(run, tmp_path):
-    """A limit of 100 KiB a file stands in for the full disk: the write fails in the same place."""
-    save = (
-        f"ulimit -f 100; exec {sys.executable} {SCRIPT} save --run {run} --output {tmp_path}/merged"
-    )
-    done = subprocess.run(["bash", "-c", save], capture_output=True, text=True)
-    assert done.returncode == 1 and "next:" in done.stderr and "disk" in done.stderr
-    assert "Traceback" not in done.stderr and not list(tmp_path.iterdir())
-
-
-def test_the_16_bit_base_is_found_behind_a_quantized_name(run, tiny_r1, tmp_path):
-    renamed = tmp_path / "tiny-unsloth-bnb-4bit"
+def test_16_bit_folder_beside_a_quantized_one_is_taken(run, tiny_four_bit, tiny_r1, tmp_path):
     shutil.copytree(tiny_r1, tmp_path / "tiny")
-    copy = tmp_path / "run"
-    shutil.copytree(run, copy, ignore=shutil.ignore_patterns("merged*"))
-    name_base(copy, str(renamed))
-    assert finetune_r1.save(run=copy)["adapter_share"] > 0.9
+    quantized = shutil.copytree(tiny_four_bit, tmp_path / "tiny-unsloth-bnb-4bit")
+    copy = untouched_copy(run, tmp_path / "run")
+    name_base(copy.folder, str(quantized))
+    assert finetune_r1.save(run=copy.folder)["adapter_effect_kept"] > 0.9
+
+
+def test_base_that_has_moved_is_named_by_model(run, tiny_r1, tmp_path):
+    copy = untouched_copy(run, tmp_path / "run")
+    name_base(copy.folder, str(tmp_path / "gone" / "8b"))
+    with pytest.raises(UserError) as refused:
+        finetune_r1.save(run=copy.folder)
+    assert "--model PATH" in refused.value.hint
+    assert finetune_r1.save(run=copy.folder, model=str(tiny_r1))["adapter_effect_kept"] > 0.9
+
+
+PUBLISHED = {
+    "a name on the Hub": ("org/base", None, "org/base"),
+    "a moved repository": ("org/base", "org/renamed", "org/renamed"),
+    "a folder, named": ("FOLDER", "org/base", "org/base"),
+    "a folder": ("FOLDER", None, None),
+    "Kaggle's folder, which is gone": ("/kaggle/input/deepseek-r1/transformers/8b/2", None, None),
+}
+
+
+@pytest.mark.parametrize(("model", "named", "published"), PUBLISHED.values(), ids=PUBLISHED)
+def test_published_base_is_never_guessed(run, tiny_r1, tmp_path, hub, model, named, published):
+    """A folder's own card names its parent, whose weights are others of the same shapes."""
+    copy = untouched_copy(run, tmp_path / "run")
+    name_base(copy.folder, model.replace("FOLDER", str(tiny_r1)))
+    for adapter_only in (False, True):
+        if published:
+            assert (
+                finetune_r1.published_base_name(copy.config.model, named, adapter_only) == published
+            )
+        else:
+            with pytest.raises(UserError) as refused:
+                finetune_r1.published_base_name(copy.config.model, named, adapter_only)
+            assert "--base-model OWNER/NAME" in refused.value.hint
+
+
+def test_second_generation_keeps_licence_and_base_of_the_first(run, merged, tmp_path, hub):
+    """The card says so; its adapter fits the first generation alone, whose name it needs."""
+    from huggingface_hub import ModelCard
+
+    first = shutil.copytree(merged, tmp_path / "merged")
+    card = ModelCard.load(first / "README.md")
+    assert card.data.license == "llama3.1" and card.data.base_model is None, "a folder has no name"
+    card.data.base_model = "org/base"
+    card.save(first / "README.md")
+    copy = untouched_copy(run, tmp_path / "run")
+    name_base(copy.folder, str(first))
+    assert finetune_r1.published_base_name(str(first), None) == "org/base"
+    with pytest.raises(UserError, match="unknown"):
+        finetune_r1.published_base_name(str(first), None, adapter_only=True)
+    finetune_r1.save(run=copy.folder)
+    second = ModelCard.load(copy / "merged" / "README.md")
+    assert (second.data.license, second.data.base_model) == ("llama3.1", "org/base")
+    assert "# org/base, fine-tuned again on medical chains of thought" in second.text
+    settings = read_json(copy / "merged" / "adapter" / "adapter_config.json")
+    assert settings["base_model_name_or_path"] is None
+
+
+def test_adapter_settings_hold_nothing_that_older_peft_refuses(run):
+    """Loaded by PEFT 0.13 and 0.15: see bench/NOTES.md."""
+    settings = finetune_r1.adapter_settings(run / "adapter", "org/base")
+    assert set(settings) <= {
+        "base_model_name_or_path", "peft_type", "task_type", "inference_mode", "r", "lora_alpha",
+        "target_modules", "lora_dropout", "use_rslora", "bias",
+    }  # fmt: skip
+    assert json.dumps(settings) and settings["base_model_name_or_path"] == "org/base"
+
+
+@pytest.mark.parametrize("text", ["[]", "{", '"r"'])
+def test_adapter_settings_that_are_foreign_json_are_named(run, tmp_path, text):
+    copy = untouched_copy(run, tmp_path / "run")
+    (copy / "adapter" / "adapter_config.json").write_text(text)
+    with pytest.raises(UserError, match=r"adapter_config\.json is not"):
+        finetune_r1.save(run=copy.folder)

@@ -198,10 +198,24 @@ def test_poisoned_checkpoint_runs_no_code(stopped, tmp_path):
 # ---------------------------------------------------------------------------------- what is resumed
 
 
-def test_resumed_run_loses_what_was_derived_from_an_earlier_adapter(stopped, undisturbed, told):
-    for name in ("merged", "gguf"):
-        (stopped / name).mkdir()
-    for name in ("eval.json", "eval.png", "eval-medqa-test-77e0.json", "evaluated by hand.txt"):
+def test_a_run_whose_time_is_over_has_an_adapter_that_can_be_asked_evaluated_and_saved(
+    stopped, capsys
+):
+    assert stopped.record["status"] == "stopped" and stopped.last_step == 3
+    assert list(losses(stopped)) == [1, 2, 3] and (stopped / "README.md").exists()
+    answer = finetune_r1.infer(SHORT, as_json=True, question="Why?", run=stopped.folder)
+    assert answer["tokens"] == 4
+    assert finetune_r1.eval_(EvalConfig(max_new_tokens=4, answers=0), stopped.folder)["rows"] == 4
+    assert finetune_r1.save(run=stopped.folder)["saved"] == str(stopped / "merged")
+
+
+def test_it_goes_on_in_its_folder_to_the_undisturbed_runs_end_without_what_was_made_of_the_earlier_adapter(
+    stopped, undisturbed, told
+):
+    (stopped / "merged").mkdir()
+    (stopped / "evaluated by hand.txt").touch()
+    stopped.update(saved={"folder": "merged", "hashes": {}, "adapter_effect_kept": 1.0})
+    for name in ("eval.json", "eval.png", "eval-medqa-test-77e0.json"):
         (stopped / name).touch()
     stopped.update(saved={"folder": "merged", "files": {}, "checked": {}})
     done = told(["train", "--resume"], stopped.folder.parent.parent)
@@ -317,6 +331,149 @@ def test_full_disk_stops_the_run_and_leaves_the_last_checkpoint(
     assert [path.name for path in run.checkpoints] == ["checkpoint-2"]
     resume(run)
     assert same(run, undisturbed)
+
+
+# -------------------------------------------------------------------------------------------- other long work
+
+
+@pytest.fixture(scope="module")
+def questions(tmp_path_factory):
+    path = tmp_path_factory.mktemp("questions") / "questions.jsonl"
+    rows = [{"Question": f"What is {'very ' * n}bad?", "Response": str(n)} for n in range(20)]
+    finetune_r1.write_jsonl(path, rows)
+    return path
+
+
+@pytest.fixture
+def ask(questions, tmp_path):
+    """Answers the file's questions; returns the answers."""
+
+    def run(output, folder):
+        options = {"run": folder, "file": questions, "output": tmp_path / output, "as_json": True}
+        assert finetune_r1.infer(SHORT, **options) == {
+            "answers": 20,
+            "written": str(tmp_path / output),
+        }
+        return [{**line, "seconds": 0} for line in read_jsonl(tmp_path / output)]
+
+    return run
+
+
+@pytest.fixture
+def render_prompts(monkeypatch):
+    """Notes what is answered, and interrupts at the second batch."""
+    found, generate = [], finetune_r1.LoadedModel.generate
+
+    def interrupted(loaded, questions, *rest):
+        found.append(len(questions))
+        if len(found) == 2:
+            raise KeyboardInterrupt
+        return generate(loaded, questions, *rest)
+
+    monkeypatch.setattr(finetune_r1.LoadedModel, "generate", interrupted)
+    return found
+
+
+def test_answers_to_a_file_go_on_where_they_were_interrupted_and_are_the_same(
+    undisturbed, ask, tmp_path, request
+):
+    whole = ask("whole.jsonl", undisturbed.folder)
+    asked = request.getfixturevalue("asked")
+    with pytest.raises(KeyboardInterrupt):
+        ask("parts.jsonl", undisturbed.folder)
+    assert not (tmp_path / "parts.jsonl").exists()
+    assert ask("parts.jsonl", undisturbed.folder) == whole and asked == [16, 4, 4]
+    assert [line["reference"] for line in whole] == [str(n) for n in range(20)]
+    assert {path.name for path in tmp_path.iterdir()} == {"whole.jsonl", "parts.jsonl"}
+
+
+def test_answers_of_an_adapter_that_was_trained_on_are_not_mixed_with_those_of_before(
+    stopped, ask, asked
+):
+    with pytest.raises(KeyboardInterrupt):
+        ask("parts.jsonl", stopped.folder)
+    resume(stopped)
+    asked.extend([0] * 10)
+    ask("parts.jsonl", stopped.folder)
+    assert asked[-2:] == [16, 4], "all anew"
+
+
+def test_of_two_commands_that_would_write_one_file_the_later_is_refused_before_it_answers(
+    undisturbed, ask, questions, tmp_path, monkeypatch
+):
+    """Their answers differ, as one may write longer ones."""
+    generate, refused = finetune_r1.LoadedModel.generate, []
+    longer = {
+        "run": undisturbed.folder,
+        "file": questions,
+        "output": tmp_path / "one.jsonl",
+        "as_json": True,
+    }
+
+    def meanwhile(loaded, questions, *rest):
+        monkeypatch.setattr(finetune_r1.LoadedModel, "generate", generate)
+        with pytest.raises(filelock.Timeout) as caught:
+            finetune_r1.infer(SamplingConfig(max_new_tokens=8), **longer)
+        refused.append(finetune_r1.advice(caught.value))
+        return generate(loaded, questions, *rest)
+
+    monkeypatch.setattr(finetune_r1.LoadedModel, "generate", meanwhile)
+    ask("one.jsonl", undisturbed.folder)
+    assert "another process is at work" in refused[0]
+
+
+def test_answers_are_not_written_over_those_of_a_command_that_ended_while_the_model_was_loaded(
+    undisturbed, ask, tmp_path, monkeypatch
+):
+    load = finetune_r1.LoadedModel.load_run
+
+    def load_meanwhile(*arguments):
+        (tmp_path / "one.jsonl").write_text("theirs")
+        return load(*arguments)
+
+    monkeypatch.setattr(finetune_r1.LoadedModel, "load_run", load_meanwhile)
+    with pytest.raises(UserError, match="it is there already"):
+        ask("one.jsonl", undisturbed.folder)
+    assert {
+        path.name: path.read_text() for path in tmp_path.iterdir() if path.suffix == ".jsonl"
+    } == {"one.jsonl": "theirs"}
+
+
+def test_a_save_killed_before_or_after_its_weights_have_their_name_can_be_repeated(
+    undisturbed, tmp_path, monkeypatch
+):
+    class Killed(BaseException):
+        pass
+
+    def dies(*_, **__):
+        raise Killed
+
+    run = Run(shutil.copytree(undisturbed.folder, tmp_path / "run"))
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        patch.setattr(Run, "update", dies)
+        finetune_r1.merged_weights(run)
+    merged = finetune_r1.merged_weights(run)
+    merged.rename(run / "elsewhere")  # as if killed in between
+    assert (finetune_r1.merged_weights(run) / "config.json").is_file()
+
+
+def test_the_lost_adapter_of_a_finished_run_is_made_again_by_the_line_that_is_told(
+    undisturbed, told, tmp_path
+):
+    run = Run(shutil.copytree(undisturbed.folder, tmp_path / "run"))
+    refused = told(["train", "--resume", "run"])
+    assert refused.code == 1 and "it is finished" in refused.err
+    shutil.rmtree(run / "adapter")
+    line = re.search(
+        r"finetune_r1.py (train --resume run)`", told(["infer", "Why?", "--run", "run"]).err
+    )
+    done = told(line[1].split())
+    assert done.code == 0 and run.record["status"] == "finished" and same(run, undisturbed), (
+        done.err
+    )
+
+
+# ---------------------------------------------------------------------------------------- on the command line
 
 
 @pytest.mark.slow

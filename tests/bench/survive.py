@@ -280,8 +280,8 @@ def soak(times: int, model: Path, scratch: Path, chance: random.Random) -> list[
                  "--micro-batch", mostly(3, 1, 2), "--split", mostly("train[:0]", "train[:12]", "train"),
                  "--run-dir", mostly(named, f"runs/{chance.randrange(10**6)}")]  # fmt: skip
         others: list[list[Any]] = [
-            ["train", "--resume"], ["train", "--resume", named, "--save-steps", 3], ["save", "--run", named],
-            ["train", "--resume", named, "--lora-r", 4], ["save", "--as", "adapter"],
+            ["train", "--resume"], ["train", "--resume", named, "--max-time", "1s"], ["save", "--run", named],
+            ["train", "--resume", named, "--lora-r", 4], ["save", "--as", "gguf"],
             ["eval", "--run", named, "--answers", 1, "--max-new-tokens", 2],
             ["infer", "Why?", "--run", named, "--max-new-tokens", 2],
             ["push", "--repo", "a/b", "--dry-run", "--run", named],

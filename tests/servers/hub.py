@@ -1,9 +1,9 @@
 """A small Hugging Face Hub on loopback, for the unmodified client, with Xet or with HF_HUB_DISABLE_XET=1.
 
-Serves models and datasets: whoami, create_repo, repo_info, list_repo_tree, paths-info, commits (regular, Xet
-and LFS files, deletions), pull requests made by a commit, README.md's YAML, downloads with Range, and with
-them snapshot_download and datasets.load_dataset. Large files go over Xet (xet.py) or LFS as the client asks
-for; what add_repo puts in a repo is there over both; what came by LFS, and files that add_repo was given by
+Serves models and datasets: whoami, create_repo, auth_check, repo_info, list_repo_tree, paths-info, commits
+(regular, Xet and LFS files, deletions), pull requests made by a commit, README.md's YAML, downloads with Range,
+and with them snapshot_download and datasets.load_dataset. Large files go over Xet (xet.py) or LFS as the client
+asks for; what add_repo puts in a repo is there over both; what came by LFS, and files that add_repo was given by
 their paths, go by plain HTTP.
 Doesn't serve branches other than main, tags, refs, discussions, uploads in parts, merges, copies from another
 repo, gated repos, paged listings, redirects to a CDN or `expand`. Those answer 501 or are left out. Of a
@@ -238,6 +238,10 @@ class HubServer(LoopbackServer):
         rows = listing(self.repo(request).at(request.params["rev"]))
         return Reply([rows[path] for path in request.form().get("paths", []) if path in rows])
 
+    def auth_check(self, request: Request) -> Reply:
+        self.repo(request, write=bool(request.params["write"]))
+        return Reply({})
+
     def preupload(self, request: Request) -> Reply:
         tree, answer = self.repo(request, write=True).at(request.params["rev"]).tree, []
         for asked in request.json()["files"]:
@@ -362,6 +366,7 @@ class HubServer(LoopbackServer):
         ("POST", "/api/validate-yaml", validate_yaml),
         ("POST", "/api/repos/create", create_repo),
         ("GET", API + f"(/revision{REV})?", repo_info),
+        ("GET", API + "/auth-check(?P<write>/write)?", auth_check),
         ("GET", API + f"/tree{REV}(/(?P<path>.+))?", tree),
         ("POST", API + f"/paths-info{REV}", paths_info),
         ("POST", API + f"/preupload{REV}", preupload),
