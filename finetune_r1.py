@@ -4492,84 +4492,104 @@ def print_pair(pair: dict[str, Any], out: Callable[[str], None]) -> None:
         out(f"{title}, the answer:\n{prompts.fold(pair[side]['answer']) or '(none)'}")
 
 
-@command
-def eval_(config: EvalConfig, run: RunOption = None) -> dict[str, Any]:
-    """Compare base and tuned on new rows or multiple choice."""
-    # Which rows: those that the run held out, or others, whose evaluation has a file of its own.
-    found = Run.find(run)
-    settings, adapter, answers = found.config, found.adapter, config.answers
-    changed: dict[str, Any] = {}
+def evaluation_rows(run: Run, config: EvalConfig) -> tuple[str, TrainConfig]:
+    """Which rows to evaluate on, as settings, and the report's name: each set of rows has its own."""
+    trained = run.config
     columns = ("question_col", "cot_col", "response_col")
+    changed: dict[str, Any] = {}
     for option in ("dataset", "subset", "split", *columns):
         if getattr(config, option) is not None:
             changed[option] = getattr(config, option)
-    if config.dataset and not config.subset:
-        changed["subset"] = None  # the run's is another dataset's
     if changed:
-        words = (
+        words = [
             "eval",
             Path(config.dataset or "").stem,
-            config.subset,
-            config.split,
+            config.subset or "",
+            config.split or "",
             fingerprint(changed)[:4],
-        )
-        name = re.sub(r"\W+", "-", " ".join(filter(None, words)))
-    elif settings.eval_rows:
-        name, changed = "eval", {"dataset": str(found / "held_out.jsonl"), "split": "train"}
-        changed |= dict(zip(columns, RECIPE_COLUMNS, strict=True))
+        ]
+        name = "-".join(re.findall(r"\w+", " ".join(words)))
+        if config.dataset and not config.subset:
+            changed["subset"] = None  # the run's is another dataset's
+    elif trained.eval_rows:
+        name = "eval"
+        changed = {
+            "dataset": str(run / "held_out.jsonl"),
+            "split": "train",
+            **dict(zip(columns, RECIPE_COLUMNS, strict=True)),
+        }
     else:
         raise UserError(
-            f"{found} held no rows out.", 'name others, such as --split "train[500:520]"'
+            f"--run {run} has no held-out rows.",
+            hint='name other rows, such as --split "train[500:520]"',
         )
-    asked = dataclasses.replace(settings, **changed, eval_rows=0)
-    records, trained = read_records(asked), trained_questions(found)
+    return name, dataclasses.replace(trained, **changed, eval_rows=0)
 
-    # Of them those that can be graded and are new to the model.
-    choice_columns = [
-        pair for pair in prompts.CHOICE_COLUMNS if set(pair) <= set(records.column_names)
-    ]
-    choices, new, unkeyed = [], [], 0
-    if choice_columns:
-        if not answers:
-            raise UserError(
-                "--answers 0: multiple choice is graded by its answers.", "leave the option out"
-            )
-        records = records.take(min(answers, len(records)))
-        for record in records:
-            choice = prompts.parse_multiple_choice(record, choice_columns[0])
-            if not choice:
-                unkeyed += 1
-            elif not (trained(choice.question) or trained(choice.text)):
-                choices.append(choice)
-    else:
-        check_columns(records, asked)
-        for number, record in enumerate(records):
-            if not trained(prompts.read_record(record, asked.columns, ()).question):
-                new.append(number)
-    known = len(records) - unkeyed - len(choices) - len(new)
-    if unkeyed:
-        log(
-            f"note: {unkeyed} of {len(records)} questions are left out: their key is none of their options"
-        )
-    if known:
-        log(
-            f"note: {known} of {len(records)} questions are left out: trained on, or nearly the same"
-        )
-    if not choices and not new:
+
+def read_choices(records: Any, columns: tuple[str, str], limit: int) -> list[Any]:
+    """The first multiple-choice questions; those whose options or key are unclear are named."""
+    if not limit:
         raise UserError(
-            f"--split {asked.split}: no question is left.", "name another, which has answers"
+            "--answers 0: multiple choice is graded by its answers.",
+            hint="name how many questions to ask",
         )
-    import_unsloth()
-    rows = (
-        [] if choices else prepare_rows(records.select(new), load_tokenizer(adapter), asked).usable
-    )
-    log(f"evaluating {found}")
-    loaded = LoadedModel.load_run(found)
-    report = evaluate(loaded, found, rows, choices, answers, config, name, config.samples)
-    log(
-        f"wrote {found / name}.json, .png, .html with all answers side by side, and the model card",
-        "",
-    )
+    try:
+        base = prompts.number_base(records, columns)
+    except ValueError as error:
+        raise UserError(
+            f"--dataset: {error}.", hint="write letters as keys, or name more rows by --split"
+        ) from None
+    choices, refused = [], []
+    for number, record in enumerate(records.take(min(limit, len(records)))):
+        try:
+            choices.append(prompts.parse_multiple_choice(record, columns, base))
+        except ValueError as error:
+            refused.append(f"  row {number}: {error}")
+    if refused:
+        log(f"skipped {len(refused)} rows without clear options and key:", *refused[:5])
+    return choices
+
+
+@command
+def eval_(config: EvalConfig, run: RunOption = None) -> dict[str, Any]:
+    """Evaluate base vs. fine-tuned on held-out rows or multiple choice."""
+    found = Run.find(run)
+    with found.lock():  # first: a run that is locked or read-only could not keep the report
+        name, asked = evaluation_rows(found, config)
+        records, is_trained = read_records(asked), trained_questions(found)
+
+        # Multiple choice where the columns say so, else rows; no question that was trained on.
+        pairs = [pair for pair in prompts.CHOICE_COLUMNS if {*pair} <= {*records.column_names}]
+        choices, new = [], []
+        if pairs:
+            read = read_choices(records, pairs[0], config.answers)
+            for choice in read:
+                if not is_trained(choice.question) and not is_trained(choice.text):
+                    choices.append(choice)
+        else:
+            check_columns(records, asked)
+            read = records
+            for number, record in enumerate(records):
+                if not is_trained(prompts.read_record(record, asked.columns, ()).question):
+                    new.append(number)
+        skipped = len(read) - len(choices) - len(new)
+        if skipped:
+            log(f"skipped: {skipped} of {len(read)} questions, duplicates of training questions")
+        if skipped == len(read):
+            raise UserError(
+                f"--split {asked.split}: no question is left to ask.",
+                hint="name another split, or --dataset",
+            )
+
+        import_unsloth()
+        rows = []
+        if not choices:
+            tokenizer = load_tokenizer(found.adapter)
+            rows = prepare_rows(records.select(new), tokenizer, asked).usable
+        log(f"evaluating {found}")
+        loaded = LoadedModel.load_run(found)
+        report = evaluate(loaded, found, rows, choices, config.answers, config, name)
+    log(f"wrote {found / name}.json, .png and .html (all answers), and the model card", "")
     return {"run": str(found), **report}
 
 

@@ -9,7 +9,9 @@ the recipe were trained on these bytes. What becomes of a record, as text and as
 given, is decided here too, and what an answer is worth.
 """
 
+import ast
 import collections
+import contextlib
 import functools
 import html
 import itertools
@@ -20,7 +22,7 @@ import statistics
 import string
 import unicodedata
 import zlib
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any, Literal, NamedTuple
 
 Lang = Literal["en", "zh"]
@@ -387,6 +389,12 @@ def build_modelfile(
     return text
 
 
+# ------------------------------------------------------------------------------------ multiple choice
+# Reads multiple-choice records, and the option that an answer settles on, whatever its style.
+# Promises to refuse what is unclear: a record with a true reason, an answer as unread, which is wrong.
+# Leaves published benchmark figures to lm-evaluation-harness.
+
+
 class MultipleChoice(NamedTuple):
     """A multiple-choice question: its options by letter, and the letter of the right one."""
 
@@ -403,38 +411,98 @@ class MultipleChoice(NamedTuple):
         return f"{text}\nSay which option is right."
 
 
-# Columns of options and key: MedQA's, MMLU's, and MedMCQA's, whose options are in four.
-CHOICE_COLUMNS = (("options", "answer_idx"), ("choices", "answer"), ("opa", "cop"))
+# Columns of options and key: MedQA's, MMLU-Pro's, MMLU's, and MedMCQA's, whose options are in four.
+CHOICE_COLUMNS = (
+    ("options", "answer_idx"),
+    ("options", "answer"),
+    ("choices", "answer"),
+    ("opa", "cop"),
+)
+
+
+def read_options(record: dict[str, Any], column: str) -> dict[str, Any]:
+    """A record's options by name, A, B, C … if they have none; ValueError if they are none or unclear."""
+    options = record.get(column)
+    if column == "opa":
+        options = [record.get(name) for name in ("opa", "opb", "opc", "opd")]
+    for parse in (json.loads, ast.literal_eval):  # text in a CSV: JSON, or as pandas writes a list
+        if isinstance(options, str):
+            with contextlib.suppress(ValueError, SyntaxError, TypeError):
+                options = parse(options)
+    pairs = []
+    if isinstance(options, dict):
+        # `datasets` fills in None for a name that only other records have.
+        pairs = [(name, text) for name, text in options.items() if text is not None]
+    elif isinstance(options, list):
+        for letter, option in zip(string.ascii_uppercase, options, strict=False):
+            if isinstance(option, dict):
+                letter = option.get("key", option.get("label"))
+                option = option.get("text", option.get("value"))
+            pairs.append((letter, option))
+    named = {as_name(name): text for name, text in pairs}
+    if not 1 < len(named) == len(pairs) <= 26:
+        raise ValueError(f"{column} is no list of 2 to 26 options: {options!r:.60}")
+    for name, text in named.items():
+        if not isinstance(text, str | int | float) or not str(text).strip():
+            raise ValueError(f"option {name} is empty or no text")
+    if len({str(text).strip() for text in named.values()}) < len(named):
+        raise ValueError("two of its options are the same")
+    return named
+
+
+def as_name(key: Any) -> str:
+    """An option's name, or a key, as it is compared: "(b)" is B, 2.0 is 2."""
+    return str(key).strip(" .:()[]").removesuffix(".0").upper()
+
+
+def fits(options: dict[str, Any], key: Any, base: int | None) -> set[str]:
+    """Names of the options that a key may mean: by name, text, or as a number that counts from `base`."""
+    name, names = as_name(key), list(options)
+    found = {each for each, text in options.items() if text == key or each == name}
+    if base is not None and name.isdecimal() and name not in options:
+        found.update(names[int(name) - base :][:1] if int(name) >= base else [])
+    return found
+
+
+def number_base(records: Iterable[dict[str, Any]], columns: tuple[str, str]) -> int | None:
+    """Whether numbers as keys count from 0 or from 1, of all records; None if no key is a number.
+
+    From 1 where one is the number of options and none is 0, from 0 where one is 0. ValueError where
+    neither or both holds.
+    """
+    seen = set()
+    for record in records:
+        with contextlib.suppress(ValueError):  # `parse_multiple_choice` says what is wrong with it
+            options, key = read_options(record, columns[0]), record.get(columns[1])
+            if as_name(key).isdecimal() and not fits(options, key, None):
+                number = int(as_name(key))
+                seen.add("last" if number == len(options) else min(number, 1))
+    if seen and (0 in seen) == ("last" in seen):
+        told = "both are" if 0 in seen else "neither is"
+        raise ValueError(
+            f"{columns[1]}: counted from 0 or from 1? 0 and the number of options would tell, {told} there"
+        )
+    return int(0 not in seen) if seen else None
 
 
 def parse_multiple_choice(
-    record: dict[str, Any], columns: tuple[str, str]
-) -> MultipleChoice | None:
-    """Reads a record by its columns of options and key, which is an option's name, letter, or number from 0.
+    record: dict[str, Any], columns: tuple[str, str], base: int | None = None
+) -> MultipleChoice:
+    """Reads a record by its columns of options and key; `base` is what `number_base` said of all records.
 
-    None if the key is none of its options, or there is no question.
+    Options are a dict, a list, a list of {"key": "A", "text": …} (or "label", "value"), or any of these as
+    text; or the columns opa to opd. A key is a letter, an option's text, or a number. ValueError with
+    the reason, which doesn't name the row, if the record is none or is unclear.
     """
-    options = record[columns[0]]
-    if columns[0] == "opa":
-        options = [record["opa"], record["opb"], record["opc"], record["opd"]]
-    named = options if isinstance(options, dict) else dict(enumerate(options))
-    # `datasets` fills in None for a name that only other records have.
-    texts = {str(name): str(text) for name, text in named.items() if text is not None}
-    letters = string.ascii_uppercase[: len(texts)]
-    meant: dict[str, str] = {}
-    for names in (
-        map(str, range(len(letters))),
-        letters,
-        texts,
-    ):  # where they clash, the later one counts
-        meant |= dict(zip(names, letters, strict=False))
-    question, right = (
-        record.get("question", record.get("Question")),
-        meant.get(str(record[columns[1]])),
-    )
-    if not question or not right:
-        return None
-    return MultipleChoice(question, dict(zip(letters, texts.values(), strict=False)), right)
+    question = record.get("question", record.get("Question"))
+    if not isinstance(question, str) or not question.strip():
+        raise ValueError("it has no question")
+    options, key = read_options(record, columns[0]), record.get(columns[1])
+    found = fits(options, key, base)
+    if len(found) != 1:
+        raise ValueError(f"its key {key!r} fits {'two' if found else 'none'} of its options")
+    texts = dict(zip(string.ascii_uppercase, map(str, options.values()), strict=False))
+    return MultipleChoice(question, texts, list(texts)[list(options).index(found.pop())])
 
 
 # An answer is read as signs, one for each of its words, and the rules are patterns of signs. A small letter
