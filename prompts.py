@@ -694,7 +694,7 @@ def build_report(
         report["verdict"] += "; general text is predicted worse"
     if problems and compared["reasoning"]["high"] < 0:
         _, before, after, _ = report_rows(report)[-1]
-        report["verdict"] += f"; reasoning lost: {after} problems solved, before {before}"
+        report["verdict"] += f"; reasoning lost: {before} problems solved before, {after} after"
     return report
 
 
