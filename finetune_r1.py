@@ -2625,48 +2625,46 @@ def draw_losses(run: Run) -> dict[str, float]:
     return {"first": round(float(losses.iloc[0]), 4), "last": round(float(losses.iloc[-1]), 4)}
 
 
-# ------------------------------------------------------------------------------------ evaluation
-# Did it help, and what did it cost? The base and the tuned model on the same rows, on general text
-# and on reasoning problems, from the one model in memory; the verdict can be bad. Losses by torch,
-# intervals and words by prompts.py, the picture by matplotlib, the table by rich.
+# --------------------------------------------------------------------------------------- evaluation
+# Did it help, and what did it cost? Base against tuned, from the one model in memory, on the same
+# rows, general text and reasoning problems; a damaged training is never called better. matplotlib
+# draws, rich prints, and prompts.py grades, compares and says in words what came out.
 
 
-def row_losses(loaded: LoadedModel, rows: Any, label: str) -> dict[str, list[float]]:
-    """Mean losses of each row in nats per token: of thought and answer, of the answer; relevance.
+def measure_losses(loaded: LoadedModel, rows: Any, label: str) -> dict[str, list[float]]:
+    """Mean losses in nats per token, of each row and of each passage of general text.
 
-    Relevance is the increase in answer loss when the next row's question and thought stand before
-    the answer. Where both are too long, the beginning of those is cut: Unsloth would cut the answer.
+    Of a row: of thought and answer, of the answer alone, and relevance: the increase in answer loss
+    when the next row's question and thought come before it. Where those are too long, their
+    beginning is left out, as Unsloth would cut off the answer.
     """
     prefixes = []
     for row in rows:
         text = prompts.build_example(row["question"], row["thought"], "", "", loaded.lang)
         prefixes.append(loaded.tokenizer(text)["input_ids"])
+    longest = loaded.model.max_seq_length
     texts = []
     for number, row in enumerate(rows):
         answer = row["input_ids"][len(prefixes[number]) :]
         prefix = prefixes[(number + 1) % len(prefixes)]
-        excess = max(0, len(prefix) + len(answer) - loaded.model.max_seq_length)
+        excess = max(0, len(prefix) + len(answer) - longest)
         mismatched = prefix[:1] + prefix[1 + excess :]  # BOS stays
         texts.append((row["input_ids"], row["prompt_tokens"]))
         texts.append((mismatched + answer, len(mismatched)))
+    for row in read_jsonl(GENERAL_TEXTS):
+        texts.append((loaded.tokenizer(row["text"])["input_ids"][:longest], 1))
     losses = token_losses(loaded, texts, label)
+
+    of_rows, of_passages = losses[: 2 * len(rows)], losses[2 * len(rows) :]
     measures: dict[str, list[float]] = {"loss": [], "answer_loss": [], "relevance": []}
-    for own, mismatched in zip(losses[::2], losses[1::2], strict=True):
+    for own, mismatched in zip(of_rows[::2], of_rows[1::2], strict=True):
         mismatched_loss = statistics.fmean(mismatched)
         answer_loss = statistics.fmean(own[-len(mismatched) :])
         measures["loss"].append(statistics.fmean(own))
         measures["answer_loss"].append(answer_loss)
         measures["relevance"].append(mismatched_loss - answer_loss)
+    measures["general_loss"] = list(map(statistics.fmean, of_passages))
     return measures
-
-
-def general_losses(loaded: LoadedModel, label: str) -> dict[str, list[float]]:
-    """Mean loss of each general passage, in nats per token: what was forgotten shows here."""
-    passages = [row["text"] for row in read_jsonl(GENERAL_TEXTS)]
-    texts = []
-    for ids in loaded.tokenizer(passages)["input_ids"]:
-        texts.append((ids[: loaded.model.max_seq_length], 1))
-    return {"general_loss": list(map(statistics.fmean, token_losses(loaded, texts, label)))}
 
 
 def token_losses(
@@ -2702,8 +2700,6 @@ def answer_fairly(
     loaded: LoadedModel, questions: Sequence[str], config: SamplingConfig
 ) -> list[dict[str, Any]]:
     """Answers of the base, asked by its own chat template if it has one, and of the tuned model."""
-    if not questions:
-        return []
     with loaded.model.disable_adapter():
         before = loaded.generate(questions, config, chat=bool(loaded.own_template))
     after = loaded.generate(questions, config)
@@ -2724,38 +2720,34 @@ def evaluate(
     name: str = "eval",
     reasoning: bool = True,
 ) -> dict[str, Any]:
-    """Compares base and tuned on held-out `rows` or multiple `choices`; writes `name`.json.
+    """Compares base and tuned on held-out `rows`, of which some are answered, or on `choices`.
 
-    Losses are taken on all rows and on general text. Answered are `answers` of the rows, or all
-    choices, and the reasoning problems. Returns the report without the texts.
+    Writes `name`.json, .png and .html into the run; returns the report without the texts.
     """
     # Losses, on the same tokens for both sides.
     base: dict[str, list[float]] = {}
     tuned: dict[str, list[float]] = {}
     if not choices:
         log("", f"losses on {len(rows)} held-out rows and on general text, after and before")
-        tuned.update(row_losses(loaded, rows, "after"))
-        tuned.update(general_losses(loaded, "general text, after"))
+        tuned = measure_losses(loaded, rows, "after")
         with loaded.model.disable_adapter():
-            base.update(row_losses(loaded, rows, "before"))
-            base.update(general_losses(loaded, "general text, before"))
+            base = measure_losses(loaded, rows, "before")
 
     # Answers, graded where one is right. An unclosed thought has no answer, so it is wrong.
     questions = [choice.text for choice in choices] or rows["question"][:answers]
     tasks = read_jsonl(REASONING_PROBLEMS) if reasoning and questions else []
     log(f"answers to {len(questions)} questions and {len(tasks)} problems, before and after")
-    pairs = answer_fairly(loaded, [*questions, *(task["question"] for task in tasks)], config)
-    pairs, problems = pairs[: len(questions)], pairs[len(questions) :]
-    for number, pair in enumerate(pairs):
-        if not choices:
-            pair["reference"] = rows[number]["answer"]
-            pair["reference_thought"] = rows[number]["thought"]
-            continue
-        pair["reference"] = choices[number].key
+    pairs = answer_fairly(loaded, questions, config)
+    problems = answer_fairly(loaded, [task["question"] for task in tasks], config)
+    for pair, row in zip(pairs, rows, strict=False):
+        pair["reference"] = row["answer"]
+        pair["reference_thought"] = row["thought"]
+    for pair, choice in zip(pairs, choices, strict=False):
+        pair["reference"] = choice.key
         for side in prompts.SIDES:
-            letter = prompts.predicted_option(pair[side]["answer"], choices[number].options)
+            letter = prompts.predicted_option(pair[side]["answer"], choice.options)
             pair[side]["chosen"] = letter
-            pair[side]["right"] = letter == pair["reference"]
+            pair[side]["right"] = letter == choice.key
     for pair, task in zip(problems, tasks, strict=True):
         pair["reference"] = str(task["answer"])
         for side in prompts.SIDES:
@@ -2770,16 +2762,14 @@ def evaluate(
 
 def write_report(run: Run, name: str, report: dict[str, Any], config: SamplingConfig) -> None:
     """Writes a report as JSON, picture and page into the run, and into its model card."""
-    trained, sampling = run.config, "the model's own temperature"
-    if config.temperature is not None:
-        sampling = f"temperature {config.temperature:g}"
+    trained = run.config
     details = {
         "run": run.name,
         "model": Path(trained.model).name,
         "date": time.strftime("%Y-%m-%d"),
         "training": f"{trained.max_steps} steps of {trained.effective_batch} rows, "
         f"LoRA rank {trained.lora_r}, learning rate {trained.learning_rate:g}",
-        "answers": f"at most {config.max_new_tokens} tokens, {sampling}, seed {config.seed}",
+        "answers": f"at most {config.max_new_tokens} tokens, seed {config.seed}",
     }
     write_json(run / f"{name}.json", report)
     draw_measures(report, run / f"{name}.png")
@@ -2788,10 +2778,9 @@ def write_report(run: Run, name: str, report: dict[str, Any], config: SamplingCo
 
 
 def draw_measures(report: dict[str, Any], path: Path) -> None:
-    """Draws a row per measure: a dot before, an arrow to a dot after, and its 95% interval.
+    """Draws a row per measure: a dot before, a dot after with its 95% interval, better to the right.
 
-    Better is to the right. Shares lie between 0 and 100%, losses on a scale of at least 0.5 nats,
-    so that a small change looks small.
+    Shares lie between 0 and 100%, losses on at least 0.5 nats: a small change looks small.
     """
     names = [name for name in prompts.REPORTED if name in report]
     figure, axes = pyplot.subplots(figsize=(7, 1.3 + 0.45 * len(names)), layout="constrained")
@@ -2814,21 +2803,20 @@ def draw_measures(report: dict[str, Any], path: Path) -> None:
         axes.plot([0, 1], [y, y], color="0.93", linewidth=7, solid_capstyle="round")
         axes.plot(interval, [y, y], color=color, linewidth=7, alpha=0.25)
         if abs(after - before) > 0.05:
-            arrow = {"arrowstyle": "-|>", "color": color, "shrinkA": 4, "shrinkB": 4}
+            arrow = {"arrowstyle": "-|>", "color": color}
             axes.annotate("", (after, y), (before, y), arrowprops=arrow)
         axes.plot(before, y, "o", color="0.4", markerfacecolor="white", markersize=8)
         axes.plot(after, y, "o", color=color, markersize=8)
-        ends = [min(before, after, *interval) - 0.03, max(before, after, *interval) + 0.03]
-        if after < before:
-            ends.reverse()
-        sides = ("right", "left") if ends[0] < ends[1] else ("left", "right")
-        axes.text(ends[0], y, row[1], color="0.4", ha=sides[0], va="center")
-        axes.text(ends[1], y, row[2], color=color, weight="bold", ha=sides[1], va="center")
+        ends = [(before, row[1], "normal"), (after, row[2], "bold")]
+        first, last = sorted(ends, key=lambda end: end[0])
+        left, right = min(first[0], *interval) - 0.03, max(last[0], *interval) + 0.03
+        axes.text(left, y, first[1], weight=first[2], color="0.3", ha="right", va="center")
+        axes.text(right, y, last[1], weight=last[2], color="0.3", ha="left", va="center")
     axes.set(xlim=(-0.17, 1.17), ylim=(len(names) - 0.5, -0.5), xticks=[])
     labels = [prompts.REPORTED[name].partition(" (")[0] for name in names]
     axes.set_yticks(range(len(names)), labels, fontsize=11)
     axes.tick_params(length=0)
-    axes.spines[:].set_visible(False)
+    axes.set_frame_on(False)
     axes.set_xlabel("○ before    ● after, with its 95% interval    better →", color="0.4")
     title = textwrap.fill(f"{report['rows']} rows: {report['verdict']}", 76)
     figure.suptitle(title, x=0.01, ha="left", fontsize=11)
@@ -2839,9 +2827,7 @@ def draw_measures(report: dict[str, Any], path: Path) -> None:
 
 def print_report(report: dict[str, Any], out: Callable[[str], None] = print_result) -> None:
     """Prints a report as a table under its verdict, within 80 columns."""
-    table = rich_table.Table(box=None, pad_edge=False, header_style="")
-    for heading in prompts.REPORT_HEADINGS:
-        table.add_column(heading)
+    table = rich_table.Table(*prompts.REPORT_HEADINGS, box=None, pad_edge=False, header_style="")
     for row in prompts.report_rows(report):
         table.add_row(*row)
     console = rich_console.Console(width=80, color_system=None, markup=False, highlight=False)
@@ -4494,31 +4480,21 @@ def print_pair(pair: dict[str, Any], out: Callable[[str], None]) -> None:
 
 
 def evaluation_rows(run: Run, config: EvalConfig) -> tuple[str, TrainConfig]:
-    """Which rows to evaluate on, as settings, and the report's name: each set of rows has its own."""
-    trained = run.config
-    columns = ("question_col", "cot_col", "response_col")
+    """The report's name, another for each set of rows, and the settings to read the rows by."""
+    trained, columns = run.config, ("question_col", "cot_col", "response_col")
     changed: dict[str, Any] = {}
     for option in ("dataset", "subset", "split", *columns):
         if getattr(config, option) is not None:
             changed[option] = getattr(config, option)
     if changed:
-        words = [
-            "eval",
-            Path(config.dataset or "").stem,
-            config.subset or "",
-            config.split or "",
-            fingerprint(changed)[:4],
-        ]
-        name = "-".join(re.findall(r"\w+", " ".join(words)))
+        rows = f"{Path(config.dataset or '').stem} {config.subset or ''} {config.split or ''}"
+        name = "-".join(["eval", *re.findall(r"\w+", rows), fingerprint(changed)[:4]])
         if config.dataset and not config.subset:
             changed["subset"] = None  # the run's is another dataset's
     elif trained.eval_rows:
         name = "eval"
-        changed = {
-            "dataset": str(run / "held_out.jsonl"),
-            "split": "train",
-            **dict(zip(columns, RECIPE_COLUMNS, strict=True)),
-        }
+        changed = dict(zip(columns, RECIPE_COLUMNS, strict=True))
+        changed.update(dataset=str(run / "held_out.jsonl"), split="train")
     else:
         raise UserError(
             f"--run {run} has no held-out rows.",
@@ -4530,10 +4506,7 @@ def evaluation_rows(run: Run, config: EvalConfig) -> tuple[str, TrainConfig]:
 def read_choices(records: Any, columns: tuple[str, str], limit: int) -> list[Any]:
     """The first multiple-choice questions; those whose options or key are unclear are named."""
     if not limit:
-        raise UserError(
-            "--answers 0: multiple choice is graded by its answers.",
-            hint="name how many questions to ask",
-        )
+        raise UserError("--answers 0 leaves nothing to grade.", hint="name how many to answer")
     try:
         base = prompts.number_base(records, columns)
     except ValueError as error:
@@ -4575,12 +4548,9 @@ def eval_(config: EvalConfig, run: RunOption = None) -> dict[str, Any]:
                     new.append(number)
         skipped = len(read) - len(choices) - len(new)
         if skipped:
-            log(f"skipped: {skipped} of {len(read)} questions, duplicates of training questions")
+            log(f"skipped {skipped} of {len(read)} questions: duplicates of training questions")
         if skipped == len(read):
-            raise UserError(
-                f"--split {asked.split}: no question is left to ask.",
-                hint="name another split, or --dataset",
-            )
+            raise UserError(f"--split {asked.split}: no question is left.", hint="name another")
 
         import_unsloth()
         rows = []

@@ -591,9 +591,10 @@ def predicted_option(answer: str, options: dict[str, str]) -> str | None:
     return None
 
 
-# ---------------------------------------------------------------------------------------- evaluation
-# What an evaluation says, in the same order on the terminal, the card and the page: the verdict, then
-# what changed, with 95% intervals. A damaged training must never be called better. No library.
+# --------------------------------------------------------------------------------------- evaluation
+# What an evaluation says, in the same order on the terminal, the card and the page: the verdict,
+# then what changed, with 95% intervals. A damaged training must never be called better.
+# Standard library only: neither a grader nor a bootstrap needs more.
 
 SIDES = {"base": "Before", "tuned": "After"}
 Measures = dict[str, list[float]]  # by name, one number per row or answer
@@ -610,7 +611,7 @@ REPORTED = {
     "stopped": "finished by itself",
     "reasoning": "reasoning kept",
 }
-REPORT_HEADINGS = ("", "before", "after", "change (95% interval)")
+REPORT_HEADINGS = ("measure", "before", "after", "change (95% interval)")
 
 
 def last_number(answer: str) -> float | None:
@@ -677,11 +678,9 @@ def build_report(
         compared[name] = compare(before, sides["tuned"][name], seed)
 
     # All closed thoughts together, in characters, which count in every language.
-    thought = reference = 0
-    for pair in pairs:
-        if pair["tuned"]["closed"] and "reference_thought" in pair:
-            thought += len(pair["tuned"]["thought"])
-            reference += len(pair["reference_thought"])
+    closed = [pair for pair in pairs if pair["tuned"]["closed"] and "reference_thought" in pair]
+    thought = sum(len(pair["tuned"]["thought"]) for pair in closed)
+    reference = sum(len(pair["reference_thought"]) for pair in closed)
     report: dict[str, Any] = {
         "verdict": verdict(compared, rows, thought < MIN_THOUGHT_SHARE * reference),
         "rows": rows,
@@ -799,7 +798,7 @@ ANSWERS_PAGE = string.Template("""<!DOCTYPE html>
 <style>
 body { font: 16px/1.5 sans-serif; max-width: 80rem; margin: auto; padding: 1rem; }
 table { border-collapse: collapse; }
-th, td { text-align: left; vertical-align: top; padding: 0.2rem 1rem 0.2rem 0; }
+th, td { text-align: left; vertical-align: top; padding-right: 1rem; }
 section { display: grid; gap: 1rem 2rem; overflow-wrap: anywhere;
   grid-template-columns: repeat(auto-fit, minmax(min(100%, 18rem), 1fr)); }
 pre, h2 { font: inherit; white-space: pre-wrap; margin: 0; }
@@ -820,19 +819,6 @@ $answers
 
 def as_html(report: dict[str, Any], details: dict[str, str]) -> str:
     """A page with the report and all answers side by side; `details` name run, model, settings."""
-    answers = ""
-    for pair in report["pairs"]:
-        answers += f"<h2>{html.escape(pair['question'])}</h2>\n<section>\n"
-        for side, title in SIDES.items():
-            ending = html.escape(how_it_ended(pair[side]))
-            answer, thought = html.escape(fold(pair[side]["answer"])), fold(pair[side]["thought"])
-            answers += f"<div><h3>{title}: {ending}</h3><pre>{answer}</pre>"
-            if thought:
-                answers += "<details><summary>thought</summary>"
-                answers += f"<pre>{html.escape(thought)}</pre></details>"
-            answers += "</div>\n"
-        reference = html.escape(pair["reference"])
-        answers += f"<div><h3>Reference</h3><pre>{reference}</pre></div>\n</section>\n"
     tables = []
     for rows in (details.items(), [REPORT_HEADINGS, *report_rows(report)]):
         table = ""
@@ -841,6 +827,18 @@ def as_html(report: dict[str, Any], details: dict[str, str]) -> str:
             for cell in cells:
                 table += f"<td>{html.escape(cell)}"
         tables.append(table)
+    answers = ""
+    for pair in report["pairs"]:
+        answers += f"<h2>{html.escape(pair['question'])}</h2>\n<section>\n"
+        for side, title in SIDES.items():
+            thought = html.escape(fold(pair[side]["thought"]))
+            answers += f"<div><h3>{title}: {html.escape(how_it_ended(pair[side]))}</h3>"
+            answers += f"<pre>{html.escape(fold(pair[side]['answer']))}</pre>"
+            if thought:
+                answers += f"<details><summary>thought</summary><pre>{thought}</pre></details>"
+            answers += "</div>\n"
+        answers += f"<div><h3>Reference</h3><pre>{html.escape(pair['reference'])}</pre></div>"
+        answers += "</section>\n"
     return ANSWERS_PAGE.substitute(
         title=html.escape(details["run"]),
         verdict=html.escape(report["verdict"].capitalize()),

@@ -1,4 +1,4 @@
-"""Evaluation: base against tuned on rows that were not trained on, and a verdict that can be bad."""
+"""Evaluation: base against tuned on rows not trained on, and a verdict that can be bad."""
 
 import dataclasses
 import datetime
@@ -73,14 +73,14 @@ def compared(base, tuned):
     return prompts.compare(base, tuned, seed=1)
 
 
-# ----------------------------------------------------------------------------------------- losses
+# ------------------------------------------------------------------------------------------- losses
 
 
 def test_losses_are_means_over_the_tokens_they_name(untrained, held_out):
     """By hand, from the model's own logits: of thought and answer, and of the answer alone."""
     import torch
 
-    found, row = finetune_r1.row_losses(untrained, held_out, "now"), held_out[0]
+    found, row = finetune_r1.measure_losses(untrained, held_out, "now"), held_out[0]
     with torch.no_grad():
         logits = untrained.model(input_ids=torch.tensor([row["input_ids"]])).logits[0].float()
     learned = range(row["prompt_tokens"], row["tokens"])
@@ -105,11 +105,11 @@ def test_relevance_is_measured_on_whole_answers_where_rows_only_just_fit(
     hook = untrained.model.register_forward_pre_hook(
         lambda _, __, given: lengths.append(given["input_ids"].shape[1]), with_kwargs=True
     )
-    plain = finetune_r1.row_losses(untrained, rows, "now")
+    plain = finetune_r1.measure_losses(untrained, rows, "now")
     assert max(lengths) > max(rows["tokens"])
     lengths.clear()
     monkeypatch.setattr(untrained.model, "max_seq_length", max(rows["tokens"]))
-    found = finetune_r1.row_losses(untrained, rows, "now")
+    found = finetune_r1.measure_losses(untrained, rows, "now")
     hook.remove()
     assert max(lengths) == max(rows["tokens"])
     assert found["loss"] == plain["loss"] and found["answer_loss"] == plain["answer_loss"]
@@ -119,7 +119,7 @@ def test_relevance_is_measured_on_whole_answers_where_rows_only_just_fit(
 def test_general_loss_is_the_mean_of_each_passage_without_a_prompt(untrained, monkeypatch):
     import torch
 
-    found = finetune_r1.general_losses(untrained, "now")["general_loss"]
+    found = finetune_r1.measure_losses(untrained, [], "now")["general_loss"]
     passages = [row["text"] for row in read_jsonl(finetune_r1.GENERAL_TEXTS)]
     ids = torch.tensor([untrained.tokenizer(passages[7])["input_ids"]])
     with torch.no_grad():
@@ -128,7 +128,7 @@ def test_general_loss_is_the_mean_of_each_passage_without_a_prompt(untrained, mo
     assert len(found) == 40 and found[7] == pytest.approx(by_hand, abs=1e-3)
     monkeypatch.setattr(untrained.model, "max_seq_length", 50)
     by_hand = float(torch.nn.functional.cross_entropy(scores[:49], ids[0, 1:50]))
-    cut = finetune_r1.general_losses(untrained, "now")["general_loss"]
+    cut = finetune_r1.measure_losses(untrained, [], "now")["general_loss"]
     assert cut[7] == pytest.approx(by_hand, abs=1e-3)
 
 
@@ -139,7 +139,7 @@ def test_general_texts_forge_no_structure(r1_tokenizer):
     assert not any(prompts.find_marker(row["text"], special) for row in rows)
 
 
-# ------------------------------------------------------------------------------------ one evaluation
+# ----------------------------------------------------------------------------------- one evaluation
 
 
 def test_an_untrained_adapter_changes_nothing_and_the_base_is_asked_by_its_chat_template(
@@ -191,7 +191,7 @@ def test_answers_are_graded_by_option_and_by_last_number(untrained, run, monkeyp
 
     monkeypatch.setattr(LoadedModel, "generate", generate)
     choices = [prompts.MultipleChoice("Why <b>so</b>?", REST, key) for key in "BBBBBBBBBA"]
-    report = finetune_r1.evaluate(untrained, run, None, choices, 10, SHORT)
+    report = finetune_r1.evaluate(untrained, run, [], choices, 10, SHORT)
     assert report["accuracy"] | {"low": 0, "high": 0} == {
         "base": 0.1, "tuned": 0.9, "difference": 0.8, "low": 0, "high": 0
     }  # fmt: skip
@@ -205,7 +205,7 @@ def test_answers_are_graded_by_option_and_by_last_number(untrained, run, monkeyp
     assert page.count("<section>") == 34 and "&lt;b&gt;so&lt;/b&gt;" in page and "<b>" not in page
 
 
-# ---------------------------------------------------------------------------------- the eval command
+# --------------------------------------------------------------------------------- the eval command
 
 
 def test_eval_prints_one_table_within_80_columns_and_draws_it_on_the_card(run, told):
@@ -240,7 +240,7 @@ def test_eval_of_other_rows_skips_duplicates_of_training_questions(run, told, tm
     columns = ["--question-col", "q", "--cot-col", "why", "--response-col", "a"]
     done = told([*line, "train", *columns, "--answers", 0, "--json"])
     assert done.code == 0 and json.loads(done.out)["rows"] == 2, done.err
-    assert "skipped: 2 of 4 questions, duplicates of training questions" in done.err
+    assert "skipped 2 of 4 questions: duplicates of training questions" in done.err
     [report] = run.folder.glob("eval-mine-train-????.json")
     assert not (run / "eval.json").exists() and report.with_suffix(".html").exists()
     done = told([*line, "train[:2]", *columns])
@@ -263,7 +263,7 @@ def test_eval_grades_multiple_choice_and_names_the_rows_it_refuses(run, told, tm
     assert report["rows"] == report["answers"] == 1 and "loss" not in report
     assert report["unread"]["tuned"] == 1 and report["accuracy"]["tuned"] == 0
     assert "skipped 1 rows without clear options and key" in done.err and "row 2: " in done.err
-    assert "skipped: 1 of 2 questions, duplicates" in done.err
+    assert "skipped 1 of 2 questions: duplicates" in done.err
     assert "| accuracy | 0.0% | 0.0% | +0.0 (" in (run / "README.md").read_text()
     done = told([*line, "--answers", 0])
     assert done.code == 1 and "--answers 0" in done.err
@@ -309,7 +309,7 @@ def test_the_card_shows_the_largest_evaluation_of_each_kind(run):
     assert re.findall(r"\((eval\S*)\.png\)", card) == ["eval", "eval-medqa-test-77e0"]
 
 
-# --------------------------------------------------------------------------------- reasoning problems
+# ------------------------------------------------------------------------------- reasoning problems
 
 
 def orders(names, allowed):
@@ -331,7 +331,7 @@ def test_the_answers_of_the_reasoning_problems_are_right():
         days_late * 0.2,
         [day.day for day in june if day.strftime("%a") == "Sat"][3],
         len(range(1, 20)[7:9]),
-        max(next(box for box in boxes if [box[0] + box[1], box[1] + box[2], box[0] + box[2]] == [23, 31, 28])),
+        max(next((a, b, c) for a, b, c in boxes if (a + b, b + c, a + c) == (23, 31, 28))),
         80 * 1.25 * 0.8 - 7.5,
         max(people for people in range(99) if people * 75 <= 1200 and people * 125 <= 1750),
         3 + (4 * 9 - 4 * 3) / 6,
@@ -379,7 +379,7 @@ def test_the_last_number_of_an_answer_is_read(answer, number):
     assert prompts.last_number(answer) == number
 
 
-# ------------------------------------------------------------------------------------------ the verdict
+# -------------------------------------------------------------------------------------- the verdict
 
 FELL, ROSE = compared([3.0, 3.1, 2.9], [2.0, 2.2, 1.8]), compared([2.0, 2.2, 1.8], [3.0, 3.1, 2.9])
 EITHER = compared([1.0, 3.0], [3.0, 1.0])
@@ -430,7 +430,11 @@ def test_a_training_that_unlearned_to_think_is_not_called_better(words, verdict)
         (0.08, 21, "question-specific"),
         (-1.0, 24, "question-specific"),
         (0.2, 22, "question-specific; general text is predicted worse"),
-        (0.0, 8, "question-specific; reasoning lost: 22 of 24 problems solved before, 8 of 24 after"),
+        (
+            0.0,
+            8,
+            "question-specific; reasoning lost: 22 of 24 problems solved before, 8 of 24 after",
+        ),
     ],
 )
 def test_the_verdict_says_what_was_lost_elsewhere(general, solved, ending):
