@@ -753,11 +753,12 @@ def report_note(report: dict[str, Any]) -> str:
         notes.append("Loss: nats per token of thought and answer.")
         notes.append("Relevance: increase in answer loss when paired with another row's question.")
     if report["answers"]:
-        notes.append(f"{report['answers']} answers; the base was asked by {report['asked_by']}.")
+        notes.append(f"{report['answers']} answers: the base was asked by {report['asked_by']},")
+        notes.append("the tuned model by the training prompt.")
     if "unread" in report:
-        unread = report["unread"]["tuned"] * report["answers"]
         before = report["unread"]["base"] * report["answers"]
-        notes.append(f"Unreadable, so wrong: {unread:.0f} answers, before {before:.0f}.")
+        after = report["unread"]["tuned"] * report["answers"]
+        notes.append(f"No option could be read, so wrong: {before:.0f} before, {after:.0f} after.")
     return " ".join(notes)
 
 
