@@ -389,29 +389,12 @@ def build_modelfile(
     return text
 
 
-# ------------------------------------------------------------------------------------ multiple choice
-# Reads multiple-choice records, and the option that an answer settles on, whatever its style.
-# Promises to refuse what is unclear: a record with a true reason, an answer as unread, which is wrong.
+# ---------------------------------------------------------------------------------- multiple choice
+# Reads multiple-choice records, and which option an answer settles on.
+# Promises to refuse what is unclear: a record with a reason, an answer as unread.
 # Leaves published benchmark figures to lm-evaluation-harness.
 
-
-class MultipleChoice(NamedTuple):
-    """A multiple-choice question: its options by letter, and the letter of the right one."""
-
-    question: str
-    options: dict[str, str]
-    key: str
-
-    @property
-    def text(self) -> str:
-        """As it is asked."""
-        text = self.question
-        for letter, option in self.options.items():
-            text += f"\n{letter}. {option}"
-        return f"{text}\nSay which option is right."
-
-
-# Columns of options and key: MedQA's, MMLU-Pro's, MMLU's, and MedMCQA's, whose options are in four.
+# Of options and key: MedQA's, MMLU-Pro's, MMLU's, MedMCQA's (with opb, opc, opd).
 CHOICE_COLUMNS = (
     ("options", "answer_idx"),
     ("options", "answer"),
@@ -420,174 +403,142 @@ CHOICE_COLUMNS = (
 )
 
 
-def read_options(record: dict[str, Any], column: str) -> dict[str, Any]:
-    """A record's options by name, A, B, C … if they have none; ValueError if they are none or unclear."""
+class MultipleChoice(NamedTuple):
+    """A question, its options by letter, and the letter of the right one."""
+
+    question: str
+    options: dict[str, str]
+    key: str
+
+    @property
+    def text(self) -> str:
+        """As it is asked."""
+        options = [f"{letter}. {option}" for letter, option in self.options.items()]
+        return "\n".join([self.question, *options, "Say which option is right."])
+
+
+def option_name(key: Any) -> str:
+    """A key or an option's name, to compare them: "(b)" is B, 2.0 is 2."""
+    return str(key).strip(" .:()").removesuffix(".0").upper()
+
+
+def read_options(record: dict[str, Any], column: str) -> dict[str, str]:
+    """A record's options by name, or by letter in a list; ValueError if they are unclear."""
     options = record.get(column)
     if column == "opa":
-        options = [record.get(name) for name in ("opa", "opb", "opc", "opd")]
-    for parse in (json.loads, ast.literal_eval):  # text in a CSV: JSON, or as pandas writes a list
+        options = [record.get(f"op{letter}") for letter in "abcd"]
+    for parse in (json.loads, ast.literal_eval):  # a CSV's text: JSON, or as pandas writes it
         if isinstance(options, str):
-            with contextlib.suppress(ValueError, SyntaxError, TypeError):
+            with contextlib.suppress(ValueError, SyntaxError):
                 options = parse(options)
-    pairs = []
-    if isinstance(options, dict):
-        # `datasets` fills in None for a name that only other records have.
+    pairs: list[Any] = []
+    if isinstance(options, dict):  # `datasets` fills in None for other records' names
         pairs = [(name, text) for name, text in options.items() if text is not None]
+    elif isinstance(options, list) and all(isinstance(each, dict) for each in options):
+        pairs = [(each.get("key"), each.get("text", each.get("value"))) for each in options]
     elif isinstance(options, list):
-        for letter, option in zip(string.ascii_uppercase, options, strict=False):
-            if isinstance(option, dict):
-                letter = option.get("key", option.get("label"))
-                option = option.get("text", option.get("value"))
-            pairs.append((letter, option))
-    named = {as_name(name): text for name, text in pairs}
-    if not 1 < len(named) == len(pairs) <= 26:
-        raise ValueError(f"{column} is no list of 2 to 26 options: {options!r:.60}")
-    for name, text in named.items():
-        if not isinstance(text, str | int | float) or not str(text).strip():
-            raise ValueError(f"option {name} is empty or no text")
-    if len({str(text).strip() for text in named.values()}) < len(named):
-        raise ValueError("two of its options are the same")
+        pairs = list(zip(string.ascii_uppercase, options, strict=False))
+    named = {}
+    for name, text in pairs:
+        if isinstance(text, str | int | float):
+            named[option_name(name)] = str(text).strip()
+    if not 1 < len(set(named.values()) - {""}) == len(pairs):
+        raise ValueError(f"{column} is not two or more different texts: {options!r:.200}")
     return named
 
 
-def as_name(key: Any) -> str:
-    """An option's name, or a key, as it is compared: "(b)" is B, 2.0 is 2."""
-    return str(key).strip(" .:()[]").removesuffix(".0").upper()
+def number_base(records: Iterable[dict[str, Any]], columns: tuple[str, str]) -> int:
+    """Whether keys that are numbers count from 0 or 1, by all records; 0 if there are none.
 
-
-def fits(options: dict[str, Any], key: Any, base: int | None) -> set[str]:
-    """Names of the options that a key may mean: by name, text, or as a number that counts from `base`."""
-    name, names = as_name(key), list(options)
-    found = {each for each, text in options.items() if text == key or each == name}
-    if base is not None and name.isdecimal() and name not in options:
-        found.update(names[int(name) - base :][:1] if int(name) >= base else [])
-    return found
-
-
-def number_base(records: Iterable[dict[str, Any]], columns: tuple[str, str]) -> int | None:
-    """Whether numbers as keys count from 0 or from 1, of all records; None if no key is a number.
-
-    From 1 where one is the number of options and none is 0, from 0 where one is 0. ValueError where
-    neither or both holds.
+    From 1 if one is the number of options and none is 0, from 0 if one is 0; else ValueError.
     """
-    seen = set()
+    first, last = [], []
     for record in records:
-        with contextlib.suppress(ValueError):  # `parse_multiple_choice` says what is wrong with it
-            options, key = read_options(record, columns[0]), record.get(columns[1])
-            if as_name(key).isdecimal() and not fits(options, key, None):
-                number = int(as_name(key))
-                seen.add("last" if number == len(options) else min(number, 1))
-    if seen and (0 in seen) == ("last" in seen):
-        told = "both are" if 0 in seen else "neither is"
-        raise ValueError(
-            f"{columns[1]}: counted from 0 or from 1? 0 and the number of options would tell, {told} there"
-        )
-    return int(0 not in seen) if seen else None
+        with contextlib.suppress(ValueError):  # `parse_multiple_choice` raises it again
+            options, key = read_options(record, columns[0]), option_name(record.get(columns[1]))
+            if key.isdecimal() and key not in [*options, *options.values()]:
+                first.append(int(key) == 0)
+                last.append(int(key) == len(options))
+    if first and any(first) == any(last):
+        found = "both" if any(first) else "neither"
+        raise ValueError(f"{columns[1]}: from 0 or 1? {found} 0 and the number of options occur")
+    return int(any(last))
 
 
 def parse_multiple_choice(
-    record: dict[str, Any], columns: tuple[str, str], base: int | None = None
+    record: dict[str, Any], columns: tuple[str, str], base: int
 ) -> MultipleChoice:
-    """Reads a record by its columns of options and key; `base` is what `number_base` said of all records.
+    """Reads a record by its columns of options and key, with the `number_base` of all records.
 
-    Options are a dict, a list, a list of {"key": "A", "text": …} (or "label", "value"), or any of these as
-    text; or the columns opa to opd. A key is a letter, an option's text, or a number. ValueError with
-    the reason, which doesn't name the row, if the record is none or is unclear.
+    Options: a dict, list, list of {"key", "text" or "value"}, one of these as text, or opa to opd.
+    Key: a letter, text or number. ValueError with the reason, without the row, if it is unclear.
     """
-    question = record.get("question", record.get("Question"))
+    question, key = record.get("question", record.get("Question")), record.get(columns[1])
     if not isinstance(question, str) or not question.strip():
-        raise ValueError("it has no question")
-    options, key = read_options(record, columns[0]), record.get(columns[1])
-    found = fits(options, key, base)
-    if len(found) != 1:
-        raise ValueError(f"its key {key!r} fits {'two' if found else 'none'} of its options")
-    texts = dict(zip(string.ascii_uppercase, map(str, options.values()), strict=False))
-    return MultipleChoice(question, texts, list(texts)[list(options).index(found.pop())])
+        raise ValueError("the question is empty or not text")
+    named, wanted = read_options(record, columns[0]), option_name(key)
+    fits = []
+    for number, (name, text) in enumerate(named.items(), start=base):
+        numbered = wanted == str(number) and wanted not in named
+        if name == wanted or text == key or numbered:
+            fits.append(string.ascii_uppercase[number - base])
+    if len(fits) != 1:
+        raise ValueError(f"{columns[1]} {key!r} fits {'two' if fits else 'none'} of {named}")
+    options = dict(zip(string.ascii_uppercase, named.values(), strict=False))
+    return MultipleChoice(question, options, fits[0])
 
 
-# An answer is read as signs, one for each of its words, and the rules are patterns of signs. A small letter
-# stands for a kind of word, whose first one begins with it.
-WORDS = {
-    "i": r"(?:is|are|was|be|would|must|does|can|could|should|seems)\b|->|→|[:=是为]",
-    "n": r"(?:not|neither|nor|unlike|(?:rather|other) than|instead of|rul(?:e|ed|ing) out|exclud(?:e|ing))\b"
-    "|而?不[是应宜]|而非|不选|排除",
-    "w": r"(?:wrong|incorrect|false|unlikely|less|ruled out|excluded)\b|不正确|不对|错误?",
-    "r": r"(?:right|correct|best|better|fits|preferred|appropriate|suitable|(?:most|more) likely)\b"
-    "|正确|对的|最佳|符合",
-    "a": r"(?:answer|ans|choice|option|response|diagnosis)\b|答案?",
-    "c": r"(?:choose|chose|select|pick|say|leaves|go(?:ing)? (?:with|for))\b|选择?(?!项)",
-    "&": r"(?:and|or)\b|[、和或及]",
-    "b": r"but\b|而",
-    "f": r"(?:for|the|to|it|i|i'd|my|that|this|which|letter|think|believe|so|then|therefore|thus|both|either"
-    r"|all|only|because|as|since|\w+ly)\b|选项|因此|所以|认为|因为|由于|[项故应都均也最]",
-    "x": r"[a-z0-9]+(?:[.'-][a-z0-9]+)*|[一-鿿]",  # any other
-    ".": r"[.!?;。\n]",
-    ",": ",",
-}
-# An option is its letter, a capital, after a sign of how it was named: by its text (t), or by its letter at a
-# line's head (h), after "option" (o), or anywhere else (l).
-OPTION = "(?: [loh][A-Z] (?: t[A-Z] )? | t[A-Z] )"
-OPTIONS = f"(?: {OPTION} (?: [,&] {OPTION} )* ,? & {OPTION} | {OPTION} )"
-DENIED = re.compile(rf"""(?x)
-      n f* [cx]? [cx]? f* {OPTIONS} ,? b?     # not C; not A, but
-    | {OPTIONS} [f,]* (?: i f* n | i? f* w )  # C is not; C is wrong
-""")
-CLAIMED = re.compile(rf"""(?x)
-      [rac] [^.A-Z]* i [.f]* {OPTIONS} (?!x)                            # the answer is C
-    | c f* {OPTIONS} (?!x)                                              # I choose C
-    | (?<!x) {OPTIONS} [f,]* (?: i [^.A-Z]* )? [ra]                     # C is right
-    | (?: (?: ^ | [.] ) [f,]* | f i f* ) (?!h) {OPTIONS} (?= [.] | $ )  # so, C; it is C
-""")
+# An option, which `predicted_option` marks <C>, or <<C>> for its text.
+X = r"\W{0,9}(?:(?:option|choice|answer|letter|选项|答案)\W{0,9})?<+(\w)>+"
+CLAIMS = (
+    # "the best answer is therefore (C)", "答案：C"
+    r"(?i)(?:\b(?:answer|option|choice|one|best|correct|appropriate|likely)\b|[答选对佳]|正确)"
+    rf"[^<]{{0,90}}?(?:\b(?:is|be|was)\b|[:→是为应选]|->)(?: \w+ly| therefore| to give)?{X}",
+    # "I would go with C", "it is C", "应选择C"
+    r"(?i)(?:choose|chose|select|pick|say|(?:go|going|consistent) (?:with|for)|so|therefore|it's"
+    rf"|(?:it|this) (?:is|must be)|选择?|认为是|因此){X}(?! (?:is|would)|[是正])",
+    # "C is right", "C选项正确"
+    rf"(?i)(?:^|\b(?:to|that|think|but|while|so|therefore)\b|所以|因此|故){X}[^<]{{0,90}}?(?:[对佳]"
+    r"|\b(?:right|correct|best|answer|(?:most|more) (?!common|often))|正确|答案|符合|合适)",
+)
+# After these a clause claims nothing: "not C", "C is less likely", "不选C".
+NOT = r"(?i)\b(?:not|neither|nor|incorrect|wrong|unlike|less|rather|ruled?)\b|n't|[不非错]|排除"
+# A letter before these is no option: "A man", "C. difficile", "C反应".
+NAME = r"['-]?\w(?<![项选是正为最错不符和或均都])|[.] [a-z]| (?!is|as |because|rather|[sw]|not|and|or|but)\w"
 
 
 def plain(text: str) -> str:
-    """The text without full-width letters, contractions, markup and LaTeX."""
+    """The text without markup, LaTeX and full-width letters."""
     text = unicodedata.normalize("NFKC", text).replace("’", "'")
-    text = text.replace("n't", " not").replace("t's ", "t is ")
-    text = re.sub(r"\\boxed|<answer>", " answer: ", text)
-    return re.sub(r"\\[a-zA-Z]+|</?\w+>|[*_`$#>{}\[\]【】\"“”]", "", text)
-
-
-def read_signs(answer: str, options: dict[str, str]) -> str:
-    """The signs of an answer."""
-    names = {plain(text).strip(" .").casefold(): letter for letter, text in options.items()}
-    texts = sorted((re.escape(name) for name in names if len(name) > 1), key=len, reverse=True)
-    one = rf"(?<![a-z0-9-])(?-i:[{''.join(options)}](?![a-zA-Z0-9'-]|\.\s+[a-z]))"  # not of E. coli
-    kinds = {
-        "t": rf"(?<![a-z0-9])(?:{'|'.join(texts) or '(?!)'})(?![a-z0-9])",
-        "h": rf"(?m:^)\W*(?:option |choice )?\(?{one}[).:、]+(?=[^\S\n]*\S)(?![^\S\n]*{one})",
-        "o": rf"(?:\b(?:option|choice|answer) |选项\s*|答案)\(?{one}",
-        "l": one,
-        **WORDS,
-    }
-    pattern = "|".join(f"({words})" for words in kinds.values())
-    signs = ""
-    for match in re.finditer(pattern, plain(answer), re.IGNORECASE):
-        sign = list(kinds)[(match.lastindex or 1) - 1]
-        signs += sign
-        if sign == "t":
-            signs += names.get(match[0].casefold(), "")
-        elif sign in "hol":
-            signs += match[0].rstrip(").:、")[-1]
-    return signs
+    text = re.sub(r"\\boxed|<answer>", "answer: ", text)
+    return re.sub(r"\\[a-zA-Z]+|</?\w+>|[*_`$#<>{}\[\]\"“”【】]", "", text)
 
 
 def predicted_option(answer: str, options: dict[str, str]) -> str | None:
-    """The letter of the option that an answer settles on; None if it can't be read, or stays open.
+    """The letter of the option that an answer settles on; None if it is unread or stays open.
 
-    What it denies is left aside. Its last claim counts; without one the option that it is headed by, then the
-    only one that it calls an option, then the only one whose text it names.
+    The last claim counts; without one the only letter that heads a line, or the only text named.
     """
-    signs = DENIED.sub("f", read_signs(answer, options))
-    claims = CLAIMED.findall(signs)
-    if claims:
-        said = set(re.findall("[A-Z]", claims[-1]))
-        return said.pop() if len(said) == 1 else None
-    for kind in "hot":
-        named: list[str] = re.findall(f"{kind}([A-Z])", signs)
-        # A list of all the options is headed by the first of them.
-        if named and (len(set(named)) == 1 or (kind == "h" and named[0] != min(options))):
-            return named[0]
+    text = plain(answer)
+    for letter in sorted(options, key=lambda letter: -len(options[letter])):
+        option = re.escape(plain(options[letter]).strip(" ."))
+        if len(option) > 1:
+            text = re.sub(rf"(?i)(?<![a-z0-9]){option}(?![a-z0-9])", f"<<{letter}>>", text)
+    text = re.sub(rf"(?<![a-zA-Z0-9<-])([{''.join(options)}])(?!{NAME}|>)", r"<\1>", text)
+    # "C. Salt" is one option, "A or B" is none, "Answer:\nC" is one clause.
+    text = re.sub(r"<+(\w)>+(?:[\s().:,、–-]*(?:option )?<+\1>+[),]*)+", r"<<\1>>", text)
+    text = re.sub(r"<+\w>+\)?(?:(?:,|,? (?:and|or)\b|[/、和或及])\s*\(?<+\w>+)+", "<_>", text)
+    text = re.sub(r"(?i)(answer|答案|:|\b(?:so|therefore)|因此|所以)[,\n]+", r"\1: ", text)
+    claimed, named = [], []
+    for clause in re.split(r"[.!?;。,\n]", text):
+        said = re.split(NOT, clause)[0]
+        named += re.findall(r"<<(\w)>>", said)
+        for pattern in CLAIMS:
+            claimed += re.findall(pattern, said)
+    heads = re.findall(rf"(?im)^{X}(?=\W*$|\)?[.:,、)])", text)
+    for found in claimed[-1:], heads, named:
+        if len(set(found)) == 1:
+            return found[0] if found[0] in options else None
     return None
 
 

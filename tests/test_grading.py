@@ -1,374 +1,200 @@
 """Multiple choice: a record becomes a question, and an answer a letter, whatever its style."""
 
 import json
+from pathlib import Path
 
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 import prompts
 
+# Answers with the letter that they come to; null is what can't be read, or stays open. The second
+# set was written after the reader's first version, which was then mended by it.
+PHRASINGS = Path(__file__).with_name("phrasings.jsonl")
 OPTIONS = {
-    "A": "Aspirin",
-    "B": "Heparin",
-    "C": "Low-dose aspirin",
-    "D": "Vitamin D",
-    "E": "Hepatitis B vaccine",
-}
-CHINESE_OPTIONS = {"A": "阿司匹林", "B": "肝素", "C": "低剂量阿司匹林", "D": "维生素D"}
-NINE_OPTIONS = dict(
-    zip(
-        "ABCDEFGHI",
-        ["rest", "water", "salt", "sugar", "iron", "zinc", "iodine", "lead", "gold"],
-        strict=True,
-    )
-)
-
-# What is said, by what it comes to; None is what can't be read, or stays open.
-ENGLISH = {
-    "A": [
-        "Give aspirin.",
-        "The answer is aspirin.",
-        "The best choice is aspirin (A).",
-        "A is the answer.",
-        "Answer A",
-        "A) Aspirin",
-        "A. Aspirin is the right drug for this patient.",
+    "english": ["Aspirin", "Heparin", "Low-dose aspirin", "Vitamin D", "Hepatitis B vaccine"],
+    "chinese": ["阿司匹林", "肝素", "低剂量阿司匹林", "维生素D"],
+    "nine": ["rest", "water", "salt", "sugar", "iron", "zinc", "iodine", "lead", "gold"],
+    "neurology": [
+        "Myasthenia gravis",
+        "Multiple sclerosis",
+        "Guillain-Barré syndrome",
+        "Lambert-Eaton syndrome",
     ],
-    "B": [
-        "Answer: **B**",
-        "Option A is tempting, but option B is right.",
-        "Let us look at the options:\nA. Aspirin\nB. Heparin\nC. Low-dose aspirin\nTherefore, B is "
-        "the best choice.",
-        "HEPARIN is what she needs, at once.",
-        "The answer that fits best is B.",
-        "This points to B as the correct answer.",
-        "Therefore, the correct option is:\n\nB. Heparin",
-        "Therefore, the answer is (B), heparin, not (A) or (C).",
-        "Of these, only B fits.",
-        "Choose B.",
+    "neurology_zh": ["重症肌无力", "多发性硬化", "吉兰-巴雷综合征", "脊髓灰质炎"],
+    "doses": ["5 mg", "10 mg", "15 mg", "20 mg"],
+    "steps": [
+        "Increase the dose of levothyroxine",
+        "Start propranolol",
+        "Order a CT scan of the head",
+        "Reassure the patient and follow up in 6 months",
     ],
-    "C": [
-        "The answer is C.",
-        "The correct answer is: C",
-        "The correct answer is **C**.",
-        "The correct answer is **C. Low-dose aspirin**.",
-        "**C. Low-dose aspirin**",
-        "The correct option is C.",
-        "The correct option is (C).",
-        "I would go for option **C**",
-        "\\boxed{C}",
-        "The final answer is $\\boxed{\\text{C}}$.",
-        "\\[\\boxed{\\text{(C)}}\\]",
-        "Therefore, (C) is correct.",
-        "The answer I chose is C",
-        "The answer is C, not answer A",
-        "Answer: C",
-        "**Answer:** C",
-        "**Final Answer**\n\nC. Low-dose aspirin",
-        "### Answer\n\n**C**",
-        "Answer: (C) Low-dose aspirin",
-        "C",
-        "C.",
-        "[C]",
-        "Ｃ",
-        "（Ｃ）",
-        "C) Low-dose aspirin",
-        "C: Low-dose aspirin",
-        "C. It prevents the next stroke.",
-        "option (C)",
-        "Option C",
-        "choice C",
-        "I would choose C.",
-        "I'd pick option C, as the others carry risks.",
-        "I'm going with C.",
-        "C is the correct answer.",
-        "C is correct.",
-        "Option C, low-dose aspirin, is the right choice.",
-        "Option C is the most appropriate answer here.",
-        "The best answer is therefore C.",
-        "The most likely answer is C because it lowers the risk.",
-        "The correct answer would be C, since she had a stroke.",
-        'So the answer is "C".',
-        "Therefore, C.",
-        "It's C.",
-        "My choice: C",
-        "The correct choice is C - Low-dose aspirin.",
-        "Based on the findings, the correct answer is:\n\n**C. Low-dose aspirin**",
-        "<answer>C</answer>",
-        "A is incorrect, and so is B. The answer is C.",
-        "We can rule out B. The answer must be C.",
-        "Unlike D, option C lowers the risk.",
-        "A is wrong, B is wrong, D is wrong. C is right.",
-        "A, B and D are incorrect; C is correct.",
-        "The answer isn't A but C.",
-        "The answer is C rather than B.",
-        "C is correct, whereas A is not.",
-        "The answer is A or C. On balance, the answer is C.",
-        "Is the answer A? No, it is C.",
-        "A. Aspirin - too strong.\nB. Heparin - too short.\nC. Low-dose aspirin - lowers the "
-        "risk.\nD. Vitamin D - no effect.\n\nThe correct answer is C.",
-        "C. Low-dose aspirin\n\nWhy not the others:\nA. Aspirin bleeds.\nB. Heparin is for the acute phase.",
-        "She should take low-dose aspirin.",
-        "Aspirin and heparin carry risks. The correct answer is **low-dose aspirin**.",
-        "The most appropriate answer is **(C) Low-dose aspirin**.",
-        "Based on the clinical presentation, the correct answer is **C: Low-dose aspirin**.",
-        "Thus, the answer should be C.",
-        "Hence, the correct answer is option (C).",
-        "So, my final answer is C",
-        "The right answer is C!",
-        "I believe the answer is C.",
-        "I'd say C.",
-        "I think C is the best option.",
-        "C is the best answer because it reduces the risk of stroke.",
-        "Option C is correct. Option A is incorrect because of bleeding. Option B is incorrect "
-        "because it is short-acting.",
-        "Option C: Low-dose aspirin is the correct answer.",
-        "Correct answer: C",
-        "Correct Answer: (C)",
-        "**Correct Answer:** **C) Low-dose aspirin**",
-        "**Answer: C. Low-dose aspirin**\n\n**Explanation:**\n- **A. Aspirin** in full dose "
-        "bleeds.\n- **B. Heparin** is for the acute phase.\n- **D. Vitamin D** has no effect.",
-        "The answer is C) Low-dose aspirin.",
-        "Among the given options, C is the most appropriate.",
-        "Among the options provided, low-dose aspirin (option C) is the best choice.",
-        "The treatment of choice is low-dose aspirin.",
-        "The best next step is to give low-dose aspirin (C).",
-        "The correct response is letter C.",
-        "A: Aspirin is contraindicated. B: Heparin is contraindicated. D: no use. The answer, then, is C.",
-        "The correct answer is not A, B or D; it is C.",
-        "The correct answer is C, not A, B or D.",
-        "While A is plausible, C better explains the findings.",
-        "While option A is plausible, option C is more likely.",
-        "The patient has had a stroke. In summary, the most suitable treatment is low-dose aspirin.",
-        "In summary, she should be given low-dose aspirin rather than heparin.",
-    ],
-    "D": [
-        "The correct answer is option D, as the others are harmless.",
-        "The correct answer is D) Vitamin D.",
-        "At first the answer seems to be A. However, she bleeds, so the answer is D.",
-        "I considered A and B, but I chose D.",
-        "The correct answer is vitamin D.",
-        "Unlike heparin, vitamin D is safe.",
-        "Given these findings, option D would be the best choice.",
-        "Pick D",
-        "Answer is D",
-        "ANSWER: D",
-        "answer: D",
-        "The answer → D",
-        "Final choice: D.",
-        "Selected option: D",
-        "D, because vitamin D is harmless.",
-        "D - Vitamin D",
-        "D – Vitamin D",
-        "(D) Vitamin D",
-        "- D. Vitamin D",
-        "> D. Vitamin D",
-        "*D*",
-        "`D`",
-        "The answer is D\n",
-        "\n\nD\n\n",
-        "A can be ruled out, B can be excluded, so D is the answer.",
-    ],
-    "E": [
-        "(E)",
-        "The most likely answer is hepatitis B vaccine.",
-    ],
-    None: [
-        "",
-        "I do not know.",
-        "A patient like this should rest.",
-        "The answer is a beta blocker.",
-        "The answer is A patient who rests.",
-        "A 45-year-old man needs rest.",
-        "The answer is F.",
-        "The answer is A or C.",
-        "The answer is either B or D.",
-        "Both A and C are correct.",
-        "A is incorrect.",
-        "The answer is not A.",
-        "Neither A nor B.",
-        "We can rule out B and D.",
-        "Aspirin or heparin would do.",
-        "She should not take heparin.",
-        "Options:\nA. Aspirin\nB. Heparin\nC. Low-dose aspirin\nD. Vitamin D",
-        "Vitamin C is the best choice.",
-        "The answer is C. difficile colitis.",
-        "E. coli is the cause.",
-        "The answer is hepatitis A.",
-        "The patient has type A blood, and B cells are low.",
-        "Group B streptococci are the cause.",
-        "I would need more tests.",
-        "None of the options is right.",
-        "The answer cannot be determined.",
-        "It depends on the dose.",
-        "A doctor should decide. A or B may help.",
-        "Both aspirin and heparin are reasonable.",
-        "Neither aspirin nor heparin is indicated.",
-        "All of the options are correct.",
-        "The answer is none of the above.",
-        "The answer is vitamin B12.",
-        "The answer is hepatitis C infection.",
-        "B-cell lymphoma is the most likely diagnosis.",
-        "The most likely diagnosis is influenza A.",
-        "Options A, B and C are all correct.",
-        "A 30-year-old woman needs a CT scan.",
-        "The correct answer is one of A, B or C.",
-        "In conclusion, more data are needed.",
-        "The answer is not C.",
-        "C is not the right answer.",
-    ],
-}
-CHINESE = {
-    "A": [
-        "选A",
-        "A项符合题意",
-        "答案为A项。",
-    ],
-    "B": [
-        "首选肝素。",
-        "综上，正确选项是B：肝素",
-        "B选项是最佳选择。",
-        "我会选择B。",
-        "选项B",
-        "B。",
-        "B、肝素",
-        "（B）肝素",
-        "【答案】B",
-        "答案：B\n解析：A会出血。",
-        "A选项不正确，B选项正确。",
-        "A不对，应该选B。",
-        "与A不同，B更合适，所以答案为B",
-        "最佳治疗是肝素。",
-    ],
-    "C": [
-        "答案是C",
-        "答案：C",
-        "选C",
-        "故选C。",
-        "因此，应选择C项。",
-        "正确选项为 C",
-        "因此答案为：C",
-        "正确答案是 **C. 低剂量阿司匹林**。",
-        "正确答案是选项C。",
-        "最佳答案是（Ｃ）。",
-        "C选项正确。",
-        "C是正确答案。",
-        "选项C是正确的。",
-        "所以，C正确。",
-        "答案是C，而不是A。",
-        "答案不是A，而是C。",
-        "A错误，B错误，D错误，因此选C。",
-        "A、B、D均不正确，C正确。",
-        "综上所述，答案是\\boxed{C}。",
-        "Ｃ．低剂量阿司匹林",
-        "我认为是C。",
-        "应使用低剂量阿司匹林。",
-        "正确答案：C。",
-        "正确答案为C选项",
-        "答案选C。",
-        "本题应选C。",
-        "因此，最可能的答案是C。",
-        "最合适的选项是C。",
-    ],
-    "D": [
-        "可以排除B，答案为D。",
-        "不应使用肝素，应使用维生素D。",
-        "答案是维生素D。",
-    ],
-    None: [
-        "不知道。",
-        "答案是A或C。",
-        "A错误。",
-        "排除B。",
-        "答案是C反应蛋白。",
-        "维生素C是正确的。",
-        "需要进一步检查。",
-        "A和C都正确。",
-        "无法确定。",
-        "A、B都有可能。",
-        "答案不是C。",
-        "C不正确。",
-        "患者为A型血。",
-        "乙型肝炎病毒B抗原是阳性。",
-    ],
-}
-OF_NINE = {
-    "C": ["The answer I chose is C", "I would give salt."],
-    "I": ["I is right.", "I. gold", "I"],
-    None: ["I am not sure."],
-}
-PHRASINGS = []
-for options, table in ((OPTIONS, ENGLISH), (CHINESE_OPTIONS, CHINESE), (NINE_OPTIONS, OF_NINE)):
-    for letter, answers in table.items():
-        PHRASINGS += [pytest.param(options, answer, letter, id=answer) for answer in answers]
-
-
-@pytest.mark.parametrize(("options", "answer", "letter"), PHRASINGS)
-def test_the_letter_that_an_answer_settles_on(options, answer, letter):
-    assert prompts.predicted_option(answer, options) == letter
-
-
-@settings(max_examples=100, deadline=None)
-@given(
-    pieces=st.lists(
-        st.sampled_from([*"ABCD.,:()\\ \n", *ENGLISH["C"], *ENGLISH[None]]) | st.text(max_size=9)
-    ),
-    texts=st.lists(st.text(max_size=9), min_size=2, max_size=5),
-)
-def test_any_text_can_be_graded(pieces, texts):
-    options = dict(zip("ABCDE", texts, strict=False))
-    assert prompts.predicted_option("".join(pieces), options) in (None, *options)
-
-
-# -------------------------------------------------------------------------------------------------- records
-
-TEXTS = ["rest", "water", "salt", "sugar"]
-MEDMCQA = dict(zip(("opa", "opb", "opc", "opd"), TEXTS, strict=True)) | {
-    "choice_type": "single",
-    "exp": None,
+    "blood": ["O", "A", "B", "AB"],
 }
 
 
 @pytest.mark.parametrize(
-    ("record", "letter"),
+    ("which", "number", "fewest_right", "most_misread"),
+    [("first", 244, 230, 1), ("second", 200, 175, 3)],
+)
+def test_predicted_option_of_a_table_of_phrasings_is_right_or_unread(
+    which, number, fewest_right, most_misread
+):
+    right, unread, misread = 0, [], []
+    for line in PHRASINGS.read_text(encoding="utf-8").splitlines():
+        row = json.loads(line)
+        if row["set"] != which:
+            continue
+        options = dict(zip("ABCDEFGHI", OPTIONS[row["options"]], strict=False))
+        letter = prompts.predicted_option(row["answer"], options)
+        if letter == row["letter"]:
+            right += 1
+        elif letter is None:
+            unread.append((row["letter"], row["answer"]))
+        else:
+            misread.append((row["letter"], letter, row["answer"]))
+    print(f"{which}: {right} right, {len(unread)} unread, {len(misread)} misread")
+    print(*unread, "misread:", *misread, sep="\n")
+    assert right + len(unread) + len(misread) == number
+    assert right >= fewest_right and len(misread) <= most_misread
+
+
+@pytest.mark.parametrize(
+    ("options", "answer", "letter"),
     [
-        (
-            {
-                "options": dict(zip("ABCD", TEXTS, strict=True)),
-                "answer_idx": "B",
-                "answer": "water",
-            },
-            "B",
-        ),
-        ({"options": dict(zip("ABCD", TEXTS, strict=True)), "answer_idx": 1}, "B"),
-        ({"options": dict(zip("ABCDE", [*TEXTS, None], strict=True)), "answer_idx": "D"}, "D"),
-        ({"options": dict(zip("ABCDE", [*TEXTS, None], strict=True)), "answer_idx": "E"}, None),
-        ({"options": dict(zip("1234", TEXTS, strict=True)), "answer_idx": "4"}, "D"),
-        ({"options": dict(zip("1234", TEXTS, strict=True)), "answer_idx": "2"}, "B"),
-        ({"options": dict(zip("BADC", TEXTS, strict=True)), "answer_idx": "B"}, "A"),
-        ({"options": TEXTS, "answer_idx": "B"}, "B"),
-        ({"options": TEXTS, "answer_idx": 3}, "D"),
-        ({"options": TEXTS, "answer_idx": "3"}, "D"),
-        ({"options": TEXTS, "answer_idx": 4}, None),
-        ({"options": TEXTS, "answer_idx": "E"}, None),
-        ({"options": TEXTS, "answer_idx": None}, None),
-        ({"choices": TEXTS, "answer": 0, "subject": "anatomy"}, "A"),
-        (MEDMCQA | {"cop": 2}, "C"),
-        (MEDMCQA | {"cop": -1}, None),
-        (MEDMCQA | {"cop": 1, "question": None}, None),
+        (["H₂O", "Na⁺", "$K^+$ (raised)"], "The answer is Na⁺.", "B"),
+        (["H₂O", "Na⁺", "$K^+$ (raised)"], "It shows K^+ (raised).", "C"),
+        (["a+b", "(c", "[d]"], "The answer is (c.", "B"),
+        (["Aa", "aA", "x"], "The answer is aA.", "A"),  # names that differ in case only: the first
     ],
 )
-def test_a_multiple_choice_record_is_read_by_its_columns_or_left_out(record, letter):
-    [columns] = [pair for pair in prompts.CHOICE_COLUMNS if set(pair) <= set(record)]
-    choice = prompts.parse_multiple_choice({"question": "What helps?"} | record, columns)
-    assert (choice and choice.key) == letter
-    if choice:
-        options = "A. rest\nB. water\nC. salt\nD. sugar"
-        assert choice.text == f"What helps?\n{options}\nSay which option is right."
+def test_predicted_option_reads_texts_with_symbols(options, answer, letter):
+    assert prompts.predicted_option(answer, dict(zip("ABC", options, strict=True))) == letter
 
 
-# ------------------------------------------------------------------------------------------ nearly the same
+# ------------------------------------------------------------------------------------------ records
+
+TEXTS = ["rest", "water", "salt", "sugar"]
+NAMED = dict(zip("ABCD", TEXTS, strict=True))
+PAIRS = [{"key": key, "value": text} for key, text in NAMED.items()]
+MEDMCQA = dict(zip(("opa", "opb", "opc", "opd"), TEXTS, strict=True))
+
+
+def parsed(record, base=0):
+    [columns, *_] = [pair for pair in prompts.CHOICE_COLUMNS if set(pair) <= set(record)]
+    return prompts.parse_multiple_choice({"question": "What helps?"} | record, columns, base)
+
+
+@pytest.mark.parametrize(
+    ("record", "base", "letter"),
+    [
+        ({"options": NAMED, "answer_idx": "B", "answer": "water"}, 0, "B"),
+        ({"options": NAMED, "answer_idx": 1}, 0, "B"),
+        ({"options": NAMED, "answer_idx": 1}, 1, "A"),
+        ({"options": NAMED, "answer": "water"}, 0, "B"),
+        ({"options": NAMED | {"E": None}, "answer_idx": "D"}, 0, "D"),
+        ({"options": NAMED | {"E": None}, "answer_idx": 4}, 1, "D"),
+        ({"options": dict(zip("abcd", TEXTS, strict=True)), "answer_idx": "(C)"}, 0, "C"),
+        ({"options": dict(zip("1234", TEXTS, strict=True)), "answer_idx": 4}, 0, "D"),
+        ({"options": dict(zip("1234", TEXTS, strict=True)), "answer_idx": "2"}, 0, "B"),
+        ({"options": dict(zip("BADC", TEXTS, strict=True)), "answer_idx": "B"}, 0, "A"),
+        ({"options": TEXTS, "answer_idx": "b."}, 0, "B"),
+        ({"options": TEXTS, "answer_idx": "3"}, 0, "D"),
+        ({"options": PAIRS, "answer_idx": "C"}, 0, "C"),
+        ({"options": PAIRS[::-1], "answer_idx": "C"}, 0, "B"),
+        ({"options": json.dumps(NAMED), "answer_idx": "C"}, 0, "C"),
+        ({"options": json.dumps(TEXTS), "answer_idx": 3.0}, 1, "C"),
+        ({"options": str(NAMED | {"B": "Crohn's", "E": None}), "answer_idx": "D"}, 0, "D"),
+        ({"options": str(TEXTS), "answer_idx": "salt"}, 0, "C"),
+        ({"options": str(PAIRS), "answer_idx": "D"}, 0, "D"),
+        ({"choices": ["3", "1", "2", "0"], "answer": 1, "subject": "algebra"}, 0, "B"),
+        ({"choices": [3, 1, 2, 0], "answer": 1}, 0, "B"),
+        (MEDMCQA | {"cop": 2, "exp": None}, 0, "C"),
+        (MEDMCQA | {"cop": 2, "exp": None}, 1, "B"),
+    ],
+)
+def test_parse_multiple_choice_of_a_published_form_gives_the_key(record, base, letter):
+    assert parsed(record, base).key == letter
+
+
+@pytest.mark.parametrize("options", [NAMED, TEXTS, PAIRS, str(NAMED), json.dumps(PAIRS)])
+def test_multiple_choice_text_lists_the_options_by_letter(options):
+    choice = parsed({"options": options, "answer_idx": "A"})
+    listed = "A. rest\nB. water\nC. salt\nD. sugar"
+    assert choice.text == f"What helps?\n{listed}\nSay which option is right."
+
+
+@pytest.mark.parametrize(
+    ("record", "reason"),
+    [
+        ({"options": NAMED | {"E": None}, "answer_idx": "E"}, "answer_idx 'E' fits none of"),
+        ({"options": TEXTS, "answer_idx": 4}, "answer_idx 4 fits none of"),
+        ({"options": TEXTS, "answer_idx": None}, "answer_idx None fits none of"),
+        ({"options": TEXTS, "answer_idx": float("nan")}, "answer_idx nan fits none of"),
+        ({"options": TEXTS, "answer_idx": "A, C"}, "answer_idx 'A, C' fits none of"),
+        (MEDMCQA | {"cop": -1}, "cop -1 fits none of"),
+        ({"options": ["O", "A", "B", "AB"], "answer": "A"}, "answer 'A' fits two of"),
+        ({"choices": ["2", "1", "3", "0"], "answer": "2"}, "answer '2' fits two of"),
+        ({"options": "A. rest B. water", "answer_idx": "A"}, "options is not two or more"),
+        ({"options": "['rest' 'water']", "answer_idx": "A"}, "options is not two or more"),
+        ({"options": "array(['rest', 'water'])", "answer_idx": "A"}, "options is not two or more"),
+        ({"options": None, "answer_idx": "A"}, "options is not two or more"),
+        ({"options": [], "answer_idx": "A"}, "options is not two or more"),
+        ({"options": ["rest"], "answer_idx": "A"}, "options is not two or more"),
+        ({"options": ["rest", "water", "rest "], "answer_idx": "B"}, "options is not two or more"),
+        ({"options": ["rest", "water", " "], "answer_idx": "B"}, "options is not two or more"),
+        ({"options": ["rest", None, "salt"], "answer_idx": "C"}, "options is not two or more"),
+        ({"options": [["rest"], ["water"]], "answer_idx": "A"}, "options is not two or more"),
+        ({"options": {"text": TEXTS, "label": [*"ABCD"]}, "answer_idx": "A"}, "options is not two"),
+        ({"options": [PAIRS[0], *PAIRS], "answer_idx": "A"}, "options is not two or more"),
+        ({"options": [{"id": 1}, {"id": 2}], "answer_idx": "A"}, "options is not two or more"),
+        (MEDMCQA | {"opd": None, "cop": 1}, "opa is not two or more"),
+        ({"options": TEXTS, "answer_idx": "A", "question": " "}, "the question is empty"),
+        ({"options": TEXTS, "answer_idx": "A", "question": None}, "the question is empty"),
+    ],
+)
+def test_parse_multiple_choice_of_what_is_unclear_says_why(record, reason):
+    with pytest.raises(ValueError, match=reason):
+        parsed(record)
+
+
+@pytest.mark.parametrize(
+    ("keys", "base"),
+    [
+        ([0, 1, 2], 0),
+        ([3, 0, -1, None], 0),
+        ([1, 4, 2], 1),
+        (["1", "4", None], 1),
+        ([1.0, 4.0, float("nan")], 1),
+        (["A", "b.", "salt"], 0),
+        ([-1, -1, None], 0),
+    ],
+)
+def test_number_base_of_all_records_is_told_by_the_first_and_the_last_number(keys, base):
+    records = [{"opa": None, "cop": 0}]  # can't be read, so it tells nothing
+    for key in keys:
+        records.append({**MEDMCQA, "cop": key})
+    assert prompts.number_base(records, ("opa", "cop")) == base
+
+
+@pytest.mark.parametrize(
+    ("keys", "told"), [([1, 2, 3], "neither"), ([0, 4], "both"), ([7], "neither")]
+)
+def test_number_base_that_is_not_told_is_refused(keys, told):
+    records = [{**MEDMCQA, "cop": key} for key in keys]
+    with pytest.raises(ValueError, match=f"cop: from 0 or 1. {told} 0 and the number of options"):
+        prompts.number_base(records, ("opa", "cop"))
+
+
+def test_number_base_counts_each_records_own_options():
+    """Four is no number of options where there are five, and names of options are no numbers."""
+    columns = ("options", "answer_idx")
+    five = [{"options": [*TEXTS, "iron"], "answer_idx": key} for key in (4, 0)]
+    assert prompts.number_base(five, columns) == 0
+    named = {"options": dict(zip("1234", TEXTS, strict=True)), "answer_idx": "4"}
+    assert prompts.number_base([named], columns) == 0
+
+
+# ---------------------------------------------------------------------------------- nearly the same
 
 CASE = "A 45-year-old man presents with {} for two days. {} What is the most likely diagnosis?"
 TRAINED = [
