@@ -625,8 +625,8 @@ def build_report(
         if problems:
             measures["reasoning"] = [float(pair[side]["right"]) for pair in problems]
     compared = {}
-    for name, before in sides["base"].items():
-        compared[name] = compare(before, sides["tuned"][name], seed)
+    for name in sides["base"]:
+        compared[name] = compare(sides["base"][name], sides["tuned"][name], seed)
 
     # All closed thoughts together, in characters, which count in every language.
     closed = [pair for pair in pairs if pair["tuned"]["closed"] and "reference_thought" in pair]
@@ -657,11 +657,16 @@ def verdict(measures: dict[str, dict[str, float]], rows: int, shrunk: bool = Fal
     if rows < MIN_ROWS:
         return f"can't tell: at least {MIN_ROWS} rows are needed, not {rows}"
     if "accuracy" in measures:
-        if measures["accuracy"]["low"] > 0:
-            return "better: more answers are correct"
-        if measures["accuracy"]["high"] < 0:
-            return "worse: fewer answers are correct"
-        return "can't tell: the 95% interval of the change in accuracy includes 0"
+        accuracy, unread = measures["accuracy"], measures["unread"]
+        if accuracy["low"] <= 0 <= accuracy["high"]:
+            return "can't tell: the 95% interval of the change in accuracy includes 0"
+        said = "better: more" if accuracy["low"] > 0 else "worse: fewer"
+        said += " answers are correct"
+        if unread["low"] > 0:
+            said += "; more could not be read"
+        if unread["high"] < 0:
+            said += "; fewer could not be read"
+        return said
     if measures["loss"]["low"] > 0:
         return "worse: held-out loss increased"
     if measures["relevance"]["high"] < 0:

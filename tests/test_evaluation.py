@@ -300,7 +300,7 @@ def test_the_card_shows_the_largest_evaluation_of_each_kind(run):
         ("eval-medqa-test-77e0", "accuracy", 100),
         ("eval-other-3c3c", "accuracy", 40),
     ):
-        values = {measure: [0.5] * rows, "relevance": [0.5] * rows}
+        values = {measure: [0.5] * rows, "relevance": [0.5] * rows, "unread": [0.0] * rows}
         report = prompts.build_report(values, values, [], [], rows, seed=1)
         write_json(run / f"{name}.json", report)
     finetune_r1.write_card(run)
@@ -405,9 +405,10 @@ def test_a_comparison_has_both_means_and_an_interval_that_holds_the_difference()
         (LEARNED | {"closed": ROSE}, "better"),
         (LEARNED | {"closed": NONE_CLOSED}, "can't tell: .* no thought was closed"),
         (LEARNED | {"closed": FEWER_CLOSED}, "can't tell: .* fewer thoughts were closed"),
-        ({"accuracy": ROSE}, "better: more answers are correct"),
-        ({"accuracy": FELL}, "worse: fewer answers are correct"),
-        ({"accuracy": EITHER}, "can't tell: .* includes 0"),
+        ({"accuracy": ROSE, "unread": EITHER}, "better: more answers are correct$"),
+        ({"accuracy": ROSE, "unread": FELL}, "better: .* correct; fewer could not be read"),
+        ({"accuracy": FELL, "unread": ROSE}, "worse: fewer .* correct; more could not be read"),
+        ({"accuracy": EITHER, "unread": ROSE}, "can't tell: .* includes 0"),
     ],
 )
 def test_the_verdict_follows_the_intervals(measures, verdict):
