@@ -113,7 +113,7 @@ RANK, WORLD = (
     int(os.environ.get("RANK", 0)),
     int(os.environ.get("WORLD_SIZE", 1)),
 )  # set by torchrun
-MULTI_PROCESS_COMMANDS = ("train", "eval", "infer")
+MULTI_PROCESS_COMMANDS = ("train", "infer")
 # Ctrl-C, what Kaggle and Slurm send, and a terminal that is closed, unless `nohup` has us ignore that.
 STOP_SIGNALS = [signal.SIGINT, signal.SIGTERM]
 if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:
@@ -2635,8 +2635,7 @@ def measure_losses(loaded: LoadedModel, rows: Any, label: str) -> dict[str, list
     """Mean losses in nats per token, of each row and of each passage of general text.
 
     Of a row: of thought and answer, of the answer alone, and relevance: the increase in answer loss
-    when the next row's question and thought come before it. Where those are too long, their
-    beginning is left out, as Unsloth would cut off the answer.
+    after the next row's question and thought, of which the start is cut if all is too long.
     """
     prefixes = []
     for row in rows:
@@ -2805,8 +2804,8 @@ def draw_measures(report: dict[str, Any], path: Path) -> None:
         if abs(after - before) > 0.05:
             arrow = {"arrowstyle": "-|>", "color": color}
             axes.annotate("", (after, y), (before, y), arrowprops=arrow)
-        axes.plot(before, y, "o", color="0.4", markerfacecolor="white", markersize=8)
-        axes.plot(after, y, "o", color=color, markersize=8)
+        axes.plot(before, y, "o", color="0.4", markerfacecolor="white", markersize=8, zorder=4)
+        axes.plot(after, y, "o", color=color, markersize=8, zorder=4)
         ends = [(before, row[1], "normal"), (after, row[2], "bold")]
         first, last = sorted(ends, key=lambda end: end[0])
         left, right = min(first[0], *interval) - 0.03, max(last[0], *interval) + 0.03
@@ -3902,7 +3901,7 @@ def command(function: Callable[..., dict[str, Any]]) -> Callable[..., dict[str, 
             with contextlib.redirect_stdout(stderr if verbose and RANK == 0 else nowhere):
                 if WORLD > 1 and name not in MULTI_PROCESS_COMMANDS:
                     raise UserError(
-                        "torchrun is for `train`, `eval` and `infer --file`.", "leave it out"
+                        "torchrun is for `train` and `infer --file`.", "leave it out"
                     )
                 prepare_environment()
                 report = function(**{each: values[each] for each in wanted})
