@@ -567,9 +567,9 @@ REPORT_HEADINGS = ("measure", "before", "after", "change (95% interval)")
 
 def last_number(answer: str) -> float | None:
     """The last number in an answer; it may have thousands separators, decimals and a unit."""
-    plain = re.sub(r"\{,\}|\\,|,\\!", ",", answer)  # as LaTeX writes 1,200
+    text = re.sub(r"\{,\}|\\,|,\\!", ",", answer)  # as LaTeX writes 1,200
     number = r"(?<![A-Za-z\d^])-?(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)(?:\.\d+)?"
-    found = re.findall(number, plain.replace("−", "-"))
+    found = re.findall(number, text.replace("−", "-"))
     return float(found[-1].replace(",", "")) if found else None
 
 
@@ -583,7 +583,7 @@ def measure(answer: dict[str, Any]) -> dict[str, float]:
         "thought_words": len(answer["thought"].split()),
         "answer_words": len(answer["answer"].split()),
         "bullets": len(re.findall(r"(?m)^\s*(?:[-*•]|\d+[.)])", answer["answer"])),
-        "repetition": 1 - len(set(runs)) / max(len(runs), 1) if runs else 0.0,
+        "repetition": 1 - len(set(runs)) / len(runs) if runs else 0.0,
     }
     if "chosen" in answer:
         counts["accuracy"] = float(answer["right"])
