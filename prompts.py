@@ -394,8 +394,7 @@ def build_modelfile(
 # Promises to refuse what is unclear: a record with a reason, an answer as unread.
 # Leaves published benchmark figures to lm-evaluation-harness.
 
-# Of options and key: MedQA's, MMLU-Pro's, MMLU's, MedMCQA's (with opb, opc, opd).
-CHOICE_COLUMNS = (
+CHOICE_COLUMNS = (  # of options and key: MedQA's, MMLU's, MedMCQA's
     ("options", "answer_idx"),
     ("options", "answer"),
     ("choices", "answer"),
@@ -429,28 +428,28 @@ def read_options(record: dict[str, Any], column: str) -> dict[str, str]:
         options = [record.get(f"op{letter}") for letter in "abcd"]
     for parse in (json.loads, ast.literal_eval):  # a CSV's text: JSON, or as pandas writes it
         if isinstance(options, str):
-            with contextlib.suppress(ValueError, SyntaxError):
+            with contextlib.suppress(ValueError, SyntaxError, TypeError):
                 options = parse(options)
     pairs: list[Any] = []
     if isinstance(options, dict):  # `datasets` fills in None for other records' names
         pairs = [(name, text) for name, text in options.items() if text is not None]
     elif isinstance(options, list) and all(isinstance(each, dict) for each in options):
-        pairs = [(each.get("key"), each.get("text", each.get("value"))) for each in options]
+        pairs = [(each.get("key"), each.get("text") or each.get("value")) for each in options]
     elif isinstance(options, list):
         pairs = list(zip(string.ascii_uppercase, options, strict=False))
     named = {}
     for name, text in pairs:
         if isinstance(text, str | int | float):
             named[option_name(name)] = str(text).strip()
-    if not 1 < len(set(named.values()) - {""}) == len(pairs):
-        raise ValueError(f"{column} is not two or more different texts: {options!r:.200}")
+    if not 1 < len(set(named.values()) - {""}) == len(pairs) <= 26:
+        raise ValueError(f"{column} is not 2 to 26 different texts: {options!r:.200}")
     return named
 
 
 def number_base(records: Iterable[dict[str, Any]], columns: tuple[str, str]) -> int:
     """Whether keys that are numbers count from 0 or 1, by all records; 0 if there are none.
 
-    From 1 if one is the number of options and none is 0, from 0 if one is 0; else ValueError.
+    From 0 if one is 0, from 1 if one is the number of options; ValueError if neither or both.
     """
     first, last = [], []
     for record in records:
@@ -460,8 +459,10 @@ def number_base(records: Iterable[dict[str, Any]], columns: tuple[str, str]) -> 
                 first.append(int(key) == 0)
                 last.append(int(key) == len(options))
     if first and any(first) == any(last):
-        found = "both" if any(first) else "neither"
-        raise ValueError(f"{columns[1]}: from 0 or 1? {found} 0 and the number of options occur")
+        occur = "both occur" if any(first) else "never occur"
+        raise ValueError(
+            f"{columns[1]}: do numbers count from 0 or 1? 0 and the number of options {occur}"
+        )
     return int(any(last))
 
 
@@ -473,7 +474,7 @@ def parse_multiple_choice(
     Options: a dict, list, list of {"key", "text" or "value"}, one of these as text, or opa to opd.
     Key: a letter, text or number. ValueError with the reason, without the row, if it is unclear.
     """
-    question, key = record.get("question", record.get("Question")), record.get(columns[1])
+    question, key = record.get("question") or record.get("Question"), record.get(columns[1])
     if not isinstance(question, str) or not question.strip():
         raise ValueError("the question is empty or not text")
     named, wanted = read_options(record, columns[0]), option_name(key)
@@ -488,23 +489,23 @@ def parse_multiple_choice(
     return MultipleChoice(question, options, fits[0])
 
 
-# An option, which `predicted_option` marks <C>, or <<C>> for its text.
+# An option as `predicted_option` marks it: <C> for its letter, <<C>> for its text.
 X = r"\W{0,9}(?:(?:option|choice|answer|letter|选项|答案)\W{0,9})?<+(\w)>+"
 CLAIMS = (
     # "the best answer is therefore (C)", "答案：C"
-    r"(?i)(?:\b(?:answer|option|choice|one|best|correct|appropriate|likely)\b|[答选对佳]|正确)"
+    r"(?i)(?:\b(?:answer|option|choice|one|best|correct|appropriate|likely)\b|[答选对佳确])"
     rf"[^<]{{0,90}}?(?:\b(?:is|be|was)\b|[:→是为应选]|->)(?: \w+ly| therefore| to give)?{X}",
     # "I would go with C", "it is C", "应选择C"
     r"(?i)(?:choose|chose|select|pick|say|(?:go|going|consistent) (?:with|for)|so|therefore|it's"
     rf"|(?:it|this) (?:is|must be)|选择?|认为是|因此){X}(?! (?:is|would)|[是正])",
     # "C is right", "C选项正确"
-    rf"(?i)(?:^|\b(?:to|that|think|but|while|so|therefore)\b|所以|因此|故){X}[^<]{{0,90}}?(?:[对佳]"
-    r"|\b(?:right|correct|best|answer|(?:most|more) (?!common|often))|正确|答案|符合|合适)",
+    rf"(?i)(?:^|\b(?:to|that|think|but|while|so|therefore)\b|所以|因此|故){X}[^<]{{0,90}}?"
+    r"(?:\b(?:right|correct|best|answer|(?:most|more) (?!common|often))|[对佳确]|答案|符合|合适)",
 )
 # After these a clause claims nothing: "not C", "C is less likely", "不选C".
 NOT = r"(?i)\b(?:not|neither|nor|incorrect|wrong|unlike|less|rather|ruled?)\b|n't|[不非错]|排除"
 # A letter before these is no option: "A man", "C. difficile", "C反应".
-NAME = r"['-]?\w(?<![项选是正为最错不符和或均都])|[.] [a-z]| (?!is|as |because|rather|[sw]|not|and|or|but)\w"
+NAME = r"['-]?\w(?<![项选是正为最错不符和或均都])|[.] [a-z]| (?!is|as |[bsw]|rather|not|and|or)\w"
 
 
 def plain(text: str) -> str:
