@@ -4519,7 +4519,8 @@ def read_choices(records: Any, columns: tuple[str, str], limit: int) -> list[Any
         except ValueError as error:
             refused.append(f"  row {number}: {error}")
     if refused:
-        log(f"skipped {len(refused)} rows without clear options and key:", *refused[:5])
+        read = len(choices) + len(refused)
+        log(f"skipped {len(refused)} of {read} rows: unclear options or key", *refused[:5])
     return choices
 
 

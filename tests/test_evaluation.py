@@ -262,7 +262,7 @@ def test_eval_grades_multiple_choice_and_names_the_rows_it_refuses(run, told, tm
     report = json.loads(done.out)
     assert report["rows"] == report["answers"] == 1 and "loss" not in report
     assert report["unread"]["tuned"] == 1 and report["accuracy"]["tuned"] == 0
-    assert "skipped 1 rows without clear options and key" in done.err and "row 2: " in done.err
+    assert "skipped 1 of 3 rows: unclear options or key" in done.err and "row 2: " in done.err
     assert "skipped 1 of 2 questions: duplicates" in done.err
     assert "| accuracy | 0.0% | 0.0% | +0.0 (" in (run / "README.md").read_text()
     done = told([*line, "--answers", 0])
