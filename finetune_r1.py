@@ -50,6 +50,7 @@ import sys
 import tempfile
 import textwrap
 import time
+import traceback
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from importlib import metadata
@@ -60,11 +61,15 @@ from typing import Annotated, Any, Literal, NamedTuple, Self
 import prompts
 from prompts import Lang
 
+if sys.platform == "win32":  # no SIGHUP there
+    sys.exit(
+        "error: Windows is not supported.\nhint: use WSL 2 (`wsl --install`), then run this there"
+    )
 try:
     import typer
 except ModuleNotFoundError:
     sys.exit(
-        "error: the packages are missing.\nnext:  `uv run finetune_r1.py` brings them (see the README)"
+        "error: the packages are missing.\nhint:  `uv run finetune_r1.py` brings them (see the README)"
     )
 
 
@@ -159,12 +164,13 @@ CPU_BILLIONS = 2.0  # larger models take minutes a step on a CPU, and outgrow a 
 CHECKPOINT_SECONDS = 300
 # Where --hub-checkpoints keeps a run in its repository, and how long the end waits for the last one.
 HUB_FOLDER, HUB_SECONDS = "run-to-resume", 600
-# How long the Hub may send nothing, by a part of the address; an upload may stand still, W&B may take to end.
-SILENT_SECONDS = {"whoami": 5, "/revision/": 5, "/commit/": 100, "": 30}
-# What is asked first of an account, a model, a dataset or Xet; who leaves that unanswered is asked no more.
-FIRST_QUESTIONS = "whoami|/revision/(?!refs)|/resolve/main/README.md|/xet-read-token/"
-XET_DOWNLOADS = {"HF_XET_CLIENT_READ_TIMEOUT": "20s", "HF_XET_CLIENT_RETRY_MAX_ATTEMPTS": "2"}
-STALLED_SECONDS, READ_AGAIN_SECONDS, WANDB_SECONDS = 120, 3, 45
+# Counted for a whole block; with hf_xet's own values a silent server holds it for 20 minutes.
+XET_DOWNLOADS = {"HF_XET_CLIENT_READ_TIMEOUT": "120s", "HF_XET_CLIENT_RETRY_MAX_ATTEMPTS": "2"}
+STALLED_SECONDS, READ_AGAIN_SECONDS = 120, 3
+HUB_TIMEOUT = 30  # seconds without a byte
+COMMIT_TIMEOUT = 100  # the Hub finishes a commit even after the client has left
+RETRY_SECONDS = 2
+WANDB_SECONDS = 10  # to upload the last of a run; `wandb sync` can send the rest
 # For the plan, as measured on a GPU (tests/bench/NOTES.md).
 WORKSPACE = 0.35 * GIB  # memory that the libraries hold
 MICRO_BATCH_TOKENS = 2000  # what a micro-batch costs beside its own tokens
@@ -183,11 +189,8 @@ EFFICIENCY = 0.5  # of the speed of a large product, which a step reaches
 R1_TOKENS = 777  # the recipe's mean row
 
 LIBRARY_ENV_PREFIXES = ("HF_", "HUGGING", "WANDB_")
-HUB_TOKENS = (
-    "HF_TOKEN",
-    "HUGGING_FACE_HUB_TOKEN",
-    "HUGGINGFACE_TOKEN",
-)  # the last is the recipe's on Kaggle
+# The last is the recipe's label among Kaggle's secrets, as is `wandb`.
+HUB_TOKENS = ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "HUGGINGFACE_TOKEN")
 WANDB_KEYS = ("WANDB_API_KEY", "wandb")
 WEIGHTS = (".safetensors", ".safetensors.index.json", ".bin", ".pt", ".gguf", "adapter_config.json")
 
@@ -311,9 +314,7 @@ class TrainConfig(SamplingConfig, DataConfig):
     lora_dropout: float = option(0.0, "Dropout in the adapter.", min=0.0, max=0.9)
     use_rslora: bool = option(False, "Scale by alpha / sqrt(r) instead.")
     target_modules: str = option(LAYERS, "Layers that get an adapter, separated by commas.")
-    effective_batch: int = option(
-        8, "Rows per step.", "--effective-batch", "--batch-size", min=1
-    )
+    effective_batch: int = option(8, "Rows per step.", "--effective-batch", "--batch-size", min=1)
     micro_batch: int | None = option(
         None, "Rows at once (default: all that fit).", *MICRO_BATCH_FLAGS, min=1
     )
@@ -353,7 +354,9 @@ class TrainConfig(SamplingConfig, DataConfig):
         False, "Leave it there at the end.", "--keep-hub-checkpoints"
     )
     wandb: bool = option(True, "Log to Weights & Biases when logged in.")
-    wandb_project: str = option(WANDB_PROJECT, "Project on Weights & Biases.")
+    wandb_project: str = option(
+        WANDB_PROJECT, "Project on Weights & Biases.", envvar="WANDB_PROJECT"
+    )
 
 
 # The field at which each heading of `train --help` begins.
@@ -404,7 +407,7 @@ def check_config(config: TrainConfig) -> None:
         problems.append(
             f"--warmup-steps {config.warmup_steps} is more than --max-steps {config.max_steps}"
         )
-    if repo and not (is_hub_name(repo) and use_hub_token()):
+    if repo and not (is_hub_name(repo) and export_hub_token()):
         problems.append(f"--hub-checkpoints {repo} has to be OWNER/NAME, with a token to write")
     if config.keep_best and not config.eval_rows:
         problems.append("--keep-best compares held-out losses: it needs --eval-rows")
@@ -542,52 +545,61 @@ def log_header(title: str, text: str) -> None:
     log(textwrap.fill(f"{title:10}{text}", width, **options))
 
 
-# What to do about errors that are no bugs, by class, HTTP status or words of the message; the first fits.
-NOT_REACHED = (
-    "the Hub was not reached: try later (`doctor` tells); local --model and --dataset need no Hub"
-)
+NOT_REACHED = "try again later, and see `doctor`; a local --model and --dataset need no Hub"
+# The next step by exception class or a base of it; the first that fits. By name, as importing the
+# libraries to compare takes seconds. What is not here may be a bug, and keeps its traceback.
 ADVICE = {
-    "GatedRepoError": "ask for access on the model's page, then `login`",
-    "RepositoryNotFoundError": "check the name given to --model or --repo; a private one needs `login`",
-    "HFValidationError": "check the name: OWNER/NAME on the Hub, or a path that is there",
-    "HTTP 401": "the token was refused: make a new one, then `login`",
-    "HTTP 403": "the token may not do that: make one with write access to this repository, then `login`",
-    "HTTP 409|HTTP 412": "the repository changed meanwhile: look at it, then `push` again",
-    "HTTP 429": "too many requests: wait some minutes, then the same command again",
-    "HTTP 5": "the Hub has trouble: the same command again, later",
-    "LocalEntryNotFoundError|OfflineModeIsEnabled": NOT_REACHED,
-    "HfHubHTTPError": "check the name, and the token with `login`",
-    "HTTPError|ConnectionError|CAS Client Error": NOT_REACHED,
-    r"\bTimeout\b": "another process is at work there: wait for it, or name another folder",
-    "ModuleNotFoundError": "install the pinned packages: `uv run finetune_r1.py` does (see the README)",
-    "OutOfMemoryError": "try --micro-batch 1, or a smaller --max-seq-length or --max-new-tokens",
-    "trust_remote_code": "take another --model: the code that comes with this one is not run",
-    "No space left|File too large|unexpected pos|StreamWriter": "the disk is full: make room on it",
-    "StreamReader|UnpicklingError": "a checkpoint is damaged: remove it, and `train --resume` again",
-    "SafetensorError": "a .safetensors file is damaged, or the disk is full (`doctor` tells): save it anew",
-    "JSONDecodeError": "the file is damaged, or not one JSON object a line: mend it or make it anew",
+    "GatedRepoError": "request access on the model's page, then `login`",
+    "RepositoryNotFoundError": "check --model, --dataset or --repo; a private one needs `login`",
+    "HFValidationError": "use OWNER/NAME on the Hub, or a path that exists",
+    "OfflineModeIsEnabled": "unset HF_HUB_OFFLINE, or use what is cached",
+    "LocalEntryNotFoundError": NOT_REACHED,
+    "HTTPError": NOT_REACHED,
+    "ConnectionError": NOT_REACHED,
+    "OutOfMemoryError": "try --micro-batch 1, a smaller --max-seq-length or --max-new-tokens",
+    "Timeout": "another process is using this folder: wait for it, or choose another folder",
+    "ModuleNotFoundError": "start the script with `uv run`, which installs the pinned packages",
+    "SafetensorError": "the .safetensors file is damaged: download it or save it again",
+    "UnpicklingError": "the checkpoint is damaged: remove it, then `train --resume`",
     "UnicodeDecodeError": "save the file as UTF-8",
-    "PermissionError": "choose a folder that you may write to",
-    "OSError": "check the path, and free disk with `doctor`",
+    "PermissionError": "choose a folder that you can write to",
+    "OSError": "check the path, and free disk space with `doctor`",
 }
+HTTP_ADVICE = {
+    401: "`login` with a new token, or unset this one: public models and datasets need none",
+    403: "use a token with write access to this repository (huggingface.co/settings/tokens)",
+    412: "the repository changed meanwhile: look at it, then `push` again",
+    429: "the Hub limits requests: wait a few minutes, then try again",
+}
+# How torch and safetensors report a full disk: in words alone.
+DISK_FULL = "No space left|File too large|unexpected pos|PytorchStreamWriter"
+
+
+def http_status(error: BaseException | None) -> int:
+    """The HTTP status that caused an error, 0 if none did."""
+    return getattr(getattr(error, "response", None), "status_code", 0)
 
 
 def advice(error: BaseException | None) -> str | None:
-    """What to do next about an error; None if it may be a bug of ours."""
+    """The next step after an error, by class, HTTP status or full disk; None if unknown."""
     if isinstance(error, UserError):
         return error.hint
-    in_text = re.search(
-        r"HTTP status \w+ error \((\d+)", str(error)
-    )  # hf_xet raises a bare ConnectionError
-    status = in_text[1] if in_text else getattr(getattr(error, "response", None), "status_code", "")
-    signs = f"{type(error).__mro__} HTTP {status} {error}"
-    for sign, next_step in ADVICE.items():
-        if re.search(sign, signs):
+    names = [base.__name__ for base in type(error).__mro__]
+    may_be_disk = {"OSError", "RuntimeError", "SafetensorError"}.intersection(names)
+    if may_be_disk and re.search(DISK_FULL, str(error)):
+        return "the disk is full: free some space, or choose a folder on another disk"
+    status = http_status(error)
+    if status in HTTP_ADVICE and "RepositoryNotFoundError" not in names:
+        return HTTP_ADVICE[status]
+    if status >= 500:
+        return "the Hub has a problem: try again later"
+    for name, next_step in ADVICE.items():
+        if name in names:
             return next_step
     return None
 
 
-def pasteable(text: str) -> str:
+def expand_commands(text: str) -> str:
     """Puts the program's name before the commands in backticks, so that they can be pasted."""
     names = "|".join(command.name or "" for command in app.registered_commands)
     return re.sub(rf"`({names})\b", lambda match: f"`{PROGRAM} {match[1]}", text)
@@ -610,8 +622,10 @@ def friendly_errors() -> Iterator[None]:
             time.sleep(
                 3
             )  # if the first process has the same error, torchrun ends this one before it speaks
+        if Console.verbose:
+            traceback.print_exc()
         print(painted("error: ", "31") + harmless(error), file=sys.stderr)
-        print(painted("next:  ", "36") + harmless(pasteable(next_step)), file=sys.stderr)
+        print(painted("hint:  ", "36") + harmless(expand_commands(next_step)), file=sys.stderr)
         raise typer.Exit(1) from None
 
 
@@ -937,16 +951,17 @@ def file_size(size: float) -> str:
 
 
 def versions() -> dict[str, str]:
-    """Versions of Python and of the main packages, and this script's commit, if git knows it."""
-    line = "git rev-parse -q --verify HEAD"
-    commit = subprocess.run(
-        line, shell=True, cwd=PROJECT, capture_output=True, text=True
-    ).stdout.strip()
-    found = {"finetune_r1": commit or "no git checkout", "python": sys.version.split()[0]}
+    """Versions of Python and the main packages, and the commit of this script if it is in a git checkout."""
+    git = ["git", "-C", str(PROJECT), "rev-parse", "-q", "--verify", "HEAD"]
+    commit = ""
+    if shutil.which("git"):
+        commit = subprocess.run(git, capture_output=True, text=True).stdout.strip()
+    found = {"finetune_r1": commit or VERSION, "python": sys.version.split()[0]}
     for name in PACKAGES.split():
-        found[name] = "missing"
-        with contextlib.suppress(metadata.PackageNotFoundError):
+        try:
             found[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            found[name] = "missing"
     return found
 
 
@@ -1045,7 +1060,7 @@ def check_csv(path: Path) -> str:
 
 def read_from_hub(config: DataConfig, flags: str) -> Any:
     """The rows of a dataset's configuration: --subset, else the language, else its only one."""
-    use_hub_token()
+    export_hub_token()
     read = functools.partial(datasets.load_dataset, config.dataset, split=config.split)
     try:
         return read(name=config.subset or config.lang)
@@ -1203,7 +1218,7 @@ def check_model(config: ModelConfig, revision: str | None = None) -> None:
         raise UserError(
             f"--model {name} is neither a folder nor OWNER/NAME on the Hub.", "check the name"
         )
-    use_hub_token()
+    export_hub_token()
     if not folder.is_dir() and not huggingface_hub.try_to_load_from_cache(name, "config.json"):
         huggingface_hub.model_info(
             name, timeout=10
@@ -1221,7 +1236,7 @@ def download_model(name: str, weights: bool = True, revision: str | None = None)
     """
     folder = Path(name)
     if not folder.is_dir():
-        use_hub_token()
+        export_hub_token()
         patterns = ["*.json", "*.jinja"] + (["model*.safetensors"] if weights else [])
         wanted = {"allow_patterns": patterns, "ignore_patterns": "*/*"}
         folder = Path(huggingface_hub.snapshot_download(name, revision=revision, **wanted))
@@ -1358,61 +1373,68 @@ def check_round_trip(tokenizer: Any, folder: Path) -> None:
 
 
 def save_tokenizer(tokenizer: Any, folder: Path, lang: Lang | None = None) -> None:
-    """Writes a tokenizer that transformers 4 and 5, Ollama and llama.cpp read alike, and reads it back.
+    """Save a tokenizer that transformers 4 and 5, vLLM and Ollama read alike, and read it back.
 
-    transformers 5 alone writes a class that 4 does not know, and leaves out settings that Ollama reads. With
-    `lang` the chat template becomes the training prompt, so that every client asks as training did.
+    With `lang` its chat template becomes the training prompt.
     """
+    adds_bos = has_bos(tokenizer)  # this call also undoes padding, which would be saved
     if lang:
-        tokenizer.chat_template = prompts.build_chat_template(has_bos(tokenizer), lang)
+        tokenizer.chat_template = prompts.build_chat_template(adds_bos, lang)
     tokenizer.save_pretrained(folder)
+
+    # transformers 5 writes a class and keys with which 4 fails, and drops what Ollama and 4.46 read.
     settings = read_json(folder / "tokenizer_config.json")
     for name in ("auto_map", "backend", "from_slow", "is_local", "local_files_only"):
         settings.pop(name, None)
-    settings |= {"tokenizer_class": "PreTrainedTokenizerFast", "add_bos_token": has_bos(tokenizer)}
-    settings |= {"add_eos_token": False, "model_input_names": ["input_ids", "attention_mask"]}
+    settings["tokenizer_class"] = "PreTrainedTokenizerFast"
+    settings["padding_side"] = "left"  # right-padded prompts are answered with rubbish (#25790)
+    settings["add_bos_token"] = adds_bos
+    settings["add_eos_token"] = False
+    settings["model_input_names"] = ["input_ids", "attention_mask"]
     if tokenizer.chat_template:
-        settings["chat_template"] = (
-            tokenizer.chat_template
-        )  # chat_template.jinja has it for newer programs
+        settings["chat_template"] = tokenizer.chat_template
     write_json(folder / "tokenizer_config.json", settings)
-    read_back = transformers.AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
-    check_round_trip(read_back, folder)
-    prompt = prompts.build_prompt(ROUND_TRIP, lang or "en")
-    expected, found = tokenizer(prompt)["input_ids"], [read_back(prompt)["input_ids"]]
+
+    # Read it back as any other program does: a batch, and a chat.
+    saved = transformers.AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+    check_round_trip(saved, folder)
+    batch = [prompts.build_prompt(ROUND_TRIP, lang or "en"), "Why?"]
+    expected = tokenizer(batch, padding=True, padding_side="left")["input_ids"]
+    same = saved(batch, padding=True)["input_ids"] == expected
     if lang:
         chat = [{"role": "user", "content": ROUND_TRIP}]
-        found.append(
-            read_back.apply_chat_template(chat, add_generation_prompt=True, return_dict=False)
+        ids = saved.apply_chat_template(chat, add_generation_prompt=True, return_dict=False)
+        same = same and ids == expected[0]
+    if not same:
+        raise UserError(
+            f"the tokenizer saved in {folder} encodes text differently when loaded.",
+            hint="nothing was saved; please report it",
         )
-    if any(ids != expected for ids in found):
-        fault = f"the tokenizer in {folder} reads back differently."
-        raise UserError(fault, "nothing was saved; please report it")
 
 
 def save_config(folder: Path) -> None:
-    """Adds to config.json the names that older programs look for, and reads it back.
+    """Add the names that transformers 4 and Ollama look for to config.json, and read it back.
 
-    Where transformers 4, Ollama and some vLLMs find the rope settings under their new name only, they
-    silently take a theta of 10000 and no scaling.
+    Where they find the rope settings under their new name only, they silently take a theta of 10000 and no
+    scaling.
     """
     settings = read_json(folder / "config.json")
-    rope = settings.get("rope_parameters")
-    if (
-        rope and "rope_theta" in rope
-    ):  # Gemma's are by kind of layer, which transformers 4 has no name for
-        settings["rope_scaling"] = dict(rope)
-        settings["rope_theta"] = settings["rope_scaling"].pop("rope_theta")
+    rope = settings.get("rope_parameters") or {}
+    if "rope_theta" in rope:  # Gemma 3 has settings for each kind of layer, which had no older name
+        scaling = dict(rope)
+        settings["rope_theta"] = scaling.pop("rope_theta")
+        settings["rope_scaling"] = scaling
         if rope.get("rope_type") == "default":
             settings["rope_scaling"] = None
     settings["torch_dtype"] = settings["dtype"]
-    settings.pop("auto_map", None)  # the code it names is not there
+    settings.pop("auto_map", None)  # the code that it names is not saved
     write_json(folder / "config.json", settings)
-    read_back = transformers.AutoConfig.from_pretrained(folder, trust_remote_code=False)
-    if getattr(read_back, "rope_parameters", None) != rope:
+
+    saved = transformers.AutoConfig.from_pretrained(folder, trust_remote_code=False)
+    if (getattr(saved, "rope_parameters", None) or {}) != rope:
         raise UserError(
-            f"the rope settings in {folder} change when read.",
-            "nothing was saved; please report it",
+            f"the rope settings saved in {folder} differ when loaded.",
+            hint="nothing was saved; please report it",
         )
 
 
@@ -3571,175 +3593,200 @@ def files_to_push(
     return files | ggufs
 
 
-# ---------------------------------------------------------------------------------------------------- log-in
-# Tokens come from the environment, .env, Kaggle's secrets or an earlier log-in. They are never an option's
-# value, never in a run and never printed; the place they came from is.
+# ------------------------------------------------------------------------------------------ log-in
+# Finds the Hugging Face token and the W&B key, says whose they are, and tracks a training in W&B.
+# Promises that a secret is never an option's value, never in a run and never printed, and that no
+# tracker ends a training. huggingface_hub and wandb store and verify, transformers logs.
 
 
-@dataclass(frozen=True)
-class Secret:
-    """A token or key, and the place it came from; only the place is ever shown."""
+class Secret(NamedTuple):
+    """A token or key and the place it came from; only the place is ever shown."""
 
-    value: str = field(repr=False)
+    value: str
     source: str
 
-    def check(self) -> Self:
-        """Raises for letters that no token has; the HTTP client's own error would show it."""
-        if not re.fullmatch(r"[!-~]+", self.value):
-            fault = f"{self.source} contains a space or a character that no token has."
-            raise UserError(fault, "copy it again")
-        return self
+    def __repr__(self) -> str:
+        return f"Secret(from {self.source})"
+
+
+def make_secret(text: str | None, source: str) -> Secret | None:
+    """A secret without what gets copied along (quotes, spaces, `Bearer`); None if unusable."""
+    around = r"^[^\w-]*(bearer\b)?[^\w-]*|[^\w-]+$"
+    value = re.sub(around, "", text or "", flags=re.ASCII | re.IGNORECASE)
+    if re.fullmatch("[!-~]+", value):
+        return Secret(value, source)
+    if value:  # the HTTP client's own error would show it
+        log(f"note: ignoring {source}: it contains a character that no token has")
+    return None
 
 
 @functools.cache
 def load_dotenv() -> frozenset[str]:
-    """Sets what `.env` names and the environment lacks, where empty counts as absent; returns the names."""
+    """Set the variables of `.env` that the environment lacks and return their names."""
+    # An empty HF_TOKEN would hide the one in .env, and wandb refuses an empty WANDB_MODE.
     for name in list(os.environ):
         if name.startswith(LIBRARY_ENV_PREFIXES) and not os.environ[name].strip():
-            del os.environ[
-                name
-            ]  # HF_TOKEN="" would hide the one in .env, and wandb fails on WANDB_MODE=""
+            del os.environ[name]
     path = dotenv.find_dotenv(usecwd=True)
-    found = {}
+    found = set()
     try:
         for name, value in dotenv.dotenv_values(path).items():
             if value and value.strip() and name not in os.environ:
-                os.environ[name] = found[name] = value
-    except ValueError as error:
-        raise UserError(f"{path} is not plain text.", "save it as UTF-8") from error
+                os.environ[name] = value
+                found.add(name)
+    except ValueError as error:  # PowerShell's `>` writes UTF-16
+        raise UserError(f"{path} is not plain text.", hint="save it as UTF-8") from error
     return frozenset(found)
 
 
 def find_secret(names: Sequence[str]) -> Secret | None:
-    """A secret from the environment, .env or Kaggle, set in the environment under the first of `names`."""
-    found, faults, from_dotenv = [], set(), load_dotenv()
+    """Find a secret in the environment, .env or on Kaggle; export it as the first of `names`."""
+    secret = None
+    from_dotenv = load_dotenv()
     for name in names:
-        if os.environ.get(name, "").strip():
-            place = ".env" if name in from_dotenv else "the environment"
-            found.append(Secret(os.environ[name].strip(), f"{name} in {place}"))
-    for name in names if not found and importlib.util.find_spec("kaggle_secrets") else ():
+        place = ".env" if name in from_dotenv else "the environment"
+        secret = secret or make_secret(os.environ.pop(name, None), f"{name} in {place}")
+    if secret is None and importlib.util.find_spec("kaggle_secrets"):
+        secret = find_on_kaggle(names)
+    if secret:
+        os.environ[names[0]] = secret.value
+    return secret
+
+
+def find_on_kaggle(names: Sequence[str]) -> Secret | None:
+    """The first of these secrets that is attached to the Kaggle notebook, else None and a note."""
+    faults = set()
+    for name in names:
         try:
-            value = (kaggle_secrets.UserSecretsClient().get_secret(name) or "").strip()
-            if value:
-                found.append(Secret(value, f"{name} in Kaggle's secrets"))
-        except Exception as error:  # it has kinds of its own, and none of them may stop a training
+            value = kaggle_secrets.UserSecretsClient().get_secret(name)
+            secret = make_secret(value, f"{name} in Kaggle's secrets")
+            if secret:
+                return secret
+        except Exception as error:  # its client has classes of its own
             faults.add(type(error).__name__)
-            if isinstance(error, ConnectionError):  # it takes 40 s each time
+            if isinstance(error, ConnectionError):  # each attempt takes 40 s
                 break
-    if faults and not found:
-        way_out = "attach it under Add-ons > Secrets, and turn Internet on"
-        log(f"note: Kaggle's secrets gave no {names[0]} ({', '.join(sorted(faults))}): {way_out}")
-    if found:
-        os.environ[names[0]] = found[0].check().value
-    return found[0] if found else None
+    reasons = ", ".join(sorted(faults)) or "empty"
+    log(f"note: no {names[0]} from Kaggle ({reasons}): attach it under Add-ons > Secrets")
+    return None
 
 
 @functools.cache
-def use_hub_token() -> Secret | None:
-    """The Hugging Face token, set where the libraries look; public models and datasets need none."""
-    found, stored = find_secret(HUB_TOKENS), huggingface_hub.get_token()
-    return found or (Secret(stored, "an earlier log-in") if stored else None)
+def export_hub_token() -> Secret | None:
+    """Find the Hugging Face token and export it as HF_TOKEN; None without one."""
+    secret = find_secret(HUB_TOKENS)
+    return secret or make_secret(huggingface_hub.get_token(), "an earlier log-in")
 
 
-def hub_account(secret: Secret, repo: str = "") -> dict[str, Any]:
-    """Who the token belongs to, and whether it may push, to `repo` or at all; raises without an answer."""
+def hub_account(secret: Secret) -> dict[str, Any]:
+    """Whose token it is: name, source, role, can_push (to where, `auth_check` knows).
+
+    Raises UserError if the Hub refuses it or gives no valid answer.
+    """
     try:
-        account = huggingface_hub.whoami(secret.check().value)
-    except hub_errors.HfHubHTTPError as error:
-        if error.response.status_code != 401:
-            raise
-        raise UserError(
-            f"The Hub refused the token of {secret.source}.", "`login` with a new one"
-        ) from error
-    except (httpx.HTTPError, ValueError) as error:
-        raise UserError(
-            f"{hub_constants.ENDPOINT} gave no proper answer: {error}", NOT_REACHED
-        ) from error
+        account = huggingface_hub.whoami(secret.value)
+    except (httpx.HTTPError, ValueError) as error:  # ValueError: a hotel's log-in page is no JSON
+        message = f"no valid answer from {hub_constants.ENDPOINT}: {error}"
+        if http_status(error) == 401:
+            message = f"the Hub refused the token from {secret.source}."
+        raise UserError(message, hint=advice(error) or NOT_REACHED) from error
     token = account.get("auth", {}).get("accessToken", {})
     role = token.get("role", "browser log-in")
-    found = {
-        "name": account["name"],
-        "token": secret.source,
-        "role": role,
-        "can_push": role != "read",
-    }
-    if role == "fineGrained":  # it may write to those owners and repositories that a scope names
-        places = []
-        for scope in token.get("fineGrained", {}).get("scoped", ()):
-            if "repo.write" in scope["permissions"]:
-                places.append(scope["entity"].get("name", account["name"]))
-        meant = {repo, repo.split("/")[0]} if repo else set(places)
-        found |= {"can_push": bool(meant & set(places)), "writes_to": places}
-    return found
+    can_push = role != "read"
+    if role == "fineGrained":
+        can_push = "repo.write" in str(token)
+    return {"name": account["name"], "source": secret.source, "role": role, "can_push": can_push}
 
 
-def wandb_account(key: Secret | None, ask: bool = False) -> str | None:
-    """Who is logged in at W&B, None without a key, which is stored; raises without an answer in seconds."""
-    for name, value in {
-        "RETRY_MAX": "1",
-        "RETRY_WAIT_MAX_SECONDS": "1",
-        "TIMEOUT_SECONDS": "2",
-    }.items():
-        os.environ[f"WANDB_X_GRAPHQL_{name}"] = (
-            value  # read at import; else it asks for two minutes
-        )
+def wandb_mode() -> str:
+    """Where W&B's own variables send runs: online, offline or disabled."""
+    if os.environ.get("WANDB_DISABLED", "").lower() in ("1", "on", "yes", "true"):
+        return "disabled"
+    mode = os.environ.get("WANDB_MODE", "online")
+    return {"dryrun": "offline", "run": "online"}.get(mode, mode)
+
+
+def wandb_account(key: Secret | None, store: bool = False) -> str | None:
+    """Who is logged in at W&B, None without a key; `store` writes the key to ~/.netrc.
+
+    Raises UserError if W&B refuses the key or does not answer within seconds.
+    """
+    if wandb_mode() in ("offline", "disabled"):
+        return None
     try:
-        known = wandb.login(key=key.value if key else None, prompt=ask, verify=True)
+        # By default W&B asks a dead server for two minutes.
+        quick = {
+            "x_graphql_retry_max": 1,
+            "x_graphql_retry_wait_max_seconds": 1,
+            "x_graphql_timeout_seconds": 2,
+        }
+        wandb.setup(wandb.Settings(**quick))
+        known = wandb.login(key=key.value if key and store else None, prompt=False, verify=True)
         return str(wandb.Api().viewer.username) if known else None
-    except (
-        ValueError,
-        wandb.Error,
-        wandb.sdk.lib.service.service_connection.WandbApiFailedError,
-    ) as error:
-        if not re.search(r"error 40[13]|API key (must|may|is)", str(error)):
-            raise UserError(
-                f"W&B gave no answer: {error}", "try later, or WANDB_MODE=offline"
-            ) from error
-        place = key.source if key else "the prompt" if ask else "an earlier log-in"
-        raise UserError(
-            f"W&B rejected the key from {place}: {error}", "mend it, then `login`"
-        ) from error
+    except Exception as error:  # wandb has several unrelated classes
+        message = f"W&B gave no answer: {error}"
+        hint = "try again later, or set WANDB_MODE=offline"
+        if re.search(r"error 40[13]|API key (must|may|is)", str(error)):
+            source = key.source if key else "an earlier log-in"
+            message = f"W&B refused the key from {source}: {error}"
+            hint = "copy it again from wandb.ai/authorize, then `login`"
+        raise UserError(message, hint=hint) from error
+
+
+def start_wandb(config: TrainConfig, run: Run) -> bool:
+    """Start or resume the W&B run; False where W&B is off, unknown or (with a note) fails."""
+    mode = wandb_mode()
+    if RANK or not config.wandb or mode == "disabled":
+        return False
+    arguments: dict[str, dict[str, Any]] = {
+        "WANDB_NAME": {"name": run.folder.name},
+        "WANDB_DIR": {"dir": run.folder.resolve()},
+        "WANDB_RUN_ID": {"id": run.record.get("wandb_id")},
+        "WANDB_RESUME": {"resume": "allow"},
+    }
+    chosen: dict[str, Any] = {"project": config.wandb_project}
+    if config.wandb_project == WANDB_PROJECT:  # the option knows the environment, not .env
+        chosen["project"] = os.environ.get("WANDB_PROJECT", WANDB_PROJECT)
+    for variable, argument in arguments.items():
+        if variable not in os.environ:  # which an argument would override
+            chosen.update(argument)
+    try:
+        if mode != "offline" and not wandb_account(find_secret(WANDB_KEYS)):
+            return False
+        chosen["settings"] = wandb.Settings(
+            init_timeout=20,
+            finish_timeout=WANDB_SECONDS,
+            finish_timeout_raises=True,
+            x_graphql_retry_max=20,
+            x_graphql_retry_wait_max_seconds=60,
+            x_graphql_timeout_seconds=30,
+        )
+        wandb.init(config=dataclasses.asdict(config), **chosen)
+    except Exception as error:  # whatever it is, the training matters more
+        log(f"note: training without W&B: {error}")
+        return False
+    run.update(wandb_id=wandb.run.id)
+    return True
 
 
 @contextlib.contextmanager
 def track_in_wandb(config: TrainConfig, run: Run) -> Iterator[bool]:
-    """Starts or resumes the W&B run, and ends it; does nothing for a user who is not logged in there."""
-    mode = os.environ.get("WANDB_MODE", "online")
-    wanted = not RANK and config.wandb and mode != "disabled" and importlib.util.find_spec("wandb")
-    if not wanted or (mode != "offline" and not wandb_account(find_secret(WANDB_KEYS))):
-        yield False
-        return
-    known = run.record.get("wandb_id")
-    patience = {"x_graphql_retry_max": 20, "x_graphql_retry_wait_max_seconds": 60}
-    patience |= {"finish_timeout": WANDB_SECONDS, "finish_timeout_raises": True}
+    """Whether W&B tracks the training in this block; ends the W&B run after it."""
+    tracked = start_wandb(config, run)
+    exit_code = 1
     try:
-        wandb.init(
-            project=config.wandb_project, name=run.folder.name, dir=run.folder.resolve(), job_type="training",
-            id=known, resume="allow" if known else None, config=dataclasses.asdict(config),
-            settings=wandb.Settings(init_timeout=20, x_graphql_timeout_seconds=30, **patience),
-        )  # fmt: skip
-    except wandb.Error as error:
-        raise UserError(
-            f"W&B did not start the run: {error}", "`login`, or train with --no-wandb"
-        ) from error
-    run.update(wandb_id=wandb.run.id)
-    code, notes = 1, Path(wandb.run.settings.log_internal)
-    place = shlex.quote(str(Path(wandb.run.dir).parent))  # it has all of the run
-    try:
-        yield True
-        code = 0
-    finally:  # at exit it would be too late for the history, and print to stdout
-        try:
-            wandb.finish(exit_code=code)
-            lacks = "fatal error" in notes.read_text()  # a refused upload is told nowhere else
-        except (Exception, KeyboardInterrupt):  # whatever it is, the training is done
-            lacks = True
-        if lacks:
-            log(
-                f"W&B lacks some of the run: `wandb sync --no-skip-online {place}` sends what was kept"
-            )
-            with contextlib.suppress(BaseException):  # as above; at exit it would show a traceback
-                wandb.teardown()
+        yield tracked
+        exit_code = 0
+    finally:
+        if tracked:
+            folder = shlex.quote(str(Path(wandb.run.dir).parent))
+            try:
+                wandb.finish(exit_code=exit_code)
+            except (Exception, KeyboardInterrupt):
+                line = f"wandb sync --no-skip-online {folder}"
+                log(f"note: W&B lacks part of the run; `{line}` sends it")
+                with contextlib.suppress(BaseException):  # at exit it would print a traceback
+                    wandb.teardown()
 
 
 # -------------------------------------------------------------------------------------------------- commands
@@ -3789,53 +3836,93 @@ class GroupedCommand(typer.core.TyperCommand):
 
 
 def prepare_environment() -> None:
-    """Reads `.env`, takes one GPU, and quiets the libraries, before any of them reads its variables."""
+    """Read `.env`, pick one GPU and quiet the libraries, before any reads its variables."""
     for number in STOP_SIGNALS[1:]:
         signal.signal(number, interrupt)
     load_dotenv()
     if not Console.verbose:
-        for chatty in ("accelerate", "bitsandbytes", "unsloth", "unsloth_zoo"):
-            logging.getLogger(chatty).setLevel(logging.ERROR)
-    os.environ.pop("HF_HUB_ENABLE_HF_TRANSFER", None)  # set by Unsloth, and warned of in a child
-    os.environ.pop("HF_HUB_DISABLE_PROGRESS_BARS", None)  # by them an upload is seen to move
-    os.environ["MPLBACKEND"] = (
-        "Agg"  # a notebook's kernel sets its own, which is not installed here
-    )
-    wanted = {"UNSLOTH_DISABLE_STATISTICS": "1", "HF_UPDATE_DOWNLOAD_COUNTS": "0"} | XET_DOWNLOADS
-    wanted |= {
+        for name in ("accelerate", "bitsandbytes", "unsloth", "unsloth_zoo"):
+            logging.getLogger(name).setLevel(logging.ERROR)
+    os.environ.pop("HF_HUB_ENABLE_HF_TRANSFER", None)  # set by Unsloth, warned of in a child
+    os.environ["MPLBACKEND"] = "Agg"  # a notebook's kernel sets its own, not installed here
+    defaults = {
+        # No telemetry: Hugging Face and TRL, download counts, Unsloth, W&B's crash reports.
+        "HF_HUB_DISABLE_TELEMETRY": "1",
+        "HF_UPDATE_DOWNLOAD_COUNTS": "0",
+        "UNSLOTH_DISABLE_STATISTICS": "1",
+        "WANDB_ERROR_REPORTING": "false",
+        # Faster decoding.
         "UNSLOTH_DECODE_CUDA_GRAPHS": "1",
         "UNSLOTH_DECODE_GRAPH_PREALLOC": "1",
-    }  # faster decoding
+        **XET_DOWNLOADS,
+    }
     if WORLD == 1:
-        wanted["CUDA_VISIBLE_DEVICES"] = "0"
-    for name, value in wanted.items():
+        defaults["CUDA_VISIBLE_DEVICES"] = "0"
+    for name, value in defaults.items():
         os.environ.setdefault(name, value)
     huggingface_hub.set_client_factory(hub_client)
 
 
 def hub_client() -> Any:
-    """The Hub's HTTP client, with deadlines; a silent Hub is not asked on and on: the cache serves."""
-    client, silent_since = hub_http.default_client_factory(), math.inf  # never yet
-    send = client.send
+    """The HTTP client of huggingface_hub, with time-outs and a second attempt after 429 or 5xx.
 
-    def bounded(request: Any, **options: Any) -> Any:
-        nonlocal silent_since
-        path, limits, began = request.url.path, request.extensions["timeout"], time.monotonic()
-        limit = next(limit for part, limit in SILENT_SECONDS.items() if part in path)
-        for name in limits:
-            limits[name] = limits[name] or limit
-        is_first = re.search(FIRST_QUESTIONS, path)
-        if began - silent_since > limit and (is_first or request.method == "HEAD"):
-            raise hub_errors.OfflineModeIsEnabled(f"{request.url.host} does not answer")
-        try:
-            answer, silent_since = send(request, **options), math.inf
-            return answer
-        except httpx.TimeoutException:
-            silent_since = -math.inf if is_first else min(silent_since, began)
-            raise
+    By itself the library waits for ever, and retries uploads but not whoami or create_repo.
+    """
 
-    client.send = bounded
-    return client
+    class HubClient(httpx.Client):  # type: ignore[name-defined, misc]
+        def send(self, request: Any, **options: Any) -> Any:
+            limit = COMMIT_TIMEOUT if "/commit/" in request.url.path else HUB_TIMEOUT
+            given = request.extensions["timeout"]
+            request.extensions["timeout"] = {name: given[name] or limit for name in given}
+            response = super().send(request, **options)
+            asks = request.method == "GET" or request.url.path == "/api/repos/create"
+            if response.status_code not in (429, 500, 502, 503, 504) or not asks:
+                return response
+            response.close()
+            time.sleep(RETRY_SECONDS)
+            return super().send(request, **options)
+
+    try:
+        hooks = {"request": [hub_http.hf_request_event_hook]}  # which offline mode needs
+        return HubClient(event_hooks=hooks, follow_redirects=True, timeout=None)
+    except Exception as error:  # an OSError about certificates, anything else about a proxy
+        kind = "SSL_CERT" if isinstance(error, OSError) else "_PROXY"
+        names = [name for name in os.environ if kind in name.upper()]
+        message = f"cannot set up HTTP with {', '.join(names)}: {error}"
+        raise UserError(message, hint="correct or unset the variable") from error
+
+
+def has_code(code: str, capability: tuple[int, int]) -> bool:
+    """Whether code such as sm_75 or compute_90a runs on a GPU of this compute capability.
+
+    Machine code (sm) runs within its major version from its minor on, PTX (compute) on all newer
+    GPUs, either ending in `a` on one capability only (CUDA C++ programming guide).
+    """
+    match = re.fullmatch(r"(sm|compute)_(\d+)([af]?)", code)
+    if match is None:  # a kind of code not known here is no reason to refuse
+        return True
+    kind, number, suffix = match.groups()
+    built_for = divmod(int(number), 10)
+    if suffix == "a":
+        return built_for == capability
+    if kind == "compute" and not suffix:
+        return built_for <= capability
+    return built_for[0] == capability[0] and built_for[1] <= capability[1]
+
+
+def check_gpu() -> None:
+    """Raise UserError if this torch has no code for the GPU (P100: Kaggle/docker-python#1546)."""
+    if not torch.cuda.is_available() or torch.version.hip:
+        return
+    capability = torch.cuda.get_device_capability()
+    codes = torch.cuda.get_arch_list()
+    if any(has_code(code, capability) for code in codes):
+        return
+    raise UserError(
+        f"{torch.cuda.get_device_name()} has compute capability {capability[0]}.{capability[1]}; "
+        f"torch {torch.__version__} has code for {', '.join(codes)} only.",
+        hint="choose another GPU (on Kaggle: T4 x2) or another torch build",
+    )
 
 
 def show(name: str, report: dict[str, Any], as_json: bool) -> None:
@@ -3844,6 +3931,8 @@ def show(name: str, report: dict[str, Any], as_json: bool) -> None:
         print_result(json.dumps(report, ensure_ascii=False))
     elif name == "eval":
         print_report(report)
+    elif name == "doctor":
+        print_checks(report)
     elif "runs" in report:
         rows = pandas.DataFrame(report["runs"]).drop(
             columns="started", errors="ignore"
@@ -3996,86 +4085,136 @@ def demo_model() -> Path:
     return folder
 
 
+def check_packages() -> str:
+    """The versions; raises UserError if a package is missing."""
+    text = ", ".join(" ".join(item) for item in versions().items())
+    if "missing" in text:
+        raise UserError(text, hint=ADVICE["ModuleNotFoundError"])
+    return text
+
+
+def find_gpu() -> str:
+    """Name, compute capability and memory; raises UserError if torch can't use the GPU."""
+    check_gpu()
+    if torch.cuda.is_available():
+        gpu = torch.cuda.get_device_properties(0)
+        return f"{gpu.name}, compute {gpu.major}.{gpu.minor}, {gpu.total_memory / GIB:.1f} GiB"
+    if shutil.which("nvidia-smi"):
+        hint = "update the driver (CUDA 13 needs 580.65), or install a CUDA build of torch"
+        raise UserError(f"torch {torch.__version__} sees none", hint=hint)
+    return "none; the 8B needs one with 8 GB"
+
+
+def check_resources() -> str:
+    """Free memory and disk; raises UserError if there is no room to train the 8B."""
+    memory = psutil.virtual_memory().available / GIB
+    here = shutil.disk_usage(".").free / GIB
+    temporary = shutil.disk_usage(tempfile.gettempdir()).free / GIB
+    text = (
+        f"free: memory {memory:.0f} GiB, disk {here:.0f} here, {temporary:.0f} for temporary files"
+    )
+    if here < 8:
+        raise UserError(text, hint="free some disk: the 4-bit 8B takes 6 GiB, a run about 1")
+    return f"{text} (merging the 8B: 32 GiB of disk)"
+
+
+def check_hub() -> str:
+    """The Hub's address; raises if it does not answer."""
+    huggingface_hub.get_session().head(hub_constants.ENDPOINT, timeout=5)
+    return str(hub_constants.ENDPOINT)
+
+
+def check_token() -> str:
+    """Whose token it is; raises UserError without one that is valid and may write."""
+    secret = export_hub_token()
+    if secret is None:
+        hint = "`login`; only pushing, private and gated models need a token"
+        raise UserError("none", hint=hint)
+    account = hub_account(secret)
+    text = f"{account['name']}, {account['role']}, {secret.source}"
+    if not account["can_push"]:
+        raise UserError(text, hint=f"to push, {HTTP_ADVICE[403]}")
+    return text
+
+
+def check_wandb() -> str:
+    """Who is logged in at W&B, if anyone; raises UserError if it refuses the key."""
+    name = wandb_account(find_secret(WANDB_KEYS))
+    return name or f"{wandb_mode()}, not logged in (optional)"
+
+
 @command
 def doctor(config: ModelConfig) -> dict[str, Any]:
-    """Check whether this machine is ready, and say what to mend."""
-    gpus = list(map(torch.cuda.get_device_properties, range(torch.cuda.device_count())))
-    free, memory = shutil.disk_usage(".").free / GIB, psutil.virtual_memory().available / GIB
-    try:
-        hub = f"answers {httpx.head(hub_constants.ENDPOINT, timeout=5).status_code}"
-    except httpx.HTTPError as error:
-        hub = f"not reached: {error}"
-    problems: list[str] = []
-    expected: Any = "unknown"
-    try:
-        check_model(config)
-        expected = expect(TrainConfig(**dataclasses.asdict(config)), [R1_TOKENS] * 500)
-    except (UserError, httpx.HTTPError, OSError) as error:
-        problems.append(f"{error} ({pasteable(str(advice(error)))})")
-    if free < 8:
-        problems.append("too little free disk: the 8B in 4-bit takes 6 GiB and a run about 1")
-    if shutil.which("nvidia-smi") and not gpus:
-        problems.append(
-            f"torch {torch.__version__} sees no GPU: the driver is too old, or torch is for CPUs"
-        )
-    works = dict.fromkeys(("train", "infer", "push"), "no" if problems else "yes")
-    if free < MERGE_DISK or memory < MERGE_MEMORY:
-        works["push"] = "with --adapter-only, as there is too little room to merge"
-    token, key = use_hub_token(), find_secret(WANDB_KEYS)
-    return {
-        "versions": versions(),
-        "gpus": [
-            f"{g.name}, compute {g.major}.{g.minor}, {g.total_memory / GIB:.1f} GiB" for g in gpus
-        ],
-        "precision": precision(config),
-        "free_memory": f"{memory:.0f} GiB; merging takes {MERGE_MEMORY}",
-        "free_disk": f"{free:.0f} GiB; `push` of the 8B takes {MERGE_DISK}, `save` 16 more",
-        "works_here": works,
-        "hugging_face_token": token.source if token else "none; public models need none",
-        "wandb_key": key.source if key else "not found; W&B is optional",
-        "hub": hub,
-        "train": expected,
-        "verdict": "; ".join(problems) or "ready",
-    }
+    """Check GPU, disk, packages and tokens; report what to fix."""
+
+    def check(name: str, function: Callable[[], object], failed: str) -> dict[str, str]:
+        try:
+            return {"status": "OK", "name": name, "found": str(function() or "found"), "fix": ""}
+        except (UserError, httpx.HTTPError, OSError, ImportError) as error:
+            fix = expand_commands(advice(error) or "")
+            return {"status": failed, "name": name, "found": str(error), "fix": fix}
+
+    checks = [
+        check("packages", check_packages, "FAIL"),
+        check("GPU", find_gpu, "FAIL"),
+        check("room", check_resources, "FAIL"),
+        check("model", functools.partial(check_model, config), "FAIL"),
+        check("Hub", check_hub, "WARN"),
+        check("W&B", check_wandb, "WARN"),
+        check("token", check_token, "WARN"),
+    ]
+    ready = all(each["status"] != "FAIL" for each in checks)
+    can_push = ready and checks[-1]["status"] == "OK"
+    verdict = "ready" if ready else "not ready"
+    return {"checks": checks, "can_train": ready, "can_push": can_push, "verdict": verdict}
+
+
+def print_checks(report: dict[str, Any]) -> None:
+    """Print `doctor`'s checklist, and in the last line what this machine can do."""
+    for check in report["checks"]:
+        lines = textwrap.wrap(check["found"], 80)
+        if check["fix"]:
+            lines += textwrap.wrap(f"fix: {check['fix']}", 80)
+        print_result(f"{check['status']:5} {check['name']:9} " + f"\n{'':16}".join(lines))
+    text = "not ready"
+    if report["can_train"]:
+        text = "ready to train, not to push"
+    if report["can_push"]:
+        text = "ready to train and push"
+    print_result(text)
 
 
 @command
 def login() -> dict[str, Any]:
     """Find, verify and store the Hugging Face and W&B tokens."""
-    secret = use_hub_token()
-    if secret is None and is_interactive():
-        typed = typer.prompt(
-            "Hugging Face token (huggingface.co/settings/tokens)", hide_input=True, err=True
-        )
-        secret = Secret(typed.strip(), "the prompt")
-    if secret is None:
-        raise UserError(
-            "no Hugging Face token was found.", "set HF_TOKEN, in the environment or in .env"
-        )
-    account = hub_account(secret)
-    os.environ.pop("HF_TOKEN", None)  # it would warn of the variable, which may be ours
-    huggingface_hub.login(token=secret.value)
-    log(f"Hugging Face: {account['name']}, {secret.source}")  # what follows may fail
 
-    # W&B is optional.
-    mode = (
-        os.environ.get("WANDB_MODE", "online")
-        if importlib.util.find_spec("wandb")
-        else "not installed"
-    )
-    if mode != "online":
-        return {"hugging_face": account, "wandb": {"name": f"nobody: W&B is {mode}"}}
+    def ask(question: str) -> Secret | None:
+        if not is_interactive():
+            return None
+        typed = typer.prompt(question, default="", hide_input=True, show_default=False, err=True)
+        return make_secret(typed, "the prompt")
+
+    secret = export_hub_token() or ask("Hugging Face token (huggingface.co/settings/tokens)")
+    if secret is None:
+        message = "no Hugging Face token found."
+        raise UserError(message, hint="set HF_TOKEN, in the environment or in .env")
+    account = hub_account(secret)
+    os.environ.pop("HF_TOKEN", None)  # or storing warns of the variable, which may be ours
+    huggingface_hub.login(token=secret.value)
+    log(f"Hugging Face: {account['name']}, {secret.source}")  # said now, as W&B may fail
+
     key = find_secret(WANDB_KEYS)
-    name, place = wandb_account(key), key.source if key else "an earlier log-in"
-    if name is None and is_interactive():
-        name, place = wandb_account(None, ask=True), "the prompt"
+    name = wandb_account(key, store=True)
+    if name is None and wandb_mode() == "online":
+        key = ask("W&B API key (wandb.ai/authorize; optional, Enter skips)")
+        name = wandb_account(key, store=True) if key else None
+    source = key.source if key else "an earlier log-in"
+    if name is None:
+        source = f"{wandb_mode()}, not logged in (optional)"
     netrc = Path(os.environ.get("NETRC", "~/.netrc")).expanduser()
     if netrc.exists():
-        netrc.chmod(0o600)  # wandb leaves one that was there before as it was
-    known = (
-        {"name": name, "key": place} if name else {"name": "nobody (optional: set WANDB_API_KEY)"}
-    )
-    return {"hugging_face": account, "wandb": known}
+        netrc.chmod(0o600)  # wandb keeps the mode of a file that was there before
+    return {"hugging_face": account, "wandb": {"name": name, "source": source}}
 
 
 @command
@@ -4224,7 +4363,7 @@ def train(
             config, warmup_steps=min(config.warmup_steps, config.max_steps // 2)
         )
     with contextlib.suppress(httpx.HTTPError, hub_errors.OfflineModeIsEnabled, UserError):
-        secret = None if dry_run else use_hub_token()
+        secret = None if dry_run else export_hub_token()
         if (
             secret and not hub_account(secret)["can_push"]
         ):  # said now rather than after a long training
@@ -4279,7 +4418,7 @@ def run_from_hub(place: str) -> Path:
         raise UserError(
             f"--resume {place} is here already.", f"{Run(folder).resume_line}, or move it away"
         )
-    use_hub_token()
+    export_hub_token()
     RUNS.mkdir(exist_ok=True)
     with tempfile.TemporaryDirectory(dir=RUNS) as fetched:
         huggingface_hub.snapshot_download(repo, local_dir=fetched, allow_patterns=f"{HUB_FOLDER}/*")
@@ -4503,25 +4642,19 @@ def evaluation_rows(run: Run, config: EvalConfig) -> tuple[str, TrainConfig]:
 
 
 def read_choices(records: Any, columns: tuple[str, str], limit: int) -> list[Any]:
-    """The first multiple-choice questions; those whose options or key are unclear are named."""
+    """The first multiple-choice questions; rows whose options or key are unclear are named."""
     if not limit:
         raise UserError("--answers 0 leaves nothing to grade.", hint="name how many to answer")
     try:
-        base = prompts.number_base(records, columns)
+        choices, reasons = prompts.read_multiple_choice(records, columns)
     except ValueError as error:
         raise UserError(
             f"--dataset: {error}.", hint="write letters as keys, or name more rows by --split"
         ) from None
-    choices, refused = [], []
-    for number, record in enumerate(records.take(min(limit, len(records)))):
-        try:
-            choices.append(prompts.parse_multiple_choice(record, columns, base))
-        except ValueError as error:
-            refused.append(f"  row {number}: {error}")
-    if refused:
-        read = len(choices) + len(refused)
-        log(f"skipped {len(refused)} of {read} rows: unclear options or key", *refused[:5])
-    return choices
+    if reasons:
+        refused = [f"  row {number}: {reason}" for number, reason in reasons.items()]
+        log(f"skipped {len(refused)} of {len(records)} rows: unclear options or key", *refused[:5])
+    return list(choices.values())[:limit]
 
 
 @command
@@ -4733,18 +4866,17 @@ def push(
         raise UserError(
             f"--repo {repo}: not OWNER/NAME.", "`push --repo user/DeepSeek-R1-Medical-COT`"
         )
-    secret = use_hub_token()
+    secret = export_hub_token()
     if not dry_run:
         if not secret:
             raise UserError(
                 "there is no Hugging Face token to push with.", "`login`, or look with --dry-run"
             )
-        account = hub_account(secret, repo)
+        account = hub_account(secret)
         if not account["can_push"]:
-            but = f", only to {', '.join(account['writes_to'])}" if account.get("writes_to") else ""
-            way_out = "make one with write access (huggingface.co/settings/tokens), then `login`"
             raise UserError(
-                f"the token from {secret.source} can read, not write to {repo}{but}.", way_out
+                f"the token from {secret.source} can read, not write to {repo}.",
+                hint="create one with write access (huggingface.co/settings/tokens), then `login`",
             )
     found, remote = Run.find(run), Repository(repo, dry_run=dry_run)
     if create_pr and not remote.info:

@@ -74,36 +74,88 @@ BEFORE_AFTER: dict[Lang, str] = {
 }
 
 
-# What clients render a conversation with (Jinja), so that they ask as training did. A system message joins
-# the instruction. Of earlier answers, the thoughts are left out, as DeepSeek's own template does it.
+# A conversation as clients render it (Jinja); earlier answers lose their thoughts. Other engines fail
+# on a `generation` tag (minijinja issue 815), and Ollama takes the words "tools" and "tool_call" in
+# it for support of them.
 CHAT_TEMPLATE = """\
-{{- BOS + INSTRUCTION -}}
-{%- for message in messages -%}
-    {%- if message['role'] == 'system' -%}
-        {{- '\\n' + message['content'] | trim -}}
-    {%- endif -%}
-{%- endfor -%}
-{%- for message in messages -%}
-    {%- if message['role'] == 'user' -%}
-        {{- QUESTION + message['content'] | trim -}}
-    {%- elif message['role'] == 'assistant' -%}
-        {%- set parts = message['content'].split('</think>') -%}
-        {%- set thought = message['reasoning_content'] -%}
-        {%- if not thought -%}
-            {%- set thought = parts[0].split('<think>')[-1] if parts | length > 1 else '' -%}
-        {%- endif -%}
-        {%- set shown = thought | trim + '\\n</think>\\n' if loop.last else '' -%}
-        {{- RESPONSE + ('<think>\\n' if loop.last else '') -}}
-        {%- generation -%}
-        {{- shown + parts[-1] | trim + eos_token -}}
-        {%- endgeneration -%}
-    {%- elif message['role'] != 'system' -%}
-        {{- raise_exception('This model knows the roles system, user and assistant.') -}}
-    {%- endif -%}
-{%- endfor -%}
-{%- if add_generation_prompt -%}
-    {{- RESPONSE + '<think>\\n' -}}
+{%- macro text(content) %}
+  {%- if content is string %}
+    {{- content }}
+  {%- elif content %}
+    {%- for part in content %}
+      {{- '' if loop.first else '\\n' }}
+      {{- part.text if part.type == 'text' else raise_exception('This model reads text only.') }}
+    {%- endfor %}
+  {%- endif %}
+{%- endmacro %}
+{%- set state = namespace(gap='\\n', open=false) %}
+{{- BOS + INSTRUCTION }}
+{%- for message in messages if message.role in ['system', 'developer'] %}
+  {%- set said = text(message.content) | trim %}
+  {%- if said %}
+    {{- state.gap + said }}
+    {%- set state.gap = '\\n\\n' %}
+  {%- endif %}
+{%- endfor %}
+{%- for message in messages %}
+  {%- set said = text(message.content) %}
+  {%- if message.role == 'user' %}
+    {{- QUESTION + said | trim }}
+  {%- elif message.role == 'assistant' %}
+    {%- set thought = message.reasoning_content or message.reasoning %}
+    {%- if thought and '</think>' not in said %}
+      {%- set said = '<think>\\n' + thought + ('\\n</think>\\n' + said if said | trim else '') %}
+    {%- endif %}
+    {%- set parts = said.split('</think>') %}
+    {%- set thought = parts[0].split('<think>')[-1] if parts | length > 1 else '' %}
+    {%- set answer = parts[-1].split('<think>')[0] | trim + eos_token %}
+    {{- RESPONSE }}
+    {%- if not loop.last %}
+      {{- answer }}
+    {%- elif '<think>' in said and parts | length == 1 %}
+      {{- '<think>' + (said.split('<think>')[-1] or '\\n') }}
+      {%- set state.open = true %}
+    {%- else %}
+      {{- '<think>\\n' + thought | trim + '\\n</think>\\n' + answer }}
+    {%- endif %}
+  {%- elif message.role not in ['system', 'developer'] %}
+    {{- raise_exception('This model knows system, user and assistant, not ' + message.role + '.') }}
+  {%- endif %}
+{%- endfor %}
+{%- if add_generation_prompt and not state.open %}
+  {{- RESPONSE + '<think>\\n' }}
 {%- endif -%}
+"""
+
+# The same for Ollama. Go's text/template can't search or trim, so the first three templates call
+# themselves with a byte less; "answer" takes a content twice, with a NUL between. The text around
+# .Thinking tells Ollama the tags.
+OLLAMA_TEMPLATE = """\
+{{- define "trim" }}{{ if . }}{{ $end := len (slice . 1) }}
+{{- if eq (slice . 0 1) " " "\\n" "\\t" "\\r" }}{{ template "trim" (slice . 1) }}
+{{- else if eq (slice . $end) " " "\\n" "\\t" "\\r" }}{{ template "trim" (slice . 0 $end) }}
+{{- else }}{{ . }}{{ end }}{{ end }}{{ end }}
+{{- define "head" }}{{ $end := len (slice . 1) }}
+{{- if eq (slice . $end) "\\x00" }}{{ template "trim" (slice . 0 $end) }}
+{{- else }}{{ template "head" (slice . 0 $end) }}{{ end }}{{ end }}
+{{- define "answer" }}{{ $tagged := ge (len .) 8 }}
+{{- if and $tagged (eq (slice . 0 8) "</think>") }}{{ template "head" (slice . 8) }}
+{{- else if ne (slice . 0 1) "\\x00" }}{{ template "answer" (slice . 1) }}
+{{- else if not (and $tagged (eq (slice . 1 8) "<think>")) }}{{ template "trim" (slice . 1) }}
+{{- end }}{{ end }}
+{{- INSTRUCTION }}{{ if .System }}{{ "\\n" }}{{ template "trim" .System }}{{ end }}
+{{- range $i, $_ := .Messages }}{{ $last := eq (len (slice $.Messages $i)) 1 }}
+{{- if eq .Role "user" }}{{ QUESTION }}{{ template "trim" .Content }}{{ end }}
+{{- if or $last (eq .Role "assistant") }}{{ RESPONSE }}
+{{- if not $last }}{{ template "answer" (printf "%s\\x00%s" .Content .Content) }}{{ EOS }}
+{{- else if ne .Role "assistant" }}<think>
+{{ else if and (ge (len .Content) 7) (eq (slice .Content 0 7) "<think>") }}{{ .Content }}
+{{- else }}
+{{- if or .Content (not .Thinking) }}<think>
+{{ .Thinking }}
+</think>
+{{ else }}<think>
+{{ .Thinking }}{{ end }}{{ .Content }}{{ end }}{{ end }}{{ end -}}
 """
 
 # Lines on the card that make `chat`, by whether the repository holds merged weights or the adapter alone.
@@ -185,15 +237,23 @@ def build_example(question: str, thought: str, answer: str, eos: str, lang: Lang
 
 
 def build_chat_template(has_bos: bool, lang: Lang = "en") -> str:
-    """`CHAT_TEMPLATE` with the training prompt's parts; `has_bos` says whether a text begins with BOS."""
-    head, tail = TEMPLATES[lang].split("{question}")
-    instruction, mark, question = head.rpartition("\n\n### ")
-    response = tail.removesuffix(f"{THINK_OPEN}\n")
-    parts = {"INSTRUCTION": instruction, "QUESTION": mark + question, "RESPONSE": response}
-    text = CHAT_TEMPLATE.replace("BOS", "bos_token" if has_bos else "''")
+    """`has_bos` says whether a text begins with BOS."""
+    return fill_template(CHAT_TEMPLATE, lang).replace("BOS", "bos_token" if has_bos else "''")
+
+
+def fill_template(template: str, lang: Lang, eos: str = "") -> str:
+    """Put the parts of the training prompt in place of their names."""
+    head, response = TEMPLATES[lang].removesuffix(f"{THINK_OPEN}\n").split("{question}")
+    start = head.rindex("\n\n### ")
+    parts = {
+        "INSTRUCTION": head[:start],
+        "QUESTION": head[start:],
+        "RESPONSE": response,
+        "EOS": eos,
+    }
     for name, part in parts.items():
-        text = text.replace(name, json.dumps(part, ensure_ascii=False))
-    return text
+        template = template.replace(name, json.dumps(part, ensure_ascii=False))
+    return template
 
 
 def split_response(text: str, thinks: bool = True) -> tuple[str, str, bool]:
@@ -378,14 +438,25 @@ def guess_columns(columns: dict[str, list[Any]]) -> list[str] | None:
     return guess if all(guess) else None
 
 
+def build_ollama_files(
+    eos: str, context: int, sampling: dict[str, float], lang: Lang
+) -> dict[str, str]:
+    """Files to push beside a GGUF; without them the Hub takes the prompt for Alpaca's."""
+    params = {"stop": [eos], "num_ctx": context, **sampling}
+    return {
+        "template": fill_template(OLLAMA_TEMPLATE, lang, eos),
+        "params": json.dumps(params, ensure_ascii=False),
+    }
+
+
 def build_modelfile(
     eos: str, context: int, sampling: dict[str, float], lang: Lang, weights: str
 ) -> str:
-    """An Ollama Modelfile for `weights` beside it: training prompt, stop at `eos`, `context` in tokens."""
-    template = TEMPLATES[lang].replace("{question}", "{{ .Prompt }}")
-    text = f'FROM {weights}\nTEMPLATE """{template}"""\nPARAMETER stop "{eos}"\nPARAMETER num_ctx {context}\n'
-    for name, value in sampling.items():
-        text += f"PARAMETER {name} {value:g}\n"
+    """A Modelfile for `weights` beside it; `context` is in tokens."""
+    template = fill_template(OLLAMA_TEMPLATE, lang, eos)
+    text = f'FROM {weights}\nTEMPLATE """{template}"""\nPARAMETER stop "{eos}"\n'
+    for name, value in {"num_ctx": context, **sampling}.items():
+        text += f"PARAMETER {name} {value}\n"
     return text
 
 
@@ -394,7 +465,8 @@ def build_modelfile(
 # Promises to refuse what is unclear: a record with a reason, an answer as unread.
 # Leaves published benchmark figures to lm-evaluation-harness.
 
-CHOICE_COLUMNS = (  # of options and key: MedQA's, MMLU's, MedMCQA's
+# Of options and key: MedQA's, MMLU's, MedMCQA's.
+CHOICE_COLUMNS = (
     ("options", "answer_idx"),
     ("options", "answer"),
     ("choices", "answer"),
@@ -422,7 +494,7 @@ def option_name(key: Any) -> str:
 
 
 def read_options(record: dict[str, Any], column: str) -> dict[str, str]:
-    """A record's options by name, or by letter in a list; ValueError if they are unclear."""
+    """A record's options by name, or by letter in a list; empty unless 2 to 26 different texts."""
     options = record.get(column)
     if column == "opa":
         options = [record.get(f"op{letter}") for letter in "abcd"]
@@ -441,105 +513,111 @@ def read_options(record: dict[str, Any], column: str) -> dict[str, str]:
     for name, text in pairs:
         if isinstance(text, str | int | float):
             named[option_name(name)] = str(text).strip()
-    if not 1 < len(set(named.values()) - {""}) == len(pairs) <= 26:
-        raise ValueError(f"{column} is not 2 to 26 different texts: {options!r:.200}")
-    return named
+    different = len(set(named.values()) - {""})
+    return named if 2 <= different == len(pairs) <= 26 else {}
 
 
-def number_base(records: Iterable[dict[str, Any]], columns: tuple[str, str]) -> int:
-    """Whether keys that are numbers count from 0 or 1, by all records; 0 if there are none.
+def read_multiple_choice(
+    records: Iterable[dict[str, Any]], columns: tuple[str, str]
+) -> tuple[dict[int, MultipleChoice], dict[int, str]]:
+    """Reads `columns` of options and key: choices, and reasons where there is none, by position.
 
-    From 0 if one is 0, from 1 if one is the number of options; ValueError if neither or both.
+    Options: a dict, list, list of {"key", "text" or "value"}, one of these as text, or opa to opd.
+    Key: a letter, text or number. Numbers count from 0 if one is 0, from 1 if one is the number of
+    its options; ValueError if neither or both are among them.
     """
-    first, last = [], []
+    read = []
+    numbers = []
     for record in records:
-        with contextlib.suppress(ValueError):  # `parse_multiple_choice` raises it again
-            options, key = read_options(record, columns[0]), option_name(record.get(columns[1]))
-            if key.isdecimal() and key not in [*options, *options.values()]:
-                first.append(int(key) == 0)
-                last.append(int(key) == len(options))
-    if first and any(first) == any(last):
-        occur = "both occur" if any(first) else "never occur"
+        options, key = read_options(record, columns[0]), record.get(columns[1])
+        name = option_name(key)
+        read.append((record, options, key))
+        if options and name.isdecimal() and name not in [*options, *options.values()]:
+            numbers.append((int(name), len(options)))
+
+    # What numbers mean is told by all records.
+    from_0 = any(number == 0 for number, _ in numbers)
+    from_1 = any(number == last for number, last in numbers)
+    if numbers and from_0 == from_1:
+        occur = "both occur" if from_0 else "never occur"
         raise ValueError(
             f"{columns[1]}: do numbers count from 0 or 1? 0 and the number of options {occur}"
         )
-    return int(any(last))
+
+    choices = {}
+    reasons = {}
+    for position, (record, named, key) in enumerate(read):
+        question = record.get("question") or record.get("Question")
+        options = dict(zip(string.ascii_uppercase, named.values(), strict=False))
+        wanted = option_name(key)
+        fits = []
+        for number, (letter, name) in enumerate(zip(options, named, strict=True), start=from_1):
+            numbered = wanted == str(number) and wanted not in named
+            if name == wanted or options[letter] == key or numbered:
+                fits.append(letter)
+        if not isinstance(question, str) or not question.strip():
+            reasons[position] = "the question is empty or not text"
+        elif not named:
+            value = record.get(columns[0])
+            reasons[position] = f"{columns[0]} is not 2 to 26 different texts: {value!r:.200}"
+        elif len(fits) != 1:
+            count = "two" if fits else "none"
+            reasons[position] = f"{columns[1]} {key!r} fits {count} of {named}"
+        else:
+            choices[position] = MultipleChoice(question, options, fits[0])
+    return choices, reasons
 
 
-def parse_multiple_choice(
-    record: dict[str, Any], columns: tuple[str, str], base: int
-) -> MultipleChoice:
-    """Reads a record by its columns of options and key, with the `number_base` of all records.
-
-    Options: a dict, list, list of {"key", "text" or "value"}, one of these as text, or opa to opd.
-    Key: a letter, text or number. ValueError with the reason, without the row, if it is unclear.
-    """
-    question, key = record.get("question") or record.get("Question"), record.get(columns[1])
-    if not isinstance(question, str) or not question.strip():
-        raise ValueError("the question is empty or not text")
-    named, wanted = read_options(record, columns[0]), option_name(key)
-    fits = []
-    for number, (name, text) in enumerate(named.items(), start=base):
-        numbered = wanted == str(number) and wanted not in named
-        if name == wanted or text == key or numbered:
-            fits.append(string.ascii_uppercase[number - base])
-    if len(fits) != 1:
-        raise ValueError(f"{columns[1]} {key!r} fits {'two' if fits else 'none'} of {named}")
-    options = dict(zip(string.ascii_uppercase, named.values(), strict=False))
-    return MultipleChoice(question, options, fits[0])
-
-
-# An option as `predicted_option` marks it: <C> for its letter, <<C>> for its text.
-X = r"\W{0,9}(?:(?:option|choice|answer|letter|选项|答案)\W{0,9})?<+(\w)>+"
-CLAIMS = (
-    # "the best answer is therefore (C)", "答案：C"
-    r"(?i)(?:\b(?:answer|option|choice|one|best|correct|appropriate|likely)\b|[答选对佳确])"
-    rf"[^<]{{0,90}}?(?:\b(?:is|be|was)\b|[:→是为应选]|->)(?: \w+ly| therefore| to give)?{X}",
-    # "I would go with C", "it is C", "应选择C"
-    r"(?i)(?:choose|chose|select|pick|say|(?:go|going|consistent) (?:with|for)|so|therefore|it's"
-    rf"|(?:it|this) (?:is|must be)|选择?|认为是|因此){X}(?! (?:is|would)|[是正])",
-    # "C is right", "C选项正确"
-    rf"(?i)(?:^|\b(?:to|that|think|but|while|so|therefore)\b|所以|因此|故){X}[^<]{{0,90}}?"
-    r"(?:\b(?:right|correct|best|answer|(?:most|more) (?!common|often))|[对佳确]|答案|符合|合适)",
+# An option is its letter, or «C» where its text was; "A man", "C. difficile" and "C or D" are none.
+# The patterns are in ASCII mode, where \b also stands between Chinese and a letter.
+NO_OPTION = r"-|[.] | or | and |[、和或]"
+OPTION = rf"(?i:option |choice |选项)?«?\b([B-HJ-Z]|[AI](?! (?!is)[a-z]))\b»?(?!{NO_OPTION})"
+ANSWER = r"(?:\b(?i:answer|option|choice|diagnosis|treatment|step|one)\b|答案|选项|最)"
+GAP = r"[^«]{0,60}?"
+IS = r"(?:\b(?i:is|be)\b|:|为|是|选) ?"
+CHOOSE = r"(?i:\b(?:choose|chose|select|pick|with|for|it's|it is|so|therefore) |选择?)"
+START = r"(?i:^ ?|\b(?:to|that|but|so|think|therefore) |所以)"
+RIGHT = r"(?:\b(?:right|correct|best|answer|most)\b|正确|答案|最|合适)"
+CLAIMS = (  # the clearer first
+    ANSWER + GAP + IS + OPTION,  # "the best answer is (C)", "答案：C"
+    CHOOSE + OPTION,  # "I would choose C", "应选C"
+    START + OPTION + GAP + RIGHT,  # "so C is right", "C选项正确"
+    rf"^[ >-]*{OPTION} ?$",  # "C", "C. It lowers the risk"
+    r"«(.)»",  # "Give aspirin"
 )
-# After these a clause claims nothing: "not C", "C is less likely", "不选C".
-NOT = r"(?i)\b(?:not|neither|nor|incorrect|wrong|unlike|less|rather|ruled?)\b|n't|[不非错]|排除"
-# A letter before these is no option: "A man", "C. difficile", "C反应".
-NAME = r"['-]?\w(?<![项选是正为最错不符和或均都])|[.] [a-z]| (?!is|as |[bsw]|rather|not|and|or)\w"
+# What follows one of these in a clause claims nothing: "not C", "C is wrong", "不选C".
+NEGATION = r"(?i:\b(?:not|neither|incorrect|wrong|unlike|less|rather)\b|n't|[不非错]|排除)"
 
 
 def plain(text: str) -> str:
-    """The text without markup, LaTeX and full-width letters."""
+    """The text without markup, LaTeX, brackets and full-width letters."""
     text = unicodedata.normalize("NFKC", text).replace("’", "'")
-    text = re.sub(r"\\boxed|<answer>", "answer: ", text)
-    return re.sub(r"\\[a-zA-Z]+|</?\w+>|[*_`$#<>{}\[\]\"“”【】]", "", text)
+    text = re.sub(r"\\boxed|<answer>|【答案】", "answer: ", text)
+    return re.sub(r"\\[a-zA-Z]+|</?\w+>|[*_`$#<>«»(){}\[\]\"“”]", "", text)
 
 
 def predicted_option(answer: str, options: dict[str, str]) -> str | None:
     """The letter of the option that an answer settles on; None if it is unread or stays open.
 
-    The last claim counts; without one the only letter that heads a line, or the only text named.
+    The first of `CLAIMS` that occurs counts, if all its occurrences mean one option.
     """
     text = plain(answer)
-    for letter in sorted(options, key=lambda letter: -len(options[letter])):
+    for letter in sorted(options, key=lambda letter: len(options[letter]), reverse=True):
         option = re.escape(plain(options[letter]).strip(" ."))
         if len(option) > 1:
-            text = re.sub(rf"(?i)(?<![a-z0-9]){option}(?![a-z0-9])", f"<<{letter}>>", text)
-    text = re.sub(rf"(?<![a-zA-Z0-9<-])([{''.join(options)}])(?!{NAME}|>)", r"<\1>", text)
-    # "C. Salt" is one option, "A or B" is none, "Answer:\nC" is one clause.
-    text = re.sub(r"<+(\w)>+(?:[\s().:,、–-]*(?:option )?<+\1>+[),]*)+", r"<<\1>>", text)
-    text = re.sub(r"<+\w>+\)?(?:(?:,|,? (?:and|or)\b|[/、和或及])\s*\(?<+\w>+)+", "<_>", text)
-    text = re.sub(r"(?i)(answer|答案|:|\b(?:so|therefore)|因此|所以)[,\n]+", r"\1: ", text)
-    claimed, named = [], []
-    for clause in re.split(r"[.!?;。,\n]", text):
-        said = re.split(NOT, clause)[0]
-        named += re.findall(r"<<(\w)>>", said)
-        for pattern in CLAIMS:
-            claimed += re.findall(pattern, said)
-    heads = re.findall(rf"(?im)^{X}(?=\W*$|\)?[.:,、)])", text)
-    for found in claimed[-1:], heads, named:
-        if len(set(found)) == 1:
-            return found[0] if found[0] in options else None
+            text = re.sub(rf"(?ai)(?<!\w){option}(?!\w)", f"«{letter}»", text)
+    # Into clauses, of which "Answer:\nC" is one.
+    text = re.sub(r"(:|therefore,|so,)\s+", r"\1 ", text)
+    clauses = []
+    for clause in re.split(r"[!?;。,\n]|[.](?! [a-z])", text):
+        clauses.append(re.sub(f"{NEGATION}.*", " not", clause))
+    for pattern in CLAIMS:
+        found: set[str] = set()
+        for clause in clauses:
+            found.update(re.findall(pattern, clause, re.ASCII))
+        found &= options.keys()
+        if found:
+            return found.pop() if len(found) == 1 else None
     return None
 
 

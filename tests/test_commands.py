@@ -8,14 +8,12 @@ import json
 import os
 import re
 import shlex
-import shutil
 import subprocess
 import sys
 import tomllib
 from types import SimpleNamespace
 
 import pytest
-import yaml
 from conftest import SAMPLE, SCRIPT
 from servers.hub import HubServer
 from terminal import typed
@@ -476,54 +474,6 @@ def test_load_says_what_it_loaded(told, tiny_r1):
         loaded["model"] == str(tiny_r1) and loaded["device"].startswith("CPU") and loaded["sample"]
     )
     assert loaded["peak_memory_gib"] > 0 and loaded["dtype"] in ("bfloat16", "float32")
-
-
-def test_doctor_says_what_is_missing_and_what_train_would_do(cli):
-    """The default model is too large for a CPU."""
-    done = cli("doctor", "--json")
-    report = json.loads(done.out)
-    assert done.code == 1 and report["gpus"] == [] and "no CUDA GPU" in report["verdict"]
-    assert f"`python {SCRIPT} demo`" in report["verdict"]
-    assert report["versions"]["unsloth"] != "missing" and report["hub"].startswith("not reached")
-
-
-@pytest.mark.parametrize("as_json", [False, True])
-@pytest.mark.parametrize(
-    ("model", "free", "verdict"),
-    [
-        ("tiny", 20, "ready"),
-        ("tiny", 5, "disk"),
-        ("no_model", 20, "config.json"),
-        ("a/x-70b", 20, "70.0 b"),
-    ],
-)
-def test_doctor_judges_the_model_asked_for(
-    told, folder, monkeypatch, as_json, model, free, verdict
-):
-    monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=free * 2**30))
-    done = told(["doctor", "--model", model, *["--json"] * as_json], cwd=folder)
-    report = json.loads(done.out) if as_json else yaml.safe_load(done.out)
-    assert verdict in report["verdict"] and "versions" in report and "error:" not in done.err
-    able = "yes" if verdict == "ready" else "no"
-    assert report["works_here"]["train"] == able
-    assert ("--adapter-only" in report["works_here"]["push"]) == (free < finetune_r1.MERGE_DISK)
-    assert done.code == (0 if report["verdict"] == "ready" else 1)
-
-
-def test_doctor_says_when_there_is_room_to_merge_and_when_the_driver_is_too_old(
-    told, folder, monkeypatch
-):
-    monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=100 * 2**30))
-    assert (
-        json.loads(told(["doctor", "--model", "tiny", "--json"], cwd=folder).out)["works_here"][
-            "push"
-        ]
-        == "yes"
-    )
-    (folder / "nvidia-smi").write_text("#!/bin/sh\n")
-    (folder / "nvidia-smi").chmod(0o755)
-    monkeypatch.setenv("PATH", f"{folder}:{os.environ['PATH']}")
-    assert "the driver is too old" in told(["doctor", "--model", "tiny"], cwd=folder).out
 
 
 # --------------------------------------------------------------------------------- before anything is trained

@@ -132,13 +132,6 @@ def test_general_loss_is_the_mean_of_each_passage_without_a_prompt(untrained, mo
     assert cut[7] == pytest.approx(by_hand, abs=1e-3)
 
 
-def test_general_texts_forge_no_structure(r1_tokenizer):
-    rows = read_jsonl(finetune_r1.GENERAL_TEXTS)
-    assert len({row["text"] for row in rows}) == 40 and len({row["kind"] for row in rows}) == 10
-    special = (*prompts.special_tokens(r1_tokenizer), "<|im_end|>", "<|endoftext|>")
-    assert not any(prompts.find_marker(row["text"], special) for row in rows)
-
-
 # ----------------------------------------------------------------------------------- one evaluation
 
 

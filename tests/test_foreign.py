@@ -12,7 +12,6 @@ from conftest import SAMPLE
 from servers.hub import HubServer
 from terminal import typed
 
-import finetune_r1
 from finetune_r1 import LoadedModel, Run, TrainConfig, UserError, read_json, write_json
 
 TRAIN = ["--dataset", SAMPLE, "--split", "train[:4]", "--max-seq-length", 1024, "--max-steps", 1]
@@ -129,20 +128,6 @@ def test_a_repository_that_names_another_base_beside_its_weights_is_refused(
         hub.add_repo("model", "eve/mixed-1M", published.repo_files(tiny_r1) | other)
         with pytest.raises(UserError, match="an adapter and merged weights"):
             LoadedModel.load(TrainConfig(model="eve/mixed-1M", load_in_4bit=False))
-
-
-def test_a_chat_template_that_never_ends_is_refused_and_a_broken_one_told(
-    tiny_r1, tmp_path, monkeypatch, capsys
-):
-    monkeypatch.setattr(finetune_r1, "TEMPLATE_SECONDS", 1)
-    folder = shutil.copytree(tiny_r1, tmp_path / "model")
-    endless = "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}"
-    spoil(folder / "tokenizer_config.json", chat_template=endless)
-    with pytest.raises(UserError, match=r"chat template of .*model does not end"):
-        finetune_r1.load_tokenizer(folder)
-    spoil(folder / "tokenizer_config.json", chat_template="{{ messages[9].content.nothing }}")
-    finetune_r1.load_tokenizer(folder)
-    assert "fails" in capsys.readouterr().err
 
 
 @pytest.mark.slow

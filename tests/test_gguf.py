@@ -17,7 +17,6 @@ import pytest
 from conftest import SAMPLE
 
 import finetune_r1
-import prompts
 from finetune_r1 import Run, TrainConfig, UserError, read_json, write_json
 
 ALPHABETS = [
@@ -243,14 +242,6 @@ def r1_run(known, tiny_r1, tmp_path_factory):
 def test_200_texts_become_the_tokenizers_tokens(case, server):
     for text in varied_texts():
         assert server.tokens(text) == case.tokenizer(text)["input_ids"], repr(text)
-
-
-def test_a_chat_is_asked_by_the_training_prompt_with_one_bos(case, server):
-    talk = [{"role": "user", "content": " Why {question}?\n"}]
-    text = server.ask("/apply-template", messages=talk)["prompt"]
-    assert (
-        server.tokens(text) == case.tokenizer(prompts.build_prompt("Why {question}?"))["input_ids"]
-    )
 
 
 def test_a_chat_tells_thought_from_answer_and_is_sampled_as_the_base_was(case, server):

@@ -1,7 +1,7 @@
-"""Tokens: where they are found, how soon they are checked, what is kept of them, and that none ever gets out.
+"""Tokens: where they are found, who they belong to, what is stored, and that none ever gets out.
 
-The services are on loopback, the clients real; only Kaggle's own package has a stand-in, as it exists in its
-notebooks alone. Every token here holds MARK, so whatever shows one is found out.
+The services are on loopback and the clients real; only Kaggle's own package has a stand-in, as it
+exists in its notebooks alone. Every token here holds MARK, so that a leak is found.
 """
 
 import base64
@@ -9,35 +9,33 @@ import contextlib
 import json
 import math
 import os
-import re
 import secrets
 import signal
 import stat
 import subprocess
 import sys
 import threading
-import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from conftest import SAMPLE, SCRIPT, Done
 from published import whoami_auth
-from servers.base import Fault
+from servers.base import STALL, Fault
 from servers.hub import HubServer
 from servers.kaggle import KaggleServer
 from servers.wandb_server import WandbServer
 from terminal import typed
 
-MARK = f"leak{secrets.token_hex(6)}"  # new each time, so that nothing else on this machine holds it
+import finetune_r1
+from finetune_r1 import ModelConfig, UserError
+
+MARK = f"leak{secrets.token_hex(6)}"  # new each time, so that nothing else here holds it
 STAND_INS = Path(__file__).parent / "stand_ins"
-SOURCES = {  # in the order in which they count
-    "environment": ("HF_TOKEN in the environment", "WANDB_API_KEY in the environment"),
-    "dotenv": ("HF_TOKEN in .env", "WANDB_API_KEY in .env"),
-    "kaggle": ("HUGGINGFACE_TOKEN in Kaggle's secrets", "wandb in Kaggle's secrets"),
-    "stored": ("an earlier log-in", "an earlier log-in"),
-}
-ALWAYS, NOWHERE = math.inf, "http://127.0.0.1:9"
+ALWAYS = math.inf
+NOTEBOOK = f"{MARK}notebook"
+MINUTES = 300
 
 
 def token(owner: str) -> str:
@@ -48,142 +46,121 @@ def key(owner: str) -> str:
     return f"{MARK}{owner}".ljust(40, "0")
 
 
-READ, NOTEBOOK = token("reader"), f"{MARK}notebook"
+READ = token("reader")
 
-
-def python(cwd: Path, environment: dict[str, str], *arguments: object, limit: int = 60) -> Done:
-    command, everything = [sys.executable, *map(str, arguments)], {**os.environ, **environment}
-    how = {"cwd": cwd, "env": everything, "input": "", "capture_output": True, "text": True}
-    done = subprocess.run(command, timeout=limit, **how)
-    return Done(done.returncode, done.stdout, done.stderr)
-
-
-class Machine:
-    """An empty home and an empty working folder, and the services that its tools talk to."""
-
-    def __init__(self, folder: Path, hub: HubServer, wandb: WandbServer, kaggle: KaggleServer):
-        self.hub, self.wandb, self.kaggle = hub, wandb, kaggle
-        self.home, self.work = folder / "home", folder / "work"
-        self.hub_token, self.netrc = self.home / "hf" / "token", self.home / "netrc"
-        self.dotenv = self.work / ".env"
-        self.work.mkdir(parents=True)
-        self.hub_token.parent.mkdir(parents=True)
-        self.environment = {
-            "HOME": str(self.home), "HF_HOME": str(self.home / "hf"), "NETRC": str(self.netrc),
-            "PYTHONPATH": "", "HF_ENDPOINT": hub.url, "WANDB_BASE_URL": wandb.url, "WANDB_MODE": "disabled",
-        }  # fmt: skip
-
-    def on_kaggle(self, **state: str) -> None:
-        """Its package can be imported, and its service answers."""
-        self.environment |= {"PYTHONPATH": str(STAND_INS), "KAGGLE_URL_BASE": self.kaggle.url}
-        self.environment |= {"KAGGLE_USER_SECRETS_TOKEN": NOTEBOOK, **state}
-
-    def plant(self, source: str, token: str, key: str = "") -> None:
-        """Puts a token, and with `key` one for W&B, where it is looked for."""
-        if source == "environment":
-            self.environment |= {"HF_TOKEN": token, "WANDB_API_KEY": key}
-        elif source == "dotenv":
-            self.dotenv.write_text(f"HF_TOKEN={token}\nWANDB_API_KEY={key}\n")
-        elif source == "kaggle":
-            self.kaggle.secrets = {"HUGGINGFACE_TOKEN": token, **({"wandb": key} if key else {})}
-            self.on_kaggle()
-        else:
-            self.hub_token.write_text(token)
-            host = self.wandb.url.removeprefix("http://")
-            self.netrc.write_text(f"machine {host} login user password {key}\n")
-
-    def run(self, *arguments: object, **environment: str) -> Done:
-        done = python(self.work, self.environment | environment, SCRIPT, *arguments)
-        print(done.err)
-        assert MARK not in done.out + done.err and "Traceback" not in done.err
-        return done
-
-    def login(self, **environment: str) -> dict[str, dict[str, object]]:
-        done = self.run("login", "--json", **environment)
-        assert done.code == 0
-        return json.loads(done.out)
-
-    def refused(self, *arguments: str, **environment: str) -> str:
-        """What is said where the command ends with an error: the message and the next step."""
-        done = self.run(*(arguments or ["login"]), **environment)
-        assert (done.code, done.out) == (1, "") and "error:" in done.err and "next:" in done.err
-        return done.err
-
-    def typed(self, *answers: tuple[str, str]) -> tuple[int, str]:
-        """`login` on a terminal, each answer typed when it is asked for: exit code, and all that was seen."""
-        prompts = [(asked + ".*: ", answer) for asked, answer in answers]
-        code, shown = typed(self.work, ["login"], *prompts, **self.environment)
-        assert MARK not in shown
-        return code, shown
+# ------------------------------------------------------------------------ where they are found
 
 
 @pytest.fixture
-def machine(tmp_path):
-    owners = [*SOURCES, "typed"]
-    hub = HubServer(
-        tokens={READ: ("reader", "read"), **{token(name): (name, "write") for name in owners}}
-    )
-    wandb = WandbServer(keys={key(name): name for name in owners})
-    with hub, wandb, KaggleServer(NOTEBOOK) as kaggle:
-        yield Machine(tmp_path, hub, wandb, kaggle)
+def places(tmp_path, monkeypatch):
+    """An empty home and working folder for this process; `put(place, name, value)` fills them."""
+    from huggingface_hub import constants
+
+    stored = tmp_path / "token"
+    monkeypatch.setattr(constants, "HF_TOKEN_PATH", str(stored))
+    monkeypatch.chdir(tmp_path)
+    for name in (*finetune_r1.HUB_TOKENS, *finetune_r1.WANDB_KEYS):
+        # Set and removed, so that what the code exports is removed after the test.
+        monkeypatch.setenv(name, "")
+        monkeypatch.delenv(name)
+    caches = finetune_r1.load_dotenv, finetune_r1.export_hub_token
+    for cached in caches:
+        cached.cache_clear()
+    with KaggleServer(NOTEBOOK) as kaggle:
+
+        def put(place: str, name: str, value: str) -> None:
+            if place == "environment":
+                monkeypatch.setenv(name, value)
+            elif place == ".env":
+                with Path(".env").open("a") as file:
+                    file.write(f"{name}={value}\n")
+            elif place == "stored":
+                stored.write_text(value)
+            else:
+                kaggle.secrets[name] = value
+                monkeypatch.syspath_prepend(STAND_INS)
+                monkeypatch.setenv("KAGGLE_URL_BASE", kaggle.url)
+                monkeypatch.setenv("KAGGLE_USER_SECRETS_TOKEN", NOTEBOOK)
+
+        yield put
+    sys.modules.pop("kaggle_secrets", None)
+    for cached in caches:
+        cached.cache_clear()
 
 
-# --------------------------------------------------------------------------------------- where they are found
+SOURCES = """
+                                                   ->
+environment HF_TOKEN=hf_a                          -> hf_a HF_TOKEN in the environment
+environment HUGGING_FACE_HUB_TOKEN=hf_a            -> hf_a HUGGING_FACE_HUB_TOKEN in the environment
+environment HUGGINGFACE_TOKEN=hf_a                 -> hf_a HUGGINGFACE_TOKEN in the environment
+environment HF_TOKEN=hf_a | .env HF_TOKEN=hf_b     -> hf_a HF_TOKEN in the environment
+environment HF_TOKEN= | .env HF_TOKEN=hf_b         -> hf_b HF_TOKEN in .env
+.env export HF_TOKEN='hf_b' # mine                 -> hf_b HF_TOKEN in .env
+.env HF_TOKEN=hf_b | kaggle HUGGINGFACE_TOKEN=hf_c -> hf_b HF_TOKEN in .env
+kaggle HUGGINGFACE_TOKEN="hf_c" | stored file=hf_d -> hf_c HUGGINGFACE_TOKEN in Kaggle's secrets
+kaggle HF_TOKEN=hf_c                               -> hf_c HF_TOKEN in Kaggle's secrets
+kaggle HF_TOKEN= | kaggle HUGGINGFACE_TOKEN=hf_c   -> hf_c HUGGINGFACE_TOKEN in Kaggle's secrets
+kaggle unrelated=x | stored file=hf_d              -> hf_d an earlier log-in
+environment HF_TOKEN=' ' | stored file=hf_d        -> hf_d an earlier log-in
+environment HF_TOKEN=hf_é x | stored file=hf_d     -> hf_d an earlier log-in
+""".strip("\n")
 
 
-@pytest.mark.parametrize("source", SOURCES)
-def test_the_first_source_that_has_a_token_counts(machine, source):
-    for later in list(SOURCES)[list(SOURCES).index(source) :]:
-        machine.plant(later, token(later), key(later))
-    who = machine.login(WANDB_MODE="online")
-    assert (who["hugging_face"]["name"], who["wandb"]["name"]) == (source, source)
-    assert (who["hugging_face"]["token"], who["wandb"]["key"]) == SOURCES[source]
+@pytest.mark.parametrize("line", SOURCES.splitlines(), ids=str.strip)
+def test_export_hub_token_takes_the_first_source_that_has_a_token(places, line):
+    planted, _, expected = line.partition("->")
+    for entry in filter(str.strip, planted.split("|")):
+        place, _, assignment = entry.strip().partition(" ")
+        places(place, *assignment.split("=", 1))
+    found, _, source = expected.strip().partition(" ")
+    secret = finetune_r1.export_hub_token()
+    assert secret == ((found, source) if found else None)
+    if found and source != "an earlier log-in":
+        assert os.environ["HF_TOKEN"] == found, "for the libraries"
 
 
-@pytest.mark.parametrize("name", ["HUGGING_FACE_HUB_TOKEN", "HUGGINGFACE_TOKEN"])
-def test_other_names_of_the_variable_are_known(machine, name):
-    machine.environment[name] = token("environment")
-    assert machine.login()["hugging_face"]["token"] == f"{name} in the environment"
+def test_find_secret_without_kaggles_secrets_notes_why(places, capsys):
+    places("kaggle", "unrelated", "x")
+    assert finetune_r1.find_secret(finetune_r1.WANDB_KEYS) is None
+    note = capsys.readouterr().err
+    assert "WANDB_API_KEY" in note and "BackendError" in note and "Add-ons > Secrets" in note
 
 
-@pytest.mark.parametrize("name", ["HF_TOKEN", "HUGGING_FACE_HUB_TOKEN"])
-def test_other_labels_than_the_recipes_are_known_on_kaggle(machine, name):
-    machine.on_kaggle()
-    machine.kaggle.secrets = {name: token("kaggle")}
-    assert machine.login()["hugging_face"]["token"] == f"{name} in Kaggle's secrets"
+@pytest.mark.parametrize(
+    "around",
+    ["{}", ' "{}"\r\n', "'{}'", "“{}”", "\ufeff{}\u200b", "Bearer {}", '"bearer {}" ', "`{}`,"],
+)
+def test_make_secret_strips_what_is_copied_along(around):
+    assert finetune_r1.make_secret(around.format("hf_a-b"), "here") == ("hf_a-b", "here")
 
 
-def test_the_libraries_get_the_token_that_was_found(machine):
-    machine.plant("kaggle", token("kaggle"))
-    machine.hub.add_repo("model", "kaggle/private-135M", {"notes.txt": b""}, private=True)
-    said = machine.refused("load", "--model", "kaggle/private-135M")
-    assert "config.json" in said, "the repository was seen, and lacks this file"
+@pytest.mark.parametrize("text", ["hf_a b", "hf_a\nb", "hf_éa", "hf_a\u200bb"])
+def test_make_secret_with_a_character_no_token_has_is_ignored_with_a_note(text, capsys):
+    assert finetune_r1.make_secret(text, "HF_TOKEN in .env") is None
+    note = capsys.readouterr().err
+    assert "HF_TOKEN in .env" in note and text not in note
 
 
-def test_a_token_is_asked_for_on_a_terminal_and_is_not_shown_there(machine):
-    code, shown = machine.typed(("settings/tokens", f"{token('typed')}\n"))
-    assert code == 0 and "name: typed" in shown and "token: the prompt" in shown
-    assert machine.hub_token.read_text() == token("typed")
+def test_secret_shows_its_source_only():
+    secret = finetune_r1.Secret("hf_value", "here")
+    assert "hf_value" not in f"{secret} {secret!r} {[secret]} {(secret, 1)}"
 
 
-def test_a_key_is_asked_for_on_a_terminal_and_is_not_shown_there(machine):
-    machine.plant("environment", token("environment"))
-    machine.environment["WANDB_MODE"] = "online"
-    code, shown = machine.typed(("choice", "2\n"), ("hit enter", f"{key('typed')}\n"))
-    assert code == 0 and "name: typed" in shown and "key: the prompt" in shown
-    assert key("typed") in machine.netrc.read_text()
+@pytest.mark.parametrize("content", ["HF_TOKEN=é".encode("utf-16"), b"HF_TOKEN=a\0b\n", b"\xe9\n"])
+def test_load_dotenv_that_is_not_plain_text_is_a_user_error(places, content):
+    Path(".env").write_bytes(content)
+    with pytest.raises(UserError, match=r"\.env"):
+        finetune_r1.load_dotenv()
 
 
-def test_without_a_token_and_a_terminal_the_message_says_what_to_set(machine):
-    assert "set HF_TOKEN" in machine.refused()
+def test_env_example_as_it_is_sets_nothing(places):
+    Path(".env").write_text((SCRIPT.parent / ".env.example").read_text() + "WANDB_MODE=\n")
+    assert finetune_r1.load_dotenv() == frozenset()
 
 
-def test_w_and_b_is_optional(machine):
-    machine.plant("environment", token("environment"))
-    assert "nobody" in machine.login(WANDB_MODE="online")["wandb"]["name"]
+# --------------------------------------------------------------------------------- whose it is
 
-
-READS, WRITES = ["repo.content.read"], ["repo.content.read", "repo.write", "discussion.write"]
+WRITES = ["repo.content.read", "repo.write"]
 
 
 @pytest.mark.parametrize(
@@ -191,300 +168,355 @@ READS, WRITES = ["repo.content.read"], ["repo.content.read", "repo.write", "disc
     [
         (whoami_auth("read"), "read", False),
         (whoami_auth("write"), "write", True),
-        (whoami_auth("fineGrained", [("user", "alice", READS)]), "fineGrained", False),
-        (
-            whoami_auth("fineGrained", [("user", "alice", READS), ("org", "lab", WRITES)]),
-            "fineGrained",
-            True,
-        ),
+        (whoami_auth("fineGrained", [("user", "a", WRITES[:1])]), "fineGrained", False),
+        (whoami_auth("fineGrained", [("org", "lab", WRITES)]), "fineGrained", True),
         (whoami_auth("oauth"), "browser log-in", True),
     ],
-    ids=["read", "write", "fine, reads", "fine, writes", "browser"],
 )
-def test_login_says_whether_the_token_may_push(machine, auth, role, can_push):
-    machine.plant("environment", token("environment"))
-    account = {"name": "alice", "auth": auth}
-    machine.hub.faults = [Fault("GET", "whoami", status=200, times=ALWAYS, body=account)]
-    who = machine.login()["hugging_face"]
-    assert (who["name"], who["role"], who["can_push"]) == ("alice", role, can_push)
+def test_hub_account_says_name_source_role_and_whether_it_can_push(hub, auth, role, can_push):
+    body = {"name": "alice", "auth": auth}
+    hub.faults = [Fault("GET", "whoami", status=200, times=ALWAYS, body=body)]
+    account = finetune_r1.hub_account(finetune_r1.Secret("hf_writetoken", "here"))
+    assert account == {"name": "alice", "source": "here", "role": role, "can_push": can_push}
+
+
+@pytest.fixture
+def patient_hub(hub, monkeypatch):
+    """The Hub, asked by the script's own client."""
+    import huggingface_hub
+    from huggingface_hub.utils._http import default_client_factory
+
+    monkeypatch.setattr(finetune_r1, "RETRY_SECONDS", 0)
+    huggingface_hub.set_client_factory(finetune_r1.hub_client)
+    yield hub
+    huggingface_hub.set_client_factory(default_client_factory)
+
+
+@pytest.mark.parametrize("status", [429, 500, 503])
+def test_one_failed_answer_of_the_hub_is_asked_for_again(patient_hub, status):
+    patient_hub.faults = [Fault("GET", "whoami", status), Fault("POST", "repos/create", status)]
+    secret = finetune_r1.Secret("hf_writetoken", "here")
+    assert finetune_r1.hub_account(secret)["name"] == "alice"
+    import huggingface_hub
+
+    huggingface_hub.create_repo("alice/model", token=secret.value)
+    assert ("model", "alice/model") in patient_hub.repos
+
+
+def test_hub_client_leaves_a_silent_hub_and_waits_longer_for_a_commit(patient_hub, monkeypatch):
+    import httpx
+    import huggingface_hub
+
+    monkeypatch.setattr(finetune_r1, "HUB_TIMEOUT", 0.5)
+    assert huggingface_hub.get_session().timeout == httpx.Timeout(None)
+    patient_hub.add_repo("model", "alice/model")
+    patient_hub.faults = [Fault("POST", "/commit/", delay=2)]
+    add = huggingface_hub.CommitOperationAdd("a.txt", b"1")
+    huggingface_hub.create_commit(
+        "alice/model", [add], commit_message="Push", token="hf_writetoken"
+    )
+    assert patient_hub.repos["model", "alice/model"].files == {"a.txt": b"1"}
+    patient_hub.faults = [Fault("GET", "whoami", times=ALWAYS, delay=STALL)]
+    with pytest.raises(UserError, match="timed out"):
+        finetune_r1.hub_account(finetune_r1.Secret("hf_writetoken", "here"))
 
 
 @pytest.mark.parametrize(
-    ("scope", "repo", "allowed"),
+    ("fault", "message", "hint"),
     [
-        (("user", "alice", WRITES), "alice/m", True),
-        (("user", None, WRITES), "alice/m", True),
-        (("user", "alice", WRITES), "lab/m", False),
-        (("org", "lab", WRITES), "lab/m", True),
-        (("model", "alice/m", WRITES), "alice/m", True),
-        (("model", "alice/other", WRITES), "alice/m", False),
-        (("user", "alice", READS), "alice/m", False),
+        (Fault("GET", "whoami", 401, ALWAYS), "refused the token from here", "public models"),
+        (Fault("GET", "whoami", 429, ALWAYS), "no valid answer", "wait a few minutes"),
+        (Fault("GET", "whoami", 500, ALWAYS), "no valid answer", "the Hub has a problem"),
+        (Fault("GET", "whoami", 200, ALWAYS, body=b"<p>Log in!"), "no valid answer", "doctor"),
+        (Fault("GET", "whoami", "drop", ALWAYS), "no valid answer", "doctor"),
+    ],
+    ids=["refused", "busy", "broken", "captive portal", "dropped"],
+)
+def test_hub_account_without_a_valid_answer_names_cause_and_next_step(hub, fault, message, hint):
+    hub.faults = [fault]
+    with pytest.raises(UserError, match=message) as caught:
+        finetune_r1.hub_account(finetune_r1.Secret("hf_writetoken", "here"))
+    assert hint in caught.value.hint and "hf_writetoken" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("variable", "value"),
+    [
+        ("ALL_PROXY", "nothing://u:password@127.0.0.1:1"),
+        ("https_proxy", "http://127.0.0.1:port"),
+        ("SSL_CERT_FILE", "/no/such/file.pem"),
     ],
 )
-def test_a_fine_grained_token_may_push_where_its_scope_says_and_nowhere_else(
-    machine, scope, repo, allowed
+def test_hub_client_that_cannot_be_built_names_the_variable(monkeypatch, variable, value):
+    monkeypatch.setenv(variable, value)
+    with pytest.raises(UserError, match=f"HTTP with .*{variable}") as caught:
+        finetune_r1.hub_client()
+    assert "password" not in str(caught.value)
+
+
+@pytest.mark.parametrize("scheme", ["socks5", "socks5h"])
+def test_hub_client_takes_a_socks_proxy(monkeypatch, scheme):
+    pytest.importorskip("socksio")
+    monkeypatch.setenv("ALL_PROXY", f"{scheme}://127.0.0.1:1080")
+    finetune_r1.hub_client().close()
+
+
+# ------------------------------------------------------------------------------ the next step
+
+
+def http_error(status: int, name: str = "HfHubHTTPError") -> Exception:
+    import httpx
+    from huggingface_hub import errors
+
+    request = httpx.Request("GET", "http://127.0.0.1")
+    return getattr(errors, name)("failed", response=httpx.Response(status, request=request))
+
+
+def test_advice_goes_by_class_and_status():
+    import torch
+    from huggingface_hub import errors
+
+    def says(error: Exception) -> str:
+        return finetune_r1.advice(error) or ""
+
+    assert "request access" in says(http_error(403, "GatedRepoError"))
+    assert "--model" in says(http_error(401, "RepositoryNotFoundError"))
+    assert "public models" in says(http_error(401)) and "write access" in says(http_error(403))
+    assert "wait" in says(http_error(429)) and "problem" in says(http_error(502))
+    assert "HF_HUB_OFFLINE" in says(errors.OfflineModeIsEnabled("offline"))
+    assert "OWNER/NAME" in says(errors.HFValidationError("bad"))
+    assert "--micro-batch" in says(torch.OutOfMemoryError("CUDA out of memory"))
+    assert "can write" in says(PermissionError(13, "Permission denied"))
+    assert "UTF-8" in says(UnicodeDecodeError("utf-8", b"\xff", 0, 1, "invalid"))
+    for full in (
+        OSError(28, "No space left on device"),
+        RuntimeError("PytorchStreamWriter failed"),
+    ):
+        assert "disk is full" in says(full)
+
+
+@pytest.mark.parametrize(
+    "bug",
+    [
+        RuntimeError("bug: HTTP 500 in a text"),
+        KeyError("OSError in a text"),
+        ValueError("No space left in a text"),
+        TypeError("unexpected keyword"),
+    ],
+)
+def test_advice_on_what_may_be_a_bug_is_none_whatever_its_text(bug):
+    assert finetune_r1.advice(bug) is None
+
+
+# ---------------------------------------------------------------------------- machine and GPU
+
+
+@pytest.mark.parametrize(
+    ("code", "runs_on", "not_on"),
+    [
+        ("sm_75", [(7, 5)], [(6, 0), (7, 0), (8, 0)]),
+        ("sm_80", [(8, 0), (8, 6), (8, 9)], [(7, 5), (9, 0)]),
+        ("sm_86", [(8, 6), (8, 9)], [(8, 0)]),
+        ("sm_90a", [(9, 0)], [(8, 9), (10, 0), (12, 0)]),
+        ("compute_80", [(8, 0), (9, 0), (12, 0)], [(7, 5)]),
+        ("compute_90a", [(9, 0)], [(12, 0)]),
+        ("sm_100f", [(10, 0), (10, 3)], [(12, 0), (9, 0)]),
+        ("sm_120", [(12, 0), (12, 1)], [(10, 0)]),
+        ("lto_999", [(7, 5)], []),
+    ],
+)
+def test_has_code_follows_cudas_compatibility(code, runs_on, not_on):
+    assert all(finetune_r1.has_code(code, capability) for capability in runs_on)
+    assert not any(finetune_r1.has_code(code, capability) for capability in not_on)
+
+
+def test_windows_gets_one_line(tmp_path):
+    """Imitated: all modules are there already, and the platform and its missing signal are set."""
+    code = f"""
+import runpy, signal, sys
+sys.path.insert(0, {str(SCRIPT.parent)!r})
+import finetune_r1
+sys.platform = "win32"
+del signal.SIGHUP
+sys.argv = ["finetune_r1.py", "doctor"]
+runpy.run_path({str(SCRIPT)!r}, run_name="__main__")
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 1 and "WSL" in done.stderr and "Traceback" not in done.stderr
+
+
+@pytest.fixture
+def small_model(tmp_path):
+    """A folder with as much of a model as `doctor` looks at."""
+    folder = tmp_path / "small-10M"
+    folder.mkdir()
+    (folder / "config.json").write_text("{}")
+    return ModelConfig(model=str(folder))
+
+
+@pytest.mark.parametrize(
+    ("value", "token", "can_push"),
+    [
+        ("", "WARN none", False),
+        ("hf_readtoken", "WARN alice, read", False),
+        ("hf_writetoken", "OK alice, write", True),
+        ("hf_unknown", "WARN the Hub refused the token from HF_TOKEN", False),
+    ],
+)
+def test_doctor_says_push_is_possible_only_with_a_token_that_may_write(
+    places, hub, small_model, monkeypatch, value, token, can_push
 ):
-    """There is no run to push: with the right token that is what is said next."""
-    machine.plant("environment", token("environment"))
-    account = {"name": "alice", "auth": whoami_auth("fineGrained", [scope])}
-    machine.hub.faults = [Fault("GET", "whoami", status=200, times=ALWAYS, body=account)]
-    said = machine.refused("push", "--repo", repo)
-    assert (f"can read, not write to {repo}" in said) == (not allowed)
-    assert ("no finished run" in said) == allowed
+    monkeypatch.setenv("WANDB_DISABLED", "true")
+    places("environment", "HF_TOKEN", value)
+    report = finetune_r1.doctor(small_model)
+    lines = [f"{check['status']} {check['found']}" for check in report["checks"]]
+    assert any(line.startswith(token) for line in lines)
+    assert report["can_push"] == can_push and report["can_train"]
 
 
-def test_train_goes_on_with_a_token_and_without_a_network(machine):
-    """Whether the token may push there is no telling offline; what stops it is the missing model."""
-    machine.plant("stored", token("stored"))
-    rows = ["--dataset", str(SAMPLE), "--split", "train[:2]"]
-    said = machine.refused("train", "--model", str(machine.work), *rows, HF_HUB_OFFLINE="1")
-    assert "has no config.json" in said
+def test_doctor_names_what_is_missing(places, hub, small_model, monkeypatch, tmp_path):
+    monkeypatch.setenv("WANDB_DISABLED", "true")
+    free = SimpleNamespace(free=5 * 2**30)
+    monkeypatch.setattr(finetune_r1.shutil, "disk_usage", lambda path: free)
+    (tmp_path / "nvidia-smi").write_text("#!/bin/sh\n")
+    (tmp_path / "nvidia-smi").chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    report = finetune_r1.doctor(ModelConfig(model=str(tmp_path / "nothing-1M")))
+    fixes = {check["name"]: check["fix"] for check in report["checks"] if check["status"] == "FAIL"}
+    assert fixes.keys() == {"GPU", "room", "model"} and report["verdict"] == "not ready"
+    assert "driver" in fixes["GPU"] and "disk" in fixes["room"] and fixes["model"]
 
 
-# ----------------------------------------------------------------------------------------------------- Kaggle
+def test_doctor_prints_a_checklist_and_ends_with_ready_or_an_exit_code(cli, small_model):
+    """The Hub of the tests is not reached."""
+    done = cli("doctor", "--model", small_model.model, WANDB_DISABLED="true")
+    assert done.code == 0 and "WARN  Hub" in done.out and "fix: " in done.out
+    assert done.out.endswith("\nready to train, not to push\n")
+    done = cli("doctor", WANDB_DISABLED="true")
+    assert done.code == 1 and "FAIL  model" in done.out and "no CUDA GPU" in done.out
+    assert done.out.endswith("\nnot ready\n")
 
 
-@pytest.mark.parametrize(
-    ("state", "error"),
-    [
-        ({"KAGGLE_USER_SECRETS_TOKEN": ""}, "CredentialError"),
-        ({}, "BackendError"),
-        ({"KAGGLE_URL_BASE": NOWHERE}, "ConnectionError"),
-    ],
-    ids=["without its variable", "not attached", "no network"],
-)
-def test_a_kaggle_that_gives_nothing_gets_a_note_and_the_stored_token_serves(machine, state, error):
-    machine.plant("stored", token("stored"), key("stored"))
-    machine.on_kaggle(**state)
-    done = machine.run("login", "--json", WANDB_MODE="online")
-    who = json.loads(done.out)
-    assert (who["hugging_face"]["name"], who["wandb"]["name"]) == ("stored", "stored")
-    notes = [line for line in done.err.splitlines() if line.startswith("note:")]
-    assert len(notes) == 2 and all(error in note and "Add-ons > Secrets" in note for note in notes)
+# ------------------------------------------------------------------------------ login, stored
 
 
-# ------------------------------------------------------------------------------------------------------ traps
-
-
-def test_an_empty_variable_counts_as_absent(machine):
-    machine.plant("dotenv", token("dotenv"), key("dotenv"))
-    who = machine.login(HF_TOKEN="", WANDB_API_KEY=" ", WANDB_MODE="", HUGGINGFACE_TOKEN="")
-    assert (who["hugging_face"]["token"], who["wandb"]["key"]) == SOURCES["dotenv"]
-
-
-@pytest.mark.parametrize("source", ["dotenv", "kaggle"])
-def test_an_empty_entry_counts_as_absent(machine, source):
-    machine.plant("stored", token("stored"))
-    machine.plant(source, "' '" if source == "dotenv" else "")
-    assert machine.login()["hugging_face"]["token"] == "an earlier log-in"
-
-
-def test_what_env_example_leaves_empty_stays_absent(machine):
-    machine.dotenv.write_text((SCRIPT.parent / ".env.example").read_text() + "WANDB_MODE=\n")
-    machine.plant("stored", token("stored"), key("stored"))
-    del machine.environment["WANDB_MODE"]
-    who = machine.login()
-    assert (who["hugging_face"]["token"], who["wandb"]["key"]) == SOURCES["stored"]
-
-
-@pytest.mark.parametrize("source", ["environment", "kaggle"])
-def test_white_space_around_a_token_is_not_part_of_it(machine, source):
-    machine.plant(source, f" {token(source)}\r\n", f"\t{key(source)} ")
-    who = machine.login(WANDB_MODE="online")
-    assert (who["hugging_face"]["name"], who["wandb"]["name"]) == (source, source)
-
-
-@pytest.mark.parametrize(
-    "letter", [" ", "\n", "é", "\N{ZERO WIDTH SPACE}"], ids=["space", "line", "é", "unseen"]
-)
-def test_a_token_with_a_letter_that_none_has_is_refused_by_its_source(machine, letter):
-    machine.plant("environment", token(letter + "x"))
-    assert SOURCES["environment"][0] in machine.refused()
-
-
-@pytest.mark.parametrize("source", ["dotenv", "kaggle", "stored"])
-def test_so_it_is_wherever_the_token_came_from(machine, source):
-    machine.plant(source, token("é"))
-    assert SOURCES[source][0] in machine.refused()
-
-
-def test_so_it_is_when_it_was_typed(machine):
-    code, shown = machine.typed(("settings/tokens", f"{token('é')}\n"))
-    assert code == 1 and "the prompt" in shown and "next:" in shown
-
-
-def test_so_is_a_key(machine):
-    machine.plant("environment", token("environment"), key("é"))
-    assert (
-        SOURCES["environment"][1] in machine.refused(WANDB_MODE="online")
-        and not machine.netrc.exists()
+def python(cwd: Path, environment: dict[str, str], *arguments: object) -> Done:
+    done = subprocess.run(
+        [sys.executable, *map(str, arguments)],
+        cwd=cwd,
+        env={**os.environ, **environment},
+        input="",
+        capture_output=True,
+        text=True,
+        timeout=MINUTES,
     )
+    return Done(done.returncode, done.stdout, done.stderr)
 
 
-@pytest.mark.parametrize("source", ["environment", "dotenv", "stored"])
-def test_a_token_that_the_hub_does_not_know_is_refused_by_its_source_and_not_kept(machine, source):
-    machine.plant(source, token("stranger"))
-    said = machine.refused()
-    assert "refused" in said and SOURCES[source][0] in said
-    assert source == "stored" or not machine.hub_token.exists()
+class Machine:
+    """An empty home and an empty working folder, and the services that its tools talk to."""
+
+    def __init__(self, folder: Path, hub: HubServer, wandb: WandbServer, kaggle: KaggleServer):
+        self.hub = hub
+        self.wandb = wandb
+        self.kaggle = kaggle
+        self.home = folder / "home"
+        self.work = folder / "work"
+        self.hub_token = self.home / "hf" / "token"
+        self.netrc = self.home / "netrc"
+        self.dotenv = self.work / ".env"
+        self.work.mkdir(parents=True)
+        self.hub_token.parent.mkdir(parents=True)
+        self.environment = {
+            "HOME": str(self.home),
+            "HF_HOME": str(self.home / "hf"),
+            "NETRC": str(self.netrc),
+            "HF_ENDPOINT": hub.url,
+            "WANDB_BASE_URL": wandb.url,
+            "HF_HUB_DISABLE_TELEMETRY": "",  # the script's own default counts
+            "CI": "",  # where TRL sends none
+        }
+
+    def plant_everywhere(self, token: str) -> None:
+        """A token and a key in .env, on Kaggle and stored."""
+        self.dotenv.write_text(f"HF_TOKEN={token}\nWANDB_API_KEY={key('dotenv')}\n")
+        self.kaggle.secrets = {"HUGGINGFACE_TOKEN": token, "wandb": key("kaggle")}
+        self.environment["PYTHONPATH"] = str(STAND_INS)
+        self.environment["KAGGLE_URL_BASE"] = self.kaggle.url
+        self.environment["KAGGLE_USER_SECRETS_TOKEN"] = NOTEBOOK
+        self.hub_token.write_text(token)
+        host = self.wandb.url.removeprefix("http://")
+        self.netrc.write_text(f"machine {host} login user password {key('stored')}\n")
+
+    def login(self, **environment: str) -> Done:
+        done = python(self.work, self.environment | environment, SCRIPT, "login", "--json")
+        assert MARK not in done.out + done.err and "Traceback" not in done.err
+        return done
 
 
-@pytest.mark.parametrize("key", [key("stranger"), key("")[:39]], ids=["unknown", "short"])
-def test_a_key_that_w_and_b_does_not_take_is_refused_by_its_source_and_not_kept(machine, key):
-    machine.plant("environment", token("environment"), key)
-    said = machine.refused(WANDB_MODE="online")
-    assert (
-        "W&B" in said and SOURCES["environment"][1] in said and ("40+" in said) == (len(key) < 40)
-    )
-    assert not machine.netrc.exists()
-
-
-def test_a_stored_key_that_w_and_b_does_not_take_is_refused_too_and_left_alone(machine):
-    machine.plant("stored", token("stored"), key("stranger"))
-    before = machine.netrc.read_text()
-    assert SOURCES["stored"][1] in machine.refused(WANDB_MODE="online")
-    assert machine.netrc.read_text() == before
-
-
-@pytest.mark.parametrize("mode", ["offline", "disabled"])
-def test_w_and_b_is_not_asked_in_its_other_modes(machine, mode):
-    machine.plant("environment", token("environment"), key("environment"))
-    assert mode in machine.login(WANDB_MODE=mode)["wandb"]["name"]
-    assert not machine.wandb.requests and not machine.netrc.exists()
-
-
-def test_a_line_of_dotenv_that_is_none_is_passed_over(machine):
-    entry = f"export HF_TOKEN={token('dotenv')} # mine"
-    lines = ["\ufeff# by Windows", "no entry", "= =", entry, "WANDB_MODE='open"]
-    machine.dotenv.write_text("\r\n".join(lines), encoding="utf-8")
-    assert machine.login()["hugging_face"]["name"] == "dotenv"
-
-
-@pytest.mark.parametrize("encoding", ["utf-16", "latin-1", "zero byte"])
-def test_a_dotenv_that_is_no_plain_text_gets_a_message(machine, encoding):
-    text = f"# clé\nHF_TOKEN={token('dotenv')}"
-    machine.dotenv.write_bytes(
-        f"{text}\0\n".encode() if encoding == "zero byte" else text.encode(encoding)
-    )
-    assert ".env" in machine.refused()
-
-
-# --------------------------------------------------------------------------------------- within a few seconds
-
-
-def soon(run):
-    """What `run` returns, if it does within 15 seconds; a try more, for a machine that is busy."""
-    for _ in range(2):
-        started = time.perf_counter()
-        answer = run()
-        if time.perf_counter() - started < 15:
-            return answer
-    raise AssertionError("more than 15 seconds, twice")
-
-
-def says_later(said: str) -> bool:
-    """Whether the next step is to try again in a while."""
-    return bool(re.search("later|again", said.rpartition("next:")[2]))
-
-
-TROUBLE = {
-    "closed": None,
-    "slow": Fault("*", "", times=ALWAYS, delay=30),
-    **{str(status): Fault("*", "", times=ALWAYS, status=status) for status in (429, 500)},
-}
-
-
-@pytest.mark.parametrize("fault", TROUBLE.values(), ids=TROUBLE)
-def test_a_hub_in_trouble_is_left_within_seconds_and_the_token_is_not_blamed(machine, fault):
-    machine.plant("environment", token("environment"))
-    machine.hub.faults = [fault] if fault else []
-    said = soon(lambda: machine.refused(HF_ENDPOINT=machine.hub.url if fault else NOWHERE))
-    assert says_later(said) and "token" not in said.replace("HF_TOKEN", "")
-
-
-@pytest.mark.parametrize("kind", ["closed", "slow", "500"])
-def test_a_w_and_b_in_trouble_is_left_within_seconds_and_the_key_is_not_blamed(machine, kind):
-    fault = TROUBLE[kind]
-    machine.plant("environment", token("environment"), key("environment"))
-    machine.wandb.faults = [fault] if fault else []
-    here = {"WANDB_MODE": "online", "WANDB_BASE_URL": machine.wandb.url if fault else NOWHERE}
-    said = soon(lambda: machine.refused(**here))
-    assert "W&B" in said and says_later(said) and "rejected the key" not in said
-    assert not machine.netrc.exists()
-
-
-def test_a_hub_that_gets_slow_after_its_first_answer_is_left_within_seconds(machine):
-    machine.plant("environment", token("environment"))
-
-    def login() -> Done:
-        machine.hub.faults = [
-            Fault("GET", "whoami"),
-            Fault("GET", "whoami", times=ALWAYS, delay=30),
-        ]
-        return machine.run("login")
-
-    done = soon(login)
-    assert done.code == 0 or "next:" in done.err
-
-
-def test_a_page_instead_of_an_answer_is_not_taken_for_one(machine):
-    """As from the log-in page of a hotel's network."""
-    machine.plant("environment", token("environment"))
-    machine.hub.faults = [
-        Fault("GET", "whoami", status=200, times=ALWAYS, body=b"<html>Welcome!</html>")
-    ]
-    said = machine.refused()
-    assert says_later(said) and "JSON object a line" not in said
-
-
-def test_a_w_and_b_that_fails_after_some_answers_gets_a_message(machine):
-    machine.plant("environment", token("environment"), key("environment"))
-    served, failed = (
-        Fault("POST", "graphql", times=3),
-        Fault("POST", "graphql", times=ALWAYS, status=500),
-    )
-    machine.wandb.faults = [served, failed]
-    assert says_later(machine.refused(WANDB_MODE="online"))
-
-
-# --------------------------------------------------------------------------------------------- what is stored
+@pytest.fixture
+def machine(tmp_path):
+    hub = HubServer(tokens={token("writer"): ("writer", "write")})
+    wandb = WandbServer(keys={key("writer"): "writer"})
+    with hub, wandb, KaggleServer(NOTEBOOK) as kaggle:
+        yield Machine(tmp_path, hub, wandb, kaggle)
 
 
 def mode(path: Path) -> str:
     return oct(stat.S_IMODE(path.stat().st_mode))
 
 
-def test_what_login_stores_is_for_its_owner_alone_and_serves_the_next_time(machine):
-    machine.plant("environment", token("environment"), key("environment"))
-    machine.login(WANDB_MODE="online")
-    stored = [machine.hub_token, machine.hub_token.with_name("stored_tokens"), machine.netrc]
-    assert [(MARK in path.read_text(), mode(path)) for path in stored] == [(True, "0o600")] * 3
-    files = [path for path in machine.home.parent.rglob("*") if path.is_file()]
-    holders = [path for path in files if MARK.encode() in path.read_bytes()]
-    assert sorted(holders) == sorted(stored), "and nowhere else"
-    who = machine.login(WANDB_MODE="online", HF_TOKEN="", WANDB_API_KEY="")
-    assert (who["hugging_face"]["token"], who["wandb"]["key"]) == SOURCES["stored"]
-    assert (who["hugging_face"]["name"], who["wandb"]["name"]) == ("environment", "environment")
-
-
-@pytest.mark.parametrize("before", [0o600, 0o644], ids=oct)
-def test_what_was_stored_before_stays_and_is_for_its_owner_alone(machine, before):
+def test_login_stores_both_for_their_owner_alone_beside_what_was_there(machine):
+    stored_tokens = machine.hub_token.with_name("stored_tokens")
     others = {
         machine.netrc: "machine example.org login me password other\n",
-        machine.hub_token.with_name("stored_tokens"): "[other]\nhf_token = other\n\n",
+        stored_tokens: "[other]\nhf_token = other\n\n",
     }
     for path, text in others.items():
         path.write_text(text)
-        path.chmod(before)
-    machine.plant("environment", token("environment"), key("environment"))
-    machine.login(WANDB_MODE="online")
-    for path, text in others.items():
-        assert text in path.read_text() and MARK in path.read_text() and mode(path) == "0o600", (
-            path.name
-        )
+        path.chmod(0o644)
+    given = {"HF_TOKEN": f'"{token("writer")}"', "WANDB_API_KEY": f" {key('writer')}\n"}
+    first = json.loads(machine.login(**given).out)
+    assert first["hugging_face"]["source"] == "HF_TOKEN in the environment"
+    assert first["wandb"] == {"name": "writer", "source": "WANDB_API_KEY in the environment"}
+    stored = [machine.hub_token, stored_tokens, machine.netrc]
+    assert [(MARK in path.read_text(), mode(path)) for path in stored] == [(True, "0o600")] * 3
+    assert all(text in path.read_text() for path, text in others.items())
+    files = [path for path in machine.home.parent.rglob("*") if path.is_file()]
+    holders = [path for path in files if MARK.encode() in path.read_bytes()]
+    assert sorted(holders) == sorted(stored), "and nowhere else"
+
+    # The next time they are found there.
+    second = json.loads(machine.login().out)
+    assert second["hugging_face"]["source"] == "an earlier log-in"
+    assert second["wandb"] == {"name": "writer", "source": "an earlier log-in"}
 
 
-# ----------------------------------------------------------------------------------------- none ever gets out
+def test_login_on_a_terminal_asks_for_both_and_shows_neither(machine):
+    answers = [("settings/tokens.*: ", token("writer")), ("authorize.*: ", key("writer"))]
+    lines = [(asked, f"{answer}\n") for asked, answer in answers]
+    code, shown = typed(machine.work, ["login"], *lines, **machine.environment)
+    assert code == 0 and MARK not in shown and shown.count("source: the prompt") == 2
+    assert machine.hub_token.read_text() == token("writer")
+    assert key("writer") in machine.netrc.read_text()
+
+
+def test_login_keeps_nothing_that_is_missing_or_refused(machine):
+    missing = machine.login(WANDB_MODE="disabled")
+    assert missing.code == 1 and "set HF_TOKEN" in missing.err
+    refused = machine.login(HF_TOKEN=token("stranger"))
+    assert refused.code == 1 and "refused the token from HF_TOKEN" in refused.err
+    assert not machine.hub_token.exists()
+    for bad in (key("stranger"), key("")[:39]):
+        done = machine.login(HF_TOKEN=token("writer"), WANDB_API_KEY=bad)
+        assert done.code == 1 and "refused the key from WANDB_API_KEY" in done.err
+    assert not machine.netrc.exists()
+    dead = {"WANDB_BASE_URL": "http://127.0.0.1:9", "WANDB_API_KEY": key("writer")}
+    unanswered = machine.login(HF_TOKEN=token("writer"), **dead)
+    assert unanswered.code == 1 and "W&B gave no answer" in unanswered.err
+
+
+# ------------------------------------------------------------------------- none ever gets out
 
 ENCODED = base64.b64encode(f"api:{MARK}".encode())[:20]  # as W&B's client sends its key
 
@@ -538,96 +570,81 @@ for arguments in json.loads(sys.argv[1]):
 
 
 class Commands(Machine):
-    """Every command, well and badly, each with what it said; and the arguments of all processes meanwhile."""
+    """Every command, well and badly: what each said, and all processes' arguments meanwhile."""
 
-    run_a, to, online = ["--run", "runs/a"], ["--repo", "writer/model"], {"WANDB_MODE": "online"}
-
-    def __init__(self, model: Path, *arguments):
+    def __init__(self, model: Path, talkative: HubServer, *arguments):
         super().__init__(*arguments)
+        self.talkative = talkative
         self.done: dict[str, Done] = {}
         self.processes: set[bytes] = set()
         self.ended = threading.Event()
         self.environment["OMP_NUM_THREADS"] = "1"  # two commands at a time, each on a core
         self.model = ["--model", model]
-        self.rows = [
-            *self.model,
-            "--dataset",
-            SAMPLE,
-            "--split",
-            "train[:12]",
-            "--max-seq-length",
-            512,
-        ]
-        recipe = {
-            "--eval-rows": 2,
-            "--effective-batch": 2,
-            "--warmup-steps": 0,
-            "--learning-rate": 0.02,
-            "--max-new-tokens": 4,
-        }
-        self.train = ["train", *self.rows, *(word for pair in recipe.items() for word in pair)]
+        self.rows = [*self.model, "--dataset", SAMPLE, "--split", "train[:12]"]
+        self.rows += ["--max-seq-length", 512]
+        self.train = ["train", *self.rows, "--eval-rows", 2, "--effective-batch", 2]
+        self.train += ["--warmup-steps", 0, "--learning-rate", 0.02, "--max-new-tokens", 4]
 
     def do(self, name: str, *arguments: object, **environment: str) -> None:
-        self.done[name] = python(
-            self.work, self.environment | environment, SCRIPT, *arguments, limit=180
-        )
-
-    def do_all(self, name: str, *commands: list[object], **environment: str) -> None:
-        """One after another in one process, as the imports take the longest."""
-        typed = json.dumps([[str(word) for word in command] for command in commands])
-        arguments = ["-c", IN_ONE_PROCESS, typed]
-        self.done[name] = python(self.work, self.environment | environment, *arguments, limit=180)
-
-    def interrupt(self, name: str, *arguments: object, after: str, **environment: str) -> None:
-        """As Ctrl-C does, once the command has said `after`."""
-        process = subprocess.Popen(
-            [sys.executable, SCRIPT, *map(str, arguments)], cwd=self.work, start_new_session=True, text=True,
-            env={**os.environ, **self.environment, **environment},
-            stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-        )  # fmt: skip
-        said = ""
-        while after not in said and (line := process.stderr.readline()):
-            said += line
-        os.killpg(process.pid, signal.SIGINT)
-        out, err = process.communicate(timeout=60)
-        self.done[name] = Done(process.returncode, out, said + err)
+        self.done[name] = python(self.work, self.environment | environment, SCRIPT, *arguments)
 
     def train_well(self) -> None:
-        self.do(
-            "train",
-            *self.train,
-            "--max-steps",
-            2,
-            "--run-dir",
-            "runs/a",
-            HF_TOKEN=READ,
-            **self.online,
-        )
+        where = ["--max-steps", 2, "--run-dir", "runs/a"]
+        self.do("train", *self.train, *where, HF_TOKEN=READ)
 
     def train_badly(self) -> None:
-        endless = [*self.train, "--max-steps", 9999, "--run-dir", "runs/b"]
-        self.interrupt("train, Ctrl-C", *endless, after="step 00001", **self.online)
-        stranger = {"WANDB_API_KEY": key("stranger"), **self.online}
-        self.do("train, refused key", *self.train, "--run-dir", "runs/c", **stranger)
+        # Ctrl-C in the first steps.
+        arguments = [*self.train, "--max-steps", 9999, "--run-dir", "runs/b"]
+        process = subprocess.Popen(
+            [sys.executable, SCRIPT, *map(str, arguments)],
+            cwd=self.work,
+            env={**os.environ, **self.environment},
+            start_new_session=True,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        said = ""
+        for line in process.stderr:
+            said += line
+            if "step 00001" in line:
+                break
+        os.killpg(process.pid, signal.SIGINT)
+        out, err = process.communicate(timeout=MINUTES)
+        self.done["train, Ctrl-C"] = Done(process.returncode, out, said + err)
+
+        # A key that W&B refuses, a proxy that is none, and a user who allows telemetry.
+        where = ["--max-steps", 1, "--run-dir", "runs/c"]
+        stranger = {"WANDB_API_KEY": key("stranger"), "HF_ENDPOINT": self.talkative.url}
+        self.do("train, refused key", *self.train, *where, **stranger, HF_HUB_DISABLE_TELEMETRY="0")
+        broken = {"ALL_PROXY": "nothing://127.0.0.1:1", "WANDB_DISABLED": "true"}
+        where = ["--max-steps", 1, "--run-dir", "runs/d"]
+        self.do("train, broken proxy", *self.train, *where, HF_TOKEN=READ, **broken)
 
     def ask(self) -> None:
-        infer = ["infer", "Why?", *self.run_a, "--max-new-tokens", 4]
-        evaluate = ["eval", *self.run_a, "--answers", 1, "--max-new-tokens", 4]
-        others = [["load", *self.model], ["format", *self.rows], ["doctor", *self.model], ["login"]]
-        self.do_all("the rest", infer, evaluate, *others, **self.online)
+        """One after another in one process, as the imports take the longest."""
+        run = ["--run", "runs/a", "--max-new-tokens", 4]
+        lines = [
+            ["infer", "Why?", *run],
+            ["eval", *run, "--answers", 1],
+            ["load", *self.model],
+            ["format", *self.rows],
+            ["doctor", *self.model],
+            ["login"],
+        ]
+        typed = json.dumps([[str(word) for word in line] for line in lines])
+        self.done["the rest"] = python(self.work, self.environment, "-c", IN_ONE_PROCESS, typed)
 
     def publish(self) -> None:
-        self.do("save", "save", *self.run_a)
-        writer, stranger = ({"HF_TOKEN": token(name)} for name in ("writer", "stranger"))
-        push = ["push", *self.run_a]
-        self.do("push, 401", *push, *self.to, **stranger)
+        writer = {"HF_TOKEN": token("writer"), "WANDB_MODE": "disabled"}
+        stranger = {"HF_TOKEN": token("stranger"), "WANDB_MODE": "disabled"}
+        push = ["push", "--run", "runs/a", "--repo", "writer/model"]
+        self.do("push, 401", *push, **stranger)
         self.hub.faults = [Fault("POST", "/commit/", status=500, times=ALWAYS)]
-        self.do("push, 500", *push, *self.to, **writer)
+        self.do("push, 500", *push, **writer)
         self.hub.faults = []
-        self.do("push", *push, *self.to, **writer)
+        self.do("push", *push, **writer)
         self.do("load, 401", "load", "--model", "no/such-135M", **stranger)
-        self.do("login, 401", "login", **stranger)
-        self.do("login, short key", "login", WANDB_API_KEY=key("")[:39], **self.online)
 
     def watch(self) -> None:
         while not self.ended.wait(0.2):
@@ -640,11 +657,12 @@ class Commands(Machine):
 def commands(tiny_r1, tmp_path_factory):
     """On a machine with a token in every place, two commands at a time."""
     hub = RecordingHub(tokens={READ: ("reader", "read"), token("writer"): ("writer", "write")})
-    wandb = RecordingWandb(keys={key(name): name for name in SOURCES})
-    with hub, wandb, KaggleServer(NOTEBOOK) as kaggle, ThreadPoolExecutor(3) as pool:
-        commands = Commands(tiny_r1, tmp_path_factory.mktemp("leaks"), hub, wandb, kaggle)
-        for source in ("stored", "kaggle", "dotenv"):
-            commands.plant(source, READ, key(source))
+    talkative = HubServer(tokens={READ: ("reader", "read")})
+    wandb = RecordingWandb(keys={key(name): name for name in ("dotenv", "stored", "kaggle")})
+    with hub, talkative, wandb, KaggleServer(NOTEBOOK) as kaggle, ThreadPoolExecutor(3) as pool:
+        folder = tmp_path_factory.mktemp("leaks")
+        commands = Commands(tiny_r1, talkative, folder, hub, wandb, kaggle)
+        commands.plant_everywhere(READ)
         pool.submit(commands.watch)
         try:
             for at_once in (
@@ -658,16 +676,14 @@ def commands(tiny_r1, tmp_path_factory):
         yield commands
 
 
-def test_every_command_did_its_work_with_tokens_all_around(commands):
+def test_commands_do_their_work_with_tokens_all_around(commands):
+    failing = {"push, 401": 1, "push, 500": 1, "load, 401": 1, "train, Ctrl-C": 130}
     for name, done in commands.done.items():
-        code = (
-            130 if "Ctrl-C" in name else 0 if name in ("train", "the rest", "save", "push") else 1
-        )
+        code = failing.get(name, 0)
         assert done.code == code and "Traceback" not in done.err, f"{name}: {done.err}"
     assert "model.safetensors" in commands.hub.repos["model", "writer/model"].files
     runs = commands.wandb.runs.values()
     assert [run.entity for run in runs] == ["dotenv", "dotenv"]
-    assert all("output.log" in run.files for run in runs)
 
 
 def test_train_says_before_it_begins_that_the_token_cannot_push(commands):
@@ -675,9 +691,16 @@ def test_train_says_before_it_begins_that_the_token_cannot_push(commands):
     assert 0 <= said.find("can read, not write") < said.find("step 00001")
 
 
-def test_train_names_the_source_of_a_key_that_w_and_b_refuses(commands):
+def test_train_with_a_key_that_w_and_b_refuses_goes_on_and_names_its_source(commands):
     said = commands.done["train, refused key"].err
-    assert "WANDB_API_KEY in the environment" in said and "no message" not in said
+    assert "training without W&B" in said and "WANDB_API_KEY in the environment" in said
+
+
+def test_train_sends_telemetry_only_if_the_user_turns_it_on(commands):
+    def sent(hub: HubServer) -> list[str]:
+        return [path for _, path in hub.requests if "telemetry" in path]
+
+    assert sent(commands.hub) == [] and sent(commands.talkative)
 
 
 def test_no_command_shows_a_token(commands):
@@ -686,12 +709,8 @@ def test_no_command_shows_a_token(commands):
 
 
 def test_no_file_holds_a_token_but_those_it_was_put_into(commands):
-    own = {
-        commands.dotenv,
-        commands.hub_token,
-        commands.hub_token.with_name("stored_tokens"),
-        commands.netrc,
-    }
+    tokens = commands.hub_token
+    own = {commands.dotenv, tokens, tokens.with_name("stored_tokens"), commands.netrc}
     files = {path for path in commands.work.parent.rglob("*") if path.is_file()} - own
     assert len([path for path in files if path.suffix == ".wandb"]) >= 2
     assert commands.work / "runs/a/run.json" in files

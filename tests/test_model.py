@@ -56,93 +56,6 @@ def test_a_text_comes_back_byte_for_byte_with_one_bos_and_padding_of_its_own(mod
     assert tokenizer.pad_token_id not in (None, tokenizer.eos_token_id, tokenizer.bos_token_id)
 
 
-def test_a_saved_tokenizer_is_the_same_to_plain_transformers_and_has_what_4_and_ollama_ask_for(
-    model, tmp_path
-):
-    from transformers import AutoTokenizer
-
-    tokenizer = finetune_r1.load_tokenizer(model)
-    finetune_r1.save_tokenizer(tokenizer, tmp_path)
-    read_back = AutoTokenizer.from_pretrained(tmp_path)
-    assert read_back(ROUND_TRIP)["input_ids"] == tokenizer(ROUND_TRIP)["input_ids"]
-    assert (read_back.pad_token, read_back.eos_token) == (tokenizer.pad_token, tokenizer.eos_token)
-    settings = read_json(tmp_path / "tokenizer_config.json")
-    assert settings["tokenizer_class"] == "PreTrainedTokenizerFast"
-    assert settings["add_bos_token"] is True and settings["add_eos_token"] is False
-    assert settings["model_input_names"] == ["input_ids", "attention_mask"]
-    assert not {"backend", "from_slow", "is_local", "local_files_only"} & settings.keys()
-    template = tokenizer.chat_template
-    assert settings.get("chat_template") == template
-    assert template is None or template == (tmp_path / "chat_template.jinja").read_text()
-
-
-# -------------------------------------------------------------------------------------------- chat template
-
-ASKED = [{"role": "user", "content": " Why {question}?\n"}]
-ANSWERED = {"role": "assistant", "reasoning_content": "Hm.\n", "content": " So. "}
-
-
-@pytest.fixture(
-    params=["tiny_r1 en", "tiny_r1 zh", "tiny_deepseek zh", "tiny_qwen en", "smollm2 en"]
-)
-def chat(tmp_path, request):
-    """A saved tokenizer as plain transformers reads it, and the language of its prompt."""
-    from transformers import AutoTokenizer
-
-    layout, lang = request.param.split()
-    finetune_r1.save_tokenizer(
-        finetune_r1.load_tokenizer(request.getfixturevalue(layout)), tmp_path, lang
-    )
-    return AutoTokenizer.from_pretrained(tmp_path), lang
-
-
-def test_a_question_in_a_chat_is_the_prompt_of_training_token_by_token(chat):
-    tokenizer, lang = chat
-    asked = tokenizer.apply_chat_template(ASKED, add_generation_prompt=True, return_dict=False)
-    assert asked == tokenizer(prompts.build_prompt("Why {question}?", lang))["input_ids"]
-
-
-@pytest.mark.parametrize(
-    "answer", [ANSWERED, {"role": "assistant", "content": "<think>\nHm.\n</think>\nSo."}]
-)
-def test_an_answered_chat_is_a_row_of_training_and_marks_what_bears_loss(chat, answer):
-    tokenizer, lang = chat
-    said = tokenizer.apply_chat_template(
-        [*ASKED, answer], return_dict=True, return_assistant_tokens_mask=True
-    )
-    example = prompts.build_example("Why {question}?", "Hm.", "So.", tokenizer.eos_token, lang)
-    assert said["input_ids"] == tokenizer(example)["input_ids"]
-    marked = [
-        token
-        for token, mark in zip(said["input_ids"], said["assistant_masks"], strict=True)
-        if mark
-    ]
-    assert tokenizer.decode(marked) == f"Hm.\n</think>\nSo.{tokenizer.eos_token}"
-
-
-def test_a_system_message_joins_the_instruction_and_earlier_thoughts_are_left_out(tiny_r1):
-    tokenizer = finetune_r1.load_tokenizer(tiny_r1)
-    tokenizer.chat_template = prompts.build_chat_template(has_bos=True)
-    talk = [
-        {"role": "system", "content": "Be brief."},
-        *ASKED,
-        ANSWERED,
-        {"role": "user", "content": "And?"},
-    ]
-    text = tokenizer.apply_chat_template(talk, tokenize=False, add_generation_prompt=True)
-    first = prompts.build_prompt("Why {question}?").removesuffix("<think>\n")
-    first = first.replace("medical question. \n", "medical question. \nBe brief.\n")
-    assert text == f"{BOS}{first}So.{EOS}\n\n### Question:\nAnd?\n\n### Response:\n<think>\n"
-    with pytest.raises(Exception, match="system, user and assistant"):
-        tokenizer.apply_chat_template([*ASKED, {"role": "tool", "content": "4"}], tokenize=False)
-
-
-def test_a_template_that_a_stranger_renders_otherwise_is_not_saved(tiny_r1, tmp_path, monkeypatch):
-    monkeypatch.setattr(prompts, "CHAT_TEMPLATE", prompts.CHAT_TEMPLATE.replace("BOS + ", ""))
-    with pytest.raises(UserError, match="reads back differently"):
-        finetune_r1.save_tokenizer(finetune_r1.load_tokenizer(tiny_r1), tmp_path, "en")
-
-
 def without_eos(folder):
     settings = read_json(folder / "tokenizer_config.json")
     del settings["eos_token"]
@@ -173,17 +86,6 @@ def test_a_tokenizer_that_loses_text_is_refused(tiny_r1, tmp_path):
     AutoTokenizer.from_pretrained(tiny_r1).save_pretrained(tmp_path)
     with pytest.raises(UserError, match="loses text"):
         finetune_r1.load_tokenizer(tmp_path)
-
-
-def test_a_tokenizer_that_a_stranger_reads_otherwise_is_not_saved(tiny_r1, tmp_path, monkeypatch):
-    """The class name is what makes the difference."""
-    write_json, changed = finetune_r1.write_json, {"tokenizer_class": "LlamaTokenizer"}
-    monkeypatch.setattr(
-        finetune_r1, "write_json", lambda path, value: write_json(path, value | changed)
-    )
-    shutil.copy(tiny_r1 / "config.json", tmp_path)
-    with pytest.raises(UserError, match=r"loses text|reads back differently"):
-        finetune_r1.save_tokenizer(finetune_r1.load_tokenizer(tiny_r1), tmp_path)
 
 
 def test_a_row_whose_tokens_do_not_give_its_text_back_is_dropped_with_that_reason(tiny_r1):
@@ -247,16 +149,6 @@ def test_every_layout_is_trained_and_saved(saved):
     )
     assert gives_back(tokenizer, ROUND_TRIP) and tokenizer.eos_token == EOS != tokenizer.pad_token
     assert model.generation_config.pad_token_id == tokenizer.pad_token_id
-
-
-def test_what_is_saved_tells_older_programs_the_rope_settings(saved):
-    """Without them transformers 4 and Ollama take a theta of 10000 and no scaling, and say nothing."""
-    base, settings = read_json(saved[0] / "config.json"), read_json(saved[2] / "config.json")
-    assert settings["rope_theta"] == settings["rope_parameters"]["rope_theta"] == base["rope_theta"]
-    assert (
-        settings["rope_scaling"] == base.get("rope_scaling")
-        and settings["torch_dtype"] == "bfloat16"
-    )
 
 
 def test_answers_come_from_the_adapter_on_the_base_that_it_was_trained_on(tiny_run):

@@ -6,7 +6,7 @@ import subprocess
 import sys
 
 import pytest
-from conftest import EOS, SCRIPT, add_base, name_base
+from conftest import SCRIPT, add_base, name_base
 
 import finetune_r1
 import prompts
@@ -76,16 +76,6 @@ def test_a_folder_that_is_there_is_refused_so_that_nothing_mixes(run, merged, tm
     with pytest.raises(UserError, match="there already"):
         finetune_r1.save(run=run, output=tmp_path / "mine")
     assert not (tmp_path / "mine" / "model.safetensors").exists()
-
-
-def test_the_modelfile_has_the_training_prompt_and_stops_where_the_model_does(run, merged):
-    finetune_r1.save(run=run, modelfile=True)
-    text = (merged / "Modelfile").read_text()
-    template = text.split('TEMPLATE """')[1].split('"""')[0]
-    assert template.replace("{{ .Prompt }}", "Why?") == prompts.build_prompt("Why?")
-    assert f'PARAMETER stop "{EOS}"' in text and text.startswith("FROM .\n")
-    assert "PARAMETER temperature 0.6\nPARAMETER top_p 0.95\n" in text
-    finetune_r1.save(run=run)  # is still what was verified
 
 
 @pytest.mark.parametrize("eos", ['</s>"', '"""', "</s>\nFROM other"])

@@ -1,10 +1,9 @@
-"""The stand-ins for the Hub and W&B do what the other tests rely on; the clients are the real ones."""
+"""The loopback Hub and W&B do what the other tests rely on; the clients are the real ones."""
 
 import os
 import random
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import httpx
@@ -36,10 +35,11 @@ def wandb_server():
 
 @pytest.fixture
 def python(tmp_path):
-    """Runs a client as a user's process would run it, in an empty folder; gives its standard output."""
+    """Runs a client in a process of its own, in an empty folder; gives its standard output."""
 
     def run(code: str, **environment: str) -> str:
-        environment = {**os.environ, "HF_HOME": str(tmp_path / "hf"), **environment}
+        home = {"HF_HOME": str(tmp_path / "hf"), "WANDB_ERROR_REPORTING": "false"}
+        environment = {**os.environ, **home, **environment}
         how = {"env": environment, "cwd": tmp_path, "capture_output": True, "text": True}
         done = subprocess.run([sys.executable, "-c", code], check=False, **how)
         assert done.returncode == 0, done.stdout + done.stderr
@@ -65,10 +65,10 @@ def seen(hub: HubServer, method: str, part: str) -> int:
     return sum(method == seen_method and part in path for seen_method, path in hub.requests)
 
 
-# ---------------------------------------------------------------------------------------------------- the Hub
+# ------------------------------------------------------------------------------------------ the Hub
 
 
-def test_a_repository_is_created_once(hub):
+def test_hub_creates_a_repository_once(hub):
     assert (
         api(hub).create_repo(REPO, private=True).repo_id == REPO
         and hub.repos["model", REPO].private
@@ -77,7 +77,7 @@ def test_a_repository_is_created_once(hub):
         api(hub).create_repo(REPO)
 
 
-def test_one_commit_arrives_whole_and_comes_back_equal_and_is_not_sent_again(hub, tmp_path):
+def test_hub_commit_comes_back_equal_and_is_not_sent_again(hub, tmp_path):
     api(hub).create_repo(REPO)
     oid = commit(hub, FILES)
     repo = hub.repos["model", REPO]
@@ -95,7 +95,7 @@ def test_one_commit_arrives_whole_and_comes_back_equal_and_is_not_sent_again(hub
     )
 
 
-def test_a_commit_is_all_or_nothing(hub):
+def test_hub_commit_is_all_or_nothing(hub):
     repo = hub.add_repo("model", REPO, {"a": b"1"})
     with pytest.raises(EntryNotFoundError):
         commit(hub, {"b": b"2", "missing": None})
@@ -104,7 +104,7 @@ def test_a_commit_is_all_or_nothing(hub):
     assert len(repo.commits) == 1 and repo.files == {"a": b"1"}
 
 
-def test_only_a_write_token_of_the_owner_may_write(hub):
+def test_hub_lets_only_the_owners_write_token_write(hub):
     repo = hub.add_repo("model", REPO, FILES, private=True)
     assert api(hub, READ).repo_info(REPO).private
     for token in (READ, OTHER):
@@ -118,19 +118,7 @@ def test_only_a_write_token_of_the_owner_may_write(hub):
             api(hub, OTHER).repo_info(name)
 
 
-def test_a_pull_request_leaves_main_as_it_was(hub):
-    repo = hub.add_repo("model", REPO, {"a": b"1"})
-    commit(hub, {"b": b"2", "c.bin": b"3"}, create_pr=True)
-    [request] = repo.pull_requests
-    assert repo.files == {"a": b"1"} and request.files == {"a": b"1", "b": b"2", "c.bin": b"3"}
-    info = api(hub).repo_info(REPO, revision="refs/pr/1", files_metadata=True)
-    assert info.sha == request.commits[-1].oid and len(info.siblings) == 3
-    with pytest.raises(EntryNotFoundError):
-        commit(hub, {"missing": None}, create_pr=True)
-    assert len(repo.pull_requests) == 1
-
-
-def test_a_card_with_bad_yaml_is_refused(hub):
+def test_hub_refuses_a_card_with_bad_yaml(hub):
     repo, card = hub.add_repo("model", REPO), b"---\ntags: medical\n---\n# A model\n"
     with pytest.raises(ValueError, match='"tags" must be a list of strings'):
         commit(hub, {"README.md": card})
@@ -140,7 +128,7 @@ def test_a_card_with_bad_yaml_is_refused(hub):
     assert len(repo.commits) == 1
 
 
-def test_files_are_served_from_where_they_lie(hub, tmp_path):
+def test_hub_serves_files_from_where_they_are(hub, tmp_path):
     (tmp_path / "here").write_bytes(WEIGHTS)
     repo = hub.add_repo("model", REPO, {"model.safetensors": tmp_path / "here", "b": b"bytes"})
     assert repo.commits[0].tree["model.safetensors"].blob.is_symlink()
@@ -150,15 +138,12 @@ def test_files_are_served_from_where_they_lie(hub, tmp_path):
     ).read_bytes() == b"bytes"
 
 
-# ----------------------------------------------------------------------------------------------------- faults
+# ------------------------------------------------------------------------------------------- faults
 
 
-def test_answers_can_be_slow_or_lost_and_uploads_cut(hub):
+def test_faults_lose_an_answer_and_cut_an_upload(hub):
     repo = hub.add_repo("model", REPO)
-    hub.faults += [Fault("GET", "whoami", delay=0.3), Fault("POST", "/commit/", "drop", after=0)]
-    started = time.monotonic()
-    api(hub).whoami()
-    assert time.monotonic() - started >= 0.3
+    hub.faults.append(Fault("POST", "/commit/", "drop", after=0))
     with pytest.raises(httpx.RemoteProtocolError):
         commit(hub, {"a": b"1"})
     assert repo.files == {"a": b"1"}, "the answer was lost, the commit was not"
@@ -167,7 +152,7 @@ def test_answers_can_be_slow_or_lost_and_uploads_cut(hub):
     assert seen(hub, "PUT", "/info/lfs/") == 3 and repo.files["a.bin"] == WEIGHTS
 
 
-# -------------------------------------------------------------------------------------------------------- Xet
+# ---------------------------------------------------------------------------------------------- Xet
 # hf_xet reads its environment once a process, so each of these clients is a process of its own.
 
 LARGE = random.Random(0).randbytes(3_000_000)
@@ -220,35 +205,15 @@ def test_xet_brings_files_there_and_back_and_sends_only_what_is_new(hub, over_xe
     assert sum(xorb.path.stat().st_size for xorb in hub.xet.xorbs.values()) - before < 300_000
 
 
-def test_xet_tries_again_after_passing_faults_and_gives_up_at_a_refusal(hub, over_xet):
-    """The refusals are what the tool reads the HTTP status from."""
+def test_xet_retries_after_passing_faults(hub, over_xet):
     repo = hub.add_repo("model", REPO)
     routes = ["-write-token/", "/xorb-grants/", "/xorb-uploads/", "/xorb-commits/", "/shards"]
     hub.faults += [Fault("*", route, status) for route in routes for status in (500, "drop")]
     over_xet("push()", {"a.bin": LARGE})
     assert repo.files == {"a.bin": LARGE} and not any(fault.times for fault in hub.faults)
 
-    statuses = [
-        (route, status) for route in (routes[0], routes[1], routes[4]) for status in (401, 403, 409)
-    ]
-    hub.faults[:] = [Fault("*", route, status) for route, status in statuses]
-    attempts = f"""
-for _ in range({len(statuses) + 1}):
-    try:
-        push()
-        print("done")
-    except Exception as error:
-        print(type(error).__name__, str(error).replace("\\n", " "))
-"""
-    *refused, last = over_xet(attempts, {"a.bin": LARGE[::-1]}).splitlines()
-    for (_, status), error in zip(statuses, refused, strict=True):
-        assert (
-            error.startswith("ConnectionError") and f"HTTP status client error ({status}" in error
-        )
-    assert last == "done" and repo.files == {"a.bin": LARGE[::-1]} and len(repo.commits) == 3
 
-
-# -------------------------------------------------------------------------------------------------------- W&B
+# ---------------------------------------------------------------------------------------------- W&B
 
 RUN = """
 import wandb
@@ -259,7 +224,7 @@ with wandb.init(project="project", id="run1", name="first", config={"lr": 2e-4},
 """
 
 
-def test_a_wandb_run_arrives_complete_in_spite_of_faults_and_goes_on(wandb_server, python):
+def test_wandb_run_arrives_complete_despite_faults_and_resumes(wandb_server, python):
     file_stream = ("POST", "/file_stream")
     wandb_server.faults += [Fault(*file_stream, 500), Fault(*file_stream, "drop", after=0)]
     for _ in range(2):

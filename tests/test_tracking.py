@@ -1,4 +1,4 @@
-"""A training that is done ends, whatever W&B does meanwhile, and what W&B lacks can be sent to it later."""
+"""W&B: its own variables count, it never ends a training, what it lacks can be sent later."""
 
 import math
 import os
@@ -10,97 +10,180 @@ import time
 
 import psutil
 import pytest
-from conftest import SAMPLE
+import typer
+from conftest import SAMPLE, SCRIPT
 from servers.base import STALL, Fault
 from servers.wandb_server import WandbServer
 
 import finetune_r1
 from finetune_r1 import Run, TrainConfig
 
-KEY, STEPS = "a" * 40, 8
-TROUBLE = {
-    "silent": Fault("*", "", times=math.inf, delay=STALL),
-    "refuses": Fault("*", "", times=math.inf, status=401),
-}
+KEY, MINUTES = "a" * 40, 300
 
 
 @pytest.fixture
-def tracked(tiny_r1, tmp_path, monkeypatch):
-    """Trains in a process of its own and calls `trouble` in its first steps; exit code, and what was said.
+def server(monkeypatch, tmp_path):
+    """A W&B that this process is to use, with a key; its process ends with the test."""
+    with WandbServer(keys={KEY: "alice"}) as server:
+        for name in ("WANDB_API_KEY", "WANDB_BASE_URL", "WANDB_SERVICE"):
+            monkeypatch.delenv(name, raising=False)
+        monkeypatch.setenv("WANDB_BASE_URL", server.url)
+        monkeypatch.setenv("WANDB_API_KEY", KEY)
+        monkeypatch.setenv("WANDB_ERROR_REPORTING", "false")
+        monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))
+        monkeypatch.chdir(tmp_path)
+        finetune_r1.load_dotenv.cache_clear()
+        yield server
+        finetune_r1.wandb.teardown()
+        os.environ.pop("WANDB_SERVICE", None)
+        finetune_r1.load_dotenv.cache_clear()
 
-    W&B has two seconds to end.
-    """
-    config = TrainConfig(
-        model=str(tiny_r1), dataset=str(SAMPLE), split="train[:12]", max_seq_length=512, max_steps=STEPS,
-        warmup_steps=0, effective_batch=2, logging_steps=1, load_in_4bit=False, max_new_tokens=4,
-    )  # fmt: skip
 
-    def run(server, trouble):
-        for name, value in {"BASE_URL": server.url, "API_KEY": KEY, "MODE": "online"}.items():
-            monkeypatch.setenv(f"WANDB_{name}", value)
-        said = tmp_path / "said"
-        child = os.fork()
-        if not child:
-            code = 1
-            try:
-                with said.open("w") as file:
-                    os.dup2(file.fileno(), 1)
-                    os.dup2(file.fileno(), 2)
-                    sys.stdout = sys.stderr = file
-                    finetune_r1.WANDB_SECONDS = 2
-                    finetune_r1.train_run(config, Run(tmp_path / "run"))
-                    print("left for the exit:", finetune_r1.wandb.sdk.wandb_setup._singleton)
-                code = 0
-            finally:
-                os._exit(code)
-        while not (tmp_path / "run" / "metrics.jsonl").exists():
-            assert os.waitpid(child, os.WNOHANG) == (0, 0), said.read_text()
-            time.sleep(0.01)
-        trouble()
-        return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), said.read_text()
-
+@pytest.fixture
+def run(tmp_path):
+    """A run folder with nothing but its record."""
+    run = Run(tmp_path / "20260301-120000-r16-s60")
+    run.folder.mkdir()
+    finetune_r1.write_json(run / "run.json", {"status": "running"})
     return run
 
 
-@pytest.mark.parametrize(
-    "kind", ["gone", *(pytest.param(kind, marks=pytest.mark.slow) for kind in TROUBLE)]
-)
-def test_a_training_ends_whatever_w_and_b_does_and_what_it_lacks_can_be_sent_later(
-    tracked, tmp_path, monkeypatch, kind
+def track(run, config=None):
+    """Tracks a step; whether it was tracked."""
+    with finetune_r1.track_in_wandb(config or TrainConfig(), run) as tracked:
+        if tracked:
+            finetune_r1.wandb.log({"loss": 1.0})
+    return tracked
+
+
+def test_track_in_wandb_by_default_names_project_and_run_and_resumes_it(server, run):
+    assert track(run) and track(run)
+    [arrived] = server.runs.values()
+    assert arrived.project == finetune_r1.WANDB_PROJECT and arrived.name == run.record["wandb_id"]
+    assert arrived.display_name == run.folder.name and arrived.config["lora_r"] == 16
+    assert len(arrived.history) == 2 and arrived.finished and arrived.exitcode == 0
+    assert not (run.folder.parent / "netrc").exists(), "training stores no key"
+
+
+def test_track_in_wandb_leaves_wandbs_own_variables_their_meaning(server, run, monkeypatch):
+    for name, value in {"NAME": "mine", "RUN_ID": "id7", "PROJECT": "p", "ENTITY": "team"}.items():
+        monkeypatch.setenv(f"WANDB_{name}", value)
+    monkeypatch.setenv("WANDB_DIR", str(run.folder.parent))
+    assert track(run) and run.record["wandb_id"] == "id7"
+    [(name, arrived)] = server.runs.items()
+    assert name == "team/p/id7" and arrived.display_name == "mine"
+    assert (run.folder.parent / "wandb").is_dir() and not (run / "wandb").exists()
+
+
+def test_wandb_project_goes_by_flag_then_variable_then_settings_file_then_default(
+    monkeypatch, tmp_path
 ):
-    fault = TROUBLE.get(kind)
-    with WandbServer(keys={KEY: "alice"}) as server:
-        code, said = tracked(
-            server, (lambda: server.faults.append(fault)) if fault else server.close
-        )
-        run = Run(tmp_path / "run")
-        assert code == 0 and run.record["status"] == "finished" and run.adapter, said
-        assert not [arrived for arrived in server.runs.values() if arrived.finished]
-    line = re.search(r"W&B lacks .*`(wandb sync .*)`", said)
-    assert line, said
-    with WandbServer(keys={KEY: "alice"}) as server:
-        monkeypatch.setenv("WANDB_BASE_URL", server.url)
+    train = typer.main.get_command(finetune_r1.app).commands["train"]
+
+    def project(*arguments):
+        return train.make_context("train", list(arguments)).params["wandb_project"]
+
+    settings = tmp_path / "settings.yaml"
+    settings.write_text("wandb_project: file\n")
+    assert project() == finetune_r1.WANDB_PROJECT
+    assert project("--config", str(settings)) == "file"
+    monkeypatch.setenv("WANDB_PROJECT", "variable")
+    assert project("--config", str(settings)) == "variable"
+    assert project("--config", str(settings), "--wandb-project", "flag") == "flag"
+
+
+@pytest.mark.parametrize(
+    "variables",
+    [{"WANDB_DISABLED": "true"}, {"WANDB_DISABLED": "1"}, {"WANDB_MODE": "disabled"}],
+)
+def test_track_in_wandb_that_is_switched_off_sends_nothing(server, run, monkeypatch, variables):
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    assert not track(run) and not server.requests
+
+
+def test_track_in_wandb_without_a_key_or_wanted_is_silent(server, run, monkeypatch, capsys):
+    assert not track(run, TrainConfig(wandb=False)) and not server.requests
+    monkeypatch.delenv("WANDB_API_KEY")
+    assert not track(run) and "note" not in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("mode", ["offline", "dryrun"])
+def test_track_in_wandb_offline_keeps_the_run_here(server, run, monkeypatch, mode):
+    monkeypatch.setenv("WANDB_MODE", mode)
+    assert track(run) and not server.requests
+    assert list(run.folder.glob("wandb/offline-run-*/run-*.wandb"))
+
+
+@pytest.mark.parametrize(
+    ("variable", "value", "note"),
+    [
+        ("WANDB_API_KEY", "b" * 40, "refused the key from WANDB_API_KEY in the environment"),
+        ("WANDB_API_KEY", "b" * 9, "refused the key from WANDB_API_KEY in the environment"),
+        ("WANDB_BASE_URL", "http://127.0.0.1:9", "no answer"),
+        ("WANDB_MODE", "sometimes", "no answer"),
+    ],
+    ids=["unknown key", "short key", "dead", "unknown mode"],
+)
+def test_track_in_wandb_that_does_not_start_is_noted_and_training_goes_on(
+    server, run, monkeypatch, capsys, variable, value, note
+):
+    monkeypatch.setenv(variable, value)
+    assert not track(run)
+    said = capsys.readouterr().err
+    assert "training without W&B" in said and note in said
+
+
+def test_track_in_wandb_that_refuses_the_run_is_noted(server, run, capsys):
+    server.faults += [Fault("POST", "graphql", times=3), Fault("POST", "graphql", 403, math.inf)]
+    assert not track(run)
+    assert "training without W&B" in capsys.readouterr().err
+
+
+def test_track_in_wandb_that_falls_silent_says_how_to_send_the_rest(
+    server, run, monkeypatch, capsys
+):
+    monkeypatch.setattr(finetune_r1, "WANDB_SECONDS", 1)
+    with (
+        pytest.raises(KeyboardInterrupt),
+        finetune_r1.track_in_wandb(TrainConfig(), run) as tracked,
+    ):
+        assert tracked
+        finetune_r1.wandb.log({"loss": 1.0})
+        server.faults.append(Fault("*", "", times=math.inf, delay=STALL))
+        raise KeyboardInterrupt
+    line = re.search(r"W&B lacks .*`(wandb sync .*)`", capsys.readouterr().err)
+    assert line, "said"
+    with WandbServer(keys={KEY: "alice"}) as other:
         sync = [sys.executable, "-m", *shlex.split(line[1])]
-        done = subprocess.run(sync, capture_output=True, text=True)
+        environment = {**os.environ, "WANDB_BASE_URL": other.url}
+        done = subprocess.run(sync, env=environment, capture_output=True, text=True)
         assert done.returncode == 0, done.stderr
-        [arrived] = server.runs.values()
-        steps = {row.get("train/global_step") for row in arrived.history}
-        assert arrived.finished and steps >= set(range(1, STEPS + 1))
+        [arrived] = other.runs.values()
+        assert arrived.finished and arrived.history[0]["loss"] == 1.0
 
 
-def test_a_training_outlives_w_and_bs_own_process(tracked, tmp_path):
-    def kill():
-        """W&B's process of the training, not that of this one."""
-        for training in psutil.Process().children():
-            for process in training.children(recursive=True):
-                if "wandb-core" in " ".join(process.cmdline()):
-                    process.kill()
-                    killed.append(process.pid)
-
-    killed: list[int] = []
-    with WandbServer(keys={KEY: "alice"}) as server:
-        code, said = tracked(server, kill)
+def test_training_outlives_wandbs_own_process(server, tiny_r1, tmp_path):
+    settings = ["--max-steps", 8, "--warmup-steps", 0, "--effective-batch", 2]
+    settings += ["--logging-steps", 1, "--no-load-in-4bit", "--max-new-tokens", 4]
+    rows = ["--dataset", SAMPLE, "--split", "train[:12]", "--max-seq-length", 512]
+    line = [SCRIPT, "train", "--model", tiny_r1, *rows, *settings, "--run-dir", tmp_path / "run"]
+    said = tmp_path / "said"
+    with said.open("w") as file:
+        training = psutil.Popen(
+            [sys.executable, *map(str, line)], stdout=file, stderr=file, cwd=tmp_path
+        )
+    deadline = time.monotonic() + MINUTES
+    while not (tmp_path / "run" / "metrics.jsonl").exists():
+        assert training.poll() is None and time.monotonic() < deadline, said.read_text()
+        time.sleep(0.05)
+    killed = []
+    for process in training.children(recursive=True):
+        if "wandb-core" in " ".join(process.cmdline()):
+            process.kill()
+            killed.append(process.pid)
+    assert killed and training.wait(timeout=MINUTES) == 0, said.read_text()
     run = Run(tmp_path / "run")
-    assert killed and code == 0 and run.record["status"] == "finished" and run.adapter, said
-    assert said.count("W&B lacks some of the run") == 1
-    assert "left for the exit: None" in said, "or its client shows a traceback there"
+    assert run.record["status"] == "finished" and run.adapter
+    text = said.read_text()
+    assert text.count("W&B lacks part of the run") == 1 and "Traceback" not in text
