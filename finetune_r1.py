@@ -3989,9 +3989,7 @@ def command(function: Callable[..., dict[str, Any]]) -> Callable[..., dict[str, 
         ):
             with contextlib.redirect_stdout(stderr if verbose and RANK == 0 else nowhere):
                 if WORLD > 1 and name not in MULTI_PROCESS_COMMANDS:
-                    raise UserError(
-                        "torchrun is for `train` and `infer --file`.", "leave it out"
-                    )
+                    raise UserError("torchrun is for `train` and `infer --file`.", "leave it out")
                 prepare_environment()
                 report = function(**{each: values[each] for each in wanted})
             if report:
