@@ -125,7 +125,7 @@ RANK, WORLD = (
     int(os.environ.get("RANK", 0)),
     int(os.environ.get("WORLD_SIZE", 1)),
 )  # set by torchrun
-MULTI_PROCESS_COMMANDS = ("train", "eval", "infer")
+MULTI_PROCESS_COMMANDS = ("train", "infer")
 # Ctrl-C, what Kaggle and Slurm send, and a terminal that is closed, unless `nohup` has us ignore that.
 STOP_SIGNALS = [signal.SIGINT, signal.SIGTERM]
 if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:
@@ -139,6 +139,7 @@ PACKAGES = "unsloth unsloth_zoo torch transformers trl peft accelerate datasets 
 DEMO_MODEL = "HuggingFaceTB/SmolLM2-135M-Instruct"
 DEMO_ROWS = PROJECT / "data" / "medical_sample.jsonl"
 GENERAL_TEXTS = PROJECT / "data" / "general.jsonl"
+REASONING_PROBLEMS = PROJECT / "data" / "reasoning.jsonl"
 RECIPE_COLUMNS = ("Question", "Complex_CoT", "Response")
 # Every tokenizer has to give this back byte for byte: white space, accents, Chinese, code, both tags.
 ROUND_TRIP = "BP 90/60,  pulse 120.\n\n\tnaïve 😀 你好,世界。\ndef f(x):\n    return x**2\n<think>\nWhy?\n</think>\nSo"
@@ -299,7 +300,6 @@ class EvalConfig(SamplingConfig):
     cot_col: str | None = option(None, "Column with the chain of thought (default: the run's).")
     response_col: str | None = option(None, "Column with the answer (default: the run's).")
     answers: int = option(16, "Rows to answer; losses are taken on all.", min=0)
-    samples: int = option(1, "Answers to each question; their mean counts.", min=1)
 
 
 @dataclass(frozen=True)
@@ -2768,69 +2768,62 @@ def draw_losses(run: Run) -> dict[str, float]:
     return {"first": round(float(losses.iloc[0]), 4), "last": round(float(losses.iloc[-1]), 4)}
 
 
-# ------------------------------------------------------------------------------------------------ evaluation
-# Base against tuned on the same rows, from the one model in memory: losses on all rows, and what can be
-# counted in answers to some. prompts.py grades, compares and says in words what came out.
+# --------------------------------------------------------------------------------------- evaluation
+# Did it help, and what did it cost? Base against tuned, from the one model in memory, on the same
+# rows, general text and reasoning problems; a damaged training is never called better. matplotlib
+# draws, rich prints, and prompts.py grades, compares and says in words what came out.
 
 
-def row_losses(loaded: LoadedModel, rows: Any, label: str = "losses") -> dict[str, list[float]]:
-    """Mean losses of each row, in nats per token: of thought and answer, of the answer, and its relevance.
+def measure_losses(loaded: LoadedModel, rows: Any, label: str) -> dict[str, list[float]]:
+    """Mean losses in nats per token, of each row and of each passage of general text.
 
-    Relevance is how much more the answer costs after the next row's question and thought than after its own.
-    Where those are too long to stand before it, their beginning is left out: Unsloth would cut off its end.
+    Of a row: of thought and answer, of the answer alone, and relevance: the increase in answer loss
+    after the next row's question and thought, of which the start is cut if all is too long.
     """
-    leads = [
-        prompts.build_example(row["question"], row["thought"], "", "", loaded.lang) for row in rows
-    ]
-    leads = loaded.tokenizer(leads)["input_ids"]
+    prefixes = []
+    for row in rows:
+        text = prompts.build_example(row["question"], row["thought"], "", "", loaded.lang)
+        prefixes.append(loaded.tokenizer(text)["input_ids"])
+    longest = loaded.model.max_seq_length
     texts = []
-    for number in my_share(range(len(rows))):
-        row, other = rows[number], leads[(number + 1) % len(rows)]
-        answer = row["input_ids"][len(leads[number]) :]
-        excess = max(0, len(other) + len(answer) - loaded.model.max_seq_length)
-        other = other[:1] + other[1 + excess :]  # the first token is BOS
-        texts += [(row["input_ids"], row["prompt_tokens"]), (other + answer, len(other))]
+    for number, row in enumerate(rows):
+        answer = row["input_ids"][len(prefixes[number]) :]
+        prefix = prefixes[(number + 1) % len(prefixes)]
+        excess = max(0, len(prefix) + len(answer) - longest)
+        mismatched = prefix[:1] + prefix[1 + excess :]  # BOS stays
+        texts.append((row["input_ids"], row["prompt_tokens"]))
+        texts.append((mismatched + answer, len(mismatched)))
+    for row in read_jsonl(GENERAL_TEXTS):
+        texts.append((loaded.tokenizer(row["text"])["input_ids"][:longest], 1))
     losses = token_losses(loaded, texts, label)
-    found = []
-    for own, elsewhere in zip(losses[::2], losses[1::2], strict=True):
-        answer_loss = statistics.fmean(own[-len(elsewhere) :])  # the answer comes last
-        relevance = statistics.fmean(elsewhere) - answer_loss
-        found.append(
-            {"loss": statistics.fmean(own), "answer_loss": answer_loss, "relevance": relevance}
-        )
-    return dict(pandas.DataFrame(gather(found)).to_dict("list"))
 
-
-def general_texts(questions: bool) -> list[str]:
-    """Texts without medicine, which show what a training forgot: everyday questions, or passages."""
-    return [
-        row["text"] for row in read_jsonl(GENERAL_TEXTS) if (row["kind"] == "question") == questions
-    ]
-
-
-def forgetting(loaded: LoadedModel, label: str) -> dict[str, list[float]]:
-    """Mean loss of each general passage, in nats per token, without the prompt."""
-    encoded = loaded.tokenizer(general_texts(questions=False))["input_ids"]
-    texts = [(ids[: loaded.model.max_seq_length], 1) for ids in encoded]
-    losses = token_losses(loaded, my_share(texts), label)
-    return {"general_loss": gather(list(map(statistics.fmean, losses)))}
+    of_rows, of_passages = losses[: 2 * len(rows)], losses[2 * len(rows) :]
+    measures: dict[str, list[float]] = {"loss": [], "answer_loss": [], "relevance": []}
+    for own, mismatched in zip(of_rows[::2], of_rows[1::2], strict=True):
+        mismatched_loss = statistics.fmean(mismatched)
+        answer_loss = statistics.fmean(own[-len(mismatched) :])
+        measures["loss"].append(statistics.fmean(own))
+        measures["answer_loss"].append(answer_loss)
+        measures["relevance"].append(mismatched_loss - answer_loss)
+    measures["general_loss"] = list(map(statistics.fmean, of_passages))
+    return measures
 
 
 def token_losses(
     loaded: LoadedModel, texts: Sequence[tuple[list[int], int]], label: str
-) -> list[Any]:
-    """Losses in nats of each text's tokens, from the one at the given place on.
+) -> list[list[float]]:
+    """Losses in nats of each text's tokens, from the given position on.
 
-    Texts of like length go through the model together. Padding comes after them, where no token looks.
+    Texts of similar length share a batch; the padding comes last, where no token attends to it.
     """
     loaded.model.eval()
-    most = LOSS_TOKENS if torch.cuda.is_available() else LOSS_TOKENS // 4
-    batches: list[list[int]] = []
+    limit = LOSS_TOKENS if torch.cuda.is_available() else LOSS_TOKENS // 4
+    batches: list[list[int]] = [[]]
     for number in sorted(range(len(texts)), key=lambda number: len(texts[number][0])):
-        if not batches or (len(batches[-1]) + 1) * len(texts[number][0]) > most:
+        if batches[-1] and (len(batches[-1]) + 1) * len(texts[number][0]) > limit:
             batches.append([])
         batches[-1].append(number)
-    losses: list[Any] = [None] * len(texts)
+    losses: list[list[float]] = [[] for _ in texts]
     for batch in progress(batches, f"{label}: batch"):
         rows = [torch.tensor(texts[number][0]) for number in batch]
         ids = torch.nn.utils.rnn.pad_sequence(rows, True, loaded.tokenizer.pad_token_id)
@@ -2838,115 +2831,152 @@ def token_losses(
             logits = loaded.model(input_ids=ids.to(loaded.model.device)).logits
         for number, row, scores in zip(batch, rows, logits, strict=True):
             start = texts[number][1]
-            of_row = scores[start - 1 : len(row) - 1].float()
-            targets = row[start:].to(of_row.device)
-            losses[number] = torch.nn.functional.cross_entropy(
-                of_row, targets, reduction="none"
-            ).tolist()
+            predicted = scores[start - 1 : len(row) - 1].float()
+            targets = row[start:].to(predicted.device)
+            entropy = torch.nn.functional.cross_entropy(predicted, targets, reduction="none")
+            losses[number] = entropy.tolist()
     return losses
 
 
-def evaluate(
-    loaded: LoadedModel, run: Run, rows: Any, choices: Sequence[prompts.MultipleChoice], answers: int,
-    config: SamplingConfig, name: str = "eval", samples: int = 1,
-) -> dict[str, Any]:  # fmt: skip
-    """Compares base and tuned on held-out `rows` or multiple `choices`; writes `name`.json into the run.
+def answer_fairly(
+    loaded: LoadedModel, questions: Sequence[str], config: SamplingConfig
+) -> list[dict[str, Any]]:
+    """Answers of the base, asked by its own chat template if it has one, and of the tuned model."""
+    with loaded.model.disable_adapter():
+        before = loaded.generate(questions, config, chat=bool(loaded.own_template))
+    after = loaded.generate(questions, config)
+    pairs = []
+    for question, base, tuned in zip(questions, before, after, strict=True):
+        del base["seconds"], tuned["seconds"]  # the same command gives the same report
+        pairs.append({"question": question, "base": base, "tuned": tuned})
+    return pairs
 
-    Of rows there are losses, answers to the first few, `samples` of each, and what was forgotten of general
-    text. An answer to a choice from which no option can be read is wrong, as where its thought was not
-    closed. The report is returned without the texts.
+
+def evaluate(
+    loaded: LoadedModel,
+    run: Run,
+    rows: Any,
+    choices: Sequence[prompts.MultipleChoice],
+    answers: int,
+    config: SamplingConfig,
+    name: str = "eval",
+    reasoning: bool = True,
+) -> dict[str, Any]:
+    """Compares base and tuned on held-out `rows`, of which some are answered, or on `choices`.
+
+    Writes `name`.json, .png and .html into the run; returns the report without the texts.
     """
+    # Losses, on the same tokens for both sides.
     base: dict[str, list[float]] = {}
     tuned: dict[str, list[float]] = {}
-    questions = [choice.text for choice in choices] or rows["question"][:answers]
-    everyday = [] if choices else general_texts(questions=True)[: answers // 2]
     if not choices:
-        log("", f"losses on {len(rows)} held-out rows, after and before training")
-        tuned = row_losses(loaded, rows, "after") | forgetting(loaded, "general text, after")
+        log("", f"losses on {len(rows)} held-out rows and on general text, after and before")
+        tuned = measure_losses(loaded, rows, "after")
         with loaded.model.disable_adapter():
-            base = row_losses(loaded, rows, "before") | forgetting(loaded, "general text, before")
+            base = measure_losses(loaded, rows, "before")
 
-    log(
-        f"answers to {len(questions)} questions, before and after, of at most {config.max_new_tokens} tokens"
-    )
-    by_question: list[list[Any]] = [[] for _ in questions]
-    for sample in range(samples):
-        seeded = dataclasses.replace(config, seed=config.seed + sample)
-        pairs = gather(loaded.answer_both(my_share([*questions, *everyday]), seeded, chat=True))
-        for pair in pairs[len(questions) :]:
-            for side, numbers in (("base", base), ("tuned", tuned)):
-                finished = pair[side]["closed"] and pair[side]["finish_reason"] == "stop"
-                numbers.setdefault("everyday_stopped", []).append(float(finished))
-        everyday = []  # once is enough
-        for number, pair in enumerate(pairs[: len(questions)]):
-            by_question[number].append(pair)
-            if not choices:
-                pair["reference"], pair["reference_thought"] = (
-                    rows["answer"][number],
-                    rows["thought"][number],
-                )
-                continue
-            options, pair["reference"] = choices[number].options, choices[number].key
-            for side in {"base", "chat", "tuned"} & pair.keys():
-                letter = prompts.predicted_option(pair[side]["answer"], options)
-                pair[side] |= {"chosen": letter, "right": letter == pair["reference"]}
+    # Answers, graded where one is right. An unclosed thought has no answer, so it is wrong.
+    questions = [choice.text for choice in choices] or rows["question"][:answers]
+    tasks = read_jsonl(REASONING_PROBLEMS) if reasoning and questions else []
+    log(f"answers to {len(questions)} questions and {len(tasks)} problems, before and after")
+    pairs = answer_fairly(loaded, questions, config)
+    problems = answer_fairly(loaded, [task["question"] for task in tasks], config)
+    for pair, row in zip(pairs, rows, strict=False):
+        pair["reference"] = row["answer"]
+        pair["reference_thought"] = row["thought"]
+    for pair, choice in zip(pairs, choices, strict=False):
+        pair["reference"] = choice.key
+        for side in prompts.SIDES:
+            letter = prompts.predicted_option(pair[side]["answer"], choice.options)
+            pair[side]["chosen"] = letter
+            pair[side]["right"] = letter == choice.key
+    for pair, task in zip(problems, tasks, strict=True):
+        pair["reference"] = str(task["answer"])
+        for side in prompts.SIDES:
+            pair[side]["right"] = prompts.last_number(pair[side]["answer"]) == task["answer"]
 
-    report = prompts.build_report(base, tuned, by_question, len(choices or rows), config.seed)
-    if RANK == 0:
-        with run.lock(
-            timeout=-1
-        ):  # what took minutes is not thrown away: another process is waited for
-            write_json(run / f"{name}.json", report)
-            draw_measures(report, run / f"{name}.png")
-            write_text(run / f"{name}.html", prompts.as_html(report))
-            write_card(run)
+    report = prompts.build_report(base, tuned, pairs, problems, len(choices or rows), config.seed)
+    report["asked_by"] = "its own chat template" if loaded.own_template else "the training prompt"
+    write_report(run, name, report, config)
     del report["pairs"]
     return report
 
 
-def draw_measures(report: dict[str, Any], path: Path) -> None:
-    """Draws before beside after: losses, shares and numbers of words, each kind in a panel of its own.
+def write_report(run: Run, name: str, report: dict[str, Any], config: SamplingConfig) -> None:
+    """Writes a report as JSON, picture and page into the run, and into its model card."""
+    trained = run.config
+    details = {
+        "run": run.name,
+        "model": Path(trained.model).name,
+        "date": time.strftime("%Y-%m-%d"),
+        "training": f"{trained.max_steps} steps of {trained.effective_batch} rows, "
+        f"LoRA rank {trained.lora_r}, learning rate {trained.learning_rate:g}",
+        "answers": f"at most {config.max_new_tokens} tokens, seed {config.seed}",
+    }
+    write_json(run / f"{name}.json", report)
+    draw_measures(report, run / f"{name}.png")
+    write_text(run / f"{name}.html", prompts.as_html(report, details))
+    write_card(run)
 
-    The line on a bar after training is the change's 95% interval.
+
+def draw_measures(report: dict[str, Any], path: Path) -> None:
+    """Draws a row per measure: a dot before, a dot after with its 95% interval, better to the right.
+
+    Shares lie between 0 and 100%, losses on at least 0.5 nats: a small change looks small.
     """
-    measures = pandas.DataFrame(
-        {name: value for name, value in report.items() if isinstance(value, dict)}
-    ).T
-    titles = {"base": "before", "chat": "before, own chat", "tuned": "after"}
-    colors = {"base": "C0", "chat": "0.75", "tuned": "C1"}
-    units = {"words": "words", "loss": "nats per token", "relevance": "nats per token"}
-    unit = measures.index.map(lambda name: units.get(name.split("_")[-1], "share of answers"))
-    figure, axes = pyplot.subplots(
-        1, unit.nunique(), figsize=(12, 4.5), layout="constrained", squeeze=False
-    )
-    for panel, (label, group) in zip(axes[0], measures.groupby(unit, sort=False), strict=True):
-        shown = group.filter(titles).dropna(axis="columns", how="all")
-        names = shown.columns
-        bars = panel.grouped_bar(
-            shown, labels=names.map(titles), colors=names.map(colors), group_spacing=0.6
-        )
-        for of_side in bars.bar_containers:
-            panel.bar_label(of_side, fmt="{:.3g}", fontsize=8, padding=3)
-        after = bars.bar_containers[-1].position_centers
-        interval = [group["difference"] - group["low"], group["high"] - group["difference"]]
-        panel.errorbar(after, group["tuned"], yerr=interval, fmt="none", ecolor="0.6", capsize=3)
-        panel.set_xticks(range(len(group)), group.index.map(prompts.axis_label), fontsize=9)
-        panel.set_ylabel(label)
-        if label == "share of answers":
-            panel.set_ylim(0, 1.1)
-    handles = axes[0][-1].get_legend_handles_labels()  # the last panel has every side
-    figure.legend(*handles, loc="outside lower right", ncols=3, fontsize=9)
-    axes[0][0].set_xlabel("(in brackets: what is better)", fontsize=9)
-    figure.suptitle(f"{report['rows']} rows: {report['verdict']}", fontsize=10)
+    names = [name for name in prompts.REPORTED if name in report]
+    figure, axes = pyplot.subplots(figsize=(7, 1.3 + 0.45 * len(names)), layout="constrained")
+    for y, (name, row) in enumerate(zip(names, prompts.report_rows(report), strict=True)):
+        # Places from 0, worse, to 1, better: before, after, and both ends of the interval.
+        value = report[name]
+        points = [value["base"], value["tuned"]]
+        points += [value["base"] + value["low"], value["base"] + value["high"]]
+        worst, best = 0.0, 1.0
+        if name in ("loss", "relevance"):
+            margin = max(0.0, 0.5 - (max(points) - min(points))) / 2
+            worst, best = min(points) - margin, max(points) + margin
+        if name == "loss":
+            worst, best = best, worst
+        before, after, *interval = numpy.clip((numpy.array(points) - worst) / (best - worst), 0, 1)
+
+        color = "0.4"
+        if value["low"] > 0 or value["high"] < 0:
+            color = "tab:green" if after > before else "tab:red"
+        axes.plot([0, 1], [y, y], color="0.93", linewidth=7, solid_capstyle="round")
+        axes.plot(interval, [y, y], color=color, linewidth=7, alpha=0.25)
+        if abs(after - before) > 0.05:
+            arrow = {"arrowstyle": "-|>", "color": color}
+            axes.annotate("", (after, y), (before, y), arrowprops=arrow)
+        axes.plot(before, y, "o", color="0.4", markerfacecolor="white", markersize=8, zorder=4)
+        axes.plot(after, y, "o", color=color, markersize=8, zorder=4)
+        ends = [(before, row[1], "normal"), (after, row[2], "bold")]
+        first, last = sorted(ends, key=lambda end: end[0])
+        left, right = min(first[0], *interval) - 0.03, max(last[0], *interval) + 0.03
+        axes.text(left, y, first[1], weight=first[2], color="0.3", ha="right", va="center")
+        axes.text(right, y, last[1], weight=last[2], color="0.3", ha="left", va="center")
+    axes.set(xlim=(-0.17, 1.17), ylim=(len(names) - 0.5, -0.5), xticks=[])
+    labels = [prompts.REPORTED[name].partition(" (")[0] for name in names]
+    axes.set_yticks(range(len(names)), labels, fontsize=11)
+    axes.tick_params(length=0)
+    axes.set_frame_on(False)
+    axes.set_xlabel("○ before    ● after, with its 95% interval    better →", color="0.4")
+    title = textwrap.fill(f"{report['rows']} rows: {report['verdict']}", 76)
+    figure.suptitle(title, x=0.01, ha="left", fontsize=11)
     with atomic_path(path) as partial:
-        figure.savefig(partial, dpi=120, format="png")
+        figure.savefig(partial, dpi=150, format="png")
     pyplot.close(figure)
 
 
 def print_report(report: dict[str, Any], out: Callable[[str], None] = print_result) -> None:
-    """Prints an evaluation as a table, under its verdict."""
+    """Prints a report as a table under its verdict, within 80 columns."""
+    table = rich_table.Table(*prompts.REPORT_HEADINGS, box=None, pad_edge=False, header_style="")
+    for row in prompts.report_rows(report):
+        table.add_row(*row)
+    console = rich_console.Console(width=80, color_system=None, markup=False, highlight=False)
+    with console.capture() as captured:
+        console.print(table)
     out(textwrap.fill(f"On {report['rows']} held-out rows: {report['verdict']}.", 80) + "\n")
-    out(as_table(prompts.REPORT_HEADINGS, prompts.report_rows(report)))
+    out("\n".join(map(str.rstrip, captured.get().splitlines())))
     log("", textwrap.fill(prompts.report_note(report), 80))
 
 
@@ -4176,9 +4206,7 @@ def command(function: Callable[..., dict[str, Any]]) -> Callable[..., dict[str, 
         ):
             with contextlib.redirect_stdout(stderr if verbose and RANK == 0 else nowhere):
                 if WORLD > 1 and name not in MULTI_PROCESS_COMMANDS:
-                    raise UserError(
-                        "torchrun is for `train`, `eval` and `infer --file`.", "leave it out"
-                    )
+                    raise UserError("torchrun is for `train` and `infer --file`.", "leave it out")
                 prepare_environment()
                 report = function(**{each: values[each] for each in wanted})
             if report:
@@ -4211,7 +4239,7 @@ def demo(as_json: bool, run_dir: RunDirOption = None) -> dict[str, Any]:
     config = TrainConfig(model=str(demo_model()), **DEMO)
     run = Run(run_dir or RUNS / f"{time.strftime('%Y%m%d-%H%M%S')}-demo")
     loaded, held_out = train_run(config, run)
-    report = evaluate(loaded, run, held_out, [], 8, config)
+    report = evaluate(loaded, run, held_out, [], 8, config, reasoning=False)
     log("", "")
     print_report(report, log)
     # In a process of its own, as Unsloth has patched this one's model classes; if it fails, it says why.
@@ -4858,89 +4886,83 @@ def print_pair(pair: dict[str, Any], out: Callable[[str], None]) -> None:
         out(f"{title}, the answer:\n{prompts.fold(pair[side]['answer']) or '(none)'}")
 
 
-@command
-def eval_(config: EvalConfig, run: RunOption = None) -> dict[str, Any]:
-    """Compare base and tuned on new rows or multiple choice."""
-    # Which rows: those that the run held out, or others, whose evaluation has a file of its own.
-    found = Run.find(run)
-    settings, adapter, answers = found.config, found.adapter, config.answers
+def evaluation_rows(run: Run, config: EvalConfig) -> tuple[str, TrainConfig]:
+    """The report's name, another for each set of rows, and the settings to read the rows by."""
+    trained, columns = run.config, ("question_col", "cot_col", "response_col")
     changed: dict[str, Any] = {}
-    columns = ("question_col", "cot_col", "response_col")
     for option in ("dataset", "subset", "split", *columns):
         if getattr(config, option) is not None:
             changed[option] = getattr(config, option)
-    if config.dataset and not config.subset:
-        changed["subset"] = None  # the run's is another dataset's
     if changed:
-        words = (
-            "eval",
-            Path(config.dataset or "").stem,
-            config.subset,
-            config.split,
-            fingerprint(changed)[:4],
-        )
-        name = re.sub(r"\W+", "-", " ".join(filter(None, words)))
-    elif settings.eval_rows:
-        name, changed = "eval", {"dataset": str(found / "held_out.jsonl"), "split": "train"}
-        changed |= dict(zip(columns, RECIPE_COLUMNS, strict=True))
+        rows = f"{Path(config.dataset or '').stem} {config.subset or ''} {config.split or ''}"
+        name = "-".join(["eval", *re.findall(r"\w+", rows), fingerprint(changed)[:4]])
+        if config.dataset and not config.subset:
+            changed["subset"] = None  # the run's is another dataset's
+    elif trained.eval_rows:
+        name = "eval"
+        changed = dict(zip(columns, RECIPE_COLUMNS, strict=True))
+        changed.update(dataset=str(run / "held_out.jsonl"), split="train")
     else:
         raise UserError(
-            f"{found} held no rows out.", 'name others, such as --split "train[500:520]"'
+            f"--run {run} has no held-out rows.",
+            hint='name other rows, such as --split "train[500:520]"',
         )
-    asked = dataclasses.replace(settings, **changed, eval_rows=0)
-    records, trained = read_records(asked), trained_questions(found)
+    return name, dataclasses.replace(trained, **changed, eval_rows=0)
 
-    # Of them those that can be graded and are new to the model.
-    choice_columns = [
-        pair for pair in prompts.CHOICE_COLUMNS if set(pair) <= set(records.column_names)
-    ]
-    choices, new, refused = [], [], []
-    if choice_columns:
-        if not answers:
-            raise UserError(
-                "--answers 0: multiple choice is graded by its answers.", "leave the option out"
-            )
-        try:
-            readable, reasons = prompts.read_multiple_choice(records, choice_columns[0])
-        except ValueError as error:
-            raise UserError(
-                f"--dataset: {error}.", "write letters as keys, or name more rows by --split"
-            ) from None
-        records = records.take(min(answers, len(records)))
-        for number in range(len(records)):
-            if number in reasons:
-                refused.append(f"row {number}: {reasons[number]}")
-                continue
-            choice = readable[number]
-            if not (trained(choice.question) or trained(choice.text)):
-                choices.append(choice)
-    else:
-        check_columns(records, asked)
-        for number, record in enumerate(records):
-            if not trained(prompts.read_record(record, asked.columns, ()).question):
-                new.append(number)
-    known = len(records) - len(refused) - len(choices) - len(new)
-    if refused:
-        log(f"note: {len(refused)} of {len(records)} questions are left out", *refused[:5])
-    if known:
-        log(
-            f"note: {known} of {len(records)} questions are left out: trained on, or nearly the same"
-        )
-    if not choices and not new:
+
+def read_choices(records: Any, columns: tuple[str, str], limit: int) -> list[Any]:
+    """The first multiple-choice questions; rows whose options or key are unclear are named."""
+    if not limit:
+        raise UserError("--answers 0 leaves nothing to grade.", hint="name how many to answer")
+    try:
+        choices, reasons = prompts.read_multiple_choice(records, columns)
+    except ValueError as error:
         raise UserError(
-            f"--split {asked.split}: no question is left.", "name another, which has answers"
-        )
-    import_unsloth()
-    rows = (
-        [] if choices else prepare_rows(records.select(new), load_tokenizer(adapter), asked).usable
-    )
-    log(f"evaluating {found}")
-    loaded = LoadedModel.load_run(found)
-    report = evaluate(loaded, found, rows, choices, answers, config, name, config.samples)
-    log(
-        f"wrote {found / name}.json, .png, .html with all answers side by side, and the model card",
-        "",
-    )
+            f"--dataset: {error}.", hint="write letters as keys, or name more rows by --split"
+        ) from None
+    if reasons:
+        refused = [f"  row {number}: {reason}" for number, reason in reasons.items()]
+        log(f"skipped {len(refused)} of {len(records)} rows: unclear options or key", *refused[:5])
+    return list(choices.values())[:limit]
+
+
+@command
+def eval_(config: EvalConfig, run: RunOption = None) -> dict[str, Any]:
+    """Evaluate base vs. fine-tuned on held-out rows or multiple choice."""
+    found = Run.find(run)
+    with found.lock():  # first: a run that is locked or read-only could not keep the report
+        name, asked = evaluation_rows(found, config)
+        records, is_trained = read_records(asked), trained_questions(found)
+
+        # Multiple choice where the columns say so, else rows; no question that was trained on.
+        pairs = [pair for pair in prompts.CHOICE_COLUMNS if {*pair} <= {*records.column_names}]
+        choices, new = [], []
+        if pairs:
+            read = read_choices(records, pairs[0], config.answers)
+            for choice in read:
+                if not is_trained(choice.question) and not is_trained(choice.text):
+                    choices.append(choice)
+        else:
+            check_columns(records, asked)
+            read = records
+            for number, record in enumerate(records):
+                if not is_trained(prompts.read_record(record, asked.columns, ()).question):
+                    new.append(number)
+        skipped = len(read) - len(choices) - len(new)
+        if skipped:
+            log(f"skipped {skipped} of {len(read)} questions: duplicates of training questions")
+        if skipped == len(read):
+            raise UserError(f"--split {asked.split}: no question is left.", hint="name another")
+
+        import_unsloth()
+        rows = []
+        if not choices:
+            tokenizer = load_tokenizer(found.adapter)
+            rows = prepare_rows(records.select(new), tokenizer, asked).usable
+        log(f"evaluating {found}")
+        loaded = LoadedModel.load_run(found)
+        report = evaluate(loaded, found, rows, choices, config.answers, config, name)
+    log(f"wrote {found / name}.json, .png and .html (all answers), and the model card", "")
     return {"run": str(found), **report}
 
 

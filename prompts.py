@@ -644,26 +644,6 @@ def build_modelfile(
     return text
 
 
-def measure(answer: dict[str, Any]) -> dict[str, float]:
-    """What can be counted in an answer; `repetition` is the share of runs of four words that came before."""
-    thought, said = answer["thought"].split(), answer["answer"].split()
-    words = thought + said
-    runs = list(zip(words, words[1:], words[2:], words[3:], strict=False))
-    lines = re.findall(r"^\s*\S.*$", answer["answer"], re.MULTILINE)
-    bullets = re.findall(r"^\s*(?:[-*•]|\d+[.)])", answer["answer"], re.MULTILINE)
-    counted = {}
-    if "chosen" in answer:
-        counted = {"accuracy": float(answer["right"]), "unread": float(answer["chosen"] is None)}
-    counted |= {
-        "closed": float(answer["closed"]),
-        "stopped": float(answer["finish_reason"] == "stop"),
-    }
-    counted |= {"thought_words": len(thought), "answer_words": len(said)}
-    counted["bullets"] = len(bullets) / max(len(lines), 1)
-    counted["repetition"] = 1 - len(set(runs)) / len(runs) if runs else 0.0
-    return counted
-
-
 # ---------------------------------------------------------------------------------- multiple choice
 # Reads multiple-choice records, and which option an answer settles on.
 # Promises to refuse what is unclear: a record with a reason, an answer as unread.
@@ -825,195 +805,204 @@ def predicted_option(answer: str, options: dict[str, str]) -> str | None:
     return None
 
 
-SIDES = {"base": "Before", "chat": "Before, own chat", "tuned": "After"}
-Measures = dict[str, list[float]]  # by name, a number for each row or answer
-FEWEST_ROWS = 8  # for a verdict
+# --------------------------------------------------------------------------------------- evaluation
+# What an evaluation says, in the same order on the terminal, the card and the page: the verdict,
+# then what changed, with 95% intervals. A damaged training must never be called better.
+# Standard library only: neither a grader nor a bootstrap needs more.
+
+SIDES = {"base": "Before", "tuned": "After"}
+Measures = dict[str, list[float]]  # by name, one number per row or answer
+MIN_ROWS = 8  # for a verdict
 RESAMPLES = 2000  # of the bootstrap
-SHRUNK = 0.25  # of the rows' own thoughts: what is shorter is no thinking step by step
-FORGOTTEN = 0.1  # nats per token that general text may lose unmentioned: a tenth more perplexity
-# What is better, where it is not the higher number: the lower one, or neither.
-BETTER = dict.fromkeys(("loss", "answer_loss", "general_loss", "unread", "repetition"), "lower")
-BETTER |= dict.fromkeys(("thought_words", "answer_words", "bullets"), "")
+MIN_THOUGHT_SHARE = 0.25  # of the rows' own thoughts; less is no step-by-step reasoning
+MAX_GENERAL_LOSS_INCREASE = 0.1  # nats per token, a tenth more perplexity
+# What is reported, in this order; all other measures are in eval.json alone.
+REPORTED = {
+    "loss": "held-out loss (lower is better)",
+    "relevance": "relevance",
+    "accuracy": "accuracy",
+    "closed": "thoughts closed",
+    "stopped": "finished by itself",
+    "reasoning": "reasoning kept",
+}
+REPORT_HEADINGS = ("measure", "before", "after", "change (95% interval)")
+
+
+def last_number(answer: str) -> float | None:
+    """The last number in an answer; it may have thousands separators, decimals and a unit."""
+    text = re.sub(r"\{,\}|\\,|,\\!", ",", answer)  # as LaTeX writes 1,200
+    number = r"(?<![A-Za-z\d^])-?(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)(?:\.\d+)?"
+    found = re.findall(number, text.replace("−", "-"))
+    return float(found[-1].replace(",", "")) if found else None
+
+
+def measure(answer: dict[str, Any]) -> dict[str, float]:
+    """Counts in an answer; `repetition` is the share of 4-grams that occurred before."""
+    words = f"{answer['thought']} {answer['answer']}".split()
+    runs = list(zip(words, words[1:], words[2:], words[3:], strict=False))
+    counts = {
+        "closed": float(answer["closed"]),
+        "stopped": float(answer["finish_reason"] == "stop"),
+        "thought_words": len(answer["thought"].split()),
+        "answer_words": len(answer["answer"].split()),
+        "bullets": len(re.findall(r"(?m)^\s*(?:[-*•]|\d+[.)])", answer["answer"])),
+        "repetition": 1 - len(set(runs)) / len(runs) if runs else 0.0,
+    }
+    if "chosen" in answer:
+        counts["accuracy"] = float(answer["right"])
+        counts["unread"] = float(answer["chosen"] is None)
+    return counts
 
 
 def compare(base: Sequence[float], tuned: Sequence[float], seed: int) -> dict[str, float]:
-    """Means of both sides over the same rows, and of tuned minus base with its 95% bootstrap interval."""
+    """Means over the same rows, and tuned minus base with its 95% bootstrap interval."""
     differences = [after - before for before, after in zip(base, tuned, strict=True)]
     chance = random.Random(seed)
     means = []
     for _ in range(RESAMPLES):
         means.append(statistics.fmean(chance.choices(differences, k=len(differences))))
-    means.sort()
-    numbers = {"base": statistics.fmean(base), "tuned": statistics.fmean(tuned)}
-    numbers["difference"] = statistics.fmean(differences)
-    numbers |= {"low": means[round(0.025 * RESAMPLES)], "high": means[round(0.975 * RESAMPLES)]}
-    return {name: round(value, 4) for name, value in numbers.items()}
+    cuts = statistics.quantiles(means, n=40)
+    return {
+        "base": round(statistics.fmean(base), 4),
+        "tuned": round(statistics.fmean(tuned), 4),
+        "difference": round(statistics.fmean(differences), 4),
+        "low": round(cuts[0], 4),
+        "high": round(cuts[-1], 4),
+    }
 
 
 def build_report(
-    base: Measures, tuned: Measures, questions: list[list[Any]], rows: int, seed: int
+    base: Measures,
+    tuned: Measures,
+    pairs: list[dict[str, Any]],
+    problems: list[dict[str, Any]],
+    rows: int,
+    seed: int,
 ) -> dict[str, Any]:
-    """An evaluation: each side's numbers by measure, and what can be counted in their answers, compared.
+    """Compares measures of rows with those of answers to them and to reasoning problems."""
+    sides = {"base": dict(base), "tuned": dict(tuned)}
+    for side, measures in sides.items():
+        for pair in pairs:
+            for name, value in measure(pair[side]).items():
+                measures.setdefault(name, []).append(value)
+        if problems:
+            measures["reasoning"] = [float(pair[side]["right"]) for pair in problems]
+    compared = {}
+    for name in sides["base"]:
+        compared[name] = compare(sides["base"][name], sides["tuned"][name], seed)
 
-    Of each question there are one or more samples, answered by all sides; their mean counts. Where the base
-    was also asked by its own chat template, the tuned side is compared with the better of both.
+    # All closed thoughts together, in characters, which count in every language.
+    closed = [pair for pair in pairs if pair["tuned"]["closed"] and "reference_thought" in pair]
+    thought = sum(len(pair["tuned"]["thought"]) for pair in closed)
+    reference = sum(len(pair["reference_thought"]) for pair in closed)
+    report: dict[str, Any] = {
+        "verdict": verdict(compared, rows, thought < MIN_THOUGHT_SHARE * reference),
+        "rows": rows,
+        "answers": len(pairs),
+        "problems": len(problems),
+        **compared,
+        "pairs": pairs + problems,
+    }
+    if "general_loss" in compared and compared["general_loss"]["low"] > MAX_GENERAL_LOSS_INCREASE:
+        report["verdict"] += "; general text is predicted worse"
+    if problems and compared["reasoning"]["high"] < 0:
+        _, before, after, _ = report_rows(report)[-1]
+        report["verdict"] += f"; reasoning lost: {before} problems solved before, {after} after"
+    return report
+
+
+def verdict(measures: dict[str, dict[str, float]], rows: int, shrunk: bool = False) -> str:
+    """In words, from the intervals of an evaluation, its rows, and whether thoughts shrank.
+
+    A model that learned the style alone has a lower loss too, but its answers depend less on their
+    questions, so relevance drops.
     """
-    sides: dict[str, Measures] = {"base": base, "chat": {}, "tuned": tuned}
-    pairs = []
-    thought = wanted = 0  # in characters, which count in every language
-    for samples in questions:
-        for side in sides.keys() & samples[0].keys():
-            counted = []
-            for pair in samples:
-                pair[side].pop("seconds", None)  # the same command gives the same report
-                counted.append(measure(pair[side]))
-            for name in counted[0]:
-                mean = statistics.fmean(numbers[name] for numbers in counted)
-                sides[side].setdefault(name, []).append(mean)
-        for pair in samples:
-            pairs.append(pair)
-            if pair["tuned"]["closed"] and "reference_thought" in pair:
-                thought += len(pair["tuned"]["thought"])
-                wanted += len(pair["reference_thought"])
-    measures = {}
-    for name, before in base.items():
-        found = compare(before, tuned[name], seed)
-        if name in sides["chat"]:
-            of_chat = compare(sides["chat"][name], tuned[name], seed)
-            befores = {"base": found["base"], "chat": of_chat["base"]}
-            gain = befores["chat"] - befores["base"]
-            better = BETTER.get(name, "higher")
-            if (better == "higher" and gain > 0) or (better == "lower" and gain < 0):
-                found = of_chat
-            found |= befores
-        measures[name] = found
-    said = verdict(measures, rows, thought < SHRUNK * wanted)
-    if "general_loss" in measures and measures["general_loss"]["low"] > FORGOTTEN:
-        said += "; general text is predicted worse than before"
-    report = {"verdict": said, "rows": rows, "answers": len(pairs)}
-    report["everyday"] = len(base.get("everyday_stopped", ()))
-    return {**report, **measures, "pairs": pairs}
+    if rows < MIN_ROWS:
+        return f"can't tell: at least {MIN_ROWS} rows are needed, not {rows}"
+    if "accuracy" in measures:
+        accuracy, unread = measures["accuracy"], measures["unread"]
+        if accuracy["low"] <= 0 <= accuracy["high"]:
+            return "can't tell: the 95% interval of the change in accuracy includes 0"
+        said = "better: more" if accuracy["low"] > 0 else "worse: fewer"
+        said += " answers are correct"
+        if unread["low"] > 0:
+            said += "; more could not be read"
+        if unread["high"] < 0:
+            said += "; fewer could not be read"
+        return said
+    if measures["loss"]["low"] > 0:
+        return "worse: held-out loss increased"
+    if measures["relevance"]["high"] < 0:
+        return "worse: answers are less specific to their questions"
+    if measures["loss"]["high"] >= 0:
+        return "can't tell: the 95% interval of the change in loss includes 0"
+    but = "can't tell: held-out loss decreased, but"
+    if "closed" in measures and measures["closed"]["high"] < 0:
+        return f"{but} fewer thoughts were closed within --max-new-tokens"
+    if "closed" in measures and not measures["closed"]["tuned"]:
+        return f"{but} no thought was closed within --max-new-tokens"
+    if shrunk:
+        return f"{but} thoughts are much shorter than the rows' own"
+    return "better: held-out loss decreased; answers remain question-specific"
 
 
-def verdict(report: dict[str, Any], rows: int, shrunk: bool = False) -> str:
-    """In words, from the intervals of an evaluation, the number of its rows, and whether thoughts shrank.
-
-    A model that learned the style alone has a lower loss too; but then an answer is no likelier after its own
-    question and thought than after another row's. `relevance` is that difference.
-    """
-    if rows < FEWEST_ROWS:
-        return f"can't tell: {rows} {'row is' if rows == 1 else 'rows are'} too few, it takes {FEWEST_ROWS}"
-    if "accuracy" in report:
-        accuracy, unread = report["accuracy"], report.get("unread", {"low": 0, "high": 0})
-        aside = "; more could not be read" if unread["low"] > 0 else ""
-        aside = "; fewer could not be read" if unread["high"] < 0 else aside
-        cases = [
-            (accuracy["high"] < 0, f"worse: fewer answers are right{aside}"),
-            (accuracy["low"] > 0, f"better: more answers are right{aside}"),
-            (True, "can't tell: the 95% interval of the accuracy includes 0"),
-        ]
-    else:
-        loss, relevance = report["loss"], report["relevance"]
-        closed = report.get("closed", {"high": 0, "tuned": 1})  # where no question was asked
-        but, limit = "can't tell: the held-out loss fell, but", "within --max-new-tokens"
-        cases = [
-            (loss["low"] > 0, "worse: the held-out loss rose"),
-            (
-                relevance["high"] < 0,
-                "worse: its answers depend less on the question than the base model's",
-            ),
-            (loss["high"] >= 0, "can't tell: the 95% interval of the loss includes 0"),
-            (closed["high"] < 0, f"{but} fewer thoughts were closed {limit}"),
-            (not closed["tuned"], f"{but} no thought was closed {limit}"),
-            (shrunk, f"{but} thoughts are much shorter than the rows' own"),
-            (
-                True,
-                "better: the held-out loss fell, and answers depend on their questions as before or more",
-            ),
-        ]
-    return next(said for applies, said in cases if applies)
-
-
-REPORT_HEADINGS = ("measure", "before", "own chat", "after", "change (95% interval)", "better is")
-DIGITS = {"loss": 3, "relevance": 3, "words": 1}  # that make sense, by a measure's last word
-
-
-def report_rows(evaluation: dict[str, Any]) -> list[tuple[str, ...]]:
-    """The measures of an evaluation under `REPORT_HEADINGS`."""
-    rows: list[tuple[str, ...]] = []
-    for name, value in evaluation.items():
-        if isinstance(value, dict):
-            digits = DIGITS.get(name.split("_")[-1], 2)
-            shown = {"chat": ""}
-            for key, number in value.items():
-                shown[key] = f"{number:.{digits}f}" if key in SIDES else f"{number:+.{digits}f}"
-            sides = (shown["base"], shown["chat"], shown["tuned"])
-            change = f"{shown['difference']} ({shown['low']} to {shown['high']})"
-            rows.append((name.replace("_", " "), *sides, change, BETTER.get(name, "higher")))
+def report_rows(report: dict[str, Any]) -> list[tuple[str, str, str, str]]:
+    """The reported measures under `REPORT_HEADINGS`; a change is that of the printed numbers."""
+    units = {"loss": (1, 3, ""), "relevance": (1, 3, ""), "accuracy": (100, 1, "%")}
+    units["reasoning"] = (report["problems"], 0, f" of {report['problems']}")
+    rows = []
+    for name, label in REPORTED.items():
+        if name in report:
+            scale, digits, unit = units.get(name, (100, 0, "%"))
+            value = {}
+            for key, number in report[name].items():
+                value[key] = round(number * scale, digits) + 0.0  # no -0.0
+            change = f"{value['tuned'] - value['base']:+.{digits}f}"
+            interval = f"{value['low']:+.{digits}f} to {value['high']:+.{digits}f}"
+            before = f"{value['base']:.{digits}f}{unit}"
+            after = f"{value['tuned']:.{digits}f}{unit}"
+            rows.append((label, before, after, f"{change} ({interval})"))
     return rows
 
 
-def axis_label(name: str) -> str:
-    """A measure's name for a picture, with which way is better."""
-    label, better = name.replace("_", "\n"), BETTER.get(name, "higher")
-    return f"{label}\n({better})" if better else label
-
-
-def report_note(evaluation: dict[str, Any]) -> str:
-    """What the measures of an evaluation are."""
+def report_note(report: dict[str, Any]) -> str:
+    """How the reported measures were taken."""
     notes = []
-    if "loss" in evaluation:
-        notes.append(
-            "Losses are in nats per token: of thought and answer, and of the answer alone."
-        )
-        notes.append(
-            "Relevance is how much better its own question predicts an answer than another's."
-        )
-    if "general_loss" in evaluation:
-        loss, number = evaluation["general_loss"], evaluation["everyday"]
-        note = "General text without medicine, which shows what was forgotten:"
-        note += f" loss {loss['base']:.2f} to {loss['tuned']:.2f} ({loss['difference']:+.2f})"
-        if number:
-            finished = evaluation["everyday_stopped"]
-            before, after = number * finished["base"], number * finished["tuned"]
-            note += f", everyday questions finished {before:.0f} to {after:.0f} of {number}"
-        notes.append(f"{note}.")
-    if "unread" in evaluation:
-        notes.append(
-            "An answer is unread if no single option could be read from it; it counts as wrong."
-        )
-    notes.append(f"All else is counted in {evaluation['answers']} answers; shares are of those.")
-    if "chat" in evaluation.get("closed", ()):
-        notes.append(
-            "Own chat: the base asked by its own template; changes are from the better of both."
-        )
+    if "loss" in report:
+        notes.append("Loss: nats per token of thought and answer.")
+        notes.append("Relevance: increase in answer loss when paired with another row's question.")
+    if report["answers"]:
+        notes.append(f"{report['answers']} answers: the base was asked by {report['asked_by']},")
+        notes.append("the tuned model by the training prompt.")
+    if "unread" in report:
+        before = report["unread"]["base"] * report["answers"]
+        after = report["unread"]["tuned"] * report["answers"]
+        notes.append(f"No option could be read, so wrong: {before:.0f} before, {after:.0f} after.")
     return " ".join(notes)
 
 
-def as_report(evaluation: dict[str, Any]) -> str:
+def as_report(report: dict[str, Any]) -> str:
     """An evaluation as Markdown: the verdict first, then its measures."""
-    text = f"On {evaluation['rows']} held-out rows: **{evaluation['verdict']}**.\n\n"
-    for row in (REPORT_HEADINGS, ["---"] * len(REPORT_HEADINGS), *report_rows(evaluation)):
+    text = f"On {report['rows']} held-out rows: **{report['verdict']}**.\n\n"
+    for row in (REPORT_HEADINGS, ["---"] * len(REPORT_HEADINGS), *report_rows(report)):
         text += f"| {' | '.join(row)} |\n"
-    return f"{text}\n{report_note(evaluation)}\n"
+    return f"{text}\n{report_note(report)}\n"
 
 
 def how_it_ended(answer: dict[str, Any]) -> str:
     """In words, of an answer that `generate` made."""
     thought = "thought closed" if answer["closed"] else "no thought"
     if not answer["closed"] and not answer["answer"]:
-        thought = "thought never closed, so there is no answer"
-    return f"{thought}; {'stopped by itself' if answer['finish_reason'] == 'stop' else 'cut off at --max-new-tokens'}"
+        thought = f"no answer: {THINK_CLOSE} not generated"
+    return f"{thought}, {'EOS' if answer['finish_reason'] == 'stop' else 'hit the token limit'}"
 
 
 def fold(text: str) -> str:
-    """The text with what is said three times in a row, or more, written once and counted."""
+    """The text with what is repeated three times in a row, or more, written once and counted."""
 
     def once(match: re.Match[str]) -> str:
         said, space = match.groups()
-        times = (len(match[0]) + len(space)) // len(
-            said + space
-        )  # the last one has no space after it
+        times = (len(match[0]) + len(space)) // len(said + space)  # none after the last one
         return f"{said} [{times} times]"
 
     # Nine characters or more, from the beginning of a word on.
@@ -1021,48 +1010,71 @@ def fold(text: str) -> str:
     return re.sub(repeated, once, text, flags=re.DOTALL)
 
 
-ANSWERS_PAGE = """<!DOCTYPE html>
-<html lang="en"><meta charset="utf-8"><title>Answers before and after</title>
+ANSWERS_PAGE = string.Template("""<!DOCTYPE html>
+<html lang="en">
+<meta charset="utf-8">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<title>$title</title>
 <style>
-body {{ font: 16px/1.5 sans-serif; margin: 2em; }}
-section {{ display: grid; grid-auto-flow: column; grid-auto-columns: 1fr; gap: 1.5em; }}
-pre {{ font: inherit; white-space: pre-wrap; margin: 0; }}
-h2 {{ font-size: 1em; white-space: pre-wrap; border-top: 1px solid #999; padding-top: 1em; }}
-h3, summary {{ font-size: 0.9em; color: #666; }}
+body { font: 16px/1.5 sans-serif; max-width: 80rem; margin: auto; padding: 1rem; }
+table { border-collapse: collapse; }
+th, td { text-align: left; vertical-align: top; padding-right: 1rem; }
+section { display: grid; gap: 1rem 2rem; overflow-wrap: anywhere;
+  grid-template-columns: repeat(auto-fit, minmax(min(100%, 18rem), 1fr)); }
+pre, h2 { font: inherit; white-space: pre-wrap; margin: 0; }
+h2 { font-weight: bold; border-top: 1px solid #999; margin-top: 1.5rem; padding-top: 1rem; }
+h3, summary, p { font-size: 0.9rem; color: #555; }
 </style>
-<h1>Answers before and after training</h1>
-<p>{verdict}. Nothing here is medical advice.</p>
-{questions}
-"""
+<h1>$verdict</h1>
+<table>$details</table>
+<h3>On $rows rows</h3>
+<table>$measures</table>
+<p>$note Nothing here is medical advice.</p>
+<button onclick="document.querySelectorAll('details').forEach(item => item.open = true)">
+expand all</button>
+$answers
+</html>
+""")
 
 
-def as_html(report: dict[str, Any]) -> str:
-    """All compared answers of an evaluation side by side, to be read by whoever knows the subject."""
-    questions = ""
+def as_html(report: dict[str, Any], details: dict[str, str]) -> str:
+    """A page with the report and all answers side by side; `details` name run, model, settings."""
+    tables = []
+    for rows in (details.items(), [REPORT_HEADINGS, *report_rows(report)]):
+        table = ""
+        for heading, *cells in rows:
+            table += f"\n<tr><th>{html.escape(heading)}"
+            for cell in cells:
+                table += f"<td>{html.escape(cell)}"
+        tables.append(table)
+    answers = ""
     for pair in report["pairs"]:
-        questions += f"<h2>{html.escape(pair['question'])}</h2>\n<section>\n"
+        answers += f"<h2>{html.escape(pair['question'])}</h2>\n<section>\n"
         for side, title in SIDES.items():
-            if side in pair:
-                thought = html.escape(fold(pair[side]["thought"]))
-                answer = html.escape(fold(pair[side]["answer"]))
-                questions += (
-                    f"<div><h3>{title} ({how_it_ended(pair[side])})</h3><pre>{answer}</pre>"
-                )
-                questions += (
-                    f"<details><summary>thought</summary><pre>{thought}</pre></details></div>\n"
-                )
-        reference = html.escape(pair.get("reference", ""))
-        questions += f"<div><h3>Reference</h3><pre>{reference}</pre></div>\n</section>\n"
-    return ANSWERS_PAGE.format(
-        verdict=html.escape(report["verdict"].capitalize()), questions=questions
+            thought = html.escape(fold(pair[side]["thought"]))
+            answers += f"<div><h3>{title}: {html.escape(how_it_ended(pair[side]))}</h3>"
+            answers += f"<pre>{html.escape(fold(pair[side]['answer']))}</pre>"
+            if thought:
+                answers += f"<details><summary>thought</summary><pre>{thought}</pre></details>"
+            answers += "</div>\n"
+        answers += f"<div><h3>Reference</h3><pre>{html.escape(pair['reference'])}</pre></div>"
+        answers += "</section>\n"
+    return ANSWERS_PAGE.substitute(
+        title=html.escape(details["run"]),
+        verdict=html.escape(report["verdict"].capitalize()),
+        details=tables[0],
+        rows=report["rows"],
+        measures=tables[1],
+        note=html.escape(report_note(report)),
+        answers=answers,
     )
 
 
 def as_markdown(pair: dict[str, Any]) -> str:
     """A question with both answers, for the model card."""
     text = f"**Question.** {as_text(pair['question'])}\n"
-    for side in ("base", "tuned"):
-        text += f"\n**{SIDES[side]}** ({how_it_ended(pair[side])}).\n\n"
+    for side, title in SIDES.items():
+        text += f"\n**{title}** ({as_text(how_it_ended(pair[side]))}).\n\n"
         for line in fold(pair[side]["answer"] or pair[side]["thought"]).splitlines():
             text += f"> {as_text(line)}  \n"  # two spaces keep the line's end
     return text
@@ -1070,9 +1082,8 @@ def as_markdown(pair: dict[str, Any]) -> str:
 
 def as_text(line: str) -> str:
     """Markdown that shows a line as it is: no mark in it is taken for markup or HTML."""
-    return re.sub(
-        r"[\\`*_\[\]<&|~$]|^[-+=#>]|(?<=\d)[.)](?!\S)", r"\\\g<0>", " ".join(line.split())
-    )
+    markup = r"[\\`*_\[\]<&|~$]|^[-+=#>]|(?<=\d)[.)](?!\S)"
+    return re.sub(markup, r"\\\g<0>", " ".join(line.split()))
 
 
 def same_question(question: str) -> str:

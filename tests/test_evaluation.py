@@ -1,25 +1,23 @@
-"""Evaluation: base against tuned on the same rows, not trained on, and a verdict that can be bad."""
+"""Evaluation: base against tuned on rows not trained on, and a verdict that can be bad."""
 
-import collections
-import copy
 import dataclasses
+import datetime
+import itertools
 import json
 import math
 import random
 import re
 import shutil
-import subprocess
-import sys
 
-import published
+import filelock
 import pytest
 from conftest import BOS, EOS, SAMPLE
-from servers.hub import HubServer
 
 import finetune_r1
 import prompts
 from finetune_r1 import (
     DEMO,
+    REASONING_PROBLEMS,
     EvalConfig,
     LoadedModel,
     Run,
@@ -27,19 +25,26 @@ from finetune_r1 import (
     TrainConfig,
     UserError,
     prepare_rows,
+    read_json,
     read_jsonl,
+    write_json,
+    write_jsonl,
 )
 
-SHORT = SamplingConfig(max_new_tokens=4)
+SHORT = SamplingConfig(max_new_tokens=3, temperature=0)
 REST = {"A": "rest", "B": "water"}
+FORMS = {"question_col": "q", "cot_col": "why", "response_col": "a"}
 
 
 @pytest.fixture(scope="module")
 def config(tiny_r1):
     return TrainConfig(
-        model=str(tiny_r1), dataset=str(SAMPLE), split="train[:24]", eval_rows=4, max_seq_length=768,
-        max_steps=1, effective_batch=4, warmup_steps=0, learning_rate=2e-2, max_new_tokens=8, wandb=False,
-    )  # fmt: skip
+        model=str(tiny_r1),
+        dataset=str(SAMPLE),
+        split="train[8:32]",
+        eval_rows=4,
+        max_seq_length=768,
+    )
 
 
 @pytest.fixture(scope="module")
@@ -50,28 +55,32 @@ def untrained(config, unsloth):
     return loaded
 
 
+@pytest.fixture(scope="module")
+def held_out(config, untrained):
+    return prepare_rows(finetune_r1.read_records(config), untrained.tokenizer, config).held_out
+
+
 @pytest.fixture
 def run(tiny_run, tmp_path):
-    return Run(shutil.copytree(tiny_run, tmp_path / "run"))
+    """A run, trained on the sample's first eight rows, with three of the others held out."""
+    run = Run(shutil.copytree(tiny_run, tmp_path / "run"))
+    write_json(run / "config.json", dataclasses.asdict(run.config) | {"eval_rows": 3})
+    write_jsonl(run / "held_out.jsonl", read_jsonl(SAMPLE)[8:11])
+    return run
 
 
-def evaluated(run, **options):
-    return finetune_r1.eval_(EvalConfig(max_new_tokens=4, **options), run.folder)
+def compared(base, tuned):
+    return prompts.compare(base, tuned, seed=1)
 
 
-def named(*texts):
-    return dict(zip(finetune_r1.RECIPE_COLUMNS, texts, strict=True))
+# ------------------------------------------------------------------------------------------- losses
 
 
-# ----------------------------------------------------------------------------------------------------- losses
-
-
-def test_losses_are_means_over_the_tokens_they_name(config, untrained):
+def test_losses_are_means_over_the_tokens_they_name(untrained, held_out):
     """By hand, from the model's own logits: of thought and answer, and of the answer alone."""
     import torch
 
-    rows = prepare_rows(finetune_r1.read_records(config), untrained.tokenizer, config).held_out
-    found, row = finetune_r1.row_losses(untrained, rows), rows[0]
+    found, row = finetune_r1.measure_losses(untrained, held_out, "now"), held_out[0]
     with torch.no_grad():
         logits = untrained.model(input_ids=torch.tensor([row["input_ids"]])).logits[0].float()
     learned = range(row["prompt_tokens"], row["tokens"])
@@ -82,392 +91,36 @@ def test_losses_are_means_over_the_tokens_they_name(config, untrained):
     assert found["answer_loss"][0] == pytest.approx(sum(each[-answer:]) / answer, abs=1e-3)
 
 
-def test_rows_that_only_just_fit_are_evaluated_and_nothing_is_cut_behind_our_back(
+def test_relevance_is_measured_on_whole_answers_where_rows_only_just_fit(
     config, untrained, monkeypatch
 ):
-    """Another row's question and thought before this answer would be longer than --max-seq-length; a GPU's
-    Unsloth then cuts off its end, where the answer is."""
-    long = [named("Why?", "It is so. " * 60, "So."), named("When?", "Now.", "It is then. " * 60)]
-    records = finetune_r1.datasets.Dataset.from_list(long)
-    rows = prepare_rows(
-        records, untrained.tokenizer, dataclasses.replace(config, eval_rows=0)
-    ).usable
-    fed = []
-    noted = untrained.model.register_forward_pre_hook(
-        lambda _, __, given: fed.append(given["input_ids"].shape[1]), with_kwargs=True
+    """A GPU's Unsloth cuts off the end of what is too long, where the answer is."""
+    columns = finetune_r1.RECIPE_COLUMNS
+    texts = [("Why?", "It is so. " * 60, "So."), ("When?", "Now.", "It is then. " * 60)]
+    records = [dict(zip(columns, row, strict=True)) for row in texts]
+    records = finetune_r1.datasets.Dataset.from_list(records)
+    all_rows = dataclasses.replace(config, eval_rows=0)
+    rows = prepare_rows(records, untrained.tokenizer, all_rows).usable
+    lengths = []
+    hook = untrained.model.register_forward_pre_hook(
+        lambda _, __, given: lengths.append(given["input_ids"].shape[1]), with_kwargs=True
     )
-    plain = finetune_r1.row_losses(untrained, rows)
-    assert max(fed) > max(rows["tokens"])
-    fed.clear()
+    plain = finetune_r1.measure_losses(untrained, rows, "now")
+    assert max(lengths) > max(rows["tokens"])
+    lengths.clear()
     monkeypatch.setattr(untrained.model, "max_seq_length", max(rows["tokens"]))
-    found = finetune_r1.row_losses(untrained, rows)
-    noted.remove()
-    assert max(fed) == max(rows["tokens"]), "the other's beginning was left out"
+    found = finetune_r1.measure_losses(untrained, rows, "now")
+    hook.remove()
+    assert max(lengths) == max(rows["tokens"])
     assert found["loss"] == plain["loss"] and found["answer_loss"] == plain["answer_loss"]
     assert all(math.isfinite(value) for values in found.values() for value in values)
 
 
-# ------------------------------------------------------------------------------------------------- the report
-
-
-def test_nothing_is_found_where_there_is_nothing(config, untrained, run):
-    held_out = prepare_rows(finetune_r1.read_records(config), untrained.tokenizer, config).held_out
-    report = finetune_r1.evaluate(untrained, run, held_out, [], 2, config)
-    assert report["rows"] == 4 and report["answers"] == 2
-    measures = {name: value for name, value in report.items() if isinstance(value, dict)}
-    assert measures.keys() >= {
-        "loss", "answer_loss", "relevance", "closed", "stopped", "repetition", "answer_words"
-    }  # fmt: skip
-    assert all(
-        value["difference"] == value["low"] == value["high"] == 0 for value in measures.values()
-    )
-    assert math.isfinite(report["loss"]["base"]) and report["verdict"].startswith("can't tell")
-
-
-def test_the_same_evaluation_gives_the_same_report_again_with_a_picture_in_the_card(run, tmp_path):
-    finetune_r1.write_jsonl(tmp_path / "rows.jsonl", read_jsonl(SAMPLE)[8:14])
-
-    def evaluate():
-        evaluated(run, dataset=str(tmp_path / "rows.jsonl"), split="train")
-        [report] = run.folder.glob("eval*.json")
-        return report, report.read_bytes()
-
-    first = evaluate()
-    assert evaluate() == first
-    picture = first[0].with_suffix(".png")
-    assert picture.stat().st_size > 10_000 and picture.name.startswith("eval-rows-train-")
-    assert f"![before and after]({picture.name})" in (run / "README.md").read_text()
-
-
-def test_the_report_is_a_table_within_80_columns_once(run, told):
-    words = [
-        "eval",
-        "--run",
-        run.folder,
-        "--dataset",
-        SAMPLE,
-        "--split",
-        "train[8:20]",
-        "--answers",
-        2,
-    ]
-    done = told([*words, "--max-new-tokens", 3])
-    lines = done.out.splitlines()
-    assert (
-        done.code == 0
-        and lines[0].startswith("On 12 held-out rows: ")
-        and max(map(len, lines)) <= 80
-    )
-    start = lines.index(next(line for line in lines if line.startswith("measure")))
-    table = "\n".join(lines[start + 1 :])
-    assert re.search(
-        r"^loss +\d+\.\d{3} +\d+\.\d{3} +[-+]\d\.\d{3} \(.* to .*\) lower$", table, re.MULTILINE
-    )
-    assert re.search(r"^answer loss .* lower$", table, re.MULTILINE)
-    assert re.search(r"^relevance .* higher$", table, re.MULTILINE)
-    assert re.search(r"^thought words +\d+\.\d +\d+\.\d .*\)$", table, re.MULTILINE)
-    assert "base:" not in done.out and "Losses are in nats per token" in done.err
-
-
-def test_a_finished_evaluation_waits_for_whoever_uses_the_run(config, untrained, run):
-    code = "import sys, time, pathlib, filelock\nwith filelock.FileLock(sys.argv[1]):"
-    code += "print(1, flush=True); time.sleep(1); pathlib.Path(sys.argv[2]).touch()"
-    command = [sys.executable, "-c", code, run / ".lock", run / "left"]
-    holder = subprocess.Popen(command, stdout=subprocess.PIPE)
-    assert holder.stdout is not None and holder.stdout.readline() == b"1\n"
-    finetune_r1.evaluate(
-        untrained, run, None, [prompts.MultipleChoice("Why?", REST, "B")], 1, SHORT
-    )
-    assert (run / "left").exists() and (run / "eval.json").exists()
-    holder.wait()
-
-
-def test_the_base_is_asked_by_its_own_chat_template_too_as_often_as_told(
-    untrained, run, monkeypatch
-):
-    asked, of_model = [], LoadedModel.asked
-
-    def noted(*given):
-        asked.append(of_model(*given))
-        return asked[-1]
-
-    monkeypatch.setattr(LoadedModel, "asked", noted)
-    choices = [
-        prompts.MultipleChoice("Why?", REST, "B"),
-        prompts.MultipleChoice("Why is <b>that</b> so?", REST, "A"),
-    ]
-    finetune_r1.evaluate(untrained, run, None, choices, 2, SHORT, "eval", 2)
-    own = f"{BOS}<｜User｜>{choices[0].text}<｜Assistant｜><think>\n"
-    assert sum(own in texts for texts in asked) == 2, "once for each sample"
-    report = finetune_r1.read_json(run / "eval.json")
-    assert [pair["reference"] for pair in report["pairs"]] == ["B", "B", "A", "A"]
-    first, second = (pair["chat"]["thought"] for pair in report["pairs"][:2])
-    assert first != second and report["rows"] == 2 and report["answers"] == 4
-    page = (run / "eval.html").read_text()
-    assert page.count("<section>") == 4 and "&lt;b&gt;that&lt;/b&gt;" in page and "<b>" not in page
-    assert page.count("<h3>Before, own chat (") == 4
-
-
-def test_a_change_is_measured_from_the_better_of_both_befores():
-    def answered(closed, words):
-        return {
-            "thought": "so",
-            "answer": "so " * words,
-            "closed": closed,
-            "finish_reason": "stop",
-            "seconds": 1,
-        }
-
-    def report(base, chat, tuned):
-        sides = {"question": "Why?", "base": base, "chat": chat, "tuned": tuned}
-        before, after = ({"loss": [1.0] * 9, "relevance": [1.0] * 9} for _ in range(2))
-        return prompts.build_report(
-            before, after, [[copy.deepcopy(sides)] for _ in range(9)], 9, seed=1
-        )
-
-    no, yes = answered(False, 2), answered(True, 5)
-    for base, chat in ((no, yes), (yes, no)):
-        found = report(base, chat, yes)
-        assert found["closed"]["difference"] == 0 and found["closed"]["base"] == float(
-            base["closed"]
-        )
-        assert found["closed"]["chat"] == float(chat["closed"])
-        words = found["answer_words"]
-        assert words["difference"] == words["tuned"] - words["base"], (
-            "neither number is the better one"
-        )
-
-
-@pytest.fixture
-def file_of(run, tmp_path, monkeypatch):
-    """The name of the file that `eval` would write: `file_of(split="train[8:]")`."""
-    rows = [row | {"Short": "So."} for row in read_jsonl(SAMPLE)[8:60]]  # not trained on
-    finetune_r1.write_jsonl(tmp_path / "mine.jsonl", rows)
-    settings = finetune_r1.read_json(run / "config.json")
-    settings |= {"dataset": str(tmp_path / "mine.jsonl"), "split": "train"}
-    finetune_r1.write_json(run / "config.json", settings)
-    monkeypatch.setattr(LoadedModel, "load_run", lambda *_: None)
-    monkeypatch.setattr(finetune_r1, "evaluate", lambda *given: {"name": given[-2]})
-    return lambda **asked: evaluated(run, **asked)["name"]
-
-
-def test_an_evaluation_is_named_by_its_rows(file_of, tmp_path):
-    mine = str(tmp_path / "mine.jsonl")
-    for name, asked in {
-        "eval-train-20-30": {"split": "train[20:30]"},
-        "eval-mine-train": {"dataset": mine, "split": "train"},
-        "eval-mine-zh-train-4-6": {"dataset": mine, "split": "train[4:6]", "subset": "zh"},
-    }.items():
-        assert re.fullmatch(f"{name}-[0-9a-f]{{4}}", file_of(**asked)) and file_of(
-            **asked
-        ) == file_of(**asked)
-
-
-def test_no_two_evaluations_have_one_file(file_of, tmp_path):
-    mine = str(tmp_path / "mine.jsonl")
-    slices = ["train[:20]", "train[20:]", "train[-20:]", "train[:20%]", "train[:2]+train[20:]"]
-    names = [file_of(dataset=mine, split=split) for split in slices]
-    names += [file_of(subset="zh"), file_of(response_col="Short"), "eval"]
-    assert len(set(names)) == len(names), names
-
-
-def test_the_card_shows_the_largest_evaluation_of_each_kind(run):
-    kinds = {"eval": ("loss", 12), "eval-mine-4f2a": ("loss", 9), "eval-train-8-10-90b1": ("loss", 2),
-             "eval-medqa-test-77e0": ("accuracy", 100), "eval-other-3c3c": ("accuracy", 40)}  # fmt: skip
-    for name, (measure, rows) in kinds.items():
-        values = {measure: [0.5] * rows, "relevance": [0.5] * rows}
-        finetune_r1.write_json(
-            run / f"{name}.json", prompts.build_report(values, values, [], rows, seed=1)
-        )
-    finetune_r1.write_card(run)
-    card = (run / "README.md").read_text()
-    assert re.findall(r"On (\d+) held-out", card) == ["12", "100"]
-    assert re.findall(r"\((eval\S*)\.png\)", card) == ["eval", "eval-medqa-test-77e0"]
-
-
-# ---------------------------------------------------------------------------------- which rows, which columns
-
-
-def test_held_out_rows_stay_those_of_the_run_whatever_becomes_of_the_dataset(
-    config, tmp_path, capsys, monkeypatch
-):
-    data, rows = tmp_path / "rows.jsonl", read_jsonl(SAMPLE)
-    finetune_r1.write_jsonl(data, rows[:24])
-    config = dataclasses.replace(config, dataset=str(data), split="train")
-    finetune_r1.train_run(config, run := Run(tmp_path / "run"))
-    before = evaluated(run, answers=0)
-    finetune_r1.write_jsonl(data, rows[4:30])
-    assert evaluated(run, answers=0) == before and before["rows"] == 4
-    # The same rows by name: what was trained on is left out, and said.
-    capsys.readouterr()
-    written = {path: path.read_bytes() for path in run.folder.glob("eval*")}
-    report = evaluated(run, dataset=str(data), split="train", answers=0)
-    assert {path: path.read_bytes() for path in written} == written, "this one has files of its own"
-    assert len(list(run.folder.glob("eval*"))) == 2 * len(written) == 6
-    held_out = {row["Question"] for row in read_jsonl(run / "held_out.jsonl")}
-    trained = {row["Question"] for row in rows[:24]} - held_out
-    left_out = sum(row["Question"] in trained for row in rows[4:30])
-    assert report["rows"] == 26 - left_out < 26
-    assert f"{left_out} of 26 questions are left out" in capsys.readouterr().err
-    finetune_r1.write_jsonl(data, [row for row in rows if row["Question"] in trained])
-    monkeypatch.setattr(
-        finetune_r1, "import_unsloth", None
-    )  # it takes long, so this is said before
-    with pytest.raises(UserError, match="no question is left"):
-        evaluated(run, dataset=str(data), split="train")
-
-
-def test_a_run_that_held_no_rows_out_has_to_be_told_which(run):
-    with pytest.raises(UserError, match="held no rows out"):
-        evaluated(run)
-
-
-def test_rows_may_be_in_other_columns(run, tmp_path):
-    rows = [
-        dict(zip(("q", "why", "a"), row.values(), strict=True)) for row in read_jsonl(SAMPLE)[30:33]
-    ]
-    finetune_r1.write_jsonl(tmp_path / "rows.jsonl", rows)
-    columns = {"question_col": "q", "cot_col": "why", "response_col": "a"}
-    asked = {"dataset": str(tmp_path / "rows.jsonl"), "split": "train"}
-    assert evaluated(run, **asked, **columns, answers=0)["rows"] == 3
-    with pytest.raises(UserError, match="its columns: q, why, a"):
-        evaluated(run, **asked)
-
-
-# -------------------------------------------------------------------------------------------- multiple choice
-
-
-def test_a_dataset_in_medqas_columns_is_graded_and_an_open_thought_counts_as_no_answer(
-    run, tmp_path
-):
-    choice = {
-        "question": "What widens the anion gap?",
-        "options": {"A": "lactate", "B": "water"},
-        "answer_idx": "A",
-    }
-    finetune_r1.write_jsonl(tmp_path / "choice.jsonl", [choice] * 2)
-    asked = {"dataset": str(tmp_path / "choice.jsonl"), "split": "train"}
-    report = evaluated(run, **asked, answers=5)
-    assert report["rows"] == report["answers"] == 2 and report["verdict"].startswith("can't tell")
-    assert set(report["accuracy"].values()) == {0}
-    card = (run / "README.md").read_text()
-    assert "accuracy | 0.00 | 0.00" in card and "An answer is unread if" in card
-    assert re.search(r"^\| unread \| 1.00 \| 1.00 \| .* \| lower \|$", card, re.MULTILINE)
-    with pytest.raises(UserError, match="--answers 0"):
-        evaluated(run, **asked, answers=0)
-
-
-def test_medqa_is_graded_from_the_hub_by_the_command_line(run, cli):
-    """Its only configuration is taken, which has not the language's name."""
-    medqa = "GBaker/MedQA-USMLE-4-options"
-    asked = ["eval", "--run", run, "--max-new-tokens", 4, "--answers", 2, "--json"]
-    with HubServer() as hub:
-        hub.add_repo("dataset", medqa, published.medqa_repo())
-        done = cli(*asked, "--dataset", medqa, "--split", "test", HF_ENDPOINT=hub.url)
-    assert done.code == 0, done.err
-    assert json.loads(done.out)["rows"] == 2 and "accuracy" in json.loads(done.out)
-
-
-@pytest.mark.parametrize(
-    ("answers", "accuracy", "unread", "verdict"),
-    [
-        (("A.", "B."), (0.1, 0.9), (0, 0), "better: more answers are right"),
-        (
-            ("Rest or water.", "B."),
-            (0, 0.9),
-            (1, 0),
-            "better: more answers are right; fewer could not be read",
-        ),
-        (
-            ("B.", "Who knows?"),
-            (0.9, 0),
-            (0, 1),
-            "worse: fewer answers are right; more could not be read",
-        ),
-    ],
-)
-def test_right_and_unread_answers_are_counted_for_each_side(
-    config, untrained, run, monkeypatch, answers, accuracy, unread, verdict
-):
-    def answer_both(loaded, questions, config, chat=False):
-        written = {"thought": "", "closed": True, "finish_reason": "stop", "tokens": 1}
-        sides = {
-            n: written | {"answer": answer}
-            for n, answer in zip(("base", "tuned"), answers, strict=True)
-        }
-        return [
-            {"question": question} | {n: s | {"seconds": 1} for n, s in sides.items()}
-            for question in questions
-        ]
-
-    monkeypatch.setattr(LoadedModel, "answer_both", answer_both)
-    choices = [prompts.MultipleChoice("Why?", REST, key) for key in [*"BBBBBBBBB", "A"]]
-    report = finetune_r1.evaluate(untrained, run, None, choices, 10, config)
-    assert (report["accuracy"]["base"], report["accuracy"]["tuned"]) == accuracy
-    assert (report["unread"]["base"], report["unread"]["tuned"]) == unread
-    assert report["verdict"] == verdict
-    assert not any("unread" in row for row in prompts.report_rows({"loss": report["accuracy"]}))
-
-
-def test_questions_trained_on_and_those_without_a_key_are_left_out_of_multiple_choice(
-    run, tmp_path, capsys
-):
-    trained = [row["Question"] for row in read_jsonl(SAMPLE)[:8]]
-    nearly = re.sub(r"\d+", "31", trained[0])
-    assert nearly != trained[0]
-    questions = [
-        trained[1],
-        nearly,
-        "What widens the anion gap?",
-        "Which vitamin's lack causes scurvy?",
-    ]
-    texts = dict(zip(("opa", "opb", "opc", "opd"), "CDAB", strict=True))
-    rows = [{"question": question, **texts, "cop": 0, "exp": None} for question in questions]
-    finetune_r1.write_jsonl(tmp_path / "medmcqa.jsonl", [*rows, {**rows[2], "cop": -1}])
-    asked = {"dataset": str(tmp_path / "medmcqa.jsonl"), "split": "train"}
-    assert evaluated(run, **asked)["rows"] == 2
-    told = capsys.readouterr().err
-    assert (
-        "2 of 5 questions are left out: trained on" in told
-        and "1 of 5 questions are left out\nrow 4: cop -1 fits none of" in told
-    )
-    with pytest.raises(UserError, match="no question is left"):
-        evaluated(run, **asked | {"split": "train[4:]"})
-    # A run of an earlier version kept no more than hashes.
-    hashes = list(finetune_r1.read_json(run / "trained.json"))
-    finetune_r1.write_json(run / "trained.json", hashes)
-    assert evaluated(run, **asked)["rows"] == 3
-
-
-# ----------------------------------------------------------------------------------------- what was forgotten
-
-GENERAL = SAMPLE.with_name("general.jsonl")
-
-
-def test_the_general_texts_are_as_promised(r1_tokenizer):
-    """Forty passages of ten kinds, a paragraph or two each, and eight questions; nothing forges a row."""
-    rows = read_jsonl(GENERAL)
-    kinds = collections.Counter(row["kind"] for row in rows)
-    assert kinds.pop("question") == 8 and len(kinds) == 10 and set(kinds.values()) == {4}
-    texts = [row["text"] for row in rows]
-    assert len(set(map(prompts.same_question, texts))) == len(rows) == 48
-    special = (*prompts.special_tokens(r1_tokenizer), "<|im_end|>", "<|endoftext|>")
-    assert not any(prompts.find_marker(text, special) for text in texts)
-    for row in rows:
-        if row["kind"] == "chinese":
-            assert 150 <= len(row["text"]) <= 200, row
-        elif row["kind"] != "question":
-            assert 60 <= len(row["text"].split()) <= 120, row
-    assert sum(re.search("[一-鿿]", row["text"]) is not None for row in rows) == 5
-    assert not set(texts) & {row["Question"] for row in read_jsonl(SAMPLE)}
-
-
-def test_general_loss_is_the_mean_of_each_passage_without_a_prompt(config, untrained, monkeypatch):
-    """By hand, from the model's own logits; what is longer than a row may be is cut."""
+def test_general_loss_is_the_mean_of_each_passage_without_a_prompt(untrained, monkeypatch):
     import torch
 
-    found = finetune_r1.forgetting(untrained, "now")["general_loss"]
-    passages = [row["text"] for row in read_jsonl(GENERAL) if row["kind"] != "question"]
+    found = finetune_r1.measure_losses(untrained, [], "now")["general_loss"]
+    passages = [row["text"] for row in read_jsonl(finetune_r1.GENERAL_TEXTS)]
     ids = torch.tensor([untrained.tokenizer(passages[7])["input_ids"]])
     with torch.no_grad():
         scores = untrained.model(input_ids=ids).logits[0, :-1].float()
@@ -475,144 +128,330 @@ def test_general_loss_is_the_mean_of_each_passage_without_a_prompt(config, untra
     assert len(found) == 40 and found[7] == pytest.approx(by_hand, abs=1e-3)
     monkeypatch.setattr(untrained.model, "max_seq_length", 50)
     by_hand = float(torch.nn.functional.cross_entropy(scores[:49], ids[0, 1:50]))
-    cut = finetune_r1.forgetting(untrained, "now")["general_loss"]
+    cut = finetune_r1.measure_losses(untrained, [], "now")["general_loss"]
     assert cut[7] == pytest.approx(by_hand, abs=1e-3)
 
 
-def test_half_as_many_everyday_questions_are_asked_and_counted_apart(
-    config, untrained, run, monkeypatch
+# ----------------------------------------------------------------------------------- one evaluation
+
+
+def test_an_untrained_adapter_changes_nothing_and_the_base_is_asked_by_its_chat_template(
+    untrained, held_out, run, monkeypatch, capsys
 ):
-    """Of the eight, five are finished before and none after; a row's answers count for the shares alone."""
-    asked = []
+    rendered, render_prompts = [], LoadedModel.render_prompts
 
-    def answer_both(loaded, questions, config, chat=False):
-        asked.extend(questions)
-        pairs = []
-        for number, question in enumerate(questions):
-            ended = {
-                "thought": "",
-                "answer": "",
-                "seconds": 1,
-                "closed": number < 7,
-                "finish_reason": "stop",
-            }
-            cut = ended | {"finish_reason": "length"}
-            pairs.append({"question": question, "base": ended, "tuned": cut})
-        return pairs
+    def noted(*given):
+        rendered.append(render_prompts(*given))
+        return rendered[-1]
 
-    monkeypatch.setattr(LoadedModel, "answer_both", answer_both)
-    rows = prepare_rows(
-        finetune_r1.read_records(config), untrained.tokenizer, config
-    ).held_out.select([0, 1])
-    report = finetune_r1.evaluate(untrained, run, rows, [], 16, config)
-    everyday = [row["text"] for row in read_jsonl(GENERAL) if row["kind"] == "question"]
-    assert (
-        asked == [*rows["question"], *everyday]
-        and report["answers"] == 2
-        and report["everyday"] == 8
+    monkeypatch.setattr(LoadedModel, "render_prompts", noted)
+    report = finetune_r1.evaluate(untrained, run, held_out, [], 2, SHORT)
+    own = f"{BOS}<｜User｜>{held_out[0]['question']}<｜Assistant｜><think>\n"
+    assert sum(own in texts for texts in rendered) == 1
+    assert report["asked_by"] == "its own chat template" and report["verdict"].startswith("can't")
+    assert (report["rows"], report["answers"], report["problems"]) == (4, 2, 24)
+    for name in ("loss", "answer_loss", "relevance", "general_loss"):
+        assert not any(report[name][key] for key in ("difference", "low", "high")), name
+
+    # A base without a template is asked as the tuned model is, so that nothing at all changes.
+    monkeypatch.setattr(untrained, "own_template", None)
+    report = finetune_r1.evaluate(untrained, run, held_out, [], 2, SHORT, reasoning=False)
+    written = (run / "eval.json").read_bytes()
+    finetune_r1.evaluate(untrained, run, held_out, [], 2, SHORT, reasoning=False)
+    assert (run / "eval.json").read_bytes() == written, "the same again"
+    for name, value in report.items():
+        if isinstance(value, dict):
+            assert not any(value[key] for key in ("difference", "low", "high")), name
+    assert "asked by the training prompt" in (run / "README.md").read_text()
+    assert not read_json(run / "eval.json")["problems"] and "reasoning" not in report
+
+
+def test_answers_are_graded_by_option_and_by_last_number(untrained, run, monkeypatch):
+    problems = read_jsonl(REASONING_PROBLEMS)
+    numbers = {problem["question"]: problem["answer"] for problem in problems}
+
+    def generate(loaded, questions, config, chat=False):
+        answers = []
+        for question in questions:
+            text = "So it is 7." if chat else f"Of 12, {numbers.get(question)} km."
+            if question not in numbers:
+                text = "The answer is A." if chat else "The answer is B."
+            if question == problems[3]["question"]:
+                text = ""  # its thought was never closed
+            ended = {"closed": bool(text), "finish_reason": "stop", "tokens": 3, "seconds": 1}
+            answers.append({"question": question, "thought": "", "answer": text, **ended})
+        return answers
+
+    monkeypatch.setattr(LoadedModel, "generate", generate)
+    choices = [prompts.MultipleChoice("Why <b>so</b>?", REST, key) for key in "BBBBBBBBBA"]
+    report = finetune_r1.evaluate(untrained, run, [], choices, 10, SHORT)
+    assert report["accuracy"] | {"low": 0, "high": 0} == {
+        "base": 0.1, "tuned": 0.9, "difference": 0.8, "low": 0, "high": 0
+    }  # fmt: skip
+    sevens = sum(number == 7 for number in numbers.values())
+    assert report["reasoning"]["base"] == pytest.approx(sevens / 24, abs=1e-4)
+    assert report["reasoning"]["tuned"] == pytest.approx(23 / 24, abs=1e-4)
+    assert report["verdict"] == "better: more answers are correct"
+    pairs = read_json(run / "eval.json")["pairs"]
+    assert [pair["reference"] for pair in pairs[9:11]] == ["A", "40"]
+    page = (run / "eval.html").read_text()
+    assert page.count("<section>") == 34 and "&lt;b&gt;so&lt;/b&gt;" in page and "<b>" not in page
+
+
+# --------------------------------------------------------------------------------- the eval command
+
+
+def test_eval_prints_one_table_within_80_columns_and_draws_it_on_the_card(run, told):
+    done = told(["eval", "--run", run.folder, "--answers", 2, "--max-new-tokens", 3])
+    lines = done.out.splitlines()
+    assert done.code == 0, done.err
+    assert max(map(len, (done.out + done.err).splitlines())) <= 80 + len(str(run.folder))
+    assert lines[0] == "On 3 held-out rows: can't tell: at least 8 rows are needed, not 3."
+    names = [line[:32].strip() for line in lines[3:]]
+    assert names == [
+        "held-out loss (lower is better)", "relevance", "thoughts closed", "finished by itself",
+        "reasoning kept",
+    ]  # fmt: skip
+    for line in lines[3:]:
+        assert re.search(r" [\d.]+(%| of 24)? .* [+-]\d+(\.\d+)? \([+-].* to [+-].*\)$", line), line
+    assert not re.search(r"-0(\.0+)?\b(?!\.)", done.out)
+    assert "base was asked by its own chat template" in " ".join(done.err.split())
+    card, page = (run / "README.md").read_text(), (run / "eval.html").read_text()
+    for name in names:
+        assert f"| {name} |" in card and f"<th>{name}" in page
+    assert "![before and after](eval.png)" in card
+    assert (run / "eval.png").read_bytes().startswith(b"\x89PNG")
+    for text in (run.name, "3 steps of 2 rows", "expand all", "<details><summary>thought"):
+        assert text in page
+
+
+def test_eval_of_other_rows_skips_duplicates_of_training_questions(run, told, tmp_path):
+    rows = read_jsonl(SAMPLE)[6:10]
+    renamed = [dict(zip(FORMS.values(), row.values(), strict=True)) for row in rows]
+    write_jsonl(tmp_path / "mine.jsonl", renamed)
+    line = ["eval", "--run", run.folder, "--dataset", tmp_path / "mine.jsonl", "--split"]
+    columns = ["--question-col", "q", "--cot-col", "why", "--response-col", "a"]
+    done = told([*line, "train", *columns, "--answers", 0, "--json"])
+    assert done.code == 0 and json.loads(done.out)["rows"] == 2, done.err
+    assert "skipped 2 of 4 questions: duplicates of training questions" in done.err
+    [report] = run.folder.glob("eval-mine-train-????.json")
+    assert not (run / "eval.json").exists() and report.with_suffix(".html").exists()
+    done = told([*line, "train[:2]", *columns])
+    assert done.code == 1 and "no question is left" in done.err
+    done = told([*line, "train"])
+    assert done.code == 1 and "its columns: q, why, a" in done.err
+
+
+def test_eval_grades_multiple_choice_and_names_the_rows_it_refuses(run, told, tmp_path):
+    trained = read_jsonl(SAMPLE)[1]["Question"]
+    rows = [
+        {"question": "What widens the anion gap?", "options": REST, "answer_idx": "A"},
+        {"question": trained, "options": REST, "answer_idx": "A"},
+        {"question": "What is of use?", "options": REST, "answer_idx": "C"},
+    ]
+    write_jsonl(tmp_path / "choice.jsonl", rows)
+    line = ["eval", "--run", run.folder, "--dataset", tmp_path / "choice.jsonl", "--split", "train"]
+    done = told([*line, "--max-new-tokens", 3, "--json"])
+    report = json.loads(done.out)
+    assert report["rows"] == report["answers"] == 1 and "loss" not in report
+    assert report["unread"]["tuned"] == 1 and report["accuracy"]["tuned"] == 0
+    assert "skipped 1 of 3 rows: unclear options or key" in done.err and "row 2: " in done.err
+    assert "skipped 1 of 2 questions: duplicates" in done.err
+    assert "| accuracy | 0.0% | 0.0% | +0.0 (" in (run / "README.md").read_text()
+    done = told([*line, "--answers", 0])
+    assert done.code == 1 and "--answers 0" in done.err
+
+
+def test_a_locked_run_is_refused_before_anything_is_computed(run, told, monkeypatch):
+    monkeypatch.setattr(finetune_r1, "read_records", None)
+    with filelock.FileLock(run / ".lock"):
+        done = told(["eval", "--run", run.folder])
+    assert done.code == 1 and ".lock" in done.err and "Traceback" not in done.err
+
+
+def test_each_set_of_rows_has_a_report_of_its_own(run, tmp_path):
+    def name(**options):
+        return finetune_r1.evaluation_rows(run, EvalConfig(**options))[0]
+
+    assert name() == "eval"
+    assert re.fullmatch("eval-train-20-30-[0-9a-f]{4}", name(split="train[20:30]"))
+    named = {"dataset": "data/mine.jsonl", "split": "train[4:6]", "subset": "zh"}
+    assert re.fullmatch("eval-mine-zh-train-4-6-[0-9a-f]{4}", name(**named))
+    splits = ["train[:20]", "train[20:]", "train[-20:]", "train[:20%]", "train[:2]+train[20:]"]
+    names = [name(dataset="mine.jsonl", split=split) for split in splits]
+    names += [name(subset="zh"), name(response_col="Short")]
+    assert len(set(names)) == len(names), names
+    write_json(run / "config.json", dataclasses.asdict(run.config) | {"eval_rows": 0})
+    with pytest.raises(UserError, match="no held-out rows"):
+        name()
+
+
+def test_the_card_shows_the_largest_evaluation_of_each_kind(run):
+    for name, measure, rows in (
+        ("eval", "loss", 12),
+        ("eval-mine-4f2a", "loss", 9),
+        ("eval-medqa-test-77e0", "accuracy", 100),
+        ("eval-other-3c3c", "accuracy", 40),
+    ):
+        values = {measure: [0.5] * rows, "relevance": [0.5] * rows, "unread": [0.0] * rows}
+        report = prompts.build_report(values, values, [], [], rows, seed=1)
+        write_json(run / f"{name}.json", report)
+    finetune_r1.write_card(run)
+    card = (run / "README.md").read_text()
+    assert re.findall(r"On (\d+) held-out", card) == ["12", "100"]
+    assert re.findall(r"\((eval\S*)\.png\)", card) == ["eval", "eval-medqa-test-77e0"]
+
+
+# ------------------------------------------------------------------------------- reasoning problems
+
+
+def orders(names, allowed):
+    return [order for order in map("".join, itertools.permutations(names)) if allowed(order)]
+
+
+def test_the_answers_of_the_reasoning_problems_are_right():
+    """Each computed in another way than a reader would."""
+    june = [datetime.date(2026, 6, day) for day in range(1, 31)]  # its first is a Monday
+    days_late = (datetime.date(2026, 5, 3) - datetime.date(2026, 3, 18)).days - 30
+    boxes = itertools.product(range(32), repeat=3)
+    [race] = orders(
+        "ABCDE", lambda order: "CE" in order and re.search("A.*D.*B.*C", order) is not None
     )
-    assert report["everyday_stopped"]["base"] == 5 / 8 and report["everyday_stopped"]["tuned"] == 0
-    assert report["stopped"] == compared([1.0, 1.0], [0.0, 0.0])
-    note = prompts.report_note(report)
-    assert re.search(
-        r"loss (\d+\.\d\d) to \1 \(\+0\.00\), everyday questions finished 5 to 0 of 8\. ", note
-    )
-    lines = {row[0]: row[-1] for row in prompts.report_rows(report)}
-    assert lines["general loss"] == "lower" and lines["everyday stopped"] == "higher"
-    # None are asked where no row is, and then no number is made up.
-    report = finetune_r1.evaluate(untrained, run, rows, [], 0, config)
-    assert "everyday_stopped" not in report and "general_loss" in report
-    assert "everyday" not in prompts.report_note(report)
+    right = [
+        350 - sum([6] * 45) - 17 - 23,
+        240 / (240 / 20 - 240 / 60),
+        (17 * 60 + 20 - 14 * 60 - 35 - 15) * 96 / 60,
+        days_late * 0.2,
+        [day.day for day in june if day.strftime("%a") == "Sat"][3],
+        len(range(1, 20)[7:9]),
+        max(next((a, b, c) for a, b, c in boxes if (a + b, b + c, a + c) == (23, 31, 28))),
+        80 * 1.25 * 0.8 - 7.5,
+        max(people for people in range(99) if people * 75 <= 1200 and people * 125 <= 1750),
+        3 + (4 * 9 - 4 * 3) / 6,
+        next(3 * age for age in range(99) if 3 * age + 12 == 2 * (age + 12)),
+        5 * 82 - 4 * 86,
+        len(set(range(4, 201, 4)) - set(range(6, 201, 6))),
+        len(list(itertools.combinations(range(8), 2))) - 1,
+        next(coins for coins in range(32) if 50 * coins + 20 * (31 - coins) == 1100),
+        (36 + 36) / (36 / 18 + 36 / 12),
+        next(minutes for minutes in range(999) if minutes * 56 == 280 * 60),
+        sum(range(20, 20 + 2 * 18, 2)),
+        3 * (4 * (7 * 60 + 40) / 60 * 19.5 - 12),
+        race.index("C") + 1,
+        100 - 3 * 8 - 5 * 6.5,
+        60 * 2.5 / 3 * 5,
+        [3, 4, 5, 6, 7, 1, 2][45 % 7],
+        60 / (1 / 6 + 1 / 3),
+    ]  # fmt: skip
+    problems = read_jsonl(REASONING_PROBLEMS)
+    assert [problem["answer"] for problem in problems] == pytest.approx(right)
+    assert sum("一" <= text["question"][0] <= "鿿" for text in problems) == 4
 
 
 @pytest.mark.parametrize(
-    ("change", "ending"),
+    ("answer", "number"),
     [
-        (0.08, "before or more"),
-        (0.2, "or more; general text is predicted worse than before"),
-        (-1.0, "or more"),
+        ("", None),
+        ("No idea.", None),
+        ("It takes 3 steps: 42", 42),
+        ("**1,758 euros**.", 1758),
+        (r"So \boxed{1{,}758}", 1758),
+        (r"\[ 1\,758 \text{ km}^2 \]", 1758),
+        ("12.50 €", 12.5),
+        ("3.20.", 3.2),
+        ("3, 4, 5", 5),
+        ("about 240km/h", 240),
+        ("It is −5 °C", -5),
+        ("10-5 = 5", 5),
+        ("40 rolls of CO2, B12 and m^2", 40),
+        ("一共是120分钟。", 120),
+        ("星期６", 6),
     ],
 )
-def test_a_verdict_tells_when_general_text_is_predicted_clearly_worse(change, ending):
-    base = {"loss": [3.0] * 9, "relevance": [0.5] * 9, "general_loss": [2.0, 3.0] * 20}
-    tuned = {
-        "loss": [2.0] * 9,
-        "relevance": [0.5] * 9,
-        "general_loss": [2.0 + change, 3.0 + change] * 20,
-    }
-    said = prompts.build_report(base, tuned, [], 9, seed=1)["verdict"]
-    assert said.startswith("better: ") and said.endswith(ending)
+def test_the_last_number_of_an_answer_is_read(answer, number):
+    assert prompts.last_number(answer) == number
 
 
-# ------------------------------------------------------------------------------------------------ the verdict
-
-
-def compared(base, tuned):
-    return prompts.compare(base, tuned, seed=1)
-
+# -------------------------------------------------------------------------------------- the verdict
 
 FELL, ROSE = compared([3.0, 3.1, 2.9], [2.0, 2.2, 1.8]), compared([2.0, 2.2, 1.8], [3.0, 3.1, 2.9])
 EITHER = compared([1.0, 3.0], [3.0, 1.0])
+LEARNED = {"loss": FELL, "relevance": ROSE}
+NONE_CLOSED, FEWER_CLOSED = compared([0.0, 0.0], [0.0, 0.0]), compared([1.0] * 3, [0.0] * 3)
 
 
 def test_a_comparison_has_both_means_and_an_interval_that_holds_the_difference():
-    assert (
-        FELL["base"] == 3
-        and FELL["tuned"] == 2
-        and FELL["low"] <= FELL["difference"] == -1 <= FELL["high"] < 0
-    )
+    assert FELL["base"] == 3 and FELL["tuned"] == 2
+    assert FELL["low"] <= FELL["difference"] == -1 <= FELL["high"] < 0
     assert EITHER["difference"] == 0 and (EITHER["low"], EITHER["high"]) == (-2, 2)
     assert compared([0.0, 0.0, 1.0] * 9, [1.0, 0.0, 1.0] * 9)["low"] > 0
 
 
 @pytest.mark.parametrize(
-    ("loss", "relevance", "verdict"),
+    ("measures", "verdict"),
     [
-        (FELL, ROSE, "better"),
-        (FELL, EITHER, "better"),
-        (FELL, FELL, "worse: its answers depend less"),  # it learned the style alone
-        (ROSE, ROSE, "worse: the held-out loss rose"),
-        (EITHER, EITHER, "can't tell"),
+        (LEARNED, "better: held-out loss decreased; answers remain question-specific"),
+        (LEARNED | {"relevance": EITHER}, "better"),
+        (LEARNED | {"relevance": FELL}, "worse: answers are less specific"),  # the style alone
+        (LEARNED | {"loss": ROSE}, "worse: held-out loss increased"),
+        (LEARNED | {"loss": EITHER}, "can't tell: .* includes 0"),
+        (LEARNED | {"closed": ROSE}, "better"),
+        (LEARNED | {"closed": NONE_CLOSED}, "can't tell: .* no thought was closed"),
+        (LEARNED | {"closed": FEWER_CLOSED}, "can't tell: .* fewer thoughts were closed"),
+        ({"accuracy": ROSE, "unread": EITHER}, "better: more answers are correct$"),
+        ({"accuracy": ROSE, "unread": FELL}, "better: .* correct; fewer could not be read"),
+        ({"accuracy": FELL, "unread": ROSE}, "worse: fewer .* correct; more could not be read"),
+        ({"accuracy": EITHER, "unread": ROSE}, "can't tell: .* includes 0"),
     ],
 )
-def test_the_verdict_follows_the_intervals(loss, relevance, verdict):
-    assert prompts.verdict({"loss": loss, "relevance": relevance}, rows=8).startswith(verdict)
+def test_the_verdict_follows_the_intervals(measures, verdict):
+    assert re.match(verdict, prompts.verdict(measures, rows=8))
+    assert prompts.verdict(measures, rows=7) == "can't tell: at least 8 rows are needed, not 7"
 
 
-@pytest.mark.parametrize(
-    "measures", [{"loss": FELL, "relevance": ROSE}, {"accuracy": ROSE}, {"accuracy": FELL}]
-)
-def test_a_few_rows_tell_nothing(measures):
-    assert prompts.verdict(measures, rows=7) == "can't tell: 7 rows are too few, it takes 8"
-    assert prompts.verdict(measures, rows=1).startswith("can't tell: 1 row is")
-    assert not prompts.verdict(measures, rows=8).startswith("can't")
-
-
-@pytest.mark.parametrize(
-    ("words", "verdict"), [(40, "better: "), (1, "can't tell: .* much shorter")]
-)
+@pytest.mark.parametrize(("words", "verdict"), [(40, "better: "), (1, "can't .* much shorter")])
 def test_a_training_that_unlearned_to_think_is_not_called_better(words, verdict):
-    """Neither on one row's nor on the other's account: all thoughts that were closed count together."""
-    answer = {"answer": "So.", "closed": True, "finish_reason": "stop", "seconds": 1}
-    sides = {side: answer | {"thought": "so " * words} for side in ("base", "tuned")}
-    questions = [[{"question": "Why?", "reference_thought": "so " * 60, **sides}] for _ in range(9)]
+    answer = {"answer": "So.", "closed": True, "finish_reason": "stop", "thought": "so " * words}
+    pair = {"question": "Why?", "reference_thought": "so " * 60, "base": answer, "tuned": answer}
     before, after = ({"loss": [loss] * 9, "relevance": [1.0] * 9} for loss in (3.0, 2.0))
-    report = prompts.build_report(before, after, copy.deepcopy(questions), 9, seed=1)
+    report = prompts.build_report(before, after, [pair] * 9, [], 9, seed=1)
     assert re.match(verdict, report["verdict"])
 
 
 @pytest.mark.parametrize(
-    ("closed", "verdict"),
+    ("general", "solved", "ending"),
     [
-        (compared([0.0, 0.0], [0.0, 1.0]), "better: .* before or more$"),
-        (compared([0.0, 0.0], [0.0, 0.0]), "can't tell: .* no thought was closed"),
-        (compared([1.0, 1.0, 1.0], [0.0, 0.0, 0.0]), "can't tell: .* fewer thoughts were closed"),
+        (0.08, 21, "question-specific"),
+        (-1.0, 24, "question-specific"),
+        (0.2, 22, "question-specific; general text is predicted worse"),
+        (
+            0.0,
+            8,
+            "question-specific; reasoning lost: 22 of 24 problems solved before, 8 of 24 after",
+        ),
     ],
 )
-def test_a_model_that_closes_no_thought_is_not_called_better_without_a_word(closed, verdict):
-    assert re.match(
-        verdict, prompts.verdict({"loss": FELL, "relevance": ROSE, "closed": closed}, rows=8)
-    )
+def test_the_verdict_says_what_was_lost_elsewhere(general, solved, ending):
+    before = {"loss": [3.0] * 9, "relevance": [0.5] * 9, "general_loss": [2.0, 3.0] * 20}
+    after = before | {"loss": [2.0] * 9, "general_loss": [2.0 + general, 3.0 + general] * 20}
+    problems = []
+    for number in range(24):
+        sides = {"base": {"right": number < 22}, "tuned": {"right": number < solved}}
+        problems.append({"question": "How many?", **sides})
+    report = prompts.build_report(before, after, [], problems, 9, seed=1)
+    assert report["verdict"].startswith("better: ") and report["verdict"].endswith(ending)
+    row = prompts.report_rows(report)[-1]
+    assert row[:3] == ("reasoning kept", "22 of 24", f"{solved} of 24")
+    assert row[3].startswith(f"{solved - 22:+d} (")
+
+
+def test_a_printed_change_is_the_difference_of_the_printed_numbers():
+    def printed(base, tuned):
+        value = {"base": base, "tuned": tuned, "difference": tuned - base, "low": -1e-5, "high": 0}
+        return prompts.report_rows({"problems": 24, "accuracy": value})[0][1:]
+
+    assert printed(0.4704, 0.3396) == ("47.0%", "34.0%", "-13.0 (+0.0 to +0.0)")
+    assert printed(0.3333, 0.33326) == ("33.3%", "33.3%", "+0.0 (+0.0 to +0.0)")
 
 
 @pytest.mark.slow
@@ -621,19 +460,13 @@ def test_a_model_tuned_on_shuffled_answers_is_not_called_better(smollm2, tmp_pat
     answers = [row["Response"] for row in rows]
     random.Random(1).shuffle(answers)
     shuffled = tmp_path / "shuffled.jsonl"
-    finetune_r1.write_jsonl(
-        shuffled, [{**row, "Response": a} for row, a in zip(rows, answers, strict=True)]
-    )
-    config = TrainConfig(
-        model=str(smollm2), **{**DEMO, "dataset": str(shuffled), "max_new_tokens": 1}
-    )
+    write_jsonl(shuffled, [{**row, "Response": a} for row, a in zip(rows, answers, strict=True)])
+    settings = {**DEMO, "dataset": str(shuffled), "max_new_tokens": 1}
+    config = TrainConfig(model=str(smollm2), **settings)
     loaded, _ = finetune_r1.train_run(config, run := Run(tmp_path / "run"))
-    as_they_were = TrainConfig(
-        model=str(smollm2), **DEMO
-    )  # the same questions are held out, by the same seed
-    held_out = prepare_rows(
-        finetune_r1.read_records(as_they_were), loaded.tokenizer, as_they_were
-    ).held_out
+    as_they_were = TrainConfig(model=str(smollm2), **DEMO)  # the same seed holds the same rows out
+    records = finetune_r1.read_records(as_they_were)
+    held_out = prepare_rows(records, loaded.tokenizer, as_they_were).held_out
     report = finetune_r1.evaluate(loaded, run, held_out, [], 0, config)
     assert report["loss"]["high"] < 0, "the style alone lowers the loss"
     assert report["verdict"].startswith(("worse", "can't tell"))

@@ -177,7 +177,10 @@ def measure(
             report = {"verdict": "not scored: all were trained on, or nearly the same"}
             if new:
                 config = dataclasses.replace(config, max_new_tokens=new_tokens)
-                report = finetune_r1.evaluate(loaded, run, rows.select(new), [], answers, config)
+                scored = rows.select(new)
+                report = finetune_r1.evaluate(
+                    loaded, run, scored, [], answers, config, reasoning=False
+                )
             report["left out"] = len(rows) - len(new)
         except UserError as error:
             report = {"verdict": f"refused: {error}"}
