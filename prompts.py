@@ -20,7 +20,7 @@ import re
 import statistics
 import string
 import unicodedata
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, Literal, NamedTuple
 
 Lang = Literal["en", "zh"]
