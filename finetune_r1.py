@@ -2018,7 +2018,9 @@ def generate(
             raise UserError(f"the question {question[:40]!r} {problem}.", hint="rephrase it")
     import_unsloth().for_inference(model)
     transformers.set_seed(config.seed)
-    answers = []
+    answers: list[dict[str, Any]] = []
+    if not questions:
+        return answers
     size = batch_size(loaded, questions, config)
     for start in range(0, len(questions), size):
         batch = questions[start : start + size]
@@ -2887,7 +2889,8 @@ def evaluate(
     # Answers, graded where one is right. An unclosed thought has no answer, so it is wrong.
     questions = [choice.text for choice in choices] or rows["question"][:answers]
     tasks = read_jsonl(REASONING_PROBLEMS) if reasoning and questions else []
-    log(f"answers to {len(questions)} questions and {len(tasks)} problems, before and after")
+    also = f" and {len(tasks)} problems" if tasks else ""
+    log(f"answers to {len(questions)} questions{also}, before and after")
     pairs = answer_fairly(loaded, questions, config)
     problems = answer_fairly(loaded, [task["question"] for task in tasks], config)
     for pair, row in zip(pairs, rows, strict=False):
