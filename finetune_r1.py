@@ -3772,7 +3772,7 @@ class Group(typer.core.TyperGroup):
     def main(self, *args: Any, **options: Any) -> Any:
         options["standalone_mode"] = False
         try:
-            code = super().main(*args, **options)
+            code = super().main(*args, **options) or 0
         except typer.TyperException as error:
             context = getattr(error, "ctx", None)
             command = context.command_path.partition(" ")[2] if context else ""
