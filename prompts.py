@@ -456,16 +456,12 @@ def build_modelfile(
 
 
 # ---------------------------------------------------------------------------------- multiple choice
-# Reads multiple-choice records, and which option an answer settles on. What is unclear is refused
-# with a reason, or unread. Published benchmark figures are left to lm-evaluation-harness.
+# Reads multiple-choice records, and which option an answer settles on. Promises to refuse what is
+# unclear, or to call it unread. Leaves published benchmark figures to lm-evaluation-harness.
 
 # Of options and key: MedQA's, MMLU's, MedMCQA's.
-CHOICE_COLUMNS = (
-    ("options", "answer_idx"),
-    ("options", "answer"),
-    ("choices", "answer"),
-    ("opa", "cop"),
-)
+CHOICE_COLUMNS = [("options", "answer_idx"), ("options", "answer"), ("choices", "answer")]
+CHOICE_COLUMNS += [("opa", "cop")]
 
 
 class MultipleChoice(NamedTuple):
@@ -496,63 +492,57 @@ def parse_text(value: Any) -> Any:
 
 
 def read_options(record: dict[str, Any], column: str) -> dict[str, str]:
-    """A record's options by name, or by letter in a list; empty unless 2 to 26 different texts."""
+    """A record's options by letter; empty unless they are 2 to 26 different texts."""
     options = parse_text(record.get(column))
     if column == "opa":
         options = [record.get(f"op{letter}") for letter in "abcd"]
-    names = list(string.ascii_uppercase)
+    pairs: list[Any] = []
     if isinstance(options, dict):  # `datasets` fills in None for other records' names
-        names = [name for name in options if options[name] is not None]
-        options = [options[name] for name in names]
+        pairs = [(name, text) for name, text in options.items() if text is not None]
     elif isinstance(options, list) and all(isinstance(each, dict) for each in options):
-        names = [each.get("key") for each in options]
-        options = [each.get("text") or each.get("value") for each in options]
-    if not isinstance(options, list) or not all(isinstance(o, str | int | float) for o in options):
-        return {}
+        pairs = [(each.get("key"), each.get("text") or each.get("value")) for each in options]
+    elif isinstance(options, list):
+        pairs = [("", text) for text in options]
     named = {}
-    for name, option in zip(names, options, strict=False):
-        named[option_name(name)] = str(option).strip()
+    for letter, (name, text) in zip(string.ascii_uppercase, pairs, strict=False):
+        name = option_name(name)
+        if isinstance(text, str | int | float):
+            named[name if name in string.ascii_uppercase and name else letter] = str(text).strip()
     different = len(set(named.values()) - {""})
-    return named if 2 <= different == len(options) <= 26 else {}
+    return named if 2 <= different == len(pairs) else {}
 
 
 def read_multiple_choice(
-    records: Iterable[dict[str, Any]], columns: tuple[str, str]
+    records: Sequence[dict[str, Any]], columns: tuple[str, str]
 ) -> tuple[dict[int, MultipleChoice], dict[int, str]]:
     """Choices by position, and reasons where there is none.
 
     A key is a letter, a text or a number. Numbers count from 0 if one is 0, from 1 if one is the
     number of its options; ValueError if neither or both are among them.
     """
-    read = {}
     choices = {}
     reasons = {}
+    all_options = [read_options(record, columns[0]) for record in records]
     bases = set()
-    for position, record in enumerate(records):
-        question = record.get("question") or record.get("Question")
-        options = read_options(record, columns[0])
+    for record, options in zip(records, all_options, strict=True):
         key = record.get(columns[1])
-        name = option_name(key)
-        if not options or not isinstance(question, str) or not question.strip():
-            reasons[position] = f"no question, or not 2 to 26 different texts in {columns[0]}"
-            continue
-        read[position] = (question, options, key)
-        if name.isdecimal() and name not in [*options, *options.values()]:
-            bases.add({0: 0, len(options): 1}.get(int(name)))
+        if options and option_name(key).isdecimal() and key not in options.values():
+            bases.add({0: 0, len(options): 1}.get(int(option_name(key))))
     if bases and len(bases - {None}) != 1:
         raise ValueError(f"{columns[1]} has numbers, which may count from 0 or from 1")
-    base = 1 if 1 in bases else 0
-    for position, (question, options, key) in read.items():
-        by_letter = dict(zip(string.ascii_uppercase, options.values(), strict=False))
+    for position, (record, options) in enumerate(zip(records, all_options, strict=True)):
+        question = record.get("question") or record.get("Question")
+        key = record.get(columns[1])
         fits = []
-        for number, (letter, name) in enumerate(zip(by_letter, options, strict=True), base):
-            names = [name] if str(number) in options else [name, str(number)]
-            if option_name(key) in names or key == by_letter[letter]:
+        for number, letter in enumerate(options, 1 if 1 in bases else 0):
+            if option_name(key) in (letter, str(number)) or key == options[letter]:
                 fits.append(letter)
-        if len(fits) == 1:
-            choices[position] = MultipleChoice(question, by_letter, fits[0])
-        else:
+        if not options or not isinstance(question, str) or not question.strip():
+            reasons[position] = f"no question, or not 2 to 26 different texts in {columns[0]}"
+        elif len(fits) != 1:
             reasons[position] = f"{columns[1]} {key!r} fits {len(fits)} of {options}"
+        else:
+            choices[position] = MultipleChoice(question, options, fits[0])
     return choices, reasons
 
 
