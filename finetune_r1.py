@@ -197,7 +197,6 @@ SavedAs = Literal["merged-16bit", "gguf"]
 OutType = Literal["f16", "bf16", "q8_0", "q5_1", "q4_0"]
 Dtype = Literal["auto", "bfloat16", "float16", "float32"]
 Optimizer = Literal["adamw_8bit", "adamw_torch", "adamw_torch_fused", "paged_adamw_8bit", "sgd"]
-Overlong = Literal["shorten-thought", "drop"]
 Schedule = Literal["linear", "cosine", "constant", "constant_with_warmup"]
 BASE_MODEL = "unsloth/DeepSeek-R1-Distill-Llama-8B"
 DATASET = "FreedomIntelligence/medical-o1-reasoning-SFT"
@@ -232,7 +231,6 @@ class DataConfig(ModelConfig):
     cot_col: str = option(RECIPE_COLUMNS[1], "Chain-of-thought column.")
     response_col: str = option(RECIPE_COLUMNS[2], "Answer column.")
     lang: Lang = option("en", "Language of the prompt and the rows.")
-    overlong: Overlong = option("shorten-thought", "What to do with rows above --max-seq-length.")
     loss_on: Literal["all", "response"] = option("all", "Loss on the full sequence or completion.")
     eval_rows: int = option(0, "Rows to hold out for evaluation, drawn by --seed.", min=0)
     seed: int = option(3407, "Seed: held-out rows, data order, LoRA weights, sampling.", min=0)
@@ -1035,9 +1033,9 @@ class Run:
 
 
 class PreparedData(NamedTuple):
-    """What became of a dataset's records; the first three are tables (`datasets.Dataset`)."""
+    """What became of a dataset's records."""
 
-    usable: Any  # in the records' order; `used` and `held_out` divide it
+    usable: Any  # a `datasets.Dataset`, which `used` and `held_out` divide
     used: Any
     held_out: Any
     dropped: dict[str, list[int]]  # positions of records, by reason
@@ -1062,10 +1060,7 @@ def read_json_records(path: Path) -> list[Any]:
 
 
 def read_csv_records(path: Path) -> list[Any]:
-    """The rows of a table separated by commas, semicolons or tabs; every field is text.
-
-    pandas would shift fields at an unquoted comma, and change "None", "NA" and 007.
-    """
+    """The rows of a table; pandas would shift fields at an unquoted comma, and change "NA" and 007."""
     csv.field_size_limit(sys.maxsize)
     text = path.read_text("utf-8-sig")
     separator = max(",;\t", key=text.partition("\n")[0].count)
@@ -1092,18 +1087,18 @@ READERS = {
 
 
 def read_files(path: Path) -> dict[str, Any]:
-    """A file, or all files of a folder, as a table for each split (by file name, as `datasets` does)."""
+    """A file, or a folder's files, as a table for each split (by file name, as `datasets` does)."""
     records: dict[str, list[Any]] = {}
     unread = []
     for file in sorted(path.rglob("*")) if path.is_dir() else [path]:
-        name = str(file.relative_to(path.parent))
-        if not file.is_file() or "/." in name:  # such as .cache
+        inside = str(file.relative_to(path))
+        if file.is_dir() or re.search(r"(^|/)\.\w", inside):  # such as .cache
             continue
         if file.suffix.lower() not in READERS:
             unread.append(file.name)
             continue
         split = "train"
-        words = re.split(r"[\W\d_]+", str(file.relative_to(path)).lower())
+        words = re.split(r"[\W\d_]+", inside.lower())
         for name, keywords in datasets.data_files.SPLIT_KEYWORDS.items():
             if set(words).intersection(keywords):
                 split = str(name)
@@ -1120,28 +1115,6 @@ def read_files(path: Path) -> dict[str, Any]:
     return tables
 
 
-def take_split(tables: dict[str, Any], split: str) -> Any:
-    """The rows that --split names, such as train[:500]+test, in the notation of `datasets`."""
-    sizes = {name: len(table) for name, table in tables.items()}
-    chosen = []
-    for part in datasets.ReadInstruction.from_spec(split).to_absolute(sizes):
-        positions = range(part.from_, max(part.from_, part.to))
-        chosen.append(tables[part.splitname].select(positions))
-    return datasets.concatenate_datasets(chosen)
-
-
-def load_repository(config: DataConfig) -> Any:
-    """The rows of a repository, on the Hub or downloaded: --subset, else --lang, else its only one."""
-    export_hub_token()
-    wanted = config.subset or config.lang
-    try:
-        return datasets.load_dataset(config.dataset, wanted, split=config.split)
-    except ValueError:
-        if config.subset or wanted in datasets.get_dataset_config_names(config.dataset):
-            raise
-    return datasets.load_dataset(config.dataset, split=config.split)
-
-
 def load_source(config: DataConfig) -> Any:
     """The rows of a Hub dataset, a downloaded repository, a `save_to_disk` folder, or files."""
     path = Path(config.dataset)
@@ -1150,35 +1123,48 @@ def load_source(config: DataConfig) -> Any:
     card = path / "README.md"
     metadata = huggingface_hub.metadata_load(card) if card.is_file() else None
     if not path.exists() or (metadata and metadata.get("configs")):
-        return load_repository(config)
+        export_hub_token()
+        wanted = config.subset or config.lang
+        try:
+            return datasets.load_dataset(config.dataset, wanted, split=config.split)
+        except ValueError:
+            if config.subset or wanted in datasets.get_dataset_config_names(config.dataset):
+                raise
+        return datasets.load_dataset(config.dataset, split=config.split)  # its only subset
     if (path / "state.json").is_file() or (path / "dataset_dict.json").is_file():
         saved = datasets.load_from_disk(str(path))
-        return take_split(saved if isinstance(saved, dict) else {"train": saved}, config.split)
-    subset = path / (config.subset or config.lang)
-    if path.is_dir() and (config.subset or subset.is_dir()):
-        path = subset
-    return take_split(read_files(path), config.split)
+        tables = saved if isinstance(saved, dict) else {"train": saved}
+    else:
+        subset = path / (config.subset or config.lang)
+        tables = read_files(subset if config.subset or subset.is_dir() else path)
+    # The split is in the notation of `datasets`, such as train[:500]+test.
+    sizes = {name: len(table) for name, table in tables.items()}
+    chosen = []
+    for part in datasets.ReadInstruction.from_spec(config.split).to_absolute(sizes):
+        positions = range(part.from_, max(part.from_, part.to))
+        chosen.append(tables[part.splitname].select(positions))
+    return datasets.concatenate_datasets(chosen)
 
 
-def data_error(error: BaseException, source: str) -> UserError:
+def data_error(error: BaseException | None, source: str) -> UserError:
     """An error of a dataset's reader, with a hint by the class of it or of its causes."""
     texts = []
-    hint = ""
-    cause: BaseException | None = error
-    while cause:
-        texts.append(str(cause).strip().partition("\n")[0])
-        names = {kind.__name__ for kind in type(cause).__mro__}
-        if "DatasetNotFoundError" in names or http_status(cause) == 403:
-            hint = hint or "check the name (OWNER/NAME); a private or gated one needs `login`"
+    hints = []
+    while error:
+        texts.append(str(error).strip().partition("\n")[0])
+        names = {kind.__name__ for kind in type(error).__mro__}
+        hint = advice(error)
+        if "DatasetNotFoundError" in names or http_status(error) == 403:
+            hints.append("check the name; a private or gated one needs `login`")
         elif "CastError" in names:
-            hint = hint or "its files have different columns: choose some by --subset"
-        elif "DatasetsError" not in names:
-            hint = hint or advice(cause) or ""
-        if isinstance(cause, OSError) and cause.errno:
-            hint += f" (the cache is {hub_constants.HF_HOME}; HF_HOME moves it)"
-        cause = cause.__cause__
-    hint = hint or "check --split and --subset, or use a repaired copy as JSONL"
-    return UserError(f"{source}: {'; '.join(filter(None, texts))}", hint)
+            hints.append("its files have different columns: choose by --subset")
+        elif hint and isinstance(error, OSError) and error.errno:
+            hints.append(f"{hint} (the cache is {hub_constants.HF_HOME}; HF_HOME moves it)")
+        elif hint and "DatasetsError" not in names:
+            hints.append(hint)
+        error = error.__cause__
+    hints.append("check --split and --subset, or use a repaired copy as JSONL")
+    return UserError(f"{source}: {'; '.join(filter(None, texts))}", hints[0])
 
 
 def read_records(config: DataConfig) -> Any:
@@ -1199,16 +1185,16 @@ def read_records(config: DataConfig) -> Any:
 
 def check_columns(records: Any, config: DataConfig) -> None:
     """Raises if a named column is missing."""
-    names = records.column_names
-    if not set(config.columns).issubset(names):
+    if not set(config.columns).issubset(records.column_names):
+        there = ", ".join(records.column_names)
         raise UserError(
-            f"--dataset {config.dataset} has columns {', '.join(names)}.",
-            "name three by --question-col, --cot-col and --response-col; tags may divide one",
+            f"--dataset {config.dataset} has other columns: {there}.",
+            "name columns by --question-col, --cot-col and --response-col; the last two may be one",
         )
 
 
 def fingerprint(*parts: Any) -> str:
-    """A hash that is equal for equal content, on any machine."""
+    """Equal for equal content, on any machine."""
     text = "".join(json.dumps(part, default=str) for part in parts)
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
@@ -1219,7 +1205,7 @@ def question_hash(question: str) -> str:
 
 
 def trained_questions(run: Run) -> set[str]:
-    """The `question_hash` of each question that a run was trained on."""
+    """The hashes of a run's training questions."""
     return set(read_json(run / "trained.json")["questions"])
 
 
@@ -1232,13 +1218,9 @@ def tokenize(records: Any, tokenizer: Any, config: DataConfig) -> list[prompts.R
         batch = usable[start : start + 1000]
         encoded = prompts.encode([rows[i] for i in batch], tokenizer, config.lang)
         for i, row in zip(batch, encoded, strict=True):
-            rows[i] = row
             if row.status == "used" and row.tokens > config.max_seq_length:
-                if config.overlong == "drop":
-                    rows[i] = row._replace(status="longer than --max-seq-length")
-                else:
-                    limit = config.max_seq_length
-                    rows[i] = prompts.shorten(row, tokenizer, config.lang, limit)
+                row = prompts.shorten(row, tokenizer, config.lang, config.max_seq_length)
+            rows[i] = row
     return rows
 
 
@@ -4194,13 +4176,12 @@ def format_(config: DataConfig, as_json: bool, output: OutputOption = None) -> d
     for row in rows.usable.select_columns(["question", "thought", "answer"]):
         text = prompts.build_example(*row.values(), tokenizer.eos_token, config.lang)
         examples.append({**dict(zip(RECIPE_COLUMNS, row.values(), strict=True)), "text": text})
-    next_step = "`train` with the same options, or -o FILE.jsonl to write these rows"
+    next_step = "`train` with these options"
     if output:
         write_jsonl(output, examples)
         next_step = (
             f"`train --lang {config.lang} --dataset {shlex.quote(str(output))} --split train`"
         )
-    next_step = expand_commands(next_step)
 
     # Token counts, and the first row: tokens from `start` on carry loss.
     lengths = pandas.Series(rows.usable["tokens"][:])
@@ -4211,7 +4192,7 @@ def format_(config: DataConfig, as_json: bool, output: OutputOption = None) -> d
     if as_json:
         first = {"text": examples[0]["text"], "tokens": pieces, "loss_from": start}
         counts = {"rows": rows.row_counts, "dropped": rows.dropped, "tokens": tokens.to_dict()}
-        return {**counts, "first_row": first, "next": next_step}
+        return {**counts, "first_row": first}
     log(f"first row: {len(pieces)} tokens, {start} masked, {len(pieces) - start} in loss", "")
     log("│".join(pieces[:start]), faint=True)
     log("│".join(pieces[start:]), "")
@@ -4220,7 +4201,7 @@ def format_(config: DataConfig, as_json: bool, output: OutputOption = None) -> d
         first_rows = ", ".join(str(position + 1) for position in positions[:5])
         print_result(f"dropped: {len(positions)}, {reason} (first: row {first_rows})")
     spread = ", ".join(f"{name} {count:,}" for name, count in tokens.items())
-    print_result(f"tokens:  {spread}\nnext:    {next_step}")
+    print_result(f"tokens:  {spread}\nnext:    {expand_commands(next_step)}")
     return {}
 
 

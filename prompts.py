@@ -18,7 +18,7 @@ import re
 import statistics
 import string
 import unicodedata
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import Any, Literal, NamedTuple
 
 Lang = Literal["en", "zh"]
@@ -333,15 +333,14 @@ def read_fields(record: dict[str, Any], columns: Sequence[str], notes: set[str])
         value = record.get(column)
         messages = read_messages(value)
         if messages:
-            value = messages.pop(role, [])
-            if not value or (role == "user" and len(value) > 1):
-                raise UnusableRecord(f"{column} has {len(value)} {role} messages, not one")
-            if columns[0] == columns[2]:  # the others are of that column, too
-                messages = {name: messages[name] for name in messages if name not in ROLES.values()}
-            if len(value) > 1:
-                messages["earlier assistant"] = value[:-1]
-            notes.update(f"{name} message not taught" for name in messages)
-            value = value[-1]
+            found = messages.get(role, [])
+            if not found or (role == "user" and len(found) > 1):
+                raise UnusableRecord(f"{column} has {len(found)} {role} messages, not one")
+            taught = {"user", "assistant"} if columns[0] == columns[2] else {role}
+            notes.update(f"{name} message not taught" for name in messages.keys() - taught)
+            if len(found) > 1:
+                notes.add("earlier answer not taught")
+            value = found[-1]
         texts.append(read_text(value, column))
     if columns[1] == columns[2]:  # tags divide thought and answer
         tagged = re.fullmatch(rf"(?s)\s*(?:{THOUGHT_OPEN})?(.*?){THOUGHT_CLOSE}(.*)", texts[2])
@@ -384,10 +383,12 @@ def same_question(question: str) -> str:
 def describe_counts(counts: dict[str, Any]) -> str:
     """The number of rows by what became of them, as a sentence."""
     text = f"{counts['read']} read, {counts['used']} to train on, {counts['held_out']} held out"
-    numbers = {"shortened": counts["shortened"], **counts["dropped"], **counts["notes"]}
-    for name, number in numbers.items():
-        if number:
-            text += f"; {number} {'dropped: ' if name in counts['dropped'] else ''}{name}"
+    if counts["shortened"]:
+        text += f", {counts['shortened']} shortened"
+    for reason, number in counts["dropped"].items():
+        text += f"; {number} dropped: {reason}"
+    for note, number in counts["notes"].items():
+        text += f"; {number} with {note}"
     return text
 
 
@@ -496,20 +497,21 @@ def read_options(record: dict[str, Any], column: str) -> dict[str, str]:
     options = parse_text(record.get(column))
     if column == "opa":
         options = [record.get(f"op{letter}") for letter in "abcd"]
-    pairs: list[Any] = []
-    if isinstance(options, dict):  # `datasets` fills in None for other records' names
-        pairs = [(name, text) for name, text in options.items() if text is not None]
-    elif isinstance(options, list) and all(isinstance(each, dict) for each in options):
-        pairs = [(each.get("key"), each.get("text") or each.get("value")) for each in options]
+    if isinstance(options, list) and all(isinstance(each, dict) for each in options):
+        options = {each.get("key"): each.get("text") or each.get("value") for each in options}
     elif isinstance(options, list):
-        pairs = [("", text) for text in options]
+        options = {number: "" if each is None else each for number, each in enumerate(options)}
+    if not isinstance(options, dict) or len(options) > 26:
+        return {}
     named = {}
-    for letter, (name, text) in zip(string.ascii_uppercase, pairs, strict=False):
+    for letter, (name, text) in zip(string.ascii_uppercase, options.items(), strict=False):
         name = option_name(name)
         if isinstance(text, str | int | float):
-            named[name if name in string.ascii_uppercase and name else letter] = str(text).strip()
-    different = len(set(named.values()) - {""})
-    return named if 2 <= different == len(pairs) else {}
+            named[name if re.fullmatch("[A-Z]", name) else letter] = str(text).strip()
+        elif text is not None:  # `datasets` fills in None for other records' names
+            return {}
+    different = set(named.values()) - {""}
+    return named if 2 <= len(different) == len(named) else {}
 
 
 def read_multiple_choice(

@@ -162,7 +162,6 @@ def test_multiple_choice_text_lists_the_options_by_letter(options):
             {"options": {"text": TEXTS, "label": [*"ABCD"]}, "answer_idx": "A"},
             UNCLEAR,
         ),
-        ({"options": [PAIRS[0], *PAIRS], "answer_idx": "A"}, UNCLEAR),
         ({"options": {n: f"{n} mg" for n in range(27)}, "answer_idx": 1}, UNCLEAR),
         ({"options": "{{1}: 2}", "answer_idx": "A"}, UNCLEAR),
         ({"options": [{"id": 1}, {"id": 2}], "answer_idx": "A"}, UNCLEAR),

@@ -139,7 +139,7 @@ READ = [
     (ONE, {"m": [user("Be kind.", "System"), user("Why?"), assistant(TAGGED)]},
      ["system message not taught"]),
     (ONE, {"m": [assistant("Hello."), user("Why?"), assistant(TAGGED)]},
-     ["earlier assistant message not taught"]),
+     ["earlier answer not taught"]),
     (("m", "t", "a"), {"m": [user("Why?"), assistant("Old.")], "t": "Hm.", "a": "So."},
      ["assistant message not taught"]),
 ]  # fmt: skip
