@@ -31,7 +31,6 @@ import hashlib
 import importlib.util
 import inspect
 import io
-import itertools
 import json
 import logging
 import math
@@ -197,7 +196,6 @@ SavedAs = Literal["merged-16bit", "gguf"]
 OutType = Literal["f16", "bf16", "q8_0", "q5_1", "q4_0"]
 Dtype = Literal["auto", "bfloat16", "float16", "float32"]
 Optimizer = Literal["adamw_8bit", "adamw_torch", "adamw_torch_fused", "paged_adamw_8bit", "sgd"]
-Overlong = Literal["shorten-thought", "drop", "error"]
 Schedule = Literal["linear", "cosine", "constant", "constant_with_warmup"]
 BASE_MODEL = "unsloth/DeepSeek-R1-Distill-Llama-8B"
 DATASET = "FreedomIntelligence/medical-o1-reasoning-SFT"
@@ -232,7 +230,6 @@ class DataConfig(ModelConfig):
     cot_col: str = option(RECIPE_COLUMNS[1], "Chain-of-thought column.")
     response_col: str = option(RECIPE_COLUMNS[2], "Answer column.")
     lang: Lang = option("en", "Language of the prompt and the rows.")
-    overlong: Overlong = option("shorten-thought", "What to do with rows above --max-seq-length.")
     loss_on: Literal["all", "response"] = option("all", "Loss on the full sequence or completion.")
     eval_rows: int = option(0, "Rows to hold out for evaluation, drawn by --seed.", min=0)
     seed: int = option(3407, "Seed: held-out rows, data order, LoRA weights, sampling.", min=0)
@@ -1017,14 +1014,13 @@ class Run:
 
 # ------------------------------------------------------------------------------------------------ rows
 # Reads a dataset and turns its records into rows of tokens. Every record is accounted for: used,
-# shortened, held out, or dropped with a true reason. `csv`, `json` and pyarrow read files; `datasets`
-# reads repositories, slices splits and maps.
+# shortened, held out, or dropped with a true reason. `datasets` reads repositories, and slices.
 
 
 class PreparedData(NamedTuple):
-    """What became of a dataset's records; the first three are tables (`datasets.Dataset`)."""
+    """What became of a dataset's records."""
 
-    usable: Any  # in the records' order; `used` and `held_out` divide it
+    usable: Any  # a `datasets.Dataset`, which `used` and `held_out` divide
     used: Any
     held_out: Any
     dropped: dict[str, list[int]]  # positions of records, by reason
@@ -1035,11 +1031,10 @@ class PreparedData(NamedTuple):
 def read_json_records(path: Path) -> list[Any]:
     """The objects of a JSON or JSONL file: in a list, or one after the other."""
     text = path.read_text("utf-8-sig").strip()
-    decoder = json.JSONDecoder()
     records: list[Any] = []
     position = 0
     while position < len(text):
-        value, position = decoder.raw_decode(text, position)
+        value, position = json.JSONDecoder().raw_decode(text, position)
         records += value if isinstance(value, list) else [value]
         while text[position : position + 1].isspace():
             position += 1
@@ -1050,90 +1045,53 @@ def read_json_records(path: Path) -> list[Any]:
 
 
 def read_csv_records(path: Path) -> list[Any]:
-    """The rows of a table separated by commas, semicolons or tabs; every field is text.
-
-    pandas would shift fields at an unquoted comma, and change "None", "NA" and 007.
-    """
+    """The rows of a table; pandas would shift fields at an unquoted comma, and change "NA" and 007."""
     csv.field_size_limit(sys.maxsize)
-    lines = list(io.StringIO(path.read_text("utf-8-sig"), newline=""))
-    start = 0
-    while start < len(lines) - 1 and not lines[start].strip():
-        start += 1
-    header = lines[start] if lines else ""
-    separator = max(",;\t", key=header.count)
-    if header.lower().startswith("sep="):  # Excel's
-        separator = header[4]
-        start += 1
-    reader = csv.DictReader(lines[start:], delimiter=separator, strict=True)
+    text = path.read_text("utf-8-sig")
+    separator = max(",;\t", key=text.partition("\n")[0].count)
+    reader = csv.DictReader(io.StringIO(text), delimiter=separator, strict=True)
     records = []
     try:
-        names = [name for name in reader.fieldnames or () if name]
-        if len(set(names)) < len(names):
-            raise ValueError(f"the header has a column twice: {', '.join(names)}")
         for record in reader:
-            if None in record or None in record.values():
-                raise ValueError(f"more or fewer fields than the header's {len(names)}")
-            record.pop("", None)
+            if None in record or None in record.values() or len(record) < len(reader.fieldnames):
+                raise ValueError("more or fewer fields than the header, or a name in it twice")
             records.append(record)
     except (csv.Error, ValueError) as error:
-        raise ValueError(
-            f"{path.name}, line {start + reader.reader.line_num}: {error} "
-            f"(quote fields that hold {separator!r}, quotes or line ends)"
-        ) from None
+        where = f"line {reader.reader.line_num}: {error}"
+        raise ValueError(f"{where} (quote fields that hold {separator!r} or quotes)") from None
     return records
-
-
-def read_parquet_records(path: Path) -> list[Any]:
-    """The rows of a Parquet file."""
-    return list(parquet.read_table(path).to_pylist())
 
 
 READERS = {
     ".jsonl": read_json_records,
     ".json": read_json_records,
-    ".ndjson": read_json_records,
     ".csv": read_csv_records,
     ".tsv": read_csv_records,
-    ".parquet": read_parquet_records,
+    ".parquet": lambda path: parquet.read_table(path).to_pylist(),
 }
 
 
-def read_files(path: Path, config: DataConfig) -> dict[str, Any]:
-    """A file, or all files of a folder, as a table for each split (by file name, as `datasets` does)."""
+def read_files(path: Path) -> dict[str, Any]:
+    """A file, or a folder's files, as a table for each split (by file name, as `datasets` does)."""
     records: dict[str, list[Any]] = {}
-    file_columns: dict[str, set[str]] = {}
     unread = []
     for file in sorted(path.rglob("*")) if path.is_dir() else [path]:
-        reader = READERS.get(file.suffix.lower())
-        if file.is_dir() or any(part.startswith(".") for part in file.relative_to(path).parts):
+        inside = str(file.relative_to(path))
+        if file.is_dir() or re.search(r"(^|/)\.\w", inside):  # such as .cache
             continue
-        if not reader or file.name == "dataset_infos.json":
+        if file.suffix.lower() not in READERS:
             unread.append(file.name)
             continue
-        rows = reader(file)
         split = "train"
-        if path.is_dir():
-            words = re.split(r"[\W\d_]+", str(file.relative_to(path)).lower())
-            for name, keywords in datasets.data_files.SPLIT_KEYWORDS.items():
-                if set(words).intersection(keywords):
-                    split = str(name)
-        if rows:
-            file_columns[file.name] = set().union(*rows).intersection(config.columns)
-        records.setdefault(split, []).extend(rows)
-    if not records:
-        raise UserError(
-            f"--dataset {path}: nothing to read.",
-            hint=f"use a file or folder of {', '.join(READERS)}",
-        )
+        words = re.split(r"[\W\d_]+", inside.lower())
+        for name, keywords in datasets.data_files.SPLIT_KEYWORDS.items():
+            if set(words).intersection(keywords):
+                split = str(name)
+        records.setdefault(split, []).extend(READERS[file.suffix.lower()](file))
     if unread:
         log(f"note: not read in {path}: {', '.join(unread)}")
-    first = next(iter(file_columns), "")
-    for name, columns in file_columns.items():
-        if columns != file_columns[first]:
-            raise UserError(
-                f"--dataset {path}: {first} and {name} have different columns.",
-                hint="pass one of the files, or give them the same columns",
-            )
+    if not records:
+        raise UserError(f"--dataset {path}: nothing to read.", f"use {', '.join(READERS)}")
     tables = {}
     for split, rows in records.items():
         names = dict.fromkeys(name for row in rows for name in row)
@@ -1142,140 +1100,86 @@ def read_files(path: Path, config: DataConfig) -> dict[str, Any]:
     return tables
 
 
-def take_split(tables: dict[str, Any], split: str) -> Any:
-    """The rows that --split names, such as train[:500]+test, in the notation of `datasets`."""
-    if split.startswith("all") and "all" not in tables:
-        tables = {**tables, "all": datasets.concatenate_datasets(list(tables.values()))}
+def load_source(config: DataConfig) -> Any:
+    """The rows of a Hub dataset, a downloaded repository, a `save_to_disk` folder, or files."""
+    path = Path(config.dataset)
+    if not path.exists() and (path.suffix.lower() in READERS or not is_hub_name(config.dataset)):
+        raise UserError(f"--dataset {path} not found.", "check the path, or use OWNER/NAME")
+    card = path / "README.md"
+    metadata = huggingface_hub.metadata_load(card) if card.is_file() else None
+    if not path.exists() or (metadata and metadata.get("configs")):
+        export_hub_token()
+        wanted = config.subset or config.lang
+        try:
+            return datasets.load_dataset(config.dataset, wanted, split=config.split)
+        except ValueError:
+            if config.subset or wanted in datasets.get_dataset_config_names(config.dataset):
+                raise
+        return datasets.load_dataset(config.dataset, split=config.split)  # its only subset
+    if (path / "state.json").is_file() or (path / "dataset_dict.json").is_file():
+        saved = datasets.load_from_disk(str(path))
+        tables = saved if isinstance(saved, dict) else {"train": saved}
+    else:
+        subset = path / (config.subset or config.lang)
+        tables = read_files(subset if config.subset or subset.is_dir() else path)
+    # The split is in the notation of `datasets`, such as train[:500]+test.
     sizes = {name: len(table) for name, table in tables.items()}
-    try:
-        parts = datasets.ReadInstruction.from_spec(split).to_absolute(sizes)
-    except ValueError as error:
-        there = ", ".join(f"{name} ({size} rows)" for name, size in sizes.items())
-        raise UserError(f"--split {split}: {error}", hint=f"choose from {there}") from error
     chosen = []
-    for part in parts:
+    for part in datasets.ReadInstruction.from_spec(config.split).to_absolute(sizes):
         positions = range(part.from_, max(part.from_, part.to))
         chosen.append(tables[part.splitname].select(positions))
     return datasets.concatenate_datasets(chosen)
 
 
-def load_repository(config: DataConfig) -> Any:
-    """The rows of a repository, on the Hub or downloaded: --subset, else --lang, else its only one."""
-    export_hub_token()
-    wanted = config.subset or config.lang
-    try:
-        return datasets.load_dataset(config.dataset, wanted, split=config.split)
-    except ValueError:  # an unknown configuration, or an unknown split
-        names = datasets.get_dataset_config_names(config.dataset)
-        if wanted in names:
-            raise
-        if not config.subset and len(names) == 1:
-            return datasets.load_dataset(config.dataset, names[0], split=config.split)
-        raise UserError(
-            f"--dataset {config.dataset} has no configuration {wanted}.",
-            hint=f"choose one with --subset: {', '.join(names)}",
-        ) from None
-
-
-def load_source(config: DataConfig) -> Any:
-    """The rows of a Hub dataset, a downloaded repository, a `save_to_disk` folder, or files."""
-    path = Path(config.dataset)
-    is_file_name = path.suffix.lower() in READERS or not is_hub_name(config.dataset)
-    if not path.exists() and is_file_name:
-        raise UserError(
-            f"--dataset {path} not found.", hint="check the path; a name on the Hub is OWNER/NAME"
-        )
-    card = path / "README.md"
-    metadata = huggingface_hub.metadata_load(card) if card.is_file() else None
-    if not path.exists() or (metadata and metadata.get("configs")):
-        return load_repository(config)
-    if (path / "state.json").is_file() or (path / "dataset_dict.json").is_file():
-        saved = datasets.load_from_disk(str(path))
-        return take_split(saved if isinstance(saved, dict) else {"train": saved}, config.split)
-    subset = config.subset or config.lang
-    if path.is_dir() and (config.subset or (path / subset).is_dir()):
-        path /= subset
-        if not path.is_dir():
-            raise UserError(
-                f"--dataset {config.dataset} has no configuration {subset}.", hint="omit --subset"
-            )
-    return take_split(read_files(path, config), config.split)
+def data_error(error: BaseException | None, source: str) -> UserError:
+    """An error of a dataset's reader, with a hint by the class of it or of its causes."""
+    texts = []
+    hints = []
+    while error:
+        texts.append(str(error).strip().partition("\n")[0])
+        names = {kind.__name__ for kind in type(error).__mro__}
+        hint = advice(error)
+        if "DatasetNotFoundError" in names or http_status(error) == 403:
+            hints.append("check the name; a private or gated one needs `login`")
+        elif "CastError" in names:
+            hints.append("its files have different columns: choose by --subset")
+        elif hint and isinstance(error, OSError) and error.errno:
+            hints.append(f"{hint} (the cache is {hub_constants.HF_HOME}; HF_HOME moves it)")
+        elif hint and "DatasetsError" not in names:
+            hints.append(hint)
+        error = error.__cause__
+    hints.append("check --split and --subset, or use a repaired copy as JSONL")
+    return UserError(f"{source}: {'; '.join(filter(None, texts))}", hints[0])
 
 
 def read_records(config: DataConfig) -> Any:
     """The records of --dataset, --subset and --split as a `datasets.Dataset`, at least one."""
     logging.getLogger("datasets").setLevel(logging.CRITICAL)
+    source = f"--dataset {config.dataset} --split {config.split}"
     try:
         records = load_source(config)
         records.data.validate(full=True)  # `datasets` accepts text that is not UTF-8
     except UserError:
         raise
     except Exception as error:  # each reader has its own classes
-        raise data_error(error, config) from error
+        raise data_error(error, source) from error
     if not len(records):
-        raise UserError(
-            f"--dataset {config.dataset} --split {config.split}: no rows.",
-            hint="widen --split; data/medical_sample.jsonl is an example",
-        )
+        raise UserError(f"{source}: no rows.", "widen --split")
     return records
 
 
-def data_error(error: BaseException, config: DataConfig) -> UserError:
-    """A dataset's error with a hint that fits its cause, by the types of the error and its causes."""
-    chain = [error]
-    while chain[-1].__cause__ or chain[-1].__context__:
-        chain.append(chain[-1].__cause__ or chain[-1].__context__)  # type: ignore[arg-type]
-    names = {kind.__name__ for each in chain for kind in type(each).__mro__}
-    codes = {each.errno for each in chain if isinstance(each, OSError)}
-    text = "; ".join(str(each).strip().partition("\n")[0] for each in chain if str(each))
-    cache = f"the cache {hub_constants.HF_HOME} (HF_HOME moves it)"
-    hint = "repair the file, or check --split"
-    if codes & {errno.ENOSPC, errno.EDQUOT, errno.EFBIG} or "Not enough disk space" in text:
-        hint = f"the disk is full: free some space for {cache}"
-    elif codes & {errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOTDIR}:
-        hint = f"check that you can read the rows and write {cache}"
-    elif "DatasetNotFoundError" in names:
-        hint = "check the name, on the Hub OWNER/NAME; a private or gated dataset needs `login`"
-    elif names & {"HfHubHTTPError", "ConnectionError", "TimeoutError", "TransportError"}:
-        statuses = [http_status(each) for each in chain]
-        hint = HTTP_ADVICE.get(max(statuses), NOT_REACHED)
-    elif "UnicodeDecodeError" in names:
-        hint = "save the file as UTF-8"
-    elif "CastError" in names:
-        hint = "its files have different columns: pass one of them, or choose one with --subset"
-    elif "RuntimeError" in names and "script" in text:
-        hint = "its loading script is not run: use a copy as JSONL or Parquet"
-    elif "YAMLError" in names:
-        hint = "repair the YAML at the head of its README.md"
-    return UserError(f"--dataset {config.dataset} --split {config.split}: {text}", hint)
-
-
 def check_columns(records: Any, config: DataConfig) -> None:
-    """Raises if a named column is missing, offering those that would keep most rows."""
-    names = records.column_names
-    missing = [name for name in dict.fromkeys(config.columns) if name not in names]
-    if "input" in names and "instruction" in config.columns and any(records[:100]["input"]):
-        log("note: column `input` is not taught; join it to `instruction` if the questions need it")
-    if missing:
+    """Raises if a named column is missing."""
+    if not set(config.columns).issubset(records.column_names):
+        there = ", ".join(records.column_names)
         raise UserError(
-            f"--dataset {config.dataset} has no {', '.join(missing)}; "
-            f"its columns: {', '.join(names)}.",
-            hint=column_options(records) or "pass --question-col, --cot-col and --response-col",
+            f"--dataset {config.dataset} has other columns: {there}.",
+            "name columns by --question-col, --cot-col and --response-col; the last two may be one",
         )
 
 
-def column_options(records: Any) -> str:
-    """The options for the columns that would keep most rows; empty if none would."""
-    guess = prompts.guess_columns(list(records.take(min(100, len(records)))))
-    if not guess:
-        return ""
-    flags = ("--question-col", "--cot-col", "--response-col")
-    options = [f"{flag} {shlex.quote(name)}" for flag, name in zip(flags, guess, strict=True)]
-    return f"did you mean {' '.join(options)}?"
-
-
 def fingerprint(*parts: Any) -> str:
-    """A hash that is equal for equal content, on any machine."""
+    """Equal for equal content, on any machine."""
     text = "".join(json.dumps(part, default=str) for part in parts)
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
@@ -1286,98 +1190,62 @@ def question_hash(question: str) -> str:
 
 
 def trained_questions(run: Run) -> set[str]:
-    """The `question_hash` of each question that a run was trained on."""
+    """The hashes of a run's training questions."""
     return set(read_json(run / "trained.json")["questions"])
 
 
-def tokenize(
-    batch: dict[str, list[Any]], tokenizer: Any, config: DataConfig
-) -> dict[str, list[Any]]:
-    """Reads and tokenizes a batch of records, for `datasets.map`; `status` says which to drop."""
+def tokenize(records: Any, tokenizer: Any, config: DataConfig) -> list[prompts.Row]:
+    """A row for each record; its status says whether and why it is dropped."""
     special = prompts.special_tokens(tokenizer)
-    rows = []
-    for values in zip(*batch.values(), strict=True):
-        record = dict(zip(batch, values, strict=True))
-        rows.append(prompts.read_record(record, config.columns, special))
+    rows = [prompts.read_record(record, config.columns, special) for record in records]
     usable = [i for i, row in enumerate(rows) if row.status == "used"]
-    encoded = prompts.encode([rows[i] for i in usable], tokenizer, config.lang)
-    for i, row in zip(usable, encoded, strict=True):
-        length = len(row.input_ids)
-        if row.status == "used" and length > config.max_seq_length:
-            if config.overlong == "error":
-                raise UserError(
-                    f"--overlong error: a row has {length} tokens: {row.question[:80]}",
-                    hint="raise --max-seq-length, or choose --overlong shorten-thought",
-                )
-            if config.overlong == "drop":
-                row = row._replace(status="longer than --max-seq-length")
-            else:
+    for start in range(0, len(usable), 1000):  # more at once would take gigabytes
+        batch = usable[start : start + 1000]
+        encoded = prompts.encode([rows[i] for i in batch], tokenizer, config.lang)
+        for i, row in zip(batch, encoded, strict=True):
+            if row.status == "used" and row.tokens > config.max_seq_length:
                 row = prompts.shorten(row, tokenizer, config.lang, config.max_seq_length)
-        rows[i] = row
-    table = pandas.DataFrame(rows)
-    table["tokens"] = table["input_ids"].map(len)
-    masks = []
-    for prompt_tokens, tokens in zip(table["prompt_tokens"], table["tokens"], strict=True):
-        masks.append([0] * prompt_tokens + [1] * (tokens - prompt_tokens))
-    table["completion_mask"] = masks
-    return dict(table.to_dict("list"))
-
-
-def tokenize_records(records: Any, tokenizer: Any, config: DataConfig, content: str) -> Any:
-    """The table with a row for each record."""
-    text = datasets.Value("string")
-    number = datasets.Value("int32")
-    features = {  # given, as empty columns don't tell them
-        **dict.fromkeys(("question", "thought", "answer", "status"), text),
-        **dict.fromkeys(("input_ids", "completion_mask"), datasets.List(number)),
-        **dict.fromkeys(("prompt_tokens", "tokens"), number),
-        "notes": datasets.List(text),
-    }
-    datasets.disable_progress_bars()
-    return records.map(
-        tokenize,
-        batched=True,
-        remove_columns=records.column_names,
-        features=datasets.Features(features),
-        fn_kwargs={"tokenizer": tokenizer, "config": config},
-        new_fingerprint=content,
-        keep_in_memory=True,
-        load_from_cache_file=False,  # a cache would not see a change in prompts.py
-    )
+            rows[i] = row
+    return rows
 
 
 def prepare_rows(records: Any, tokenizer: Any, config: DataConfig) -> PreparedData:
     """Turns records into rows of tokens and draws those held out; raises if none is left to train on."""
-    named = records.select_columns(sorted(set(config.columns)))
-    content = fingerprint(*named)
-    table = tokenize_records(named, tokenizer, config, content)
-
+    records = records.select_columns(sorted(set(config.columns)))
+    rows = tokenize(records, tokenizer, config)
     # Of rows with one question the first counts, so that none is both trained on and held out.
-    dropped = prompts.drop(table["status"][:], table["question"][:])
-    usable = table.select(sorted(set(range(len(table))).difference(*dropped.values())))
-    if len(usable) <= config.eval_rows:
-        raise UserError(
-            f"--dataset {config.dataset}: {len(usable)} usable rows of {len(table)}, "
-            f"--eval-rows {config.eval_rows}; dropped {prompts.describe_dropped(dropped)}.",
-            hint=(not len(usable) and column_options(records)) or "widen --split, or fix the rows",
-        )
-    chinese = sum(bool(re.search("[\u4e00-\u9fff]", text)) for text in usable["question"])
-    if (chinese > len(usable) / 2) != (config.lang == "zh"):
-        log(f"note: most questions are not in the prompt's language (--lang {config.lang})")
-
-    chosen = sorted(random.Random(config.seed).sample(range(len(usable)), config.eval_rows))
+    dropped: dict[str, list[int]] = {}
+    kept: dict[str, prompts.Row] = {}
+    for position, row in enumerate(rows):
+        reason = row.status
+        if reason in ("used", "shortened"):
+            reason = "duplicate question"
+            if kept.setdefault(prompts.same_question(row.question), row) is row:
+                continue
+        dropped.setdefault(reason, []).append(position)
+    usable = list(kept.values())
+    eval_rows = min(config.eval_rows, len(usable))
+    chosen = sorted(random.Random(config.seed).sample(range(len(usable)), eval_rows))
     others = sorted(set(range(len(usable))).difference(chosen))
     row_counts = {
-        "read": len(table),
+        "read": len(rows),
         "used": len(others),
-        "held_out": len(chosen),
-        "shortened": usable["status"][:].count("shortened"),
+        "held_out": eval_rows,
+        "shortened": sum(row.status == "shortened" for row in usable),
         "dropped": {reason: len(positions) for reason, positions in dropped.items()},
-        "notes": dict(collections.Counter(itertools.chain(*usable["notes"]))),
+        "notes": dict(collections.Counter(note for row in usable for note in row.notes)),
     }
-    return PreparedData(
-        usable, usable.select(others), usable.select(chosen), dropped, row_counts, content
-    )
+    if not others:
+        raise UserError(
+            f"--dataset {config.dataset}: {prompts.describe_counts(row_counts)}.",
+            "widen --split, name other columns, or fix the rows",
+        )
+    table = pandas.DataFrame(usable).to_dict("list")
+    masks = [[0] * row.prompt_tokens + [1] * (row.tokens - row.prompt_tokens) for row in usable]
+    tables = datasets.Dataset.from_dict({**table, "completion_mask": masks})
+    used = tables.select(others)
+    held_out = tables.select(chosen)
+    return PreparedData(tables, used, held_out, dropped, row_counts, fingerprint(*records))
 
 
 # ----------------------------------------------------------------------------------------------- model
@@ -4225,47 +4093,34 @@ def format_(config: DataConfig, as_json: bool, output: OutputOption = None) -> d
     rows, tokenizer = tokenized_rows(config)
     examples = []
     for row in rows.usable.select_columns(["question", "thought", "answer"]):
-        question, thought, answer = row.values()
-        text = prompts.build_example(question, thought, answer, tokenizer.eos_token, config.lang)
+        text = prompts.build_example(*row.values(), tokenizer.eos_token, config.lang)
         examples.append({**dict(zip(RECIPE_COLUMNS, row.values(), strict=True)), "text": text})
-    next_step = "`train` with the same options, or -o FILE.jsonl to write these rows"
+    next_step = "`train` with these options"
     if output:
         write_jsonl(output, examples)
-        next_step = f"{PROGRAM} train --lang {config.lang} --dataset {shlex.quote(str(output))}"
-        next_step += " --split train"
+        next_step = (
+            f"`train --lang {config.lang} --dataset {shlex.quote(str(output))} --split train`"
+        )
 
     # Token counts, and the first row: tokens from `start` on carry loss.
     lengths = pandas.Series(rows.usable["tokens"][:])
     tokens = lengths.describe([0.05, 0.5, 0.95]).drop(["count", "std"]).round().astype(int)
+    tokens["total"] = lengths.sum()
     pieces = list(map(tokenizer.decode, rows.usable[0]["input_ids"]))
     start = rows.usable[0]["prompt_tokens"] if config.loss_on == "response" else 0
     if as_json:
-        return {
-            "rows": rows.row_counts,
-            "tokens": {**tokens.to_dict(), "total": int(lengths.sum())},
-            "max_seq_length": config.max_seq_length,
-            "first_row": {"text": examples[0]["text"], "tokens": pieces, "loss_from": start},
-            "dropped": rows.dropped,
-            "fingerprint": rows.fingerprint,
-            "next": next_step,
-        }
+        first = {"text": examples[0]["text"], "tokens": pieces, "loss_from": start}
+        counts = {"rows": rows.row_counts, "dropped": rows.dropped, "tokens": tokens.to_dict()}
+        return {**counts, "first_row": first}
     log(f"first row: {len(pieces)} tokens, {start} masked, {len(pieces) - start} in loss", "")
-    if start:
-        log("masked (prompt):", "│".join(pieces[:start]), faint=True)
-        log("in loss:")
+    log("│".join(pieces[:start]), faint=True)
     log("│".join(pieces[start:]), "")
-    spread = ", ".join(f"{name} {count}" for name, count in tokens.items())
-    notes = [f"{note}: {number}" for note, number in rows.row_counts["notes"].items()]
-    summary = {
-        "rows": prompts.describe_counts({**rows.row_counts, "dropped": {}, "notes": {}}),
-        "dropped": prompts.describe_dropped(rows.dropped),
-        "notes": "; ".join(notes) or "none",
-        "tokens": f"{spread}, total {lengths.sum():,}",
-        "length": f"{rows.row_counts['shortened']} shortened to {config.max_seq_length} tokens",
-        "next": next_step,
-    }
-    for name, text in summary.items():
-        print_result(f"{name + ':':9} {text}")
+    print_result(f"rows:    {prompts.describe_counts(rows.row_counts)}")
+    for reason, positions in rows.dropped.items():
+        first_rows = ", ".join(str(position + 1) for position in positions[:5])
+        print_result(f"dropped: {len(positions)}, {reason} (first: row {first_rows})")
+    spread = ", ".join(f"{name} {count:,}" for name, count in tokens.items())
+    print_result(f"tokens:  {spread}\nnext:    {expand_commands(next_step)}")
     return {}
 
 

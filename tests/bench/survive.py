@@ -274,7 +274,7 @@ def soak(times: int, model: Path, scratch: Path, chance: random.Random) -> list[
         named = chance.choice([run.folder for run in Run.all(*STATUSES)] or [Path("runs/none")])
         fresh = [*base, "--max-steps", chance.randint(1, 12), "--save-steps", chance.randint(1, 4),
                  "--lora-r", mostly(0, 2, 4), "--keep-checkpoints", chance.randint(1, 3),
-                 "--eval-rows", mostly(200, 0, 2), "--overlong", mostly("error", "shorten-thought", "drop"),
+                 "--eval-rows", mostly(200, 0, 2),
                  "--lr-scheduler-type", chance.choice(["linear", "cosine", "constant"]),
                  "--optim", mostly("adam", "adamw_8bit", "adamw_torch", "sgd"),
                  "--micro-batch", mostly(3, 1, 2), "--split", mostly("train[:0]", "train[:12]", "train"),
