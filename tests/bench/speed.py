@@ -165,7 +165,9 @@ def decode(kind: str, run: finetune_r1.Run, tokens: int, output: Path) -> None:
         started = time.perf_counter()
         ask(questions[:count], tokens)
         paces[count] = count * tokens / (time.perf_counter() - started)
-    reserved = torch.cuda.max_memory_reserved() / finetune_r1.GIB if torch.cuda.is_available() else 0
+    reserved = (
+        torch.cuda.max_memory_reserved() / finetune_r1.GIB if torch.cuda.is_available() else 0
+    )
     write_json(output, {"paces": paces, "reserved_gib": reserved})
 
 
@@ -199,7 +201,9 @@ def measure_choices(run: Path, dataset: Path, number: int, new_tokens: int) -> d
         questions.append(
             {
                 "question": f"Case {position + 1}. {row['Question']}",  # none was trained on
-                "options": {letter: text[:80] for letter, text in zip("ABCD", options, strict=True)},
+                "options": {
+                    letter: text[:80] for letter, text in zip("ABCD", options, strict=True)
+                },
                 "answer_idx": "ABCD"[options.index(row["Response"])],
             }
         )

@@ -33,7 +33,16 @@ PROJECT = Path(__file__).resolve().parents[2]
 BASE = "unsloth/DeepSeek-R1-Distill-Llama-8B"
 PUSHED = "alice/DeepSeek-R1-Medical-COT"
 TOKEN = "hf_writetoken"
-NOT_INHERITED = ("HF_", "HUGGING", "TRANSFORMERS_", "WANDB_", "UNSLOTH_", "KAGGLE_", "XDG_", "NETRC")
+NOT_INHERITED = (
+    "HF_",
+    "HUGGING",
+    "TRANSFORMERS_",
+    "WANDB_",
+    "UNSLOTH_",
+    "KAGGLE_",
+    "XDG_",
+    "NETRC",
+)
 FACTS = {  # as printed; the first and the last of each are shown
     "s/step": r"([\d.]+) s/step",
     "loss": r"loss ([\d.]+)  lr",
@@ -250,7 +259,11 @@ OFFLINE = "train --max-steps 3 --warmup-steps 1 --max-new-tokens 40"
 PHASES: dict[str, tuple[Phase, float, float]] = {  # with its usual and most seconds on a GPU
     "make": (make, 60, 200),
     "serve": (serve, 15, 60),
-    "train": (typed("train --max-steps 60", f"{TINY} --max-steps 8 --learning-rate 1e-2"), 130, 270),
+    "train": (
+        typed("train --max-steps 60", f"{TINY} --max-steps 8 --learning-rate 1e-2"),
+        130,
+        270,
+    ),
     "infer": (typed('infer "What widens the anion gap?"', "--max-new-tokens 20"), 50, 130),
     "push": (typed(f"push --repo {PUSHED}"), 160, 330),
     "check": (check, 60, 240),
@@ -290,9 +303,15 @@ def main() -> None:
     )
     parser.add_argument("phases", nargs="*", help=f"of {', '.join(PHASES)}")
     parser.add_argument("--tiny", action="store_true")
-    parser.add_argument("--gpu", type=Path, default=PROJECT / ".gpu", help="make_8b.py and its files")
-    parser.add_argument("--old", type=Path, help="a folder with transformers 4.57 and what it needs")
-    parser.add_argument("--ram", type=Path, default="/dev/shm/three-lines", help="72 GB for the Hub")
+    parser.add_argument(
+        "--gpu", type=Path, default=PROJECT / ".gpu", help="make_8b.py and its files"
+    )
+    parser.add_argument(
+        "--old", type=Path, help="a folder with transformers 4.57 and what it needs"
+    )
+    parser.add_argument(
+        "--ram", type=Path, default="/dev/shm/three-lines", help="72 GB for the Hub"
+    )
     parser.add_argument("--work", type=Path, default="/tmp/three-lines", help="46 GB for the user")
     parser.add_argument("--seconds", type=float, default=3600)
     options = parser.parse_args()
