@@ -28,14 +28,16 @@ def test_speed_small_prints_training_decoding_and_choices(tmp_path):
     assert ours["micro_batch"] == 8 and recipe["micro_batch"] == 2
     assert found["decoding"]["ours"]["paces"].keys() == {"1", "32"}
     assert found["choices"]["report"]["answers"] == 8
-    assert said.splitlines()[-1].split()[:3:2] == ["recipe", "1.00x"]
+    assert ["recipe", "1.00x"] in [line.split()[:3:2] for line in said.splitlines()]
 
 
 @pytest.mark.slow
 def test_two_gpus_small_has_the_losses_of_one_process_and_resumes():
-    *lines, resumed = run("two_gpus.py", "--small").splitlines()
+    _, *lines, resumed = run("two_gpus.py", "--small").splitlines()  # the first is Unsloth's
     assert [line.split()[:3:2] for line in lines] == [["one", "0"], ["two", "0"], ["two", "1"]]
-    assert all(float(line.split()[-1]) < 0.005 for line in [*lines, resumed.removesuffix(" at most")])
+    assert all(
+        float(line.split()[-1]) < 0.005 for line in [*lines, resumed.removesuffix(" at most")]
+    )
 
 
 @pytest.mark.slow

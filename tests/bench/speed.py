@@ -302,13 +302,15 @@ def main() -> None:
             found["training"].append(result)
             shown = {key: value for key, value in result.items() if key != "losses"}
             print(json.dumps(shown), flush=True)
+    print_table(found["training"])
+    if options.out:
+        write_json(options.out, found)  # and again in the end
     first = scratch / f"{variants[0]}-0"
     if options.answers:
         found["decoding"] = measure_decoding(first, options.answers)
     if options.choices:
         dataset = Path(options.dataset)
         found["choices"] = measure_choices(first, dataset, options.choices, options.new_tokens)
-    print_table(found["training"])
     if options.out:
         write_json(options.out, found)
 
