@@ -42,7 +42,7 @@ VARIANTS = {
     "ours-14.5-fp16": FP16,
     "recipe-14.5-fp16": [*RECIPE, *FP16],
     "t4": ["--gpu-memory-gib", "14.5"],  # with tests/bench/t4, so it takes the GPU for a T4
-    "plain": [],  # TRL, PEFT and bitsandbytes without Unsloth
+    "plain": [],  # TRL, PEFT and bitsandbytes without Unsloth, on a GPU
 }
 
 
@@ -88,13 +88,12 @@ def train(name: str, common: list[str], folder: Path) -> dict[str, Any]:
 
 
 def train_plainly(config: finetune_r1.TrainConfig, folder: Path) -> None:
-    """What one writes without Unsloth: nf4, LoRA, micro-batch 2, checkpointing."""
+    """What one writes without Unsloth, on a GPU: nf4, LoRA, micro-batch 2, checkpointing."""
     import peft
     import torch
     import transformers
     import trl
 
-    on_gpu = torch.cuda.is_available()
     tokenizer = finetune_r1.load_tokenizer(Path(config.model))
     rows = finetune_r1.prepare_rows(finetune_r1.read_records(config), tokenizer, config).used
     nf4 = transformers.BitsAndBytesConfig(
@@ -105,26 +104,48 @@ def train_plainly(config: finetune_r1.TrainConfig, folder: Path) -> None:
     )
     model = transformers.AutoModelForCausalLM.from_pretrained(
         config.model,
-        quantization_config=nf4 if on_gpu else None,
+        quantization_config=nf4,
         dtype=torch.bfloat16,
-        device_map={"": 0 if on_gpu else "cpu"},
+        device_map={"": 0},
     )
     modules = config.target_modules.split(",")
     lora = peft.LoraConfig(r=config.lora_r, lora_alpha=config.lora_alpha, target_modules=modules)
-    plan = {"micro_batch": 2, "accumulation": config.effective_batch // 2}
-    plan |= {"kept_layers": 0, "layers": 1}  # all are recomputed
-    arguments = finetune_r1.training_arguments(config, plan, finetune_r1.Run(folder))
-    arguments.optim = config.optim if on_gpu else "adamw_torch"
-    arguments.pad_to_multiple_of = None
+    arguments = trl.SFTConfig(
+        output_dir=str(folder / "checkpoints"),
+        max_steps=config.max_steps,
+        warmup_steps=config.warmup_steps,
+        learning_rate=config.learning_rate,
+        lr_scheduler_type=config.lr_scheduler_type,
+        optim=config.optim,
+        weight_decay=config.weight_decay,
+        seed=config.seed,
+        data_seed=config.seed,
+        max_length=config.max_seq_length,
+        completion_only_loss=False,
+        per_device_train_batch_size=2,
+        gradient_accumulation_steps=config.effective_batch // 2,
+        gradient_checkpointing=True,
+        bf16=True,
+        logging_steps=1,
+        save_strategy="no",
+        report_to="none",
+        disable_tqdm=True,
+    )
+
+    class Clock(transformers.TrainerCallback):  # type: ignore[misc]
+        def on_log(self, args: Any, state: Any, *_: Any, **__: Any) -> None:
+            state.log_history[-1]["seconds"] = time.perf_counter()
+
     trainer = trl.SFTTrainer(
         model,
         args=arguments,
         train_dataset=rows.select_columns(["input_ids", "completion_mask"]),
         processing_class=tokenizer,
         peft_config=lora,
-        callbacks=[finetune_r1.log_callback(finetune_r1.Run(folder), 0)],
+        callbacks=[Clock()],
     )
     trainer.train()
+    write_jsonl(folder / "metrics.jsonl", trainer.state.log_history)
     write_json(folder / "run.json", {"peak_memory_gib": finetune_r1.peak_memory_gib()})
 
 
@@ -285,7 +306,7 @@ def main() -> None:
     common += ["--max-steps", str(options.steps)]
     if options.train_plainly:
         config = finetune_r1.TrainConfig(
-            model=options.model, dataset=options.dataset, max_steps=options.steps, logging_steps=1
+            model=options.model, dataset=options.dataset, max_steps=options.steps
         )
         train_plainly(config, options.train_plainly)
         return
