@@ -484,7 +484,7 @@ def test_missing_column_is_an_error_with_the_columns_that_are_there(told, tiny_r
     write_jsonl(tmp_path / "rows.jsonl", [{"question": "Why?", "answer": "<think>Hm.</think>So."}])
     options = ["format", "--model", tiny_r1, "--dataset", "rows.jsonl", "--split", "train"]
     done = told(options)
-    assert done.code == 1 and "has other columns: question, answer." in done.err
+    assert done.code == 1 and "has question, answer, not Question, Complex_CoT" in done.err
     assert "--question-col, --cot-col and --response-col" in done.err
     options += "--question-col question --cot-col answer --response-col answer --json".split()
     assert json.loads(told(options).out)["rows"]["used"] == 1
