@@ -1072,7 +1072,7 @@ READERS = {
 
 
 def read_files(path: Path) -> dict[str, Any]:
-    """A file, or a folder's files, as a table for each split (by file name, as `datasets` does)."""
+    """A table for each split; a file's name tells its split, as in `datasets`."""
     records: dict[str, list[Any]] = {}
     unread = []
     for file in sorted(path.rglob("*")) if path.is_dir() else [path]:
@@ -1153,7 +1153,7 @@ def data_error(error: BaseException | None, source: str) -> UserError:
 
 
 def read_records(config: DataConfig) -> Any:
-    """The records of --dataset, --subset and --split as a `datasets.Dataset`, at least one."""
+    """The records of --dataset, --subset and --split as a `datasets.Dataset`."""
     logging.getLogger("datasets").setLevel(logging.CRITICAL)
     source = f"--dataset {config.dataset} --split {config.split}"
     try:
@@ -1161,7 +1161,7 @@ def read_records(config: DataConfig) -> Any:
         records.data.validate(full=True)  # `datasets` accepts text that is not UTF-8
     except UserError:
         raise
-    except Exception as error:  # each reader has its own classes
+    except Exception as error:
         raise data_error(error, source) from error
     if not len(records):
         raise UserError(f"{source}: no rows.", "widen --split")
@@ -1170,11 +1170,11 @@ def read_records(config: DataConfig) -> Any:
 
 def check_columns(records: Any, config: DataConfig) -> None:
     """Raises if a named column is missing."""
-    if not set(config.columns).issubset(records.column_names):
-        there = ", ".join(records.column_names)
+    names = records.column_names
+    if not set(config.columns).issubset(names):
         raise UserError(
-            f"--dataset {config.dataset} has other columns: {there}.",
-            "name columns by --question-col, --cot-col and --response-col; the last two may be one",
+            f"--dataset {config.dataset} has {', '.join(names)}, not {', '.join(config.columns)}.",
+            "pass --question-col, --cot-col and --response-col; the last two may be one",
         )
 
 
@@ -1210,7 +1210,7 @@ def tokenize(records: Any, tokenizer: Any, config: DataConfig) -> list[prompts.R
 
 
 def prepare_rows(records: Any, tokenizer: Any, config: DataConfig) -> PreparedData:
-    """Turns records into rows of tokens and draws those held out; raises if none is left to train on."""
+    """Turns records into rows of tokens, and draws those held out."""
     records = records.select_columns(sorted(set(config.columns)))
     rows = tokenize(records, tokenizer, config)
     # Of rows with one question the first counts, so that none is both trained on and held out.

@@ -398,7 +398,7 @@ def special_tokens(tokenizer: Any) -> list[str]:
 
 
 def encode(rows: Sequence[Row], tokenizer: Any, lang: Lang) -> list[Row]:
-    """Adds tokens to rows; the status says where they don't have the template's structure."""
+    """Adds tokens to rows; a status other than "used" says what is wrong with them."""
     rows = [*rows, Row()]
     texts = [build_example(*row[:3], tokenizer.eos_token, lang) for row in rows]
     encoded = tokenizer(texts)["input_ids"]
