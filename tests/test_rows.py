@@ -480,14 +480,14 @@ def test_two_thousand_rows_of_any_kind_are_each_accounted_for(prepare):
 # ------------------------------------------------------------------------------------------ columns
 
 
-def test_missing_column_is_an_error_with_the_columns_that_are_there(told, tiny_r1, tmp_path):
+def test_missing_column_is_an_error_with_the_columns_that_are_there(run_cli, tiny_r1, tmp_path):
     write_jsonl(tmp_path / "rows.jsonl", [{"question": "Why?", "answer": "<think>Hm.</think>So."}])
     options = ["format", "--model", tiny_r1, "--dataset", "rows.jsonl", "--split", "train"]
-    done = told(options)
+    done = run_cli(options)
     assert done.code == 1 and "has question, answer, not Question, Complex_CoT" in done.err
     assert "--question-col, --cot-col and --response-col" in done.err
     options += "--question-col question --cot-col answer --response-col answer --json".split()
-    assert json.loads(told(options).out)["rows"]["used"] == 1
+    assert json.loads(run_cli(options).out)["rows"]["used"] == 1
 
 
 def test_no_usable_row_is_an_error_with_counts_and_reasons(prepare):
@@ -503,9 +503,9 @@ def test_no_usable_row_is_an_error_with_counts_and_reasons(prepare):
 # ------------------------------------------------------------------------------------------- format
 
 
-def test_rows_that_format_writes_are_taken_back_unchanged(told, tiny_r1, r1_tokenizer, tmp_path):
+def test_rows_that_format_writes_are_taken_back_unchanged(run_cli, tiny_r1, r1_tokenizer, tmp_path):
     options = f"--model {tiny_r1} --split train --max-seq-length 500 --eval-rows 8 --json".split()
-    done = told(["format", "--dataset", SAMPLE, "--output", "out.jsonl", *options])
+    done = run_cli(["format", "--dataset", SAMPLE, "--output", "out.jsonl", *options])
     summary = json.loads(done.out)
     assert summary["rows"]["shortened"] > 0
     config = DataConfig(dataset=str(SAMPLE), split="train", max_seq_length=500, eval_rows=8)
@@ -517,12 +517,12 @@ def test_rows_that_format_writes_are_taken_back_unchanged(told, tiny_r1, r1_toke
     assert r1_tokenizer(text)["input_ids"] == second.usable[0]["input_ids"]
 
 
-def test_format_shows_masked_tokens_and_what_is_dropped(told, tiny_r1, tmp_path):
+def test_format_shows_masked_tokens_and_what_is_dropped(run_cli, tiny_r1, tmp_path):
     rows = records({}, {}, {"Question": "why 0"}, {"Response": "N/A"}, {"Response": "a&lt;b"})
     write_jsonl(tmp_path / "rows.jsonl", rows)
     options = ["format", "--model", tiny_r1, "--dataset", "rows.jsonl", "--split", "train"]
     options += ["--loss-on", "response"]
-    report, shown = json.loads(told([*options, "--json"]).out), told(options)
+    report, shown = json.loads(run_cli([*options, "--json"]).out), run_cli(options)
     first = report["first_row"]
     assert "".join(first["tokens"]) == BOS + first["text"] and first["text"].endswith(f"\nSo.{EOS}")
     assert "".join(first["tokens"][: first["loss_from"]]) == BOS + build_prompt("Why 0?")
@@ -536,7 +536,7 @@ def test_format_shows_masked_tokens_and_what_is_dropped(told, tiny_r1, tmp_path)
 
 
 @pytest.mark.parametrize(("name", "said"), [("rows.parquet", ".jsonl"), ("there.jsonl", "there")])
-def test_format_writes_jsonl_alone_and_over_no_file(told, tmp_path, name, said):
+def test_format_writes_jsonl_alone_and_over_no_file(run_cli, tmp_path, name, said):
     (tmp_path / "there.jsonl").touch()
-    done = told(["format", "--output", name])
+    done = run_cli(["format", "--output", name])
     assert done.code == 1 and f"error: --output {name}" in done.err and said in done.err
