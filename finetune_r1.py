@@ -421,7 +421,7 @@ class Console:
 
 
 class LastingStream:
-    """Redirects to /dev/null on a broken pipe or closed terminal; training continues."""
+    """Redirects to /dev/null on a broken pipe or closed terminal."""
 
     def __init__(self, stream: Any):
         self.stream = stream
@@ -479,7 +479,7 @@ def format_size(size: float) -> str:
 
 
 NOT_REACHED = "unset HF_HUB_OFFLINE, try again later, or use a local --model and --dataset"
-# The hint by the name of an error's class or base class; importing the classes takes seconds.
+# Hints by the name of an error's class: importing the classes takes seconds.
 ADVICE = {
     "GatedRepoError": "request access on the model's page, then `login`",
     "RepositoryNotFoundError": "check --model, --dataset or --repo; a private one needs `login`",
@@ -488,7 +488,7 @@ ADVICE = {
     "LocalEntryNotFoundError": NOT_REACHED,
     "OutOfMemoryError": "try --micro-batch 1, a smaller --max-seq-length or --max-new-tokens",
     "ImportError": "start the script with `uv run`, which installs the pinned packages",
-    "SafetensorError": "the file is damaged: download it or save it again",
+    "SafetensorError": "the file is damaged: download or save it again",
     "UnicodeDecodeError": "save the file as UTF-8",
     "OSError": "check the path, that you can write there, and the free space (`doctor`)",
 }
@@ -608,26 +608,21 @@ def hub_account(secret: Secret | None) -> dict[str, Any]:
     """Whose token it is: name, source, role, can_push; raises without one, or if it is refused."""
     if secret is None:
         raise UserError("no Hugging Face token found.", hint="`login`, or set HF_TOKEN")
-    try:
-        account = huggingface_hub.whoami(secret.value)
-    except httpx.HTTPError as error:
-        message = f"no valid answer about the token from {secret.source}: {error}"
-        raise UserError(message, hint=advice(error) or NOT_REACHED) from error
+    account = huggingface_hub.whoami(secret.value)
     token = account.get("auth", {}).get("accessToken", {})
     role = token.get("role", "browser log-in")
     can_push = role not in ("read", "fineGrained") or "repo.write" in str(token)
     return {"name": account["name"], "source": secret.source, "role": role, "can_push": can_push}
 
 
-def wandb_account(typed: Secret | None = None, store: bool = False) -> dict[str, Any]:
-    """Who is logged in at W&B, if anyone, and whence; `store` keeps the key in ~/.netrc."""
-    key = typed or find_secret(WANDB_KEYS) or Secret("", "an earlier log-in")
+def wandb_account(to_store: Secret | None = None) -> dict[str, Any]:
+    """Who is logged in at W&B, if anyone, and whence; a key to store goes into ~/.netrc."""
+    key = to_store or find_secret(WANDB_KEYS) or Secret("", "an earlier log-in")
     # By default W&B asks a dead server for two minutes.
     patience = {"x_graphql_retry_max": 1, "x_graphql_timeout_seconds": 2}
     try:
         wandb.setup(wandb.Settings(**patience))
-        known = wandb.login(key=key.value if store else None, prompt=False, verify=True)
-        if not known:
+        if not wandb.login(key=to_store and to_store.value, prompt=False, verify=True):
             return {"name": None, "source": "not logged in (optional)"}
         return {"name": wandb.Api().viewer.username, "source": key.source}
     except Exception as error:  # wandb has several unrelated classes
@@ -3775,7 +3770,7 @@ def command(*examples: str, printer: Callable[[dict[str, Any]], None] | None = N
                     print_result(json.dumps(report, ensure_ascii=False))
                 elif report:
                     (printer or print_fields)(report)
-            if name == "doctor" and not report["can_train"]:
+            if report.get("verdict") == "not ready":
                 raise typer.Exit(1)
 
         run.__doc__ = function.__doc__
@@ -3994,13 +3989,13 @@ def login() -> dict[str, Any]:
         return make_secret(typed, "the prompt")
 
     secret = export_hub_token() or ask("Hugging Face token (huggingface.co/settings/tokens)")
+    log(f"Hugging Face token: {secret.source if secret else 'none'}")
     account = hub_account(secret)
-    huggingface_hub.login(token=secret.value)
-    log(f"Hugging Face: {account['name']}, {secret.source}")  # now, as W&B may fail
-    tracker = wandb_account(store=True)
+    huggingface_hub.login(token=secret and secret.value)
+    tracker = wandb_account(find_secret(WANDB_KEYS))
     if tracker["name"] is None:
         key = ask("W&B API key (wandb.ai/authorize; optional, Enter skips)")
-        tracker = wandb_account(key, store=True) if key else tracker
+        tracker = wandb_account(key) if key else tracker
     return {"hugging_face": account, "wandb": tracker}
 
 
