@@ -478,7 +478,7 @@ def format_size(size: float) -> str:
     return f"{size / 1e9:.1f} GB" if size >= 1e9 else f"{size / 1e6:.0f} MB"
 
 
-NOT_REACHED = "unset HF_HUB_OFFLINE, try again later, or use a local --model and --dataset"
+NOT_REACHED = "Hub not reached: unset HF_HUB_OFFLINE, retry, or use a local --model and --dataset"
 # Hints by the name of an error's class: importing the classes takes seconds.
 ADVICE = {
     "GatedRepoError": "request access on the model's page, then `login`",
@@ -607,7 +607,9 @@ def export_hub_token() -> Secret | None:
 def hub_account(secret: Secret | None) -> dict[str, Any]:
     """Whose token it is: name, source, role, can_push; raises without one, or if it is refused."""
     if secret is None:
-        raise UserError("no Hugging Face token found.", hint="`login`, or set HF_TOKEN")
+        raise UserError(
+            "no Hugging Face token found.", hint="set HF_TOKEN, or `login` on a terminal"
+        )
     account = huggingface_hub.whoami(secret.value)
     token = account.get("auth", {}).get("accessToken", {})
     role = token.get("role", "browser log-in")
@@ -3883,6 +3885,7 @@ def prepare_environment() -> None:
     load_dotenv()
     if not Console.verbose:
         logging.disable(logging.WARNING)
+    os.environ.pop("HF_HUB_ENABLE_HF_TRANSFER", None)  # set by Unsloth, deprecated
     os.environ["MPLBACKEND"] = "Agg"  # a notebook's kernel sets its own, not installed here
     defaults = {  # no telemetry, faster decoding, and no 20 minutes of a silent Xet server
         "HF_HUB_DISABLE_TELEMETRY": "1",
