@@ -560,7 +560,7 @@ class Secret(NamedTuple):
 
 
 def make_secret(text: str | None, source: str) -> Secret | None:
-    """A secret without what is copied along (quotes, spaces, `Bearer`); None if nothing is left."""
+    """A secret without quotes, spaces or `Bearer` around it; None if nothing is left."""
     words = re.findall(r"[\w.-]+", text or "", re.ASCII)
     return Secret(max(words, key=len), source) if words else None
 
@@ -591,7 +591,7 @@ def find_secret(names: Sequence[str]) -> Secret | None:
                 value = kaggle_secrets.UserSecretsClient().get_secret(name)
                 secret = secret or make_secret(value, f"{name} in Kaggle's secrets")
         if secret is None:
-            log(f"note: no {names[0]} from Kaggle: attach it under Add-ons > Secrets")
+            log(f"note: no {names[0]}: attach it under Add-ons > Secrets")
     if secret:
         os.environ[names[0]] = secret.value
     return secret
@@ -605,7 +605,7 @@ def export_hub_token() -> Secret | None:
 
 
 def hub_account(secret: Secret | None) -> dict[str, Any]:
-    """Whose token it is: name, source, role, can_push; raises without one, or if it is refused."""
+    """Whose token it is, and whether it may push; raises without one, or if it is refused."""
     if secret is None:
         raise UserError(
             "no Hugging Face token found.", hint="set HF_TOKEN, or `login` on a terminal"
@@ -620,16 +620,15 @@ def hub_account(secret: Secret | None) -> dict[str, Any]:
 def wandb_account(to_store: Secret | None = None) -> dict[str, Any]:
     """Who is logged in at W&B, if anyone, and whence; a key to store goes into ~/.netrc."""
     key = to_store or find_secret(WANDB_KEYS) or Secret("", "an earlier log-in")
-    # By default W&B asks a dead server for two minutes.
-    patience = {"x_graphql_retry_max": 1, "x_graphql_timeout_seconds": 2}
     try:
-        wandb.setup(wandb.Settings(**patience))
-        if not wandb.login(key=to_store and to_store.value, prompt=False, verify=True):
-            return {"name": None, "source": "not logged in (optional)"}
-        return {"name": wandb.Api().viewer.username, "source": key.source}
+        # By default W&B asks a dead server for two minutes.
+        wandb.setup(wandb.Settings(x_graphql_retry_max=1, x_graphql_timeout_seconds=2))
+        if wandb.login(key=to_store and to_store.value, prompt=False, verify=True):
+            return {"name": wandb.Api().viewer.username, "source": key.source}
     except Exception as error:  # wandb has several unrelated classes
         message = f"W&B did not accept the key from {key.source}: {error}"
         raise UserError(message, hint="`login` with another, or set WANDB_MODE=offline") from error
+    return {"name": None, "source": "not logged in (optional)"}
 
 
 @contextlib.contextmanager
@@ -653,7 +652,7 @@ def track_in_wandb(config: TrainConfig, run: Any) -> Iterator[bool]:
             )
             run.update(wandb_id=wandb.run.id)
     except Exception as error:
-        log(f"note: training without W&B ({key.source if key else 'an earlier log-in'}): {error}")
+        log(f"note: training without W&B (key from {key and key.source}): {error}")
         tracked = False
     try:
         yield tracked
@@ -663,8 +662,8 @@ def track_in_wandb(config: TrainConfig, run: Any) -> Iterator[bool]:
             try:
                 wandb.finish(exit_code=int(sys.exc_info()[0] is not None))
             except (Exception, KeyboardInterrupt):
-                line = f"wandb sync --no-skip-online {folder}"
-                log(f"note: W&B lacks part of the run; `{line}` sends it")
+                sync = f"`wandb sync --no-skip-online {folder}`"
+                log(f"note: W&B lacks part of the run; {sync} sends it")
                 with contextlib.suppress(BaseException):  # at exit it would print a traceback
                     wandb.teardown()
 
@@ -3912,8 +3911,8 @@ def hub_client() -> Any:
     try:
         client = hub_http.default_client_factory()
     except Exception as error:  # of many classes
-        message = f"cannot set up HTTP: {error}"
-        raise UserError(message, hint="correct or unset *_PROXY and SSL_CERT_FILE") from error
+        hint = "correct or unset *_PROXY and SSL_CERT_FILE"
+        raise UserError(f"cannot set up HTTP: {error}", hint) from error
     send = client.send
 
     def send_twice(request: Any, **options: Any) -> Any:

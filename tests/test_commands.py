@@ -253,7 +253,7 @@ def test_commands_work_where_paths_have_spaces_quotes_and_any_letters(run_cli, t
         if "--json" in line:
             assert json.loads(done.out)
     config = json.loads((folder / "runs/мой run/config.json").read_text())
-    assert (config["epochs"], config["max_steps"], config["warmup_steps"]) == (0.5, 2, 0)
+    assert (config["epochs"], config["max_steps"], config["warmup_steps"]) == (0.5, 2, 1)
     assert (folder / "runs/мой run/merged/Modelfile").exists()
 
 
