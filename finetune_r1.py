@@ -635,10 +635,11 @@ def wandb_account(to_store: Secret | None = None) -> dict[str, Any]:
 def track_in_wandb(config: TrainConfig, run: Any) -> Iterator[bool]:
     """Yields whether W&B tracks the training in this block, which no fault of W&B ends."""
     tracked = RANK == 0 and config.wandb
-    key = find_secret(WANDB_KEYS) if tracked else None
     try:
-        if os.environ.get("WANDB_MODE") not in ("offline", "dryrun"):
-            tracked = tracked and wandb.login(prompt=False, verify=False)  # False without a key
+        if tracked:
+            find_secret(WANDB_KEYS)
+            offline = os.environ.get("WANDB_MODE") in ("offline", "dryrun")
+            tracked = offline or wandb.login(prompt=False, verify=False)  # False without a key
         if tracked:
             # Arguments would override W&B's variables; WANDB_PROJECT is in the settings.
             wandb.init(
@@ -652,7 +653,7 @@ def track_in_wandb(config: TrainConfig, run: Any) -> Iterator[bool]:
             )
             run.update(wandb_id=wandb.run.id)
     except Exception as error:
-        log(f"note: training without W&B (key from {key and key.source}): {error}")
+        log(f"note: training without W&B (see `doctor`): {error}")
         tracked = False
     try:
         yield tracked

@@ -127,7 +127,7 @@ def test_track_in_wandb_that_does_not_start_is_noted_and_training_goes_on(
 ):
     monkeypatch.setenv(variable, value)
     assert not track(run)
-    assert "training without W&B (key from WANDB_API_KEY in the env" in capsys.readouterr().err
+    assert "training without W&B" in capsys.readouterr().err
 
 
 def test_track_in_wandb_that_falls_silent_says_how_to_send_the_rest(
