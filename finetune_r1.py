@@ -158,7 +158,6 @@ HUB_SECONDS = 600
 # The last is the recipe's label among Kaggle's secrets, as is `wandb`.
 HUB_TOKENS = ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "HUGGINGFACE_TOKEN")
 WANDB_KEYS = ("WANDB_API_KEY", "wandb")
-WANDB_SECONDS = 10  # to upload the last of a run; `wandb sync` can send the rest
 
 # Names of weights on the Hub; what belongs to an adapter beside its weights; how our cards are known.
 TENSORS = (".safetensors", ".bin", ".pt", ".gguf")
@@ -399,12 +398,12 @@ def changed_settings(config: Any) -> str:
 
 
 # ---------------------------------------------------------------------------------- console and errors
-# Messages go to stderr, results to stdout. A mistake that the user can fix ends in a message and a hint;
-# an unknown error keeps its traceback. Colors are Typer's, tables rich's, progress bars tqdm's.
+# Messages go to stderr, results to stdout. What a user can fix ends in a message and a hint, an
+# unknown error in a traceback. Tables are rich's.
 
 
 class UserError(Exception):
-    """A mistake the user can fix: what is wrong, naming the flag, and what to do next."""
+    """A mistake the user can fix, and what to do next."""
 
     def __init__(self, message: str, hint: str):
         super().__init__(message)
@@ -419,7 +418,7 @@ class Console:
 
 
 class LastingStream:
-    """Redirects to /dev/null on a broken pipe or a closed terminal, so that training continues."""
+    """Redirects to /dev/null on a broken pipe or closed terminal."""
 
     def __init__(self, stream: Any):
         self.stream = stream
@@ -438,15 +437,6 @@ class LastingStream:
         return len(text)
 
 
-def open_closed_streams() -> None:
-    """Opens /dev/null in place of a stream that the shell closed (`2>&-`): Python has None for it."""
-    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
-        if getattr(sys, name) is None:
-            stream = Path(os.devnull).open(mode)
-            setattr(sys, name, stream)
-            setattr(sys, f"__{name}__", stream)
-
-
 def interrupt(number: int, frame: Any = None) -> None:
     """Signal handler: unwinds like Ctrl-C."""
     raise KeyboardInterrupt(signal.Signals(number).name)
@@ -454,53 +444,30 @@ def interrupt(number: int, frame: Any = None) -> None:
 
 def log(*lines: object, end: str = "\n", faint: bool = False) -> None:
     """Prints lines to stderr on rank 0; faint ones are dimmed on a terminal."""
-    if RANK or Console.quiet:
-        return
-    text = "\n".join(str(line) for line in lines)
-    if end == "\r":
-        text = f"\033[K{text}"  # clears what a longer line left
-    typer.echo(typer.style(text, dim=faint or None) + end, err=True, nl=False)
-
-
-def log_header(title: str, text: str) -> None:
-    """Prints one labelled line, wrapped to the terminal."""
-    width = min(100, shutil.get_terminal_size().columns)
-    options: Any = {"break_long_words": False, "break_on_hyphens": False}
-    log(textwrap.fill(f"{title:10}{text}", width, subsequent_indent=" " * 10, **options))
+    text = typer.style("\n".join(map(str, lines)), dim=faint or None)
+    if RANK == 0 and not Console.quiet:
+        typer.echo(text + end, err=True, nl=False)
 
 
 def print_result(text: str, end: str = "\n") -> None:
-    """Prints to stdout on rank 0; what libraries print is redirected and never gets there."""
+    """Prints to stdout on rank 0; libraries' prints never get there."""
     if RANK == 0:
         LastingStream(sys.__stdout__).write(text + end)
 
 
-def print_table(headings: Sequence[str], rows: Iterable[Sequence[str]], stream: Any = None) -> None:
-    """Prints an aligned table to stdout or `stream`, 80 columns wide where there is no terminal."""
+def print_table(headings: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
+    """Prints an aligned table to stdout, 80 columns wide where there is no terminal."""
     table = rich_table.Table(*headings, box=None, pad_edge=False, header_style="bold")
     for row in rows:
         table.add_row(*row)
-    file = stream or LastingStream(sys.__stdout__)
+    file = LastingStream(sys.__stdout__)
     rich_console.Console(file=file, markup=False, highlight=False).print(table)
 
 
 def progress(values: Iterable[Any], label: str) -> Any:
-    """A progress bar on stderr, updated every second (every 30 s where there is no terminal)."""
-    every = 1 if sys.stderr.isatty() else 30
-    hidden = bool(RANK) or Console.quiet
-    return tqdm_auto.tqdm(
-        values, label, leave=False, file=sys.stderr, mininterval=every, disable=hidden
-    )
-
-
-def format_duration(seconds: float) -> str:
-    """Seconds with a unit: 8 s, 49 min, 2 h 05 min."""
-    minutes = round(seconds / 60)
-    if seconds < 120:
-        return f"{seconds:.0f} s"
-    if minutes < 120:
-        return f"{minutes} min"
-    return f"{minutes // 60} h {minutes % 60:02} min"
+    """A progress bar on stderr."""
+    hidden = RANK > 0 or Console.quiet
+    return tqdm_auto.tqdm(values, label, leave=False, mininterval=5, disable=hidden)
 
 
 def format_size(size: float) -> str:
@@ -508,29 +475,23 @@ def format_size(size: float) -> str:
     return f"{size / 1e9:.1f} GB" if size >= 1e9 else f"{size / 1e6:.0f} MB"
 
 
-NOT_REACHED = "try again later, and see `doctor`; a local --model and --dataset need no Hub"
-# The hint for an error, by the name of its class or of a base class (importing the libraries to compare
-# takes seconds); the first that fits. What is not here may be a bug, and keeps its traceback.
+NOT_REACHED = "Hub not reached: unset HF_HUB_OFFLINE, retry, or use a local --model and --dataset"
+# Hints by the name of an error's class: importing the classes takes seconds.
 ADVICE = {
     "GatedRepoError": "request access on the model's page, then `login`",
     "RepositoryNotFoundError": "check --model, --dataset or --repo; a private one needs `login`",
-    "HFValidationError": "use OWNER/NAME on the Hub, or a path that exists",
-    "OfflineModeIsEnabled": "unset HF_HUB_OFFLINE, or use what is cached",
     "HTTPError": NOT_REACHED,
     "ConnectionError": NOT_REACHED,
     "LocalEntryNotFoundError": NOT_REACHED,
     "OutOfMemoryError": "try --micro-batch 1, a smaller --max-seq-length or --max-new-tokens",
-    "ModuleNotFoundError": "start the script with `uv run`, which installs the pinned packages",
-    "SafetensorError": "the .safetensors file is damaged: download it or save it again",
+    "ImportError": "start the script with `uv run`, which installs the pinned packages",
+    "SafetensorError": "the file is damaged: download or save it again",
     "UnicodeDecodeError": "save the file as UTF-8",
-    "PermissionError": "choose a folder that you can write to",
-    "OSError": "check the path, and free disk space with `doctor`",
+    "OSError": "check the path, that you can write there, and the free space (`doctor`)",
 }
 HTTP_ADVICE = {
-    401: "`login` with a new token, or unset this one: public models and datasets need none",
-    403: "use a token with write access to this repository (huggingface.co/settings/tokens)",
-    412: "the repository changed meanwhile: look at it, then `push` again",
-    429: "the Hub limits requests: wait a few minutes, then try again",
+    401: "`login` with a new token, or unset it: public models and datasets need none",
+    403: "use a token that may write there (huggingface.co/settings/tokens)",
 }
 
 
@@ -543,36 +504,32 @@ def advice(error: BaseException) -> str | None:
     """The next step after an error, by class or HTTP status; None if unknown."""
     if isinstance(error, UserError):
         return error.hint
-    names = [kind.__name__ for kind in type(error).__mro__]
     # torch and safetensors report a full disk in words alone.
-    full = re.search("No space left|File too large|unexpected pos|PytorchStreamWriter", str(error))
-    if full and {"OSError", "RuntimeError", "SafetensorError"}.intersection(names):
-        return "the disk is full: free some space, or choose a folder on another disk"
+    if re.search("No space left|File too large|unexpected pos|PytorchStreamWriter", str(error)):
+        return "the disk is full: free some space, or use another disk"
+    names = [kind.__name__ for kind in type(error).__mro__]
     status = http_status(error)
+    if status >= 429:
+        return "the Hub is busy: wait a few minutes, then try again"
     if status in HTTP_ADVICE and "RepositoryNotFoundError" not in names:
         return HTTP_ADVICE[status]
-    if status >= 500:
-        return "the Hub has a problem: try again later"
-    for name, hint in ADVICE.items():
-        if name in names:
-            return hint
-    return None
+    return next((ADVICE[name] for name in names if name in ADVICE), None)
 
 
 def expand_commands(text: str) -> str:
-    """Puts the program's name before commands in backticks, so that they can be pasted."""
+    """Puts the program's name before commands in backticks."""
     return re.sub(rf"`({'|'.join(EXAMPLES)})\b", rf"`{PROGRAM} \1", text)
 
 
 def print_error(message: object, hint: str) -> None:
     """Prints an error and its hint to stderr."""
-    typer.echo(typer.style("error: ", fg="red") + str(message), err=True)
-    typer.echo(typer.style("hint:  ", fg="cyan") + expand_commands(hint), err=True)
+    typer.echo(f"{typer.style('error:', fg='red')} {message}", err=True)
+    typer.echo(f"{typer.style('hint:', fg='cyan')}  {expand_commands(hint)}", err=True)
 
 
 @contextlib.contextmanager
 def friendly_errors() -> Iterator[None]:
-    """Shows a message and a hint instead of a traceback, for errors that a user can act on."""
+    """Shows a message and a hint instead of a traceback, where `advice` knows one."""
     try:
         yield
     except (KeyboardInterrupt, typer.Abort) as error:
@@ -589,44 +546,33 @@ def friendly_errors() -> Iterator[None]:
 
 
 # ---------------------------------------------------------------------------------------------- log-in
-# Finds the Hugging Face token and the W&B key, and says whose they are and where they come from. A secret
-# is never an option, never in a run and never printed. huggingface_hub and wandb store and verify.
+# Finds tokens and their owners. A secret is never an option, nor shown. The libraries store and verify.
 
 
 class Secret(NamedTuple):
-    """A token or key and the place it came from; only the place is ever shown."""
+    """A token or key, and the place it came from, which alone is shown."""
 
     value: str
     source: str
 
-    def __repr__(self) -> str:
-        return f"Secret(from {self.source})"
-
 
 def make_secret(text: str | None, source: str) -> Secret | None:
-    """A secret without what is copied along (quotes, spaces, `Bearer`); None if unusable."""
-    value = re.sub(r"^[^\w-]*(bearer\b)?[^\w-]*|[^\w-]+$", "", text or "", flags=re.ASCII | re.I)
-    if value and not re.fullmatch("[!-~]+", value):  # the HTTP client's own error would show it
-        log(f"note: ignoring {source}: it contains a character that no token has")
-        return None
-    return Secret(value, source) if value else None
+    """A secret without quotes, spaces or `Bearer` around it; None if nothing is left."""
+    words = re.findall(r"[\w.-]+", text or "", re.ASCII)
+    return Secret(max(words, key=len), source) if words else None
 
 
 @functools.cache
-def load_dotenv() -> frozenset[str]:
+def load_dotenv() -> set[str]:
     """Sets the variables of `.env` that the environment lacks; returns their names."""
-    # An empty HF_TOKEN would hide the one in .env, and wandb refuses an empty WANDB_MODE.
-    for name in list(os.environ):
-        if name.startswith(("HF_", "HUGGING", "WANDB_")) and not os.environ[name].strip():
-            del os.environ[name]
-    path = dotenv.find_dotenv(usecwd=True)
-    try:
-        values = dotenv.dotenv_values(path)
-    except ValueError as error:  # PowerShell's `>` writes UTF-16
-        raise UserError(f"{path} is not plain text.", hint="save it as UTF-8") from error
-    new = {name: value for name, value in values.items() if value and name not in os.environ}
-    os.environ.update(new)
-    return frozenset(new)
+    names = set()
+    for name, value in dotenv.dotenv_values(dotenv.find_dotenv(usecwd=True)).items():
+        if value and not os.environ.get(name, "").strip():
+            os.environ[name] = value
+            names.add(name)
+    if os.environ.get("WANDB_DISABLED", "").lower() in ("1", "on", "yes", "true"):
+        os.environ["WANDB_MODE"] = "disabled"  # wandb ignores the Trainer's variable
+    return names
 
 
 def find_secret(names: Sequence[str]) -> Secret | None:
@@ -637,26 +583,15 @@ def find_secret(names: Sequence[str]) -> Secret | None:
         place = ".env" if name in from_dotenv else "the environment"
         secret = secret or make_secret(os.environ.pop(name, None), f"{name} in {place}")
     if secret is None and importlib.util.find_spec("kaggle_secrets"):
-        secret = find_on_kaggle(names)
+        for name in names:
+            with contextlib.suppress(Exception):  # the client has classes of its own
+                value = kaggle_secrets.UserSecretsClient().get_secret(name)
+                secret = secret or make_secret(value, f"{name} in Kaggle's secrets")
+        if secret is None:
+            log(f"note: no {names[0]}: attach it under Add-ons > Secrets")
     if secret:
         os.environ[names[0]] = secret.value
     return secret
-
-
-def find_on_kaggle(names: Sequence[str]) -> Secret | None:
-    """The first of these secrets that is attached to the Kaggle notebook; None and a note without."""
-    reason = "empty"
-    for name in names:
-        try:
-            value = kaggle_secrets.UserSecretsClient().get_secret(name)
-            if value:
-                return make_secret(value, f"{name} in Kaggle's secrets")
-        except Exception as error:  # the client has classes of its own
-            reason = type(error).__name__
-            if isinstance(error, ConnectionError):  # each attempt takes 40 s
-                break
-    log(f"note: no {names[0]} from Kaggle ({reason}): attach it under Add-ons > Secrets")
-    return None
 
 
 @functools.cache
@@ -666,102 +601,67 @@ def export_hub_token() -> Secret | None:
     return secret or make_secret(huggingface_hub.get_token(), "an earlier log-in")
 
 
-def hub_account(secret: Secret) -> dict[str, Any]:
-    """Whose token it is: name, source, role, can_push; raises if the Hub gives no valid answer."""
-    try:
-        account = huggingface_hub.whoami(secret.value)
-    except (httpx.HTTPError, ValueError) as error:  # ValueError: a hotel's log-in page is no JSON
-        message = f"no valid answer from {hub_constants.ENDPOINT}: {error}"
-        if http_status(error) == 401:
-            message = f"the Hub refused the token from {secret.source}."
-        raise UserError(message, hint=advice(error) or NOT_REACHED) from error
+def hub_account(secret: Secret | None) -> dict[str, Any]:
+    """Whose token it is, and whether it may push; raises without one, or if it is refused."""
+    if secret is None:
+        raise UserError(
+            "no Hugging Face token found.", hint="set HF_TOKEN, or `login` on a terminal"
+        )
+    account = huggingface_hub.whoami(secret.value)
     token = account.get("auth", {}).get("accessToken", {})
     role = token.get("role", "browser log-in")
-    can_push = role != "read"
-    if role == "fineGrained":  # to which repositories, `auth_check` tells
-        can_push = "repo.write" in str(token)
+    can_push = role not in ("read", "fineGrained") or "repo.write" in str(token)
     return {"name": account["name"], "source": secret.source, "role": role, "can_push": can_push}
 
 
-def wandb_mode() -> str:
-    """Where W&B's own variables send runs: online, offline or disabled."""
-    if os.environ.get("WANDB_DISABLED", "").lower() in ("1", "on", "yes", "true"):
-        return "disabled"
-    mode = os.environ.get("WANDB_MODE", "online")
-    return {"dryrun": "offline", "run": "online"}.get(mode, mode)
-
-
-def wandb_account(key: Secret | None, store: bool = False) -> str | None:
-    """Who is logged in at W&B, None without a key; `store` writes the key to ~/.netrc."""
-    if wandb_mode() in ("offline", "disabled"):
-        return None
+def wandb_account(to_store: Secret | None = None) -> dict[str, Any]:
+    """Who is logged in at W&B, if anyone, and whence; a key to store goes into ~/.netrc."""
+    key = to_store or find_secret(WANDB_KEYS) or Secret("", "an earlier log-in")
     try:
         # By default W&B asks a dead server for two minutes.
-        patience = {"x_graphql_retry_max": 1, "x_graphql_retry_wait_max_seconds": 1}
-        wandb.setup(wandb.Settings(**patience, x_graphql_timeout_seconds=2))
-        known = wandb.login(key=key.value if key and store else None, prompt=False, verify=True)
-        return str(wandb.Api().viewer.username) if known else None
+        wandb.setup(wandb.Settings(x_graphql_retry_max=1, x_graphql_timeout_seconds=2))
+        if wandb.login(key=to_store and to_store.value, prompt=False, verify=True):
+            return {"name": wandb.Api().viewer.username, "source": key.source}
     except Exception as error:  # wandb has several unrelated classes
-        source = key.source if key else "an earlier log-in"
-        raise UserError(
-            f"W&B did not accept the key from {source}: {error}",
-            hint="copy it again from wandb.ai/authorize, then `login`; or set WANDB_MODE=offline",
-        ) from error
-
-
-def start_wandb(config: TrainConfig, run: Any) -> bool:
-    """Starts or resumes the W&B run; False where W&B is off, unknown or (with a note) fails."""
-    mode = wandb_mode()
-    if RANK or not config.wandb or mode == "disabled":
-        return False
-    defaults = {
-        "project": config.wandb_project,
-        "name": run.name,
-        "dir": run.folder.resolve(),
-        "run_id": run.record.get("wandb_id"),
-        "resume": "allow",
-    }
-    chosen = {}
-    for name, value in defaults.items():
-        if f"WANDB_{name.upper()}" not in os.environ:  # which an argument would override
-            chosen["id" if name == "run_id" else name] = value
-    if config.wandb_project != WANDB_PROJECT:
-        chosen["project"] = config.wandb_project
-    patience = {"x_graphql_retry_max": 20, "x_graphql_retry_wait_max_seconds": 60}
-    try:
-        if mode != "offline" and not wandb_account(find_secret(WANDB_KEYS)):
-            return False
-        settings = wandb.Settings(
-            **patience,
-            x_graphql_timeout_seconds=30,
-            init_timeout=20,
-            finish_timeout=10,  # `wandb sync` can send the rest
-            finish_timeout_raises=True,
-        )
-        wandb.init(config=dataclasses.asdict(config), settings=settings, **chosen)
-    except Exception as error:  # whatever it is, the training matters more
-        log(f"note: training without W&B: {error}")
-        return False
-    run.update(wandb_id=wandb.run.id)
-    return True
+        message = f"W&B did not accept the key from {key.source}: {error}"
+        raise UserError(message, hint="`login` with another, or set WANDB_MODE=offline") from error
+    return {"name": None, "source": "not logged in (optional)"}
 
 
 @contextlib.contextmanager
 def track_in_wandb(config: TrainConfig, run: Any) -> Iterator[bool]:
-    """Yields whether W&B tracks the training in this block; ends the W&B run after it."""
-    tracked = start_wandb(config, run)
-    exit_code = 1
+    """Yields whether W&B tracks the training in this block, which no fault of W&B ends."""
+    tracked = RANK == 0 and config.wandb
+    try:
+        if tracked:
+            find_secret(WANDB_KEYS)
+            offline = os.environ.get("WANDB_MODE") in ("offline", "dryrun")
+            tracked = offline or wandb.login(prompt=False, verify=False)  # False without a key
+        if tracked:
+            # Arguments would override W&B's variables; WANDB_PROJECT is in the settings.
+            wandb.init(
+                config=dataclasses.asdict(config),
+                project=config.wandb_project,
+                name=os.environ.get("WANDB_NAME", run.name),
+                dir=os.environ.get("WANDB_DIR", run.folder),
+                id=os.environ.get("WANDB_RUN_ID", run.record.get("wandb_id")),
+                resume="allow",
+                settings={"init_timeout": 20, "finish_timeout": 10, "finish_timeout_raises": True},
+            )
+            run.update(wandb_id=wandb.run.id)
+    except Exception as error:
+        log(f"note: training without W&B (see `doctor`): {error}")
+        tracked = False
     try:
         yield tracked
-        exit_code = 0
     finally:
         if tracked:
             folder = shlex.quote(str(Path(wandb.run.dir).parent))
             try:
-                wandb.finish(exit_code=exit_code)
+                wandb.finish(exit_code=int(sys.exc_info()[0] is not None))
             except (Exception, KeyboardInterrupt):
-                sync = f"wandb sync --no-skip-online {folder}"
-                log(f"note: W&B lacks part of the run; `{sync}` sends it")
+                sync = f"`wandb sync --no-skip-online {folder}`"
+                log(f"note: W&B lacks part of the run; {sync} sends it")
                 with contextlib.suppress(BaseException):  # at exit it would print a traceback
                     wandb.teardown()
 
@@ -1293,35 +1193,21 @@ def resolve_base(run: Run, model: str | None = None) -> str:
     return str(folder) if folder else name
 
 
-def has_code(code: str, capability: tuple[int, int]) -> bool:
-    """Whether code such as sm_75 or compute_90 runs on a GPU of this compute capability.
-
-    Machine code (sm) runs within its major version from its minor on, PTX (compute) on all newer GPUs,
-    either ending in `a` on one capability only (CUDA C++ programming guide).
-    """
-    match = re.fullmatch(r"(sm|compute)_(\d+)([af]?)", code)
-    if match is None:  # a kind of code not known here is no reason to refuse
-        return True
-    built_for = divmod(int(match[2]), 10)
-    if match[3] == "a":
-        return built_for == capability
-    if match[1] == "compute" and not match[3]:
-        return built_for <= capability
-    return built_for[0] == capability[0] and built_for[1] <= capability[1]
-
-
 def check_gpu() -> None:
     """Raises if this torch has no code for the GPU, as for a P100 (Kaggle/docker-python#1546)."""
     if not torch.cuda.is_available() or torch.version.hip:
         return
-    capability = torch.cuda.get_device_capability()
+    gpu = torch.cuda.get_device_capability()
     codes = torch.cuda.get_arch_list()
-    if not any(has_code(code, capability) for code in codes):
-        raise UserError(
-            f"{torch.cuda.get_device_name()} has compute capability {capability[0]}.{capability[1]}; "
-            f"torch {torch.__version__} has code for {', '.join(codes)} only.",
-            hint="choose another GPU (on Kaggle: T4 x2) or another torch build",
-        )
+    for code in codes:
+        kind, _, number = code.rstrip("af").partition("_")
+        major, minor = divmod(int(number), 10)
+        if (major, minor) <= gpu and (major == gpu[0] or kind == "compute"):
+            return
+    raise UserError(
+        f"torch has code for {', '.join(codes)}, not for compute capability {gpu}.",
+        hint="choose another GPU (on Kaggle: T4 x2) or another torch build",
+    )
 
 
 def check_model(config: ModelConfig, revision: str | None = None) -> None:
@@ -2232,7 +2118,7 @@ def log_callback(run: Run, tokens_per_step: int) -> Any:
         def on_step_end(self, args: Any, state: Any, *_: Any, optimizer: Any, **__: Any) -> None:
             self.skipped += getattr(optimizer, "step_was_skipped", False)
             if sys.stderr.isatty():
-                log(self.line(state), end="\r")
+                log("\033[K" + self.line(state), end="\r")
 
         def on_log(self, args: Any, state: Any, *_: Any, logs: Any, **__: Any) -> None:
             if "loss" in logs:
@@ -2262,8 +2148,9 @@ def log_callback(run: Run, tokens_per_step: int) -> Any:
                 return text
             steps = max(1, state.global_step - self.paced)
             pace = (time.monotonic() - self.paced_at) / steps
-            left = format_duration(pace * (state.max_steps - state.global_step))
-            return f"{text}  {pace:.2f} s/step  {tokens_per_step / pace:.0f} tok/s  {left} left"
+            left = pace * (state.max_steps - state.global_step) / 60
+            speed = f"{pace:.2f} s/step  {tokens_per_step / pace:.0f} tok/s"
+            return f"{text}  {speed}  {left:.0f} min left"
 
         def on_train_end(self, *_: Any, **__: Any) -> None:
             if self.skipped:
@@ -2459,7 +2346,7 @@ def train_run(config: TrainConfig, run: Run, resume: bool = False) -> tuple[Load
             weights = torch.cuda.memory_allocated()
         memory = measure_memory(loaded.model, weights, config)
         plan = broadcast(make_plan(rows.used["tokens"][:], config, memory))
-        log_header("plan", plan_text(plan))
+        log(f"plan      {plan_text(plan)}")
         run.update(model_revisions=loaded.revisions, device=device_name(), plan=plan)
         check_room({run.folder: run_size(loaded.model, config)}, "name a --run-dir elsewhere")
 
@@ -2511,9 +2398,9 @@ def prepare_training(
     tokenizer = load_tokenizer(folder)
     rows = prepare_rows(records, tokenizer, config)
     config = with_steps(config, len(rows.used))
-    log_header("run", str(run))
-    log_header("settings", changed_settings(config))
-    log_header("rows", prompts.describe_counts(rows.row_counts))
+    log(f"run       {run}")
+    log(f"settings  {changed_settings(config)}")
+    log(f"rows      {prompts.describe_counts(rows.row_counts)}")
     if WORLD == 1 and torch.cuda.is_available():
         listed = subprocess.run("nvidia-smi -L", shell=True, capture_output=True, text=True)
         gpus = len(listed.stdout.splitlines())
@@ -2646,7 +2533,7 @@ def token_losses(
             batches.append([])
         batches[-1].append(number)
     losses: list[list[float]] = [[] for _ in texts]
-    for batch in progress(batches, f"{label}: batch"):
+    for batch in progress(batches, label):
         rows = [torch.tensor(texts[number][0]) for number in batch]
         ids = torch.nn.utils.rnn.pad_sequence(rows, True, loaded.tokenizer.pad_token_id)
         with torch.no_grad():
@@ -3753,7 +3640,7 @@ def command(*examples: str, printer: Callable[[dict[str, Any]], None] | None = N
                     print_result(json.dumps(report, ensure_ascii=False))
                 elif report:
                     (printer or print_fields)(report)
-            if name == "doctor" and not report["can_train"]:
+            if report.get("verdict") == "not ready":
                 raise typer.Exit(1)
 
         run.__doc__ = function.__doc__
@@ -3816,7 +3703,7 @@ def demo(run_dir: RunDirOption = None) -> dict[str, Any]:
         "run": str(run),
         "verdict": report["verdict"],
         "merged": str(merged_weights(run)),
-        "took": format_duration(time.monotonic() - started),
+        "took": f"{time.monotonic() - started:.0f} s",
         "next": f'{PROGRAM} infer --run {shlex.quote(str(run))} "What widens the anion gap?"',
     }
 
@@ -3860,25 +3747,21 @@ def demo_model() -> Path:
 
 
 def prepare_environment() -> None:
-    """Reads `.env`, picks one GPU and quiets the libraries, before any of them reads its variables."""
+    """Reads `.env`, picks one GPU and quiets the libraries, before they read their variables."""
     for number in STOP_SIGNALS[1:]:
         signal.signal(number, interrupt)
     load_dotenv()
     if not Console.verbose:
-        for name in ("accelerate", "bitsandbytes", "unsloth", "unsloth_zoo"):
-            logging.getLogger(name).setLevel(logging.ERROR)
+        logging.disable(logging.WARNING)
     os.environ.pop("HF_HUB_ENABLE_HF_TRANSFER", None)  # set by Unsloth, deprecated
     os.environ["MPLBACKEND"] = "Agg"  # a notebook's kernel sets its own, not installed here
-    defaults = {
-        # No telemetry: Hugging Face and TRL, download counts, Unsloth, W&B's crash reports.
+    defaults = {  # no telemetry, faster decoding, and no 20 minutes of a silent Xet server
         "HF_HUB_DISABLE_TELEMETRY": "1",
         "HF_UPDATE_DOWNLOAD_COUNTS": "0",
         "UNSLOTH_DISABLE_STATISTICS": "1",
         "WANDB_ERROR_REPORTING": "false",
-        # Faster decoding.
         "UNSLOTH_DECODE_CUDA_GRAPHS": "1",
         "UNSLOTH_DECODE_GRAPH_PREALLOC": "1",
-        # Per block; with hf_xet's own values a silent server holds it for 20 minutes.
         "HF_XET_CLIENT_READ_TIMEOUT": "120s",
         "HF_XET_CLIENT_RETRY_MAX_ATTEMPTS": "2",
     }
@@ -3893,143 +3776,77 @@ def prepare_environment() -> None:
 
 
 def hub_client() -> Any:
-    """huggingface_hub's HTTP client, with time-outs and one more attempt after 429 or 5xx.
+    """huggingface_hub's HTTP client, which by itself waits for ever and retries uploads only."""
+    try:
+        client = hub_http.default_client_factory()
+    except Exception as error:  # of many classes
+        hint = "correct or unset *_PROXY and SSL_CERT_FILE"
+        raise UserError(f"cannot set up HTTP: {error}", hint) from error
+    send = client.send
 
-    By itself the library waits for ever, and retries uploads but not whoami or create_repo.
-    """
-
-    class HubClient(httpx.Client):  # type: ignore[name-defined, misc]
-        def send(self, request: Any, **options: Any) -> Any:
-            limit = 100 if "/commit/" in request.url.path else 30  # a slower commit lands later
-            timeouts = request.extensions["timeout"]
-            request.extensions["timeout"] = {name: timeouts[name] or limit for name in timeouts}
-            response = super().send(request, **options)
-            repeatable = request.method == "GET" or request.url.path == "/api/repos/create"
-            if response.status_code not in (429, 500, 502, 503, 504) or not repeatable:
-                return response
+    def send_twice(request: Any, **options: Any) -> Any:
+        limit = 100 if "/commit/" in request.url.path else 30  # a slower commit lands later
+        timeouts = request.extensions["timeout"]
+        request.extensions["timeout"] = {name: timeouts[name] or limit for name in timeouts}
+        response = send(request, **options)
+        repeatable = request.method == "GET" or request.url.path == "/api/repos/create"
+        if repeatable and response.status_code in (429, 500, 502, 503, 504):
             response.close()
             time.sleep(2)
-            return super().send(request, **options)
+            response = send(request, **options)
+        return response
 
-    try:
-        hooks = {"request": [hub_http.hf_request_event_hook]}  # HF_HUB_OFFLINE works through it
-        return HubClient(event_hooks=hooks, follow_redirects=True, timeout=None)
-    except Exception as error:  # an OSError about certificates, anything else about a proxy
-        kind = "SSL_CERT" if isinstance(error, OSError) else "_PROXY"
-        names = [name for name in os.environ if kind in name.upper()]
-        raise UserError(
-            f"cannot set up HTTP with {', '.join(names)}: {error}",
-            hint="correct or unset the variable",
-        ) from error
+    client.send = send_twice
+    return client
 
 
 def versions() -> dict[str, str]:
-    """Versions of Python and the main packages, and this script's commit, if git knows it."""
-    line = ["git", "rev-parse", "-q", "--verify", "HEAD"]
-    commit = ""
-    with contextlib.suppress(OSError):
-        done = subprocess.run(line, cwd=PROJECT, capture_output=True, text=True)
-        commit = done.stdout.strip()
-    found = {"finetune_r1": commit or VERSION, "python": sys.version.split()[0]}
-    for name in PACKAGES:
-        try:
-            found[name] = metadata.version(name)
-        except metadata.PackageNotFoundError:
-            found[name] = "missing"
-    return found
+    """Versions of this script, Python and the main packages."""
+    found = {"finetune_r1": VERSION, "python": sys.version.split()[0]}
+    return found | {name: metadata.version(name) for name in PACKAGES}
 
 
-def check_packages() -> str:
-    """The versions; raises UserError if a package is missing."""
-    text = ", ".join(f"{name} {version}" for name, version in versions().items())
-    if "missing" in text:
-        raise UserError(text, hint=ADVICE["ModuleNotFoundError"])
-    return text
-
-
-def find_gpu() -> str:
-    """Name, compute capability and memory; raises UserError if torch can't use the GPU."""
+def describe_gpu() -> str:
+    """The GPU and its memory; raises UserError if torch has no code for it."""
     check_gpu()
     if torch.cuda.is_available():
-        gpu = torch.cuda.get_device_properties(0)
-        return f"{gpu.name}, compute {gpu.major}.{gpu.minor}, {gpu.total_memory / GIB:.1f} GiB"
-    if shutil.which("nvidia-smi"):
-        raise UserError(
-            f"torch {torch.__version__} sees none",
-            hint="update the driver (CUDA 13 needs 580.65), or install a CUDA build of torch",
-        )
-    return "none; the 8B needs one with 8 GB"
+        return f"{device_name()}, {torch.cuda.mem_get_info()[1] / GIB:.1f} GiB"
+    return "none that torch can use; the 8B needs one with 8 GB, and driver 580.65 or newer"
 
 
-def check_resources() -> str:
-    """Free memory and disk; raises UserError if there is no room to train the 8B."""
+def describe_room() -> str:
+    """Free disk and memory; raises UserError if there is no room to train the 8B."""
+    disk = shutil.disk_usage(".").free / GIB
+    if disk < 8:
+        raise UserError(f"{disk:.0f} GiB of disk free", hint="free some: the 4-bit 8B takes 7")
     memory = psutil.virtual_memory().available / GIB
-    here = shutil.disk_usage(".").free / GIB
-    text = f"{memory:.0f} GiB of memory and {here:.0f} of disk free (merging the 8B takes 32)"
-    if here < 8:
-        raise UserError(text, hint="free some disk: the 4-bit 8B takes 6 GiB, a run about 1")
-    return text
+    return f"{disk:.0f} GiB of disk free (merging the 8B takes 32), {memory:.0f} of memory"
 
 
-def check_hub() -> str:
-    """The Hub's address; raises if it does not answer."""
-    huggingface_hub.get_session().head(hub_constants.ENDPOINT, timeout=5)
-    return str(hub_constants.ENDPOINT)
-
-
-def check_token() -> str:
-    """Whose token it is; raises UserError without one that is valid and may write."""
-    secret = export_hub_token()
-    if secret is None:
-        raise UserError("none", hint="`login`; only pushing and private models need a token")
-    account = hub_account(secret)
-    text = f"{account['name']}, {account['role']}, {secret.source}"
-    if not account["can_push"]:
-        raise UserError(text, hint=f"to push, {HTTP_ADVICE[403]}")
-    return text
-
-
-def check_wandb() -> str:
-    """Who is logged in at W&B, if anyone; raises UserError if it refuses the key."""
-    return wandb_account(find_secret(WANDB_KEYS)) or f"{wandb_mode()}, not logged in (optional)"
-
-
-def print_checks(report: dict[str, Any]) -> None:
-    """Prints `doctor`'s checklist, and in the last line what this machine can do."""
-    for check in report["checks"]:
-        lines = textwrap.wrap(check["found"], 64)
-        if check["fix"]:
-            lines += textwrap.wrap(f"fix: {check['fix']}", 64)
-        print_result(f"{check['status']:5} {check['name']:9} " + f"\n{'':16}".join(lines))
-    print_result(report["verdict"])
-
-
-@command("doctor", printer=print_checks)
+@command("doctor")
 def doctor(config: ModelConfig) -> dict[str, Any]:
     """Check GPU, disk, packages and tokens; report what to fix."""
-    checks = []
-    for name, function, failed in (
-        ("packages", check_packages, "FAIL"),
-        ("GPU", find_gpu, "FAIL"),
-        ("room", check_resources, "FAIL"),
-        ("model", functools.partial(check_model, config), "FAIL"),
-        ("Hub", check_hub, "WARN"),
-        ("W&B", check_wandb, "WARN"),
-        ("token", check_token, "WARN"),
+    report: dict[str, Any] = {}
+    failed = set()
+    for name, check in (
+        ("packages", versions),
+        ("GPU", describe_gpu),
+        ("room", describe_room),
+        ("model", lambda: check_model(config) or config.model),
+        ("W&B", wandb_account),
+        ("token", lambda: hub_account(export_hub_token())),
     ):
-        check = {"status": "OK", "name": name, "found": config.model, "fix": ""}
         try:
-            check["found"] = function() or config.model
-        except (UserError, httpx.HTTPError, OSError, ImportError) as error:
-            fix = expand_commands(advice(error) or "")
-            check = {"status": failed, "name": name, "found": str(error), "fix": fix}
-        checks.append(check)
-    ready = all(check["status"] != "FAIL" for check in checks)
-    can_push = ready and checks[-1]["status"] == "OK"
-    verdict = "not ready"
-    if ready:
-        verdict = "ready to train and push" if can_push else "ready to train, not to push"
-    return {"checks": checks, "can_train": ready, "can_push": can_push, "verdict": verdict}
+            report[name] = check()
+        except (UserError, httpx.HTTPError, ValueError, OSError, ImportError) as error:
+            report[name] = [f"FAIL: {error}", f"fix: {expand_commands(advice(error) or '')}"]
+            failed.add(name)
+    verdict = "ready to train and push"
+    if "token" in failed or not report["token"]["can_push"]:
+        verdict = "ready to train, not to push"
+    if failed - {"W&B", "token"}:
+        verdict = "not ready"
+    return {**report, "verdict": verdict}
 
 
 @command("login")
@@ -4043,27 +3860,14 @@ def login() -> dict[str, Any]:
         return make_secret(typed, "the prompt")
 
     secret = export_hub_token() or ask("Hugging Face token (huggingface.co/settings/tokens)")
-    if secret is None:
-        raise UserError(
-            "no Hugging Face token found.", hint="set HF_TOKEN, in the environment or in .env"
-        )
+    log(f"Hugging Face token: {secret.source if secret else 'none'}")
     account = hub_account(secret)
-    os.environ.pop("HF_TOKEN", None)  # or storing warns of the variable, which may be ours
-    huggingface_hub.login(token=secret.value)
-    log(f"Hugging Face: {account['name']}, {secret.source}")  # now, as W&B may fail
-
-    key = find_secret(WANDB_KEYS)
-    name = wandb_account(key, store=True)
-    if name is None and wandb_mode() == "online":
+    huggingface_hub.login(token=secret and secret.value)
+    tracker = wandb_account(find_secret(WANDB_KEYS))
+    if tracker["name"] is None:
         key = ask("W&B API key (wandb.ai/authorize; optional, Enter skips)")
-        name = wandb_account(key, store=True) if key else None
-    source = key.source if key else "an earlier log-in"
-    if name is None:
-        source = f"{wandb_mode()}, not logged in (optional)"
-    netrc = Path(os.environ.get("NETRC", "~/.netrc")).expanduser()
-    if netrc.exists():
-        netrc.chmod(0o600)  # wandb keeps the mode of a file that was there before
-    return {"hugging_face": account, "wandb": {"name": name, "source": source}}
+        tracker = wandb_account(key) if key else tracker
+    return {"hugging_face": account, "wandb": tracker}
 
 
 @command("load")
@@ -4271,7 +4075,7 @@ def summarize(run: Run, pushed: dict[str, Any] | None, as_json: bool) -> dict[st
         f"Run:        {run}\n"
         f"Rows:       {prompts.describe_counts(record['rows'])}\n"
         f"Train loss: {losses['first']:.4f} → {losses['last']:.4f}\n"
-        f"Time:       {format_duration(record['seconds']['train'])}\n"
+        f"Time:       {record['seconds']['train'] / 60:.1f} min\n"
         f"Memory:     {record['peak_memory_gib']} GiB peak\n"
         f"Adapter:    {run / 'adapter'}"
     )
@@ -4686,5 +4490,7 @@ def summarize_run(run: Run) -> dict[str, str]:
 
 
 if __name__ == "__main__":
-    open_closed_streams()
+    for name in ("stdin", "stdout", "stderr", "__stdout__"):
+        if getattr(sys, name) is None:  # closed by the shell (`2>&-`)
+            setattr(sys, name, Path(os.devnull).open("r+"))
     app()
