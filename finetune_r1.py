@@ -2149,15 +2149,15 @@ def adapter_sizes(model: Any, config: TrainConfig) -> dict[str, int]:
 
 
 def make_plan(model: Any, weights: float, lengths: Any, config: TrainConfig) -> dict[str, Any]:
-    """The fastest micro-batch and checkpointing that fit, else the smallest, for rows of `lengths` tokens.
+    """The fastest micro-batch and checkpointing that fit, else the smallest.
 
-    `model` has no adapter yet, and takes `weights` bytes.
+    `model` has no adapter yet and takes `weights` bytes; `lengths` are the rows' tokens.
     """
     shape = model.config
     layers = shape.num_hidden_layers
     parameters = sum(adapter_sizes(model, config).values())
     optimizer = 2 if "8bit" in config.optim else 8
-    checkpoints = config.keep_checkpoints + config.keep_best + 2  # one is being written
+    checkpoints = config.keep_checkpoints + config.keep_best + 2
     limit = memory_limit(config)
     resident = weights + parameters * (4 + 4 + optimizer) + WORKSPACE
     in_layer = 2 * (3 * shape.intermediate_size + 3.3 * shape.hidden_size)  # bytes, as measured
@@ -2199,12 +2199,10 @@ def make_plan(model: Any, weights: float, lengths: Any, config: TrainConfig) -> 
     return best
 
 
-def prepare_training(
-    config: TrainConfig, revision: str | None = None, for_training: bool = False
-) -> tuple[TrainConfig, PreparedData, Any]:
-    """Settings, rows and tokenizer; refuses what it can before anything large is loaded."""
+def prepare_training(config: TrainConfig, **options: Any) -> tuple[TrainConfig, PreparedData, Any]:
+    """Settings, rows and tokenizer; `options` are those of `tokenized_rows`."""
     check_config(config)
-    rows, tokenizer = tokenized_rows(config, revision, for_training)
+    rows, tokenizer = tokenized_rows(config, **options)
     if config.epochs:
         steps = math.ceil(config.epochs * len(rows.used) / config.effective_batch)
         config = dataclasses.replace(config, max_steps=max(1, steps))
@@ -2238,7 +2236,7 @@ class TrainingEvents:
         self.upload_thread: Any = None
 
     def on_signal(self, number: int, frame: Any) -> None:
-        """Lets the step end at a first signal to stop, and quits immediately at a second one."""
+        """Lets the step end at a first signal to stop, and quits at a second one."""
         if self.stop and WORLD == 1:  # torchrun passes on the terminal's: there each comes twice
             interrupt(number)
         self.stop.append(number)
@@ -2265,7 +2263,7 @@ class TrainingEvents:
             control.should_log = True  # comes first, and checks what is saved
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Any, model: Any, **_: Any) -> None:
-        """Writes losses to console, metrics.jsonl and W&B; raises if they or weights are NaN."""
+        """Logs to console, metrics.jsonl and W&B; raises if the loss or weights are NaN."""
         name = "loss" if "loss" in logs else "eval_loss"
         if name not in logs:
             return
@@ -2297,7 +2295,7 @@ class TrainingEvents:
             self.upload_thread.start()
 
     def upload(self) -> None:
-        """Uploads the newest checkpoint; a failure is noted, and never ends the training."""
+        """Uploads the newest checkpoint; a failure never ends the training."""
         repo = self.config.hub_checkpoints
         try:
             newest = self.run.checkpoints[-1].name
@@ -2319,7 +2317,7 @@ class TrainingEvents:
         if self.skipped:
             log(f"{self.skipped} steps skipped by the fp16 GradScaler (inf/NaN gradients)")
         if self.upload_thread:
-            log(f"uploading the last checkpoint to {self.config.hub_checkpoints}")
+            log("uploading the last checkpoint")
             self.upload_thread.join(HUB_SECONDS)
             self.upload()
 
@@ -2346,11 +2344,10 @@ def training_arguments(config: TrainConfig, plan: dict[str, Any], run: Run) -> A
         logging_first_step=True,
         logging_nan_inf_filter=False,
         disable_tqdm=True,
-        log_level_replica="error",
         eval_strategy="steps" if config.eval_rows else "no",
         eval_on_start=config.eval_rows > 0 and not run.checkpoints,
-        per_device_eval_batch_size=1,  # in the memory there is
-        # Checkpoints come by time, from the callback; for the best one also at each evaluation.
+        per_device_eval_batch_size=1,
+        # Checkpoints come by time; for the best one also at each evaluation.
         save_strategy="steps" if config.keep_best else "no",
         save_steps=config.eval_steps,
         save_total_limit=config.keep_checkpoints + config.keep_best,
@@ -2379,22 +2376,20 @@ def train_steps(
             eval_dataset=rows.held_out.select_columns(columns) if config.eval_rows else None,
             callbacks=[callback],
         )
-        newest = str(run.checkpoints[-1]) if run.checkpoints else None
         try:
-            trainer.train(resume_from_checkpoint=newest)
+            trainer.train(resume_from_checkpoint=bool(run.checkpoints))
             break
         except torch.OutOfMemoryError:
             if WORLD > 1 or plan["micro_batch"] == 1:
                 raise
-        # Retry from the last good step, with a smaller micro-batch.
-        step = trainer.state.global_step
-        if step > run.last_step:
+        # Retry from the last good step.
+        if trainer.state.global_step > run.last_step:
             trainer._save_checkpoint(trainer.model, None)
         batch = plan["micro_batch"] * plan["accumulation"]
         size = max(n for n in range(1, plan["micro_batch"]) if batch % n == 0)
         log(f"out of memory: retrying with micro-batch {size}, same effective batch")
         plan = {**plan, "micro_batch": size, "accumulation": batch // size}
-        run.update(plan=plan, out_of_memory_at=step)
+        run.update(plan=plan)
         del trainer
         gc.collect()
         torch.cuda.empty_cache()
@@ -2408,15 +2403,15 @@ def train_run(config: TrainConfig, run: Run, resume: bool = False) -> tuple[Load
     """Trains a new run or resumes one; returns the model with its adapter and the held-out rows."""
     revisions = run.record.get("model_revisions", {}) if resume else {}
     log_header("run", str(run))
-    config, rows, tokenizer = prepare_training(config, revisions.get(config.model), True)
+    revision = revisions.get(config.model)
+    config, rows, tokenizer = prepare_training(config, revision=revision, for_training=True)
     gpus = len(list(Path("/proc/driver/nvidia/gpus").glob("*")))
     if WORLD == 1 and gpus > 1:
-        log(f"note: 1 of {gpus} GPUs is used; for all: torchrun --nproc-per-node {gpus} -- …")
+        log(f"note: using 1 of {gpus} GPUs; for all: torchrun --nproc-per-node {gpus} -- …")
 
     with run.track_status(config, resume), track_in_wandb(config, run):
         record_rows(run, config, rows)
 
-        # The model, and the plan that fits a step into memory.
         log("loading the model")
         loaded = LoadedModel.load(config, config.lang, revisions, tokenizer, for_training=True)
         weights = torch.cuda.memory_allocated() or loaded.model.get_memory_footprint()
@@ -2426,7 +2421,6 @@ def train_run(config: TrainConfig, run: Run, resume: bool = False) -> tuple[Load
         run.update(model_revisions=loaded.revisions, device=device_name(), plan=plan)
         loaded.add_adapter(config, plan["layers"] - plan["checkpointed_layers"])
 
-        # The training.
         started = time.monotonic()
         if run.last_step < config.max_steps:
             log("training; the first step compiles kernels")
@@ -2456,8 +2450,8 @@ def record_rows(run: Run, config: TrainConfig, rows: PreparedData) -> None:
         return
     known = run.record.get("dataset_fingerprint", rows.fingerprint)
     if known != rows.fingerprint:
-        hint = "pass the rows it was trained on, or start a new run with `train`"
-        raise UserError(f"--resume {run}: the rows differ from those it was trained on.", hint=hint)
+        hint = "pass the rows it was trained on, or start a new run"
+        raise UserError(f"--resume {run}: the rows differ from before.", hint=hint)
     run.update(rows=rows.row_counts, dataset_fingerprint=rows.fingerprint)
     names = dict(zip(("question", "thought", "answer"), RECIPE_COLUMNS, strict=True))
     held_out = rows.held_out.select_columns(list(names)).rename_columns(names)
@@ -2467,8 +2461,8 @@ def record_rows(run: Run, config: TrainConfig, rows: PreparedData) -> None:
 
 
 def save_adapter(loaded: LoadedModel, config: TrainConfig, run: Run) -> None:
-    """Writes the adapter, and deletes artifacts derived from an earlier one."""
-    # It names the model that was given, not the quantized copy that was loaded.
+    """Writes the adapter; deletes what was derived from an earlier one."""
+    # It names the model that was given, not its quantized copy.
     loaded.model.peft_config["default"].base_model_name_or_path = config.model
     with atomic_path(run / "adapter") as partial:
         loaded.model.save_pretrained(partial)
@@ -4051,23 +4045,23 @@ def tokenized_rows(
 
 
 def use_recipe(context: typer.Context, name: str) -> str:
-    """Makes a recipe's settings the defaults of this command line."""
+    """Makes a recipe's settings the defaults."""
     context.default_map = {**RECIPES[name], **(context.default_map or {})}
     return name
 
 
 def use_settings(context: typer.Context, file: Path | None) -> Path | None:
-    """Makes the settings in a YAML or JSON file the defaults of this command line."""
+    """Makes the settings in a YAML or JSON file the defaults."""
     if not file:
         return None
     try:
-        settings = dict(yaml.safe_load(file.read_text(encoding="utf-8")))
-    except (OSError, ValueError, TypeError, yaml.YAMLError) as error:
+        settings = dict(yaml.safe_load(file.read_bytes()))
+    except Exception as error:
         raise typer.BadParameter(f"{file} is no file of settings: {error}") from error
     settings = {str(name).replace("-", "_"): value for name, value in settings.items()}
     for name in settings:
         if not hasattr(TrainConfig, name):
-            raise typer.BadParameter(f"{file}: `train` has no setting {name}")
+            raise typer.BadParameter(f"{file}: unknown setting {name}")
     if isinstance(settings.get("target_modules"), list):
         settings["target_modules"] = ",".join(settings["target_modules"])
     if "max_steps" in settings:
@@ -4088,8 +4082,6 @@ SETTINGS_OPTION = typer.Option(
     "train --max-steps 60",
     "train --recipe thorough --dry-run",
     "train --dataset rows.csv --split train --epochs 1 --eval-rows 20",
-    "train --resume",
-    "train --max-steps 60 --push user/DeepSeek-R1-Medical-COT",
 )
 def train(
     config: TrainConfig,
@@ -4104,19 +4096,16 @@ def train(
 ) -> dict[str, Any]:
     """Fine-tune, then answer one question before and after."""
     if run and not resume:
-        raise UserError(f"RUN {run} needs --resume.", hint="name a new run with --run-dir")
+        raise UserError(f"RUN {run} needs --resume.", hint="or: --max-steps N, --run-dir DIR")
     if resume and given & {"recipe", "settings_file"}:
         raise UserError("--resume uses the run's settings.", hint="omit --recipe and --config")
-    if {"epochs", "max_steps"} <= given:
-        raise UserError("--epochs and --max-steps both set the length.", hint="give one of them")
-    changes: dict[str, Any] = {"epochs": None} if "max_steps" in given else {}
+    if "max_steps" in given and "epochs" not in given:
+        config = dataclasses.replace(config, epochs=None)
     for name in ("model", "dataset"):
         path = Path(getattr(config, name))
         if path.exists():
-            changes[name] = str(path.absolute())
-    config = dataclasses.replace(config, **changes)
+            config = dataclasses.replace(config, **{name: str(path.absolute())})
 
-    # The run; what `push` would refuse is refused before the training.
     if resume:
         chosen = broadcast(None if RANK else run_to_resume(run))
         log(f"resuming {chosen} after step {chosen.last_step}")
@@ -4144,20 +4133,21 @@ def train(
 def summarize(run: Run) -> dict[str, Any]:
     """What `train` prints at its end."""
     record = run.record
-    command = f"{PROGRAM} {{}} --run {shlex.quote(str(run))}"
+    which = f"--run {shlex.quote(str(run))}"
+    commands = ["infer", "eval" if run.config.eval_rows else "save", "push --repo OWNER/NAME"]
     return {
         "run": str(run),
         "rows": prompts.describe_counts(record["rows"]),
         "train_loss": "{first} → {last}".format(**record["losses"]),
         "time": format_duration(record["seconds"]["train"]),
         "peak_memory_gib": record["peak_memory_gib"],
-        "adapter": str(run / "adapter"),
-        "next": [command.format(name) for name in ("infer", "eval", "push")],
+        "adapter": f"{run}/adapter",
+        "next": [f"{PROGRAM} {command} {which}" for command in commands],
     }
 
 
 def run_to_resume(place: Path | None) -> Run:
-    """The run that --resume names, also as hub:OWNER/NAME; by default the newest unfinished one."""
+    """The run that --resume names, or hub:OWNER/NAME; else the newest unfinished one."""
     if place is None:
         unfinished = [run for run in Run.all(*UNFINISHED) if run.last_step]
         if not unfinished:
@@ -4167,35 +4157,31 @@ def run_to_resume(place: Path | None) -> Run:
         return Run.find(place)
     repo = str(place).removeprefix("hub:")
     run = Run(RUNS / repo.replace("/", "--"))
-    if run.folder.exists():
-        hint = f"{run.resume_line}, or move it away"
-        raise UserError(f"--resume {place}: {run} already exists.", hint=hint)
+    run.check_new()
     export_hub_token()
-    patterns = ["checkpoints/*", *HUB_FILES]
-    folder = Path(huggingface_hub.snapshot_download(repo, allow_patterns=patterns))
+    wanted = ["checkpoints/*", *HUB_FILES]
+    folder = Path(huggingface_hub.snapshot_download(repo, allow_patterns=wanted))
     if not (folder / "run.json").exists():
-        raise UserError(f"--resume {place}: no run is stored there.", hint="check the name")
+        raise UserError(f"--resume {place}: no run is there.", hint="check the name")
     with atomic_path(run.folder) as partial:
         shutil.copytree(folder, partial)
     return run
 
 
 def resumed_config(run: Run, config: TrainConfig, given: set[str]) -> TrainConfig:
-    """The run's settings with those `given`; raises for those that may not change."""
+    """The run's settings with those `given`; raises if one may not change."""
     settings = run.config
     if run.record["status"] == "finished" and (run / "adapter").exists():
-        hint = "`push` it, or start a new run with `train`"
-        raise UserError(f"--resume {run}: already finished, {settings.max_steps} steps.", hint=hint)
+        hint = "`push` it, or start a new run"
+        raise UserError(f"--resume {run}: it is already finished.", hint=hint)
     changed = {}
     for name in given.intersection(dataclasses.asdict(settings)):
         before = getattr(settings, name)
         changed[name] = getattr(config, name)
-        is_path = name in ("model", "dataset") and Path(before).is_absolute()
-        moved = is_path and not Path(before).exists()  # or on another machine
-        if changed[name] != before and name not in RESUME_MAY_CHANGE and not moved:
+        missing = str(before).startswith("/") and not Path(before).exists()
+        if changed[name] != before and name not in RESUME_MAY_CHANGE and not missing:
             flag = f"--{name.replace('_', '-')}"
-            message = f"--resume {run}: {flag} was {before}, now {changed[name]}."
-            raise UserError(message, hint=f"omit {flag}, or start a new run with `train`")
+            raise UserError(f"--resume {run}: {flag} was {before}.", hint=f"omit {flag}")
     return dataclasses.replace(settings, **changed)
 
 

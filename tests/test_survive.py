@@ -218,7 +218,7 @@ def test_finished_run_is_not_resumed_unless_its_adapter_is_lost(undisturbed, tol
     run = Run(shutil.copytree(undisturbed.folder, tmp_path / "runs" / "a"))
     assert "nothing to resume under runs/" in told(["train", "--resume"]).err
     refused = told(["train", "--resume", "runs/a"])
-    assert refused.code == 1 and "already finished, 6 steps" in refused.err
+    assert refused.code == 1 and "already finished" in refused.err
     shutil.rmtree(run / "adapter")
     said = told(["infer", "Why?", "--run", "runs/a"]).err
     line = re.search(r"finetune_r1.py (train --resume runs/a)`", said)
@@ -232,16 +232,16 @@ def test_newest_run_with_a_checkpoint_is_the_default(stopped, told):
     shutil.rmtree(empty / "checkpoints")
     empty.update(status="failed", ended="2999-01-01T00:00:00+0000")
     resumed = told(["train", "--resume", "--lora-r", 8], stopped.folder.parent.parent)
-    assert "resuming runs/stopped after step 3" in resumed.err and "was 16, now 8" in resumed.err
+    assert "resuming runs/stopped after step 3" in resumed.err and "--lora-r was 16" in resumed.err
 
 
 @pytest.mark.parametrize(
     ("changed", "said"),
     [
-        ({"lora_r": 8}, "--lora-r was 16, now 8"),
+        ({"lora_r": 8}, "--lora-r was 16"),
         ({"learning_rate": 1e-3}, "--learning-rate was 0.01"),
         ({"model": "some/other"}, "--model was"),
-        ({"max_steps": 8}, "--max-steps was 6, now 8"),
+        ({"max_steps": 8}, "--max-steps was 6"),
     ],
 )
 def test_resume_with_different_settings_is_refused_by_name(interrupted, config, changed, said):
