@@ -34,7 +34,6 @@ import io
 import json
 import logging
 import math
-import operator
 import os
 import random
 import re
@@ -43,7 +42,6 @@ import shlex
 import shutil
 import signal
 import statistics
-import subprocess
 import sys
 import tempfile
 import textwrap
@@ -147,11 +145,10 @@ LOSS_TOKENS = 8192  # in one batch where losses are measured on a GPU
 WORKSPACE = 0.35 * GIB  # what the libraries hold
 MICRO_BATCH_TOKENS = 2000  # the fixed cost of a micro-batch, in tokens
 RECOMPUTE = 0.4  # the cost of recomputing all activations, as a share of a step
-FOUR_BIT = 0.52  # bytes of a 4-bit weight, with its share of the tables
+FOUR_BIT = 0.72  # bytes of a weight in 4-bit, some of which stay in 16-bit
 OLD_GPU_SHARE = 0.93  # of the limit, on cards below compute capability 8
 CHECKPOINT_SECONDS = 300
-# What --hub-checkpoints keeps of a run, where, and how long the end waits for the upload.
-HUB_FOLDER = "run-to-resume"
+# What --hub-checkpoints keeps of a run, and how long the end waits for the upload.
 HUB_FILES = ["run.json", "config.json", "held_out.jsonl", "trained.json"]
 HUB_SECONDS = 600
 
@@ -286,7 +283,7 @@ class TrainConfig(SamplingConfig, DataConfig):
     )
     max_steps: int = option(60, "Optimizer steps.", min=1)
     epochs: float | None = option(None, "Number of epochs (replaces --max-steps).", min=0.01)
-    warmup_steps: int = option(5, "Warmup steps.", min=0)
+    warmup_steps: int = option(5, "Warmup steps, at most half of all.", min=0)
     warmup_ratio: float | None = option(
         None, "Warmup as a fraction of total steps.", min=0, max=0.5
     )
@@ -373,10 +370,6 @@ def check_config(config: TrainConfig) -> None:
         problems.append(
             f"--micro-batch {config.micro_batch} must divide the per-process batch of {batch} "
             f"({divisors})"
-        )
-    if config.warmup_steps > config.max_steps and not config.epochs:
-        problems.append(
-            f"--warmup-steps {config.warmup_steps} exceeds --max-steps {config.max_steps}"
         )
     if config.keep_best and not config.eval_rows:
         problems.append("--keep-best needs held-out rows: add --eval-rows")
@@ -468,6 +461,11 @@ def progress(values: Iterable[Any], label: str) -> Any:
     """A progress bar on stderr."""
     hidden = RANK > 0 or Console.quiet
     return tqdm_auto.tqdm(values, label, leave=False, mininterval=5, disable=hidden)
+
+
+def format_duration(seconds: float) -> str:
+    """Seconds, or minutes from two on."""
+    return f"{seconds:.0f} s" if seconds < 120 else f"{seconds / 60:.0f} min"
 
 
 def format_size(size: float) -> str:
@@ -1874,25 +1872,16 @@ def answer_printer(tokenizer: Any) -> Any:
 
 
 # -------------------------------------------------------------------------------------------- training
-# Fine-tunes a LoRA adapter: the fastest step that fits in memory, a checkpoint at every stop, a resumed
-# run equal to an undisturbed one (bit for bit on a CPU), no NaN saved. TRL, transformers and Accelerate
-# do loop, optimizer, best checkpoint and DDP; Unsloth makes the layers fast.
+# Fine-tunes a LoRA adapter: the fastest step that fits in memory, a checkpoint at every stop, resumed bit
+# for bit on a CPU, no NaN saved. TRL, transformers and Accelerate do loop, optimizer, best checkpoint and
+# DDP; Unsloth makes the layers fast.
 
 
 def processes() -> Any:
     """Initialises torch.distributed (NCCL on GPUs, gloo on CPUs); None for one process."""
     if WORLD == 1:
         return None
-    on_cpu = not torch.cuda.is_available()
-    if on_cpu:
-        os.environ["ACCELERATE_TORCH_DEVICE"] = "cpu"  # torch loads no optimizer to its "cpu:0"
-    return accelerate.PartialState(cpu=on_cpu)
-
-
-def barrier() -> None:
-    """Waits for all processes."""
-    if WORLD > 1:
-        processes().wait_for_everyone()
+    return accelerate.PartialState(cpu=not torch.cuda.is_available())
 
 
 def broadcast(value: Any) -> Any:
@@ -1900,366 +1889,223 @@ def broadcast(value: Any) -> Any:
     return accelerate_utils.broadcast_object_list([value])[0] if processes() else value
 
 
-def linear_layers(model: Any) -> Iterator[tuple[str, Any]]:
-    """The linear layers of a model except its head, each with the last part of its name."""
-    for path, module in model.named_modules():
-        if isinstance(module, torch.nn.Linear) and module is not model.get_output_embeddings():
-            yield path.rpartition(".")[2], module
-
-
 def adapter_sizes(model: Any, config: TrainConfig) -> dict[str, int]:
     """LoRA parameters by name of layer; raises for --target-modules that `model` lacks."""
     sizes: dict[str, int] = {}
-    for name, layer in linear_layers(model):
-        added = config.lora_r * (layer.in_features + layer.out_features)
-        sizes[name] = sizes.get(name, 0) + added
+    for path, layer in model.named_modules():
+        if isinstance(layer, torch.nn.Linear) and layer is not model.get_output_embeddings():
+            name = path.rpartition(".")[2]
+            added = config.lora_r * (layer.in_features + layer.out_features)
+            sizes[name] = sizes.get(name, 0) + added
     if config.target_modules == "all-linear":
         return sizes
-    names = [name.strip() for name in config.target_modules.split(",")]
-    unknown = sorted(set(names) - sizes.keys())
-    if unknown:
-        raise UserError(
-            f"--target-modules: the model has no linear layer {', '.join(unknown)}.",
-            hint=f"choose from {', '.join(sizes)}, or all-linear",
-        )
+    names = config.target_modules.replace(" ", "").split(",")
+    for name in names:
+        if name not in sizes:
+            raise UserError(f"--target-modules: no layer {name}.", f"use {', '.join(sizes)}")
     return {name: sizes[name] for name in names}
 
 
-def optimizer_bytes(config: TrainConfig) -> int:
-    """Bytes of optimizer state per parameter."""
-    return 2 if "8bit" in config.optim else 8
+def make_plan(model: Any, weights: float, lengths: Any, config: TrainConfig) -> dict[str, Any]:
+    """The fastest micro-batch and checkpointing that fit, else the smallest.
 
-
-def run_size(model: Any, config: TrainConfig) -> int:
-    """Bytes of a run folder: the adapter, and checkpoints of adapter and optimizer."""
-    checkpoint = sum(adapter_sizes(model, config).values()) * (4 + optimizer_bytes(config))
-    return checkpoint * (config.keep_checkpoints + config.keep_best + 2)
-
-
-class Memory(NamedTuple):
-    """What a plan has to fit into, in bytes."""
-
-    limit: float
-    resident: float  # weights, adapter, gradients, optimizer, workspace
-    layers: int
-    token_in_layer: float  # activations stored per token and layer for backward
-    partly: bool = True  # whether some layers can keep theirs, or only all or none
-    token_in_loss: float = 0.0
-
-
-def measure_memory(model: Any, weights: float, config: TrainConfig) -> Memory:
-    """The memory for training `model`, without adapter yet, whose weights take `weights` bytes."""
-    shape = model.config
-    parameters = sum(adapter_sizes(model, config).values())
-    resident = weights + parameters * (4 + 4 + optimizer_bytes(config)) + WORKSPACE
-    stored = 3 * shape.intermediate_size + 3.3 * shape.hidden_size  # numbers, as measured
-    limit = memory_limit(config)
-    layers = shape.num_hidden_layers
-    if not torch.cuda.is_available():
-        # Logits, softmax and gradient in float32, most of which Unsloth avoids on a GPU.
-        loss = 3 * 4 * shape.vocab_size
-        return Memory(limit, resident, layers, 4 * stored, partly=False, token_in_loss=loss)
-    if is_old_gpu():
-        # Unsloth repeats keys and values for all heads; 1.1 GiB more than planned were reserved.
-        stored += 2 * (shape.num_attention_heads - shape.num_key_value_heads) * head_size(shape)
-        limit *= OLD_GPU_SHARE
-    return Memory(limit, resident, layers, 2 * stored)
-
-
-def make_plan(lengths: Sequence[int], config: TrainConfig, memory: Memory) -> dict[str, Any]:
-    """The fastest micro-batch, and number of layers that keep their activations, for the memory.
-
-    `lengths` are the rows' tokens. Where nothing fits, the smallest peak is taken.
+    `model` has no adapter yet and takes `weights` bytes; `lengths` are the rows' tokens.
     """
+    shape = model.config
+    layers = shape.num_hidden_layers
+    parameters = sum(adapter_sizes(model, config).values())
+    optimizer = 2 if "8bit" in config.optim else 8
+    checkpoints = config.keep_checkpoints + config.keep_best + 2
+    limit = memory_limit(config)
+    resident = weights + parameters * (4 + 4 + optimizer) + WORKSPACE
+    in_layer = 2 * (3 * shape.intermediate_size + 3.3 * shape.hidden_size)  # bytes, as measured
+    in_loss = 0
+    if not torch.cuda.is_available():  # float32, and logits, which Unsloth avoids on a GPU
+        in_layer *= 2
+        in_loss = 12 * shape.vocab_size
+    elif is_old_gpu():  # keys and values are repeated for all heads
+        in_layer += 4 * (shape.num_attention_heads - shape.num_key_value_heads) * head_size(shape)
+        limit *= OLD_GPU_SHARE
+
     batch = config.effective_batch // WORLD
     tokens = sum(lengths) / len(lengths) * batch
-    # Draw up to 20,000 rows as training does, to find the longest micro-batch.
-    wanted = min(config.max_steps * config.effective_batch, 20_000)
-    shuffle = random.Random(config.seed)
-    drawn: list[int] = []
-    while len(drawn) < wanted:
-        drawn += shuffle.sample(lengths, len(lengths))
-
-    sizes = [size for size in range(1, batch + 1) if batch % size == 0]
-    if config.micro_batch:
-        sizes = [config.micro_batch]
-    kept_choices = {
-        "none": [memory.layers],
-        "unsloth": [0],
-        "auto": range(0, memory.layers + 1, 1 if memory.partly else memory.layers),
-    }
-    choices = []
-    for size in sizes:
-        at_once = max(sum(drawn[i : i + size]) for i in range(0, wanted, size))
-        for kept in kept_choices[config.gradient_checkpointing]:
-            per_token = memory.token_in_layer * (kept + 1) + memory.token_in_loss
-            recompute = tokens * RECOMPUTE * (1 - kept / memory.layers)
-            cost = batch / size * MICRO_BATCH_TOKENS + tokens + recompute
-            peak = memory.resident + at_once * per_token
-            choices.append({"size": size, "kept": kept, "peak": peak, "cost": cost})
-    fits = [choice for choice in choices if choice["peak"] <= memory.limit]
-    best = min(fits or choices, key=operator.itemgetter("cost" if fits else "peak"))
-    return {
-        "effective_batch": config.effective_batch,
-        "processes": WORLD,
-        "micro_batch": best["size"],
-        "accumulation": batch // best["size"],
-        "kept_layers": best["kept"],
-        "layers": memory.layers,
-        "estimated_peak_gib": round(best["peak"] / GIB, 1),
-        "steps": config.max_steps,
-        "epochs": round(config.max_steps * config.effective_batch / len(lengths), 2),
-        "tokens_per_step": round(tokens * WORLD),
-    }
+    drawn = random.Random(config.seed).sample(lengths, len(lengths))
+    best: dict[str, Any] = {}
+    lowest_cost = math.inf
+    for size in [config.micro_batch] if config.micro_batch else range(1, batch + 1):
+        if batch % size:
+            continue
+        at_once = max(sum(drawn[i : i + size]) for i in range(0, len(drawn), size))
+        kept = int(((limit - resident) / at_once - in_loss) / in_layer) - 1
+        kept = min(layers, max(0, kept))
+        kept = {"none": layers, "unsloth": 0}.get(config.gradient_checkpointing, kept)
+        peak = resident + at_once * (in_layer * (kept + 1) + in_loss)
+        cost = batch / size * MICRO_BATCH_TOKENS + tokens * (1 + RECOMPUTE * (1 - kept / layers))
+        if not best or (peak <= limit and cost < lowest_cost):
+            lowest_cost = cost
+            best = {
+                "steps": config.max_steps,
+                "effective_batch": config.effective_batch,
+                "processes": WORLD,
+                "micro_batch": size,
+                "accumulation": batch // size,
+                "layers": layers,
+                "checkpointed_layers": layers - kept,
+                "estimated_peak_gib": round(peak / GIB, 1),
+                "run_mb": round(parameters * (4 + optimizer) * checkpoints / 1e6, 1),
+            }
+    return best
 
 
-def plan_text(plan: dict[str, Any]) -> str:
-    """A plan in words."""
-    split = f"micro-batch {plan['micro_batch']} × accumulation {plan['accumulation']}"
-    if plan["processes"] > 1:
-        split += f" × {plan['processes']} processes"
-    recomputed = plan["layers"] - plan["kept_layers"]
-    return (
-        f"{plan['steps']} steps of {plan['effective_batch']} rows ({split}), "
-        f"{plan['epochs']} epochs, {plan['tokens_per_step']:,} tokens per step; activation "
-        f"checkpointing {'on' if recomputed else 'off'} ({recomputed}/{plan['layers']} layers); "
-        f"estimated peak {plan['estimated_peak_gib']} GiB"
-    )
+def prepare_training(config: TrainConfig, **options: Any) -> tuple[TrainConfig, PreparedData, Any]:
+    """Settings, rows and tokenizer; `options` are those of `tokenized_rows`."""
+    check_config(config)
+    rows, tokenizer = tokenized_rows(config, **options)
+    if config.epochs:
+        steps = math.ceil(config.epochs * len(rows.used) / config.effective_batch)
+        config = dataclasses.replace(config, max_steps=max(1, steps))
+    log(f"settings {changed_settings(config)}")
+    log(f"rows     {prompts.describe_counts(rows.row_counts)}")
+    return config, rows, tokenizer
 
 
-def estimate_cost(config: TrainConfig, lengths: Sequence[int]) -> dict[str, str]:
-    """Plan and disk of a training on rows of `lengths` tokens, without loading weights."""
+def estimate_cost(config: TrainConfig) -> dict[str, Any]:
+    """Rows, plan and disk of a training, without loading weights."""
+    config, rows, _ = prepare_training(config)
     model = load_meta_model(download_model(config.model, weights=False))
-    in_layers = sum(layer.weight.numel() for _, layer in linear_layers(model))
-    each = FOUR_BIT if config.load_in_4bit else 2
-    weights = in_layers * each + (model.num_parameters() - in_layers) * 2
-    plan = make_plan(lengths, config, measure_memory(model, weights, config))
-
-    run = run_size(model, config)
-    try:
-        missing = weights_size(four_bit_name(config))[1]
-        download = f"{format_size(missing)} to download" if missing else "weights cached"
-    except (httpx.HTTPError, OSError):
-        download = "download size unknown (Hub not reached)"
-    free = shutil.disk_usage(".").free
-    disk = f"{download}, {format_size(run)} for the run, {format_size(free)} free"
-    return {"plan": plan_text(plan), "disk": disk}
+    weights = model.num_parameters() * (FOUR_BIT if config.load_in_4bit else 2)
+    plan = make_plan(model, weights, rows.used["tokens"][:], config)
+    download = format_size(weights_size(four_bit_name(config))[1])
+    free = format_size(shutil.disk_usage(".").free)
+    counts = prompts.describe_counts(rows.row_counts)
+    return {"rows": counts, "plan": plan, "disk": f"{download} to download, {free} free"}
 
 
-@contextlib.contextmanager
-def stop_after_step() -> Iterator[list[int]]:
-    """Collects a first signal to stop, so that the step can end; a second one quits immediately."""
-    stop: list[int] = []
-    noted = 0.0
+class TrainingEvents:
+    """A callback's methods (see train_steps): logs, checks, checkpoints, stops."""
 
-    def note(number: int, frame: Any) -> None:
-        nonlocal noted
-        repeated = WORLD > 1 and time.monotonic() - noted < 1  # torchrun passes on the terminal's
-        if stop and not repeated:
+    def __init__(self, run: Run, config: TrainConfig):
+        self.run = run
+        self.config = config
+        self.stop: list[int] = []
+        self.logged_step = run.last_step
+        self.started_at = self.logged_at = self.saved_at = time.monotonic()
+        self.skipped = 0
+        self.upload_thread: Any = None
+
+    def on_signal(self, number: int, frame: Any) -> None:
+        """Lets the step end at a first signal to stop, and quits at a second one."""
+        if self.stop and WORLD == 1:  # torchrun passes on the terminal's: there each comes twice
             interrupt(number)
-        noted = time.monotonic()
-        stop.append(number)
+        self.stop.append(number)
         with contextlib.suppress(OSError):  # the terminal may be gone
             os.write(2, b"\nstopping after this step; press Ctrl-C again to quit immediately\n")
 
-    before = {number: signal.signal(number, note) for number in STOP_SIGNALS}
-    try:
-        yield stop
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
+    def on_step_end(self, args: Any, state: Any, control: Any, **trained: Any) -> None:
+        """Saves every five minutes, at --save-steps, at the end and after a signal to stop."""
+        self.skipped += getattr(trained["optimizer"], "step_was_skipped", False)
+        due = time.monotonic() - self.saved_at > CHECKPOINT_SECONDS
+        if self.config.save_steps and state.global_step % self.config.save_steps == 0:
+            due = True
+        stopping = bool(self.stop)
+        if WORLD > 1:  # what one process decides, all do
+            flags = torch.tensor([due, stopping], dtype=torch.int32, device=args.device)
+            torch.distributed.all_reduce(flags, torch.distributed.ReduceOp.MAX)
+            due, stopping = map(bool, flags.tolist())
+        if stopping:
+            control.should_training_stop = True
+            self.stop.append(signal.SIGTERM)  # another process may have received it
+        if due or control.should_training_stop:
+            control.should_save = True
+        if control.should_save:
+            control.should_log = True  # comes first, and checks what is saved
 
+    def on_log(self, args: Any, state: Any, control: Any, logs: Any, model: Any, **_: Any) -> None:
+        """Logs to console, metrics.jsonl and W&B; raises if the loss or weights are NaN."""
+        name = "loss" if "loss" in logs else "eval_loss"
+        if name not in logs:
+            return
+        line = f"step {state.global_step:05d}/{state.max_steps:05d}  {name} {logs[name]:.4f}"
+        finite = all(each.isfinite().all() for each in model.parameters() if each.requires_grad)
+        if not finite or not 0 < logs[name] < math.inf:
+            hint = "inspect the rows with `format`, or lower --learning-rate"
+            raise UserError(f"{line}: the loss or weights are not finite.", hint=hint)
+        now = time.monotonic()
+        pace = (now - self.logged_at) / max(1, state.global_step - self.logged_step)
+        left = format_duration(pace * (state.max_steps - state.global_step))
+        log(f"{line}  {pace:.2f} s/step  {left} left")
+        self.logged_step = state.global_step
+        self.logged_at = now
+        # Checkpoints hold the history, so a resumed run's file has every step once.
+        state.log_history[-1]["seconds"] = round(now - self.started_at, 3)
+        if RANK == 0:
+            write_jsonl(self.run / "metrics.jsonl", state.log_history)
+        if self.config.wandb and wandb.run:
+            with contextlib.suppress(Exception):  # W&B's own process may be gone
+                wandb.log(transformers.integrations.rewrite_logs(logs), step=state.global_step)
 
-def checkpoint_callback(config: TrainConfig, stop: list[int]) -> Any:
-    """Checkpoints every five minutes, at --save-steps, at the end, and when `stop` has a signal."""
+    def on_save(self, *_: Any, **__: Any) -> None:
+        self.saved_at = time.monotonic()
+        busy = self.upload_thread and self.upload_thread.is_alive()
+        if self.config.hub_checkpoints and RANK == 0 and not busy:
+            # A daemon, so that a silent Hub never keeps the process alive.
+            self.upload_thread = threading.Thread(target=self.upload, daemon=True)
+            self.upload_thread.start()
 
-    class Checkpoints(transformers.TrainerCallback):  # type: ignore
-        saved = time.monotonic()
+    def upload(self) -> None:
+        """Uploads the newest checkpoint; a failure never ends the training."""
+        repo = self.config.hub_checkpoints
+        try:
+            newest = self.run.checkpoints[-1].name
+            api = huggingface_hub.HfApi()
+            api.create_repo(repo, private=True, exist_ok=True)
+            if not api.model_info(repo).private:
+                raise ValueError("the repository is public")
+            api.upload_folder(
+                repo_id=repo,
+                folder_path=self.run.folder,
+                allow_patterns=[f"checkpoints/{newest}/*", *HUB_FILES],
+                ignore_patterns=["*.bin", "*README.md"],  # a pickle, and an empty card
+                delete_patterns="checkpoints/*",
+            )
+        except Exception as error:
+            log(f"note: checkpoint not uploaded to {repo}: {error}")
 
-        def on_save(self, *_: Any, **__: Any) -> None:
-            self.saved = time.monotonic()
-
-        def on_step_end(self, args: Any, state: Any, control: Any, model: Any, **_: Any) -> None:
-            due = time.monotonic() - self.saved > CHECKPOINT_SECONDS
-            if config.save_steps and state.global_step % config.save_steps == 0:
-                due = True
-            stopping = bool(stop)
-            if WORLD > 1:  # what one process decides, all do
-                flags = torch.tensor([due, stopping], dtype=torch.int32, device=args.device)
-                torch.distributed.all_reduce(flags, torch.distributed.ReduceOp.MAX)
-                due, stopping = map(bool, flags.tolist())
-            if stopping:
-                control.should_training_stop = True
-                stop.append(signal.SIGTERM)  # another process may have received it
-            if due or control.should_training_stop:
-                control.should_save = True
-            if not control.should_save:
-                return
-            control.should_log = True  # comes first: checks the losses, and none is lost
-            for weights in model.parameters():
-                if weights.requires_grad and not weights.isfinite().all():
-                    raise UserError(
-                        f"non-finite weights after step {state.global_step}.",
-                        hint="lower --learning-rate; earlier checkpoints are intact",
-                    )
-
-    return Checkpoints()
-
-
-def log_callback(run: Run, tokens_per_step: int) -> Any:
-    """Prints step lines, writes metrics.jsonl, and stops at a loss that is NaN, infinite or 0."""
-
-    class StepLog(transformers.TrainerCallback):  # type: ignore
-        def on_train_begin(self, args: Any, state: Any, *_: Any, **__: Any) -> None:
-            self.started = self.paced_at = time.monotonic()
-            self.paced = state.global_step
-            self.skipped = 0
-
-        def on_step_end(self, args: Any, state: Any, *_: Any, optimizer: Any, **__: Any) -> None:
-            self.skipped += getattr(optimizer, "step_was_skipped", False)
-            if sys.stderr.isatty():
-                log("\033[K" + self.line(state), end="\r")
-
-        def on_log(self, args: Any, state: Any, *_: Any, logs: Any, **__: Any) -> None:
-            if "loss" in logs:
-                if not 0 < logs["loss"] < math.inf:
-                    raise UserError(
-                        f"non-finite loss ({logs['loss']}) at {self.step(state)}.",
-                        hint="inspect the rows with `format`, or lower --learning-rate",
-                    )
-                log(self.line(state, f"  loss {logs['loss']:.4f}  lr {logs['learning_rate']:.1e}"))
-            elif "eval_loss" in logs:
-                log(f"{self.step(state)}  eval loss {logs['eval_loss']:.4f}")
-            else:
-                return
-            self.paced = state.global_step
-            self.paced_at = time.monotonic()
-            # Checkpoints hold the history, so a resumed run's file has every step once.
-            state.log_history[-1]["seconds"] = round(self.paced_at - self.started, 3)
-            if RANK == 0:
-                write_jsonl(run / "metrics.jsonl", state.log_history)
-
-        def step(self, state: Any) -> str:
-            return f"step {state.global_step:05d}/{state.max_steps:05d}"
-
-        def line(self, state: Any, losses: str = "") -> str:
-            text = self.step(state) + losses
-            if state.global_step == 1:  # compiles kernels
-                return text
-            steps = max(1, state.global_step - self.paced)
-            pace = (time.monotonic() - self.paced_at) / steps
-            left = pace * (state.max_steps - state.global_step) / 60
-            speed = f"{pace:.2f} s/step  {tokens_per_step / pace:.0f} tok/s"
-            return f"{text}  {speed}  {left:.0f} min left"
-
-        def on_train_end(self, *_: Any, **__: Any) -> None:
-            if self.skipped:
-                log(f"{self.skipped} steps skipped by the fp16 GradScaler (inf/NaN gradients)")
-
-    return StepLog()
-
-
-def hub_callback(run: Run, repo: str) -> Any:
-    """Uploads the newest checkpoint to a private repository, in the background.
-
-    A failure is noted once and retried with the next checkpoint; it never ends the training.
-    """
-
-    class HubCheckpoints(transformers.TrainerCallback):  # type: ignore
-        thread: Any = None
-        uploaded = ""
-        failed = False
-
-        def on_save(self, *_: Any, **__: Any) -> None:
-            if not self.thread or not self.thread.is_alive():
-                # A daemon, so that a silent Hub never keeps the process alive.
-                self.thread = threading.Thread(target=self.upload, daemon=True)
-                self.thread.start()
-
-        def upload(self) -> None:
-            try:
-                newest = run.checkpoints[-1].name
-                api = huggingface_hub.HfApi()
-                api.create_repo(repo, private=True, exist_ok=True)
-                if not api.model_info(repo).private:
-                    raise ValueError("the repository is public")
-                api.upload_folder(
-                    repo_id=repo,
-                    folder_path=run.folder,
-                    path_in_repo=HUB_FOLDER,
-                    allow_patterns=[f"checkpoints/{newest}/*", *HUB_FILES],
-                    ignore_patterns=["*.bin", "*README.md"],  # a pickle, and an empty card
-                    delete_patterns="checkpoints/*",
-                    commit_message=f"{newest} of {run.name}",
-                )
-                self.uploaded = newest
-            except Exception as error:
-                if not self.failed:
-                    log(f"note: checkpoint not uploaded to {repo}, retrying with the next: {error}")
-                self.failed = True
-
-        def on_train_end(self, *_: Any, **__: Any) -> None:
-            newest = run.checkpoints[-1].name
-            log(f"uploading {newest} to {repo}; `train --resume hub:{repo}` resumes it anywhere")
-            self.thread.join(HUB_SECONDS)
-            if self.uploaded != newest and not self.thread.is_alive():
-                self.on_save()  # that was an earlier one, or it failed
-                self.thread.join(HUB_SECONDS)
-            if self.uploaded != newest:
-                log(f"note: {repo} lacks {newest}, which is in {run}")
-
-    return HubCheckpoints()
-
-
-def wandb_callback() -> Any:
-    """The Trainer's W&B callback, which would end the training if W&B's own process dies."""
-
-    class LastingWandb(transformers.integrations.WandbCallback):  # type: ignore
-        def on_train_begin(self, *_: Any, **__: Any) -> None:
-            pass  # the first on_log sets up
-
-        def on_log(self, *arguments: Any, **options: Any) -> None:
-            with contextlib.suppress(Exception):
-                super().on_log(*arguments, **options)
-
-    return LastingWandb()
+    def on_train_end(self, *_: Any, **__: Any) -> None:
+        if self.skipped:
+            log(f"{self.skipped} steps skipped by the fp16 GradScaler (inf/NaN gradients)")
+        if self.upload_thread:
+            log("uploading the last checkpoint")
+            self.upload_thread.join(HUB_SECONDS)
+            self.upload()
 
 
 def training_arguments(config: TrainConfig, plan: dict[str, Any], run: Run) -> Any:
     """TRL's settings for a training by `plan`."""
     on_gpu = torch.cuda.is_available()
+    same = "max_steps learning_rate lr_scheduler_type optim weight_decay seed eval_steps".split()
     return trl.SFTConfig(
+        **{name: getattr(config, name) for name in same},
+        logging_steps=config.logging_steps,
+        warmup_steps=config.warmup_ratio or min(config.warmup_steps, config.max_steps // 2),
         output_dir=str(run / "checkpoints"),
-        report_to="none",
-        max_steps=config.max_steps,
-        warmup_steps=config.warmup_steps,
-        learning_rate=config.learning_rate,
-        lr_scheduler_type=config.lr_scheduler_type,
-        optim=config.optim,
-        weight_decay=config.weight_decay,
-        seed=config.seed,
-        data_seed=config.seed,
         max_length=config.max_seq_length,
         completion_only_loss=config.loss_on == "response",
         per_device_train_batch_size=plan["micro_batch"],
         gradient_accumulation_steps=plan["accumulation"],
-        gradient_checkpointing=plan["kept_layers"] < plan["layers"],
+        gradient_checkpointing=plan["checkpointed_layers"] > 0,
         bf16=compute_dtype(config) == "bfloat16",
         fp16=compute_dtype(config) == "float16",
         use_cpu=not on_gpu,
         pad_to_multiple_of=64 if on_gpu else None,  # odd sizes cost 4% of a step
         ddp_find_unused_parameters=False,
-        logging_steps=config.logging_steps,
         logging_first_step=True,
         logging_nan_inf_filter=False,
         disable_tqdm=True,
-        log_level_replica="error",
         eval_strategy="steps" if config.eval_rows else "no",
-        eval_steps=config.eval_steps,
         eval_on_start=config.eval_rows > 0 and not run.checkpoints,
-        per_device_eval_batch_size=1,  # in the memory there is
-        prediction_loss_only=True,
-        # Checkpoints come by time, from a callback; for the best one also at each evaluation.
+        per_device_eval_batch_size=1,
+        # Checkpoints come by time; for the best one also at each evaluation.
         save_strategy="steps" if config.keep_best else "no",
         save_steps=config.eval_steps,
         save_total_limit=config.keep_checkpoints + config.keep_best,
@@ -2267,107 +2113,85 @@ def training_arguments(config: TrainConfig, plan: dict[str, Any], run: Run) -> A
     )
 
 
-def halve_micro_batch(plan: dict[str, Any]) -> dict[str, Any]:
-    """The plan with at most half the micro-batch and the same effective batch."""
-    batch = plan["micro_batch"] * plan["accumulation"]
-    size = plan["micro_batch"] // 2
-    while batch % size:
-        size -= 1
-    log(f"out of memory: retrying with micro-batch {size}, same effective batch")
-    return {**plan, "micro_batch": size, "accumulation": batch // size}
-
-
 def train_steps(
-    loaded: LoadedModel,
-    rows: PreparedData,
-    config: TrainConfig,
-    plan: dict[str, Any],
-    run: Run,
-    tracked: bool,
+    loaded: LoadedModel, rows: PreparedData, config: TrainConfig, plan: dict[str, Any], run: Run
 ) -> None:
     """Trains from the newest checkpoint, if any, to the last step, or to the best one."""
+
+    class Callback(TrainingEvents, transformers.TrainerCallback):  # type: ignore
+        pass
+
     columns = ["input_ids", "completion_mask"]
-    train_rows = rows.used.select_columns(columns)
-    eval_rows = rows.held_out.select_columns(columns) if config.eval_rows else None
-    with stop_after_step() as stop:
-        callbacks = [checkpoint_callback(config, stop), log_callback(run, plan["tokens_per_step"])]
-        if tracked:
-            callbacks.append(wandb_callback())
-        if config.hub_checkpoints and RANK == 0:
-            callbacks.append(hub_callback(run, config.hub_checkpoints))
-        while True:
-            trainer = trl.SFTTrainer(
-                model=loaded.model,
-                args=training_arguments(config, plan, run),
-                processing_class=loaded.tokenizer,
-                train_dataset=train_rows,
-                eval_dataset=eval_rows,
-                callbacks=callbacks,
-            )
-            trainer.remove_callback(transformers.PrinterCallback)
-            newest = str(run.checkpoints[-1]) if run.checkpoints else None
-            try:
-                trainer.train(resume_from_checkpoint=newest)
-                break
-            except torch.OutOfMemoryError:
-                if WORLD > 1 or plan["micro_batch"] == 1:
-                    raise
-            # Retry from the last good step.
-            step = trainer.state.global_step
-            if step > run.last_step:
-                trainer._save_checkpoint(trainer.model, None)
-            plan = halve_micro_batch(plan)
-            run.update(plan=plan, out_of_memory_at=step)
-            del trainer
-            gc.collect()
-            torch.cuda.empty_cache()
-    if stop:
-        interrupt(stop[0])
-    barrier()  # the first process has written the checkpoints
-    if trainer.state.best_model_checkpoint:
-        log(f"best checkpoint by eval loss: {Path(trainer.state.best_model_checkpoint).name}")
+    callback = Callback(run, config)
+    for number in STOP_SIGNALS:
+        signal.signal(number, callback.on_signal)
+    while True:
+        trainer = trl.SFTTrainer(
+            loaded.model,
+            training_arguments(config, plan, run),
+            processing_class=loaded.tokenizer,
+            train_dataset=rows.used.select_columns(columns),
+            eval_dataset=rows.held_out.select_columns(columns) if config.eval_rows else None,
+            callbacks=[callback],
+        )
+        try:
+            trainer.train(resume_from_checkpoint=bool(run.checkpoints))
+            break
+        except torch.OutOfMemoryError:
+            if WORLD > 1 or plan["micro_batch"] == 1:
+                raise
+        # Retry from the last good step.
+        if trainer.state.global_step > run.last_step:
+            trainer._save_checkpoint(trainer.model, None)
+        batch = plan["micro_batch"] * plan["accumulation"]
+        size = max(n for n in range(1, plan["micro_batch"]) if batch % n == 0)
+        log(f"out of memory: retrying with micro-batch {size}, same effective batch")
+        plan = {**plan, "micro_batch": size, "accumulation": batch // size}
+        run.update(plan=plan)
+        del trainer
+        gc.collect()
+        torch.cuda.empty_cache()
+    for number in STOP_SIGNALS:
+        signal.signal(number, interrupt)
+    if callback.stop:
+        interrupt(callback.stop[0])
 
 
 def train_run(config: TrainConfig, run: Run, resume: bool = False) -> tuple[LoadedModel, Any]:
     """Trains a new run or resumes one; returns the model with its adapter and the held-out rows."""
-    config, rows, tokenizer = prepare_training(config, run, resume)
-    with run.track_status(config, resume), track_in_wandb(config, run) as tracked:
-        barrier()  # the first process has made the folder
+    revisions = run.record.get("model_revisions", {}) if resume else {}
+    log(f"run      {str(run)}")
+    revision = revisions.get(config.model)
+    config, rows, tokenizer = prepare_training(config, revision=revision, for_training=True)
+    gpus = len(list(Path("/proc/driver/nvidia/gpus").glob("*")))
+    if WORLD == 1 and gpus > 1:
+        log(f"note: using 1 of {gpus} GPUs; for all: torchrun --nproc-per-node {gpus} -- …")
+
+    with run.track_status(config, resume), track_in_wandb(config, run):
         record_rows(run, config, rows)
 
-        # The model, and the plan that fits a step into memory.
-        started = time.perf_counter()
         log("loading the model")
-        revisions = broadcast(run.record.get("model_revisions", {}) if resume else {})
         loaded = LoadedModel.load(config, config.lang, revisions, tokenizer, for_training=True)
-        seconds = {"load": round(time.perf_counter() - started, 1)}
-        weights = loaded.model.get_memory_footprint()
-        if torch.cuda.is_available():
-            weights = torch.cuda.memory_allocated()
-        memory = measure_memory(loaded.model, weights, config)
-        plan = broadcast(make_plan(rows.used["tokens"][:], config, memory))
-        log(f"plan      {plan_text(plan)}")
+        weights = torch.cuda.memory_allocated() or loaded.model.get_memory_footprint()
+        plan = broadcast(make_plan(loaded.model, weights, rows.used["tokens"][:], config))
+        log(f"plan     {str(plan)}")
+        check_room({run.folder: int(plan["run_mb"] * 1e6)}, "name a --run-dir elsewhere")
         run.update(model_revisions=loaded.revisions, device=device_name(), plan=plan)
-        check_room({run.folder: run_size(loaded.model, config)}, "name a --run-dir elsewhere")
+        loaded.add_adapter(config, plan["layers"] - plan["checkpointed_layers"])
 
-        # The training.
-        loaded.add_adapter(config, plan["kept_layers"])
-        # The adapter names the model that was given, not the quantized copy that was loaded.
-        loaded.model.peft_config["default"].base_model_name_or_path = config.model
-        started = time.perf_counter()
+        started = time.monotonic()
         if run.last_step < config.max_steps:
-            log("training; the first step takes longest, as kernels are compiled")
-            train_steps(loaded, rows, config, plan, run, tracked)
+            log("training; the first step compiles kernels")
+            train_steps(loaded, rows, config, plan, run)
         else:  # interrupted between the last step and the adapter
             newest = run.checkpoints[-1]
             best = read_json(newest / "trainer_state.json")["best_model_checkpoint"]
             load_adapter(loaded.model, newest.with_name(Path(best or newest).name))
         if RANK:
             return loaded, rows.held_out
-        save_adapter(loaded, run)
-        seconds["train"] = round(time.perf_counter() - started, 1)
-        losses = draw_losses(run)
-        run.update(saved={}, losses=losses, seconds=seconds, peak_memory_gib=peak_memory_gib())
+        save_adapter(loaded, config, run)
+        seconds = {"train": round(time.monotonic() - started, 1)}
+        run.update(losses=draw_losses(run), seconds=seconds, peak_memory_gib=peak_memory_gib())
 
         # The same question before and after, and the card.
         log("", "answering the same question before and after")
@@ -2378,103 +2202,47 @@ def train_run(config: TrainConfig, run: Run, resume: bool = False) -> tuple[Load
     return loaded, rows.held_out
 
 
-def prepare_training(
-    config: TrainConfig, run: Run, resume: bool
-) -> tuple[TrainConfig, PreparedData, Any]:
-    """Settings, rows and tokenizer; refuses what can be refused before anything large is loaded."""
-    check_config(config)
-    revision = None
-    if resume:
-        revision = run.record.get("model_revisions", {}).get(config.model)
-    elif RANK == 0:
-        run.check_new()
-    check_model(config, revision)
-    records = read_records(config)
-    check_columns(records, config)
-
-    # The rows, every one accounted for.
-    import_unsloth(for_training=True)
-    folder = download_model(config.model, weights=False, revision=revision)
-    tokenizer = load_tokenizer(folder)
-    rows = prepare_rows(records, tokenizer, config)
-    config = with_steps(config, len(rows.used))
-    log(f"run       {run}")
-    log(f"settings  {changed_settings(config)}")
-    log(f"rows      {prompts.describe_counts(rows.row_counts)}")
-    if WORLD == 1 and torch.cuda.is_available():
-        listed = subprocess.run("nvidia-smi -L", shell=True, capture_output=True, text=True)
-        gpus = len(listed.stdout.splitlines())
-        if gpus > 1:
-            line = f"torchrun --nproc-per-node {gpus} -- {shlex.join(sys.argv)}"
-            log(f"note: using 1 of {gpus} GPUs; for all of them: {line}")
-    return config, rows, tokenizer
-
-
 def record_rows(run: Run, config: TrainConfig, rows: PreparedData) -> None:
-    """Writes what the rows are into the run; raises if a resumed run's prompt or rows differ."""
-    current = {
-        "prompt_hash": hashlib.sha256(prompts.TEMPLATES[config.lang].encode()).hexdigest(),
-        "dataset_fingerprint": rows.fingerprint,
-    }
-    for name, value in current.items():
-        before = run.record.get(name, value)
-        if before != value:
-            raise UserError(
-                f"--resume {run}: the {name} was {before}, now {value}.",
-                hint="start a new run with `train`",
-            )
-    job = {name: os.environ[name] for name in ("JOB_ID", "ACCELERATOR") if name in os.environ}
-    run.update(rows=rows.row_counts, **current, **job)  # a rented machine names itself
-    if RANK == 0:
-        texts = ["question", "thought", "answer"]
-        columns = dict(zip(texts, RECIPE_COLUMNS, strict=True))
-        held_out = rows.held_out.select_columns(texts).rename_columns(columns)
-        write_jsonl(run / "held_out.jsonl", held_out)
-        hashes = sorted(question_hash(question) for question in rows.used["question"])
-        write_json(run / "trained.json", {"questions": hashes})
+    """Writes what the rows are into the run; raises if a resumed run's differ."""
+    if RANK:
+        return
+    known = run.record.get("dataset_fingerprint", rows.fingerprint)
+    if known != rows.fingerprint:
+        hint = "pass the rows it was trained on, or start a new run"
+        raise UserError(f"--resume {run}: the rows differ from before.", hint=hint)
+    run.update(rows=rows.row_counts, dataset_fingerprint=rows.fingerprint)
+    names = dict(zip(("question", "thought", "answer"), RECIPE_COLUMNS, strict=True))
+    held_out = rows.held_out.select_columns(list(names)).rename_columns(names)
+    write_jsonl(run / "held_out.jsonl", held_out)
+    hashes = sorted(question_hash(question) for question in rows.used["question"])
+    write_json(run / "trained.json", {"questions": hashes})
 
 
-def save_adapter(loaded: LoadedModel, run: Run) -> None:
-    """Writes the adapter, and deletes artifacts derived from an earlier one."""
+def save_adapter(loaded: LoadedModel, config: TrainConfig, run: Run) -> None:
+    """Writes the adapter; deletes what was derived from an earlier one."""
+    # It names the model that was given, not its quantized copy.
+    loaded.model.peft_config["default"].base_model_name_or_path = config.model
     with atomic_path(run / "adapter") as partial:
         loaded.model.save_pretrained(partial)
         save_tokenizer(loaded.tokenizer, partial, loaded.lang)
-        remove(partial / "README.md")  # PEFT's empty form; the run has a card of its own
-        run.update(adapter={path.name: file_hash(path) for path in partial.iterdir()})
-        for name in ("adapter", "merged", "gguf"):
-            remove(run / name)
-        for path in run.folder.glob("eval*"):
-            if path.suffix in (".json", ".png", ".html"):
+        remove(partial / "README.md")  # PEFT's empty form
+        hashes = {path.name: file_hash(path) for path in partial.iterdir()}
+        run.update(adapter=hashes, saved={})
+        for pattern in ("adapter", "merged", "gguf", "eval.*", "eval-*"):
+            for path in run.folder.glob(pattern):
                 remove(path)
-
-
-def with_steps(config: TrainConfig, rows: int) -> TrainConfig:
-    """The settings with the steps that --epochs over `rows` rows and --warmup-ratio come to."""
-    steps = config.max_steps
-    warmup = config.warmup_steps
-    if config.epochs:
-        steps = max(1, math.ceil(config.epochs * rows / config.effective_batch))
-        warmup = min(warmup, steps // 2)
-    if config.warmup_ratio is not None:
-        warmup = round(config.warmup_ratio * steps)
-    return dataclasses.replace(config, max_steps=steps, warmup_steps=warmup)
 
 
 def draw_losses(run: Run) -> dict[str, float]:
     """Draws loss.png from metrics.jsonl; returns the first and the last train loss."""
-    metrics = pandas.DataFrame(read_jsonl(run / "metrics.jsonl")).set_index("step")
-    figure, axes = pyplot.subplots(figsize=(7, 4), layout="constrained")
-    for name, label in (("loss", "train loss"), ("eval_loss", "eval loss")):
-        if name in metrics:
-            axes.plot(metrics[name].dropna(), marker=".", label=label)
-    axes.set(xlabel="step", ylabel="loss (nats per token)", title=run.name)
-    axes.locator_params(axis="x", integer=True)
-    axes.legend()
+    metrics = pandas.DataFrame(read_jsonl(run / "metrics.jsonl"))
+    curves = metrics.set_index("step").filter(["loss", "eval_loss"])
+    axes = curves.interpolate().plot(ylabel="loss (nats per token)", title=run.name)
     with atomic_path(run / "loss.png") as partial:
-        figure.savefig(partial, dpi=120, format="png")
-    pyplot.close(figure)
-    losses = metrics["loss"].dropna()
-    return {"first": round(float(losses.iloc[0]), 4), "last": round(float(losses.iloc[-1]), 4)}
+        axes.figure.savefig(partial, dpi=120, format="png")
+    pyplot.close(axes.figure)
+    losses = curves["loss"].dropna().round(4).tolist()
+    return {"first": losses[0], "last": losses[-1]}
 
 
 # --------------------------------------------------------------------------------------- evaluation
@@ -3928,35 +3696,39 @@ def format_(config: DataConfig, as_json: bool, output: OutputOption = None) -> d
     return {}
 
 
-def tokenized_rows(config: DataConfig) -> tuple[PreparedData, Any]:
+def tokenized_rows(
+    config: DataConfig, revision: str | None = None, for_training: bool = False
+) -> tuple[PreparedData, Any]:
     """The rows of `--dataset`, and the tokenizer of `--model`."""
+    check_model(config, revision)
     records = read_records(config)
     check_columns(records, config)
-    check_model(config)
-    tokenizer = load_tokenizer(download_model(config.model, weights=False))
+    if for_training:  # Unsloth comes before transformers
+        import_unsloth(for_training=True)
+    tokenizer = load_tokenizer(download_model(config.model, weights=False, revision=revision))
     return prepare_rows(records, tokenizer, config), tokenizer
 
 
 def use_recipe(context: typer.Context, name: str) -> str:
-    """Makes a recipe's settings the defaults of this command line."""
+    """Makes a recipe's settings the defaults."""
     context.default_map = {**RECIPES[name], **(context.default_map or {})}
     return name
 
 
 def use_settings(context: typer.Context, file: Path | None) -> Path | None:
-    """Makes the settings in a YAML or JSON file the defaults of this command line."""
+    """Makes the settings in a YAML or JSON file the defaults."""
     if not file:
         return None
     try:
-        content = dict(yaml.safe_load(file.read_text(encoding="utf-8")))
-    except (OSError, ValueError, TypeError, yaml.YAMLError) as error:
+        settings = dict(yaml.safe_load(file.read_bytes()))
+    except Exception as error:
         raise typer.BadParameter(f"{file} is no file of settings: {error}") from error
-    settings = {str(name).replace("-", "_"): value for name, value in content.items()}
-    unknown = settings.keys() - {entry.name for entry in dataclasses.fields(TrainConfig)}
-    if unknown:
-        raise typer.BadParameter(f"{file}: `train` has no setting {', '.join(sorted(unknown))}")
+    settings = {str(name).replace("-", "_"): value for name, value in settings.items()}
+    for name in settings:
+        if not hasattr(TrainConfig, name):
+            raise typer.BadParameter(f"{file}: unknown setting {name}")
     if isinstance(settings.get("target_modules"), list):
-        settings["target_modules"] = ",".join(map(str, settings["target_modules"]))
+        settings["target_modules"] = ",".join(settings["target_modules"])
     if "max_steps" in settings:
         settings.setdefault("epochs", None)  # a recipe's would replace the steps
     context.default_map = {**(context.default_map or {}), **settings}
@@ -3975,32 +3747,30 @@ SETTINGS_OPTION = typer.Option(
     "train --max-steps 60",
     "train --recipe thorough --dry-run",
     "train --dataset rows.csv --split train --epochs 1 --eval-rows 20",
-    "train --resume",
-    "train --max-steps 60 --push user/DeepSeek-R1-Medical-COT",
 )
 def train(
     config: TrainConfig,
     given: set[str],
-    as_json: bool,
     recipe: Annotated[Literal["published", "thorough"], RECIPE_OPTION] = "published",
     settings_file: Annotated[Path | None, SETTINGS_OPTION] = None,
-    run: Annotated[
-        Path | None, typer.Argument(help="With --resume: this run (default: the newest).")
-    ] = None,
+    run: Annotated[Path | None, typer.Argument(help="With --resume: this run.")] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Resume an interrupted run.")] = False,
     run_dir: RunDirOption = None,
-    push: Annotated[
-        str | None, typer.Option("--push", help="Afterwards push to the Hub, as OWNER/NAME.")
-    ] = None,
-    dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Show rows, plan and disk, and stop.")
-    ] = False,
+    push: Annotated[str | None, typer.Option(help="Afterwards push to this OWNER/NAME.")] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only show the plan.")] = False,
 ) -> dict[str, Any]:
     """Fine-tune, then answer one question before and after."""
-    check_train_options(given, run, resume)
-    if resume and (settings_file or recipe != "published"):
-        raise UserError("--resume uses the run's own settings.", hint="omit --recipe and --config")
-    config = settle(config, given)
+    if run and not resume:
+        raise UserError(f"RUN {run} needs --resume.", hint="or: --max-steps N, --run-dir DIR")
+    if resume and given & {"recipe", "settings_file"}:
+        raise UserError("--resume uses the run's settings.", hint="omit --recipe and --config")
+    if "max_steps" in given and "epochs" not in given:
+        config = dataclasses.replace(config, epochs=None)
+    for name in ("model", "dataset"):
+        path = Path(getattr(config, name))
+        if path.exists():
+            config = dataclasses.replace(config, **{name: str(path.absolute())})
+
     if resume:
         chosen = broadcast(None if RANK else run_to_resume(run))
         log(f"resuming {chosen} after step {chosen.last_step}")
@@ -4009,148 +3779,74 @@ def train(
         length = f"e{config.epochs:g}" if config.epochs else f"s{config.max_steps}"
         name = f"{time.strftime('%Y%m%d-%H%M%S')}-r{config.lora_r}-{length}"
         chosen = broadcast(Run(run_dir or RUNS / name))
-    if push and push == config.hub_checkpoints:
-        raise UserError("--push and --hub-checkpoints name one repository.", hint="name two")
-    if push and RANK == 0:  # what `push` would refuse is refused before the training
+    if push and RANK == 0:
         check_push(push, config.model, PushConfig())
     if dry_run:
-        check_config(config)
-        rows, _ = tokenized_rows(config)
-        config = with_steps(config, len(rows.used))
-        settings = {
-            "settings": changed_settings(config),
-            "rows": prompts.describe_counts(rows.row_counts),
-        }
-        return {**settings, **estimate_cost(config, rows.used["tokens"][:])}
+        return estimate_cost(config)
 
     loaded, held_out = train_run(config, chosen, resume)
     if RANK:
         return {}
-    if push and config.eval_rows:
-        print_report(evaluate(loaded, chosen, held_out, [], EvalConfig.answers, config), log)
-    pushed = push_run(chosen, push) if push else None
-    return summarize(chosen, pushed, as_json)
+    summary = summarize(chosen)
+    if push:
+        if config.eval_rows:
+            print_report(evaluate(loaded, chosen, held_out, [], EvalConfig.answers, config), log)
+        summary["pushed"] = push_run(chosen, push)["repo"]
+    return summary
 
 
-def check_train_options(given: set[str], run: Path | None, resume: bool) -> None:
-    """Raises for options of `train` that contradict each other."""
-    if run and not resume:
-        hint = f"{Run(run).resume_line}, or --run-dir for a new run"
-        if str(run).isdigit():
-            hint = f"did you mean `train --max-steps {run}`?"
-        raise UserError(f"RUN {run} needs --resume.", hint=hint)
-    if {"epochs", "max_steps"} <= given:
-        raise UserError("--epochs and --max-steps both set the length.", hint="give one of them")
-
-
-def settle(config: TrainConfig, given: set[str]) -> TrainConfig:
-    """The settings with absolute local paths, and one length, to which the warmup fits."""
-    changes: dict[str, Any] = {}
-    for name in ("model", "dataset"):
-        path = Path(getattr(config, name))
-        if path.exists():
-            changes[name] = str(path.absolute())
-    if "max_steps" in given:
-        changes["epochs"] = None
-    if config.warmup_steps == TrainConfig.warmup_steps and "warmup_steps" not in given:
-        changes["warmup_steps"] = min(config.warmup_steps, config.max_steps // 2)
-    return dataclasses.replace(config, **changes)
-
-
-def summarize(run: Run, pushed: dict[str, Any] | None, as_json: bool) -> dict[str, Any]:
-    """The end of `train`: an object for --json, else labelled lines, and what to run next."""
+def summarize(run: Run) -> dict[str, Any]:
+    """What `train` prints at its end."""
     record = run.record
-    names = ("rows", "losses", "seconds", "peak_memory_gib")
-    report = {"run": str(run), **{name: record.get(name) for name in names}, "pushed": pushed}
     which = f"--run {shlex.quote(str(run))}"
-    follow_ups = [
-        f'{PROGRAM} infer {which} "What widens the anion gap?"',
-        f"{PROGRAM} {'eval' if run.config.eval_rows else 'save'} {which}",
-        f"{PROGRAM} push {which} --repo OWNER/NAME",
-    ]
-    if as_json:
-        return {**report, "next": follow_ups}
-    losses = record["losses"]
-    print_result(
-        f"Run:        {run}\n"
-        f"Rows:       {prompts.describe_counts(record['rows'])}\n"
-        f"Train loss: {losses['first']:.4f} → {losses['last']:.4f}\n"
-        f"Time:       {record['seconds']['train'] / 60:.1f} min\n"
-        f"Memory:     {record['peak_memory_gib']} GiB peak\n"
-        f"Adapter:    {run / 'adapter'}"
-    )
-    if pushed:
-        print_result(f"Pushed:     {pushed['repo']}")
-        follow_ups.pop()
-    print_result("\n  ".join(["Next:", *follow_ups]))
-    return {}
+    commands = ["infer", "eval" if run.config.eval_rows else "save", "push --repo OWNER/NAME"]
+    return {
+        "run": str(run),
+        "rows": prompts.describe_counts(record["rows"]),
+        "train_loss": "{first} → {last}".format(**record["losses"]),
+        "time": format_duration(record["seconds"]["train"]),
+        "peak_memory_gib": record["peak_memory_gib"],
+        "adapter": f"{run}/adapter",
+        "next": [f"{PROGRAM} {command} {which}" for command in commands],
+    }
 
 
 def run_to_resume(place: Path | None) -> Run:
-    """The run that --resume names, also as hub:OWNER/NAME; by default the newest unfinished one."""
-    if place and str(place).startswith("hub:"):
-        return run_from_hub(str(place))
-    if place:
+    """The run that --resume names, or hub:OWNER/NAME; else the newest unfinished one."""
+    if place is None:
+        unfinished = [run for run in Run.all(*UNFINISHED) if run.last_step]
+        if not unfinished:
+            raise UserError(f"nothing to resume under {RUNS}/.", hint="start with `train`")
+        return unfinished[-1]
+    if not str(place).startswith("hub:"):
         return Run.find(place)
-    unfinished = Run.all(*UNFINISHED)
-    if not unfinished:
-        raise UserError(f"--resume: nothing to resume under {RUNS}/.", hint="start with `train`")
-    begun = [run for run in unfinished if run.last_step]  # the others have no checkpoint yet
-    return (begun or unfinished)[-1]
-
-
-def run_from_hub(place: str) -> Run:
-    """Downloads the run that --hub-checkpoints keeps at hub:OWNER/NAME into runs/."""
-    repo = place.removeprefix("hub:")
-    if not is_hub_name(repo):
-        raise UserError(f"--resume {place}: not hub:OWNER/NAME.", hint="check the name")
+    repo = str(place).removeprefix("hub:")
     run = Run(RUNS / repo.replace("/", "--"))
-    if run.folder.exists():
-        raise UserError(
-            f"--resume {place}: {run} already exists.", hint=f"{run.resume_line}, or move it away"
-        )
+    run.check_new()
     export_hub_token()
-    RUNS.mkdir(exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=RUNS) as folder:
-        huggingface_hub.snapshot_download(repo, local_dir=folder, allow_patterns=f"{HUB_FOLDER}/*")
-        if not Path(folder, HUB_FOLDER, "run.json").exists():
-            raise UserError(f"--resume {place}: no run is stored there.", hint="check the name")
-        Path(folder, HUB_FOLDER).rename(run.folder)
+    wanted = ["checkpoints/*", *HUB_FILES]
+    folder = Path(huggingface_hub.snapshot_download(repo, allow_patterns=wanted))
+    if not (folder / "run.json").exists():
+        raise UserError(f"--resume {place}: no run is there.", hint="check the name")
+    with atomic_path(run.folder) as partial:
+        shutil.copytree(folder, partial)
     return run
 
 
 def resumed_config(run: Run, config: TrainConfig, given: set[str]) -> TrainConfig:
-    """The run's settings with those `given`; raises for those that may not change."""
+    """The run's settings with those `given`; raises if one may not change."""
     settings = run.config
     if run.record["status"] == "finished" and (run / "adapter").exists():
-        raise UserError(
-            f"--resume {run}: already finished, with {settings.max_steps} steps.",
-            hint="`push` it, or start a new run with `train`",
-        )
-    may_change = set(RESUME_MAY_CHANGE)
-    for name in ("model", "dataset"):
-        path = Path(getattr(settings, name))
-        if path.is_absolute() and not path.exists():  # another machine's, or moved
-            may_change.add(name)
-            if name not in given:
-                raise UserError(
-                    f"--resume {run}: its {name} {path} is not on this machine.",
-                    hint=f"{run.resume_line[:-1]} --{name} PATH`",
-                )
+        hint = "`push` it, or start a new run"
+        raise UserError(f"--resume {run}: it is already finished.", hint=hint)
     changed = {}
-    refused = []
-    for entry in dataclasses.fields(config):
-        before = getattr(settings, entry.name)
-        now = getattr(config, entry.name)
-        if entry.name in given and now != before:
-            changed[entry.name] = now
-            if entry.name not in may_change:
-                refused.append(f"--{entry.name.replace('_', '-')} was {before}, now {now}")
-    if refused:
-        raise UserError(
-            f"--resume {run}: cannot resume with different settings: {', '.join(refused)}.",
-            hint="omit them, or start a new run with `train`",
-        )
+    for name in given.intersection(dataclasses.asdict(settings)):
+        before = getattr(settings, name)
+        changed[name] = getattr(config, name)
+        missing = str(before).startswith("/") and not Path(before).exists()
+        if changed[name] != before and name not in RESUME_MAY_CHANGE and not missing:
+            flag = f"--{name.replace('_', '-')}"
+            raise UserError(f"--resume {run}: {flag} was {before}.", hint=f"omit {flag}")
     return dataclasses.replace(settings, **changed)
 
 
