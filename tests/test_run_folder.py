@@ -71,9 +71,7 @@ def test_run_json_tells_how_it_ended_and_with_what(finished):
     }
     plan = record["plan"]
     assert plan["effective_batch"] == plan["micro_batch"] * plan["accumulation"] == 4
-    assert (
-        record["versions"]["unsloth"] and record["seconds"]["train"] > 0
-    )
+    assert record["versions"]["unsloth"] and record["seconds"]["train"] > 0
     assert record["losses"]["last"] < record["losses"]["first"] - 0.1, "it learned something"
 
 
