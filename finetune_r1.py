@@ -2029,7 +2029,7 @@ class TrainingEvents:
         finite = all(each.isfinite().all() for each in model.parameters() if each.requires_grad)
         if not finite or not 0 < logs[name] < math.inf:
             hint = "inspect the rows with `format`, or lower --learning-rate"
-            raise UserError(f"{line}: the loss or weights are not finite.", hint=hint)
+            raise UserError(f"{line}: zero or non-finite loss or weights.", hint=hint)
         now = time.monotonic()
         pace = (now - self.logged_at) / max(1, state.global_step - self.logged_step)
         left = format_duration(pace * (state.max_steps - state.global_step))
@@ -3761,15 +3761,16 @@ def train(
 ) -> dict[str, Any]:
     """Fine-tune, then answer one question before and after."""
     if run and not resume:
-        raise UserError(f"RUN {run} needs --resume.", hint="or: --max-steps N, --run-dir DIR")
+        raise UserError(f"RUN {run} needs --resume.", hint="see `train --help`")
     if resume and given & {"recipe", "settings_file"}:
-        raise UserError("--resume uses the run's settings.", hint="omit --recipe and --config")
+        raise UserError("--resume takes no --recipe or --config.", hint="omit them")
     if "max_steps" in given and "epochs" not in given:
         config = dataclasses.replace(config, epochs=None)
     for name in ("model", "dataset"):
         path = Path(getattr(config, name))
         if path.exists():
-            config = dataclasses.replace(config, **{name: str(path.absolute())})
+            place: Any = {name: str(path.absolute())}
+            config = dataclasses.replace(config, **place)
 
     if resume:
         chosen = broadcast(None if RANK else run_to_resume(run))
@@ -3796,7 +3797,7 @@ def train(
 
 
 def summarize(run: Run) -> dict[str, Any]:
-    """What `train` prints at its end."""
+    """What `train` prints."""
     record = run.record
     which = f"--run {shlex.quote(str(run))}"
     commands = ["infer", "eval" if run.config.eval_rows else "save", "push --repo OWNER/NAME"]
