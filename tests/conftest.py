@@ -123,8 +123,8 @@ def cli(tmp_path):
 
 
 @pytest.fixture
-def told(unsloth, capfd, monkeypatch, tmp_path):
-    """The command line in this process, which has the imports behind it: `told(["infer", "Why?"])`."""
+def run_cli(unsloth, capfd, monkeypatch, tmp_path):
+    """The command line in this process, which has the imports behind it: `run_cli(["infer", "Why?"])`."""
     import finetune_r1
 
     def run(arguments, cwd=tmp_path):

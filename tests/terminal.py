@@ -14,7 +14,7 @@ from conftest import SCRIPT
 def typed(
     cwd: Path, arguments: list[str], *answers: tuple[str, str], **environment: str
 ) -> tuple[int, str]:
-    """Types each answer once what is shown ends as told; returns the exit code, and all that was seen."""
+    """Types each answer once what is shown ends as run_cli; returns the exit code, and all that was seen."""
     terminal, its_end = pty.openpty()
     process = subprocess.Popen(
         [sys.executable, SCRIPT, *arguments], cwd=cwd, env={**os.environ, **environment},

@@ -39,7 +39,7 @@ def test_nothing_is_lost_by_signals_at_random_moments(tiny_r1):
 
 @pytest.mark.slow
 def test_a_leak_is_not_scored_and_an_empty_thought_is_refused(tiny_r1, tmp_path):
-    """The other damages are told from an honest training by a model that can learn."""
+    """The other damages are run_cli from an honest training by a model that can learn."""
     options = ["--only", "thoughts-empty,leaked", "--steps", 1, "--model", tiny_r1]
     said = run("damage.py", *options, "--out", tmp_path / "damage.json")
     empty, leaked = json.loads((tmp_path / "damage.json").read_text())

@@ -267,13 +267,13 @@ MISTYPED = {
 
 
 @pytest.mark.parametrize(("line", "said"), MISTAKES.values(), ids=MISTAKES)
-def test_a_mistake_gets_a_message_and_the_next_step(told, folder, monkeypatch, line, said):
+def test_a_mistake_gets_a_message_and_the_next_step(run_cli, folder, monkeypatch, line, said):
     """`pytest -rP -k mistake` shows all the messages."""
     monkeypatch.setattr(
         sys, "stdin", io.TextIOWrapper(io.BytesIO(b" \n"))
     )  # a pipe with nothing in it
     before = sorted(folder.rglob("*"))
-    done = told(shlex.split(line), cwd=folder)
+    done = run_cli(shlex.split(line), cwd=folder)
     print(done.err)
     assert done.code == 1 and "next:" in done.err
     assert all(text in done.err for text in said)
@@ -284,15 +284,15 @@ def test_a_mistake_gets_a_message_and_the_next_step(told, folder, monkeypatch, l
     assert sorted(folder.rglob("*")) == before, "nothing was made and nothing was lost"
 
 
-def test_a_pipe_that_is_closed_holds_no_question(told, monkeypatch):
+def test_a_pipe_that_is_closed_holds_no_question(run_cli, monkeypatch):
     monkeypatch.setattr(sys, "stdin", None)
-    done = told(["infer", "--model", "tiny"])
+    done = run_cli(["infer", "--model", "tiny"])
     assert done.code == 1 and "question is empty" in done.err
 
 
 @pytest.mark.parametrize(("line", "said"), MISTYPED.values(), ids=MISTYPED)
-def test_what_is_mistyped_is_named_and_help_is_offered(told, line, said):
-    done = told(shlex.split(line))
+def test_what_is_mistyped_is_named_and_help_is_offered(run_cli, line, said):
+    done = run_cli(shlex.split(line))
     assert done.code == 2 and "--help" in done.err and done.out == ""
     assert all(text in done.err for text in said)
 
@@ -319,7 +319,7 @@ def test_through_a_link_from_another_folder_too(tmp_path):
 
 
 def test_every_command_works_where_paths_have_spaces_quotes_and_letters_of_any_script(
-    told, tiny_r1, tmp_path
+    run_cli, tiny_r1, tmp_path
 ):
     folder = tmp_path / "мои данные '我的' {x} [y]"
     folder.mkdir()
@@ -355,7 +355,7 @@ def test_every_command_works_where_paths_have_spaces_quotes_and_letters_of_any_s
         ["save", "--modelfile"],
         ["infer", "Why?", "--model", "runs/мой run/merged", *short],
     ):
-        done = told([*line, "--json"], folder)
+        done = run_cli([*line, "--json"], folder)
         assert done.code == 0, done.err
         told_next = json.loads(done.out).get("next", [])
         for following in [told_next] if isinstance(told_next, str) else told_next:
@@ -464,8 +464,8 @@ def test_without_a_network_the_dataset_is_not_reached_and_the_message_says_so(cl
     )
 
 
-def test_load_says_what_it_loaded(told, tiny_r1):
-    loaded = json.loads(told(["load", "--model", tiny_r1, "--json"]).out)
+def test_load_says_what_it_loaded(run_cli, tiny_r1):
+    loaded = json.loads(run_cli(["load", "--model", tiny_r1, "--json"]).out)
     assert (
         loaded["model"] == str(tiny_r1) and loaded["device"].startswith("CPU") and loaded["sample"]
     )
@@ -475,11 +475,11 @@ def test_load_says_what_it_loaded(told, tiny_r1):
 # --------------------------------------------------------------------------------- before anything is trained
 
 
-def test_epochs_are_turned_into_steps_and_noted(told, tiny_r1, tmp_path):
+def test_epochs_are_turned_into_steps_and_noted(run_cli, tiny_r1, tmp_path):
     options = (
         f"--model {tiny_r1} --split train[:10] --epochs 0.5 --effective-batch 2 --max-new-tokens 2"
     )
-    done = told(["train", "--dataset", SAMPLE, "--no-wandb", "--run-dir", "run", *options.split()])
+    done = run_cli(["train", "--dataset", SAMPLE, "--no-wandb", "--run-dir", "run", *options.split()])
     assert done.code == 0, done.err
     config = json.loads((tmp_path / "run" / "config.json").read_text())
     assert (config["epochs"], config["max_steps"], config["warmup_steps"]) == (0.5, 3, 1)
@@ -490,11 +490,11 @@ def test_epochs_are_turned_into_steps_and_noted(told, tiny_r1, tmp_path):
     assert "Unsloth" not in done.err
 
 
-def test_quiet_leaves_the_result_and_verbose_shows_every_setting(told, tiny_run):
+def test_quiet_leaves_the_result_and_verbose_shows_every_setting(run_cli, tiny_run):
     question = ["infer", "Why?", "--run", tiny_run, "--max-new-tokens", 2]
-    assert told([*question, "--quiet"]).err == ""
-    assert told([*question, "--quiet", "--model", "nope"]).err.startswith("error: --model nope")
-    shown = told(["train", "--resume", tiny_run, "--verbose"])
+    assert run_cli([*question, "--quiet"]).err == ""
+    assert run_cli([*question, "--quiet", "--model", "nope"]).err.startswith("error: --model nope")
+    shown = run_cli(["train", "--resume", tiny_run, "--verbose"])
     assert shown.code == 1 and "already finished" in shown.err
     assert finetune_r1.changed_settings(TrainConfig(lora_r=8)).count("=") == len(
         dataclasses.fields(TrainConfig)

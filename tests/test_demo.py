@@ -71,19 +71,19 @@ def test_the_card_has_the_hubs_metadata_and_names_no_folder_of_this_machine(demo
     assert "no medical device" in text and str(demo[0]) not in text and "/cache/" not in text
 
 
-def test_infer_asks_the_newest_run_thought_on_stderr_answer_on_stdout(demo, told):
+def test_infer_asks_the_newest_run_thought_on_stderr_answer_on_stdout(demo, run_cli):
     question = "A child has a barking cough at night. What is it?"
-    done = told(["infer", question, "--max-new-tokens", 160], cwd=demo[0])
+    done = run_cli(["infer", question, "--max-new-tokens", 160], cwd=demo[0])
     assert done.code == 0, done.err
     assert "thought closed" in done.err and done.out.strip()
     assert "<|im_end|>" not in done.out + done.err and "</think>" not in done.err
 
 
-def test_infer_compare_and_file_answer_from_both_sides(demo, told):
+def test_infer_compare_and_file_answer_from_both_sides(demo, run_cli):
     questions = demo[0] / "questions.jsonl"
     write_jsonl(questions, [{"Question": f"What is {word}?"} for word in ("croup", "gout")])
     options = ("--compare", "--file", questions, "--output", "answers.jsonl", "--max-new-tokens", 5)
-    done = told(["infer", *options, "--json"], cwd=demo[0])
+    done = run_cli(["infer", *options, "--json"], cwd=demo[0])
     assert done.code == 0 and json.loads(done.out) == {"answers": 2, "written": "answers.jsonl"}
     answers = read_jsonl(demo[0] / "answers.jsonl")
     assert [a["question"] for a in answers] == ["What is croup?", "What is gout?"]
@@ -92,11 +92,11 @@ def test_infer_compare_and_file_answer_from_both_sides(demo, told):
 
 
 @pytest.mark.slow
-def test_eval_finds_the_same_held_out_loss_again(demo, told):
+def test_eval_finds_the_same_held_out_loss_again(demo, run_cli):
     before = read_json(demo[1] / "eval.json")[
         "loss"
     ]  # of the model as it was in memory after training
-    done = told(["eval", "--answers", 0, "--json"], cwd=demo[0])
+    done = run_cli(["eval", "--answers", 0, "--json"], cwd=demo[0])
     assert done.code == 0, done.err
     assert json.loads(done.out)["loss"] == pytest.approx(before, abs=5e-3)
 

@@ -201,8 +201,8 @@ def test_answers_are_graded_by_option_and_by_last_number(untrained, run, monkeyp
 # --------------------------------------------------------------------------------- the eval command
 
 
-def test_eval_prints_one_table_within_80_columns_and_draws_it_on_the_card(run, told):
-    done = told(["eval", "--run", run.folder, "--answers", 2, "--max-new-tokens", 3])
+def test_eval_prints_one_table_within_80_columns_and_draws_it_on_the_card(run, run_cli):
+    done = run_cli(["eval", "--run", run.folder, "--answers", 2, "--max-new-tokens", 3])
     lines = done.out.splitlines()
     assert done.code == 0, done.err
     assert max(map(len, (done.out + done.err).splitlines())) <= 80 + len(str(run.folder))
@@ -225,24 +225,24 @@ def test_eval_prints_one_table_within_80_columns_and_draws_it_on_the_card(run, t
         assert text in page
 
 
-def test_eval_of_other_rows_skips_duplicates_of_training_questions(run, told, tmp_path):
+def test_eval_of_other_rows_skips_duplicates_of_training_questions(run, run_cli, tmp_path):
     rows = read_jsonl(SAMPLE)[6:10]
     renamed = [dict(zip(FORMS.values(), row.values(), strict=True)) for row in rows]
     write_jsonl(tmp_path / "mine.jsonl", renamed)
     line = ["eval", "--run", run.folder, "--dataset", tmp_path / "mine.jsonl", "--split"]
     columns = ["--question-col", "q", "--cot-col", "why", "--response-col", "a"]
-    done = told([*line, "train", *columns, "--answers", 0, "--json"])
+    done = run_cli([*line, "train", *columns, "--answers", 0, "--json"])
     assert done.code == 0 and json.loads(done.out)["rows"] == 2, done.err
     assert "skipped 2 of 4 questions: duplicates of training questions" in done.err
     [report] = run.folder.glob("eval-mine-train-????.json")
     assert not (run / "eval.json").exists() and report.with_suffix(".html").exists()
-    done = told([*line, "train[:2]", *columns])
+    done = run_cli([*line, "train[:2]", *columns])
     assert done.code == 1 and "no question is left" in done.err
-    done = told([*line, "train"])
+    done = run_cli([*line, "train"])
     assert done.code == 1 and "its columns: q, why, a" in done.err
 
 
-def test_eval_grades_multiple_choice_and_names_the_rows_it_refuses(run, told, tmp_path):
+def test_eval_grades_multiple_choice_and_names_the_rows_it_refuses(run, run_cli, tmp_path):
     trained = read_jsonl(SAMPLE)[1]["Question"]
     rows = [
         {"question": "What widens the anion gap?", "options": REST, "answer_idx": "A"},
@@ -251,21 +251,21 @@ def test_eval_grades_multiple_choice_and_names_the_rows_it_refuses(run, told, tm
     ]
     write_jsonl(tmp_path / "choice.jsonl", rows)
     line = ["eval", "--run", run.folder, "--dataset", tmp_path / "choice.jsonl", "--split", "train"]
-    done = told([*line, "--max-new-tokens", 3, "--json"])
+    done = run_cli([*line, "--max-new-tokens", 3, "--json"])
     report = json.loads(done.out)
     assert report["rows"] == report["answers"] == 1 and "loss" not in report
     assert report["unread"]["tuned"] == 1 and report["accuracy"]["tuned"] == 0
     assert "skipped 1 of 3 rows: unclear options or key" in done.err and "row 2: " in done.err
     assert "skipped 1 of 2 questions: duplicates" in done.err
     assert "| accuracy | 0.0% | 0.0% | +0.0 (" in (run / "README.md").read_text()
-    done = told([*line, "--answers", 0])
+    done = run_cli([*line, "--answers", 0])
     assert done.code == 1 and "--answers 0" in done.err
 
 
-def test_a_locked_run_is_refused_before_anything_is_computed(run, told, monkeypatch):
+def test_a_locked_run_is_refused_before_anything_is_computed(run, run_cli, monkeypatch):
     monkeypatch.setattr(finetune_r1, "read_records", None)
     with filelock.FileLock(run / ".lock"):
-        done = told(["eval", "--run", run.folder])
+        done = run_cli(["eval", "--run", run.folder])
     assert done.code == 1 and ".lock" in done.err and "Traceback" not in done.err
 
 

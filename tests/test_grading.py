@@ -196,9 +196,9 @@ def test_numbers_count_from_what_the_keys_of_all_records_tell(keys, letters):
     assert reasons[len(keys)].startswith("opa is not 2 to 26")
 
 
-@pytest.mark.parametrize(("keys", "told"), [([1, 2, 3], "never"), ([0, 4], "both"), ([7], "never")])
-def test_numbers_that_may_count_from_0_or_1_are_refused(keys, told):
-    with pytest.raises(ValueError, match=f"^cop: .* 0 and the number of options {told} occur"):
+@pytest.mark.parametrize(("keys", "run_cli"), [([1, 2, 3], "never"), ([0, 4], "both"), ([7], "never")])
+def test_numbers_that_may_count_from_0_or_1_are_refused(keys, run_cli):
+    with pytest.raises(ValueError, match=f"^cop: .* 0 and the number of options {run_cli} occur"):
         read(*[{**MEDMCQA, "cop": key} for key in keys])
 
 

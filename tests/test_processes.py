@@ -83,9 +83,9 @@ def wait_for(process, beginning):
     pytest.fail("".join(read))
 
 
-def test_two_processes_train_as_one_and_only_the_first_prints_and_writes(two, options, told, start):
+def test_two_processes_train_as_one_and_only_the_first_prints_and_writes(two, options, run_cli, start):
     folder, out, err = two
-    one = told([*options, "--max-steps", 8, "--run-dir", "one"], start.folder)
+    one = run_cli([*options, "--max-steps", 8, "--run-dir", "one"], start.folder)
     assert one.code == 0, one.err
     assert json.loads(out)["run"] == "two", "one JSON object, of one process"
     assert err.count("step 00003/00008") == err.count("plan  ") == 1 and "× 2 processes" in err

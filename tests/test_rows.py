@@ -178,10 +178,10 @@ def test_missing_file_is_not_found_without_a_word_about_syntax(name):
     assert message == f"--dataset {name}: not found." and "path" in hint
 
 
-def test_mistake_in_a_file_ends_a_command_in_two_lines(told, tiny_r1, tmp_path):
+def test_mistake_in_a_file_ends_a_command_in_two_lines(run_cli, tiny_r1, tmp_path):
     (tmp_path / "latin.jsonl").write_bytes('{"Question": "naïve"}'.encode("latin-1"))
     for command in ("format", "train"):
-        done = told([command, "--model", tiny_r1, "--dataset", "latin.jsonl", "--split", "train"])
+        done = run_cli([command, "--model", tiny_r1, "--dataset", "latin.jsonl", "--split", "train"])
         first, second = done.err.splitlines()[-2:]
         assert done.code == 1 and first.startswith("error: --dataset latin.jsonl --split train: ")
         assert "UTF-8" in second
@@ -583,7 +583,7 @@ OFFERED = {
 
 
 @pytest.mark.parametrize("name", OFFERED)
-def test_offered_columns_work_as_offered(told, tiny_r1, tmp_path, name):
+def test_offered_columns_work_as_offered(run_cli, tiny_r1, tmp_path, name):
     record, columns = OFFERED[name]
     rows = [json.loads(json.dumps(record).replace("{}", str(number))) for number in range(4)]
     write_jsonl(tmp_path / "rows.jsonl", rows)
@@ -597,11 +597,11 @@ def test_offered_columns_work_as_offered(told, tiny_r1, tmp_path, name):
         "train",
         "--json",
     ]
-    done = told(options)
+    done = run_cli(options)
     assert done.code == 1 and "has no Complex_CoT, Question, Response; its columns: " in done.err
     quoted = [f"'{column}'" if " " in column else column for column in columns]
     assert " ".join(column_options(quoted)) in done.err
-    report = json.loads(told([*options, *column_options(columns)]).out)
+    report = json.loads(run_cli([*options, *column_options(columns)]).out)
     assert report["rows"]["used"] == 4
 
 
@@ -625,9 +625,9 @@ def test_no_usable_row_is_an_error_with_reasons_and_the_columns_that_work(prepar
 # ------------------------------------------------------------------------------------------- format
 
 
-def test_rows_that_format_writes_are_taken_back_unchanged(told, tiny_r1, r1_tokenizer, tmp_path):
+def test_rows_that_format_writes_are_taken_back_unchanged(run_cli, tiny_r1, r1_tokenizer, tmp_path):
     options = f"--model {tiny_r1} --split train --max-seq-length 500 --eval-rows 8 --json".split()
-    done = told(["format", "--dataset", SAMPLE, "--output", "out.jsonl", *options])
+    done = run_cli(["format", "--dataset", SAMPLE, "--output", "out.jsonl", *options])
     summary = json.loads(done.out)
     assert summary["rows"]["shortened"] > 0
     assert summary["next"].endswith("train --lang en --dataset out.jsonl --split train")
@@ -640,12 +640,12 @@ def test_rows_that_format_writes_are_taken_back_unchanged(told, tiny_r1, r1_toke
     assert r1_tokenizer(text)["input_ids"] == second.usable[0]["input_ids"]
 
 
-def test_format_shows_masked_tokens_and_six_lines(told, tiny_r1, tmp_path):
+def test_format_shows_masked_tokens_and_six_lines(run_cli, tiny_r1, tmp_path):
     rows = records({}, {}, {"Question": "why 0"}, {"Response": "N/A"}, {"Response": "a&lt;b"})
     write_jsonl(tmp_path / "rows.jsonl", rows)
     options = ["format", "--model", tiny_r1, "--dataset", "rows.jsonl", "--split", "train"]
     options += ["--loss-on", "response"]
-    report, shown = json.loads(told([*options, "--json"]).out), told(options)
+    report, shown = json.loads(run_cli([*options, "--json"]).out), run_cli(options)
     first = report["first_row"]
     assert "".join(first["tokens"]) == BOS + first["text"] and first["text"].endswith(f"\nSo.{EOS}")
     assert "".join(first["tokens"][: first["loss_from"]]) == BOS + build_prompt("Why 0?")
@@ -665,7 +665,7 @@ def test_format_shows_masked_tokens_and_six_lines(told, tiny_r1, tmp_path):
 
 
 @pytest.mark.parametrize(("name", "said"), [("rows.parquet", ".jsonl"), ("there.jsonl", "there")])
-def test_format_writes_jsonl_alone_and_over_no_file(told, tmp_path, name, said):
+def test_format_writes_jsonl_alone_and_over_no_file(run_cli, tmp_path, name, said):
     (tmp_path / "there.jsonl").touch()
-    done = told(["format", "--output", name])
+    done = run_cli(["format", "--output", name])
     assert done.code == 1 and f"error: --output {name}: " in done.err and said in done.err

@@ -210,7 +210,7 @@ def test_a_run_whose_time_is_over_has_an_adapter_that_can_be_asked_evaluated_and
 
 
 def test_it_goes_on_in_its_folder_to_the_undisturbed_runs_end_without_what_was_made_of_the_earlier_adapter(
-    stopped, undisturbed, told
+    stopped, undisturbed, run_cli
 ):
     (stopped / "merged").mkdir()
     (stopped / "evaluated by hand.txt").touch()
@@ -218,7 +218,7 @@ def test_it_goes_on_in_its_folder_to_the_undisturbed_runs_end_without_what_was_m
     for name in ("eval.json", "eval.png", "eval-medqa-test-77e0.json"):
         (stopped / name).touch()
     stopped.update(saved={"folder": "merged", "files": {}, "checked": {}})
-    done = told(["train", "--resume"], stopped.folder.parent.parent)
+    done = run_cli(["train", "--resume"], stopped.folder.parent.parent)
     assert done.code == 0, done.err
     assert "resuming runs/stopped after step 3" in done.err
     assert same(stopped, undisturbed) and stopped.record["resumed_at"] == [3]
@@ -227,24 +227,24 @@ def test_it_goes_on_in_its_folder_to_the_undisturbed_runs_end_without_what_was_m
     assert [path.name for path in stopped.folder.glob("eval*")] == ["evaluated by hand.txt"]
 
 
-def test_finished_run_is_not_resumed_unless_its_adapter_is_lost(undisturbed, told, tmp_path):
+def test_finished_run_is_not_resumed_unless_its_adapter_is_lost(undisturbed, run_cli, tmp_path):
     run = Run(shutil.copytree(undisturbed.folder, tmp_path / "runs" / "a"))
-    assert "nothing to resume under runs/" in told(["train", "--resume"]).err
-    refused = told(["train", "--resume", "runs/a"])
+    assert "nothing to resume under runs/" in run_cli(["train", "--resume"]).err
+    refused = run_cli(["train", "--resume", "runs/a"])
     assert refused.code == 1 and "already finished, with 6 steps" in refused.err
     shutil.rmtree(run / "adapter")
-    said = told(["infer", "Why?", "--run", "runs/a"]).err
+    said = run_cli(["infer", "Why?", "--run", "runs/a"]).err
     line = re.search(r"finetune_r1.py (train --resume runs/a)`", said)
-    done = told(line[1].split())
+    done = run_cli(line[1].split())
     assert done.code == 0 and same(run, undisturbed), done.err
 
 
-def test_newest_run_with_a_checkpoint_is_the_default(stopped, told):
+def test_newest_run_with_a_checkpoint_is_the_default(stopped, run_cli):
     """One that failed before its first checkpoint is newer, and no choice."""
     empty = Run(shutil.copytree(stopped.folder, stopped.folder.parent / "failed"))
     shutil.rmtree(empty / "checkpoints")
     empty.update(status="failed", ended="2999-01-01T00:00:00+0000")
-    resumed = told(["train", "--resume", "--lora-r", 8], stopped.folder.parent.parent)
+    resumed = run_cli(["train", "--resume", "--lora-r", 8], stopped.folder.parent.parent)
     assert "resuming runs/stopped after step 3" in resumed.err and "was 16, now 8" in resumed.err
 
 
@@ -458,16 +458,16 @@ def test_a_save_killed_before_or_after_its_weights_have_their_name_can_be_repeat
 
 
 def test_the_lost_adapter_of_a_finished_run_is_made_again_by_the_line_that_is_told(
-    undisturbed, told, tmp_path
+    undisturbed, run_cli, tmp_path
 ):
     run = Run(shutil.copytree(undisturbed.folder, tmp_path / "run"))
-    refused = told(["train", "--resume", "run"])
+    refused = run_cli(["train", "--resume", "run"])
     assert refused.code == 1 and "it is finished" in refused.err
     shutil.rmtree(run / "adapter")
     line = re.search(
-        r"finetune_r1.py (train --resume run)`", told(["infer", "Why?", "--run", "run"]).err
+        r"finetune_r1.py (train --resume run)`", run_cli(["infer", "Why?", "--run", "run"]).err
     )
-    done = told(line[1].split())
+    done = run_cli(line[1].split())
     assert done.code == 0 and run.record["status"] == "finished" and same(run, undisturbed), (
         done.err
     )
@@ -544,7 +544,7 @@ def uploaded_steps(hub):
 
 
 def test_hub_checkpoint_is_resumed_on_another_machine_bit_for_bit(
-    config, undisturbed, hub, told, tiny_r1, tmp_path, in_step
+    config, undisturbed, hub, run_cli, tiny_r1, tmp_path, in_step
 ):
     """Interrupted while the checkpoint before is still on its way."""
     model = shutil.copytree(tiny_r1, tmp_path / "gone" / "model")
@@ -564,17 +564,17 @@ def test_hub_checkpoint_is_resumed_on_another_machine_bit_for_bit(
     assert not [name for name, content in repo.files.items() if TOKEN.encode() in content]
 
     # Model and dataset are elsewhere on this machine.
-    lacks = told(["train", "--resume", f"hub:{REPO}"])
+    lacks = run_cli(["train", "--resume", f"hub:{REPO}"])
     assert lacks.code == 1 and "its model" in lacks.err and "not on this machine" in lacks.err
     assert "train --resume runs/alice--kept --model PATH`" in lacks.err
-    lacks = told(["train", "--resume", "--model", tiny_r1])
+    lacks = run_cli(["train", "--resume", "--model", tiny_r1])
     assert lacks.code == 1 and "its dataset" in lacks.err
-    done = told(["train", "--resume", "runs/alice--kept", "--model", tiny_r1, "--dataset", SAMPLE])
+    done = run_cli(["train", "--resume", "runs/alice--kept", "--model", tiny_r1, "--dataset", SAMPLE])
     assert done.code == 0, done.err
     resumed = Run(tmp_path / "runs" / "alice--kept")
     assert "resuming runs/alice--kept after step 4" in done.err and same(resumed, undisturbed)
     assert resumed.config.model == str(tiny_r1) and uploaded_steps(hub) == {"checkpoint-6"}
-    again = told(["train", "--resume", f"hub:{REPO}"])
+    again = run_cli(["train", "--resume", f"hub:{REPO}"])
     assert again.code == 1 and "train --resume runs/alice--kept`" in again.err
 
 

@@ -81,7 +81,7 @@ def test_train_config_defaults_are_the_recipes():
 
 
 @pytest.fixture
-def settled(told, tmp_path, monkeypatch):
+def settled(run_cli, tmp_path, monkeypatch):
     """The settings that a command line comes to."""
 
     def settle(line):
@@ -92,7 +92,7 @@ def settled(told, tmp_path, monkeypatch):
             raise UserError("stopped here", hint="")
 
         monkeypatch.setattr(finetune_r1, "train_run", stop)
-        done = told(["train", *line.split()])
+        done = run_cli(["train", *line.split()])
         assert found, done.err
         return found[0]
 
@@ -149,9 +149,9 @@ def test_settings_local_paths_are_stored_absolute(settled, tmp_path):
         ("lora_r: many", "--lora-r"),
     ],
 )
-def test_settings_file_with_a_mistake_is_refused_by_name(told, tmp_path, text, said):
+def test_settings_file_with_a_mistake_is_refused_by_name(run_cli, tmp_path, text, said):
     (tmp_path / "mine.yaml").write_text(text)
-    done = told(["train", "--config", str(tmp_path / "mine.yaml")])
+    done = run_cli(["train", "--config", str(tmp_path / "mine.yaml")])
     assert done.code == 2 and said in done.err
 
 
@@ -284,14 +284,14 @@ def test_target_modules_are_checked_and_all_linear_is_every_layer_but_the_head(c
 
 
 def test_dry_run_without_weights_shows_rows_plan_and_disk_and_refuses_unknown_target_modules(
-    told, tiny_r1, tmp_path
+    run_cli, tiny_r1, tmp_path
 ):
     (tmp_path / "outline").mkdir()
     for path in tiny_r1.glob("*.json"):
         (tmp_path / "outline" / path.name).symlink_to(path)
     options = ["train", "--dry-run", "--model", "outline", "--dataset", SAMPLE, "--split", "train"]
     options += ["--epochs", 2, "--eval-rows", 6, "--lora-r", 8, "--effective-batch", 4, "--json"]
-    done = told(options)
+    done = run_cli(options)
     assert done.code == 0, done.err
     report = json.loads(done.out)
     assert "lora_r=8" in report["settings"] and "learning_rate" not in report["settings"]
@@ -299,7 +299,7 @@ def test_dry_run_without_weights_shows_rows_plan_and_disk_and_refuses_unknown_ta
     plan = "45 steps of 4 rows (micro-batch 4 × accumulation 1), 2.0 epochs, "
     assert report["plan"].startswith(plan) and "estimated peak" in report["plan"]
     assert "for the run" in report["disk"] and "cached" in report["disk"]
-    refused = told([*options, "--target-modules", "q_proj,nope_proj"])
+    refused = run_cli([*options, "--target-modules", "q_proj,nope_proj"])
     assert refused.code == 1 and "nope_proj" in refused.err
     assert not (tmp_path / "runs").exists()
 
@@ -364,14 +364,14 @@ def test_training_takes_the_loss_and_recomputes_activations_where_asked(
 
 
 def test_train_ends_in_labelled_lines_or_one_object_and_what_to_run_next(
-    config, told, tmp_path, monkeypatch
+    config, run_cli, tmp_path, monkeypatch
 ):
     monkeypatch.setenv("JOB_ID", "job-17")
     shutil.copy(SAMPLE, tmp_path / "rows.jsonl")
     options = ["train", "--model", config.model, "--dataset", "rows.jsonl", "--split", "train[:9]"]
     options += ["--max-steps", 2, "--effective-batch", 2, "--logging-steps", 1, "--no-wandb"]
     options += ["--max-new-tokens", 4, "--eval-rows", 2, "--run-dir"]
-    done = told([*options, "run"])
+    done = run_cli([*options, "run"])
     assert done.code == 0, done.err
     labels = [line.partition(":")[0] for line in done.out.splitlines() if line[0] != " "]
     assert labels == ["Run", "Rows", "Train loss", "Time", "Memory", "Adapter", "Next"]
@@ -384,14 +384,14 @@ def test_train_ends_in_labelled_lines_or_one_object_and_what_to_run_next(
     adapter = finetune_r1.read_json(run / "adapter" / "adapter_config.json")
     assert adapter["base_model_name_or_path"] == config.model
 
-    report = json.loads(told([*options, "again", "--json"]).out)
+    report = json.loads(run_cli([*options, "again", "--json"]).out)
     assert report["run"] == "again" and report["losses"] == run.record["losses"]
     commands = [line.split()[2:5] for line in report["next"]]
     assert commands == [[name, "--run", "again"] for name in ("infer", "eval", "push")]
 
 
 @pytest.fixture
-def train_on_hub(told, hub, tiny_r1, monkeypatch):
+def train_on_hub(run_cli, hub, tiny_r1, monkeypatch):
     """Trains the Hub's org/base with these options more."""
     add_base(hub, tiny_r1)
     monkeypatch.setenv("HF_TOKEN", "hf_writetoken")
@@ -399,7 +399,7 @@ def train_on_hub(told, hub, tiny_r1, monkeypatch):
     options = ["train", "--model", "org/base", "--dataset", SAMPLE, "--split", "train[:9]"]
     options += ["--max-steps", 2, "--effective-batch", 2, "--no-wandb", "--max-new-tokens", 4]
     options += ["--max-seq-length", 768, "--no-load-in-4bit"]
-    yield lambda *more: told([*options, *more])
+    yield lambda *more: run_cli([*options, *more])
     finetune_r1.use_hub_token.cache_clear()
 
 

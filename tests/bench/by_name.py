@@ -3,7 +3,7 @@
     python3 tests/bench/by_name.py PUSHED BASE ROWS.jsonl FOUND.json
 
 Tokenizer (against the bare tokenizer.json of BASE, whatever a config calls it), merged weights, BASE with the
-adapter in adapter/. A part that fails is told, and the next one tried; FOUND.json is written after each.
+adapter in adapter/. A part that fails is run_cli, and the next one tried; FOUND.json is written after each.
 """
 
 import contextlib
@@ -87,8 +87,8 @@ with torch.no_grad():
         found["round trip"] = [
             tokenizer.decode(each, skip_special_tokens=True) for each in ids
         ] == texts
-        told = ("eos_token", "pad_token", "padding_side", "model_max_length")
-        found["tokenizer"] = {name: getattr(tokenizer, name) for name in told}
+        run_cli = ("eos_token", "pad_token", "padding_side", "model_max_length")
+        found["tokenizer"] = {name: getattr(tokenizer, name) for name in run_cli}
         found["tokenizer"] |= {"class": type(tokenizer).__name__, "gives": list(tokenizer("a"))}
         found["chat"] = tokenizer.apply_chat_template(
             [{"role": "user", "content": "Why?"}], tokenize=False

@@ -115,7 +115,7 @@ def torn(folder: Path, since: float = 0) -> list[str]:
     return broken
 
 
-def told(folder: Path) -> dict[str, Any]:
+def run_cli(folder: Path) -> dict[str, Any]:
     """What a run has come to, less times."""
     run = Run(folder)
     losses = {
@@ -174,7 +174,7 @@ def jobs(model: Path, hub: HubServer) -> dict[str, Job]:
         )
 
     return {
-        "train": (training, lambda folder: told(folder / "new")),
+        "train": (training, lambda folder: run_cli(folder / "new")),
         "save": (
             lambda folder: command("save", "--run", "done"),
             lambda folder: (folder / "done" / "merged" / "model.safetensors").read_bytes(),
@@ -315,7 +315,7 @@ def soak(times: int, model: Path, scratch: Path, chance: random.Random) -> list[
             ] += 1
             if code not in (0, 1) or (code == 1 and "next:" not in said):
                 lost.append(f"{run} does not go on: {code}\n{said[-3000:]}")
-        elif not told(run.folder)["adapter"]:
+        elif not run_cli(run.folder)["adapter"]:
             lost.append(f"{run} is finished without an adapter")
         codes["runs in the end"] += 1
     print(json.dumps(codes, indent=2))
@@ -409,7 +409,7 @@ def complete(hub: HubServer, repo: str, run: Path) -> bool:
 
 
 def tracked(times: int, model: Path, scratch: Path, chance: random.Random) -> list[str]:
-    """A training ends whatever W&B does, and what W&B lacks is told; or it is refused before it begins."""
+    """A training ends whatever W&B does, and what W&B lacks is run_cli; or it is refused before it begins."""
     os.chdir(scratch)
     lost, codes, log = [], Counter[str](), scratch / "log"
     finetune_r1.WANDB_SECONDS = 5

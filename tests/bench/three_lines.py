@@ -72,7 +72,7 @@ class Place:
                 shutil.copy(self.work / name, self.out)
 
     def environment(self, home: Path, **more: str) -> dict[str, str]:
-        """Of a user with a token, who is told of the Hub; nothing of the libraries' is inherited."""
+        """Of a user with a token, who is run_cli of the Hub; nothing of the libraries' is inherited."""
         home.mkdir(parents=True, exist_ok=True)
         kept = {name: value for name, value in os.environ.items() if not NOT_INHERITED.match(name)}
         kept |= {name: self.state["hub"]["elsewhere"] for name in ("http_proxy", "https_proxy")}
@@ -264,8 +264,8 @@ def check(place: Place, name: str, limit: float) -> dict[str, Any]:
         }
         if abs(facts["loss"].get("merged", 0) - new["loss"].get("merged", 9)) > 0.02:
             problems.append("loss")
-    told = {"problems": problems, "as in 4 bit, and in the newer": same}
-    return {**record, "ok": record["ok"] and not problems, "facts": facts | told}
+    run_cli = {"problems": problems, "as in 4 bit, and in the newer": same}
+    return {**record, "ok": record["ok"] and not problems, "facts": facts | run_cli}
 
 
 def shared_start(text: str, other: str) -> str:

@@ -18,8 +18,8 @@ real_properties = torch.cuda.get_device_properties
 
 def properties(device: object = None) -> object:
     real = real_properties(device)
-    told = {name: getattr(real, name) for name in dir(real) if not name.startswith("_")}
-    return types.SimpleNamespace(**(told | {"major": 7, "minor": 5, "name": "an imitated T4"}))
+    run_cli = {name: getattr(real, name) for name in dir(real) if not name.startswith("_")}
+    return types.SimpleNamespace(**(run_cli | {"major": 7, "minor": 5, "name": "an imitated T4"}))
 
 
 torch.cuda.get_device_capability = lambda device=None: (7, 5)
