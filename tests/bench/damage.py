@@ -168,12 +168,12 @@ def measure(
             asked = dataclasses.replace(
                 config, dataset=str(folder / "held_out.jsonl"), split="train", eval_rows=0
             )
-            rows = finetune_r1.prepare_rows(
-                finetune_r1.read_records(asked), loaded.tokenizer, asked
-            ).usable
-            new = [
-                number for number, question in enumerate(rows["question"]) if not trained(question)
-            ]
+            records = finetune_r1.read_records(asked)
+            rows = finetune_r1.prepare_rows(records, loaded.tokenizer, asked).usable
+            new = []
+            for number, question in enumerate(rows["question"]):
+                if finetune_r1.question_hash(question) not in trained:
+                    new.append(number)
             report = {"verdict": "not scored: all were trained on, or nearly the same"}
             if new:
                 config = dataclasses.replace(config, max_new_tokens=new_tokens)
