@@ -4592,7 +4592,7 @@ def print_pair(pair: dict[str, Any], out: Callable[[str], None]) -> None:
 
 
 def evaluation_rows(run: Run, config: EvalConfig) -> tuple[str, TrainConfig]:
-    """The report's name, another for each set of rows, and the settings to read the rows by."""
+    """The report's name, one per set of rows, and the settings to read them by."""
     options = ("question_col", "cot_col", "response_col", "dataset", "subset", "split")
     changed = {name: getattr(config, name) for name in options if getattr(config, name) is not None}
     name = "eval"
@@ -4600,7 +4600,7 @@ def evaluation_rows(run: Run, config: EvalConfig) -> tuple[str, TrainConfig]:
         stem = Path(config.dataset or "").stem
         name = re.sub(r"\W+", "-", f"eval {stem} {fingerprint(changed)[:4]}")
         if config.dataset:
-            changed.setdefault("subset", None)  # the run's is another dataset's
+            changed.setdefault("subset", None)  # the run's is of its own
     elif run.config.eval_rows:
         rows = str(run / "held_out.jsonl")
         changed = dict(zip(options, (*RECIPE_COLUMNS, rows, None, "train"), strict=True))
@@ -4617,7 +4617,7 @@ def evaluation_rows(run: Run, config: EvalConfig) -> tuple[str, TrainConfig]:
 def eval_(config: EvalConfig, run: RunOption = None, model: BaseOption = None) -> dict[str, Any]:
     """Evaluate base vs. fine-tuned on held-out rows or multiple choice."""
     found = Run.find(run)
-    with found.lock():  # first: a run that is locked or read-only could not keep the report
+    with found.lock():  # before anything is computed
         name, asked = evaluation_rows(found, config)
         records = read_records(asked)
         import_unsloth()
@@ -4631,9 +4631,9 @@ def eval_(config: EvalConfig, run: RunOption = None, model: BaseOption = None) -
                 raise UserError(f"--dataset: {error}.", hint="write letters as keys") from None
             for number, reason in list(refused.items())[:5]:
                 log(f"skipped row {number}: {reason}")
-            choices = [
-                each for each in usable.values() if question_hash(each.question) not in trained
-            ]
+            for choice in usable.values():
+                if question_hash(choice.question) not in trained:
+                    choices.append(choice)
         else:
             check_columns(records, asked)
             usable = prepare_rows(records, load_tokenizer(found.adapter), asked).usable
@@ -4645,7 +4645,7 @@ def eval_(config: EvalConfig, run: RunOption = None, model: BaseOption = None) -
             raise UserError("no question is left.", hint="name other rows, or raise --answers")
         loaded = LoadedModel.load_run(found, model=model)
         report = evaluate(loaded, found, rows, choices, config.answers, config, name)
-    log(f"wrote {found / name}.json, .png, .html (all answers) and the model card")
+    log(f"wrote {found / name}.json, .png and .html, and the card")
     return {"run": str(found), **report}
 
 

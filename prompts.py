@@ -908,7 +908,7 @@ def as_report(report: dict[str, Any]) -> str:
 
 
 def how_it_ended(answer: dict[str, Any]) -> str:
-    """How the generation of an answer ended."""
+    """How an answer ended, in words."""
     end = "EOS" if answer["finish_reason"] == "stop" else "hit the token limit"
     if answer["closed"]:
         return f"thought closed, {end}"
@@ -918,7 +918,7 @@ def how_it_ended(answer: dict[str, Any]) -> str:
 
 
 def fold(text: str) -> str:
-    """Text with what is repeated three times or more written once."""
+    """What is repeated three times or more is written once."""
     repeated = r"(?s)(?<![^\s。])(\S.{8,300}?)\1{2,}"
     return re.sub(repeated, lambda said: f"{said[1]}[{len(said[0]) // len(said[1])} times] ", text)
 
