@@ -31,11 +31,9 @@ import hashlib
 import importlib.util
 import inspect
 import io
-import itertools
 import json
 import logging
 import math
-import operator
 import os
 import random
 import re
@@ -44,7 +42,6 @@ import shlex
 import shutil
 import signal
 import statistics
-import subprocess
 import sys
 import tempfile
 import textwrap
@@ -147,18 +144,16 @@ MAX_BATCH = 128  # answers generated at once on a GPU
 WORKSPACE = 0.35 * GIB  # what the libraries hold
 MICRO_BATCH_TOKENS = 2000  # the fixed cost of a micro-batch, in tokens
 RECOMPUTE = 0.4  # the cost of recomputing all activations, as a share of a step
-FOUR_BIT = 0.52  # bytes of a 4-bit weight, with its share of the tables
+FOUR_BIT = 0.72  # bytes of a weight in 4-bit, some of which stay in 16-bit
 OLD_GPU_SHARE = 0.93  # of the limit, on cards below compute capability 8
 CHECKPOINT_SECONDS = 300
-# What --hub-checkpoints keeps of a run, where, and how long the end waits for the upload.
-HUB_FOLDER = "run-to-resume"
+# What --hub-checkpoints keeps of a run, and how long the end waits for the upload.
 HUB_FILES = ["run.json", "config.json", "held_out.jsonl", "trained.json"]
 HUB_SECONDS = 600
 
 # The last is the recipe's label among Kaggle's secrets, as is `wandb`.
 HUB_TOKENS = ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "HUGGINGFACE_TOKEN")
 WANDB_KEYS = ("WANDB_API_KEY", "wandb")
-WANDB_SECONDS = 10  # to upload the last of a run; `wandb sync` can send the rest
 
 # Names of weights on the Hub; what belongs to an adapter beside its weights; how our cards are known.
 TENSORS = (".safetensors", ".bin", ".pt", ".gguf")
@@ -196,7 +191,6 @@ SavedAs = Literal["merged-16bit", "gguf"]
 OutType = Literal["f16", "bf16", "q8_0", "q5_1", "q4_0"]
 Dtype = Literal["auto", "bfloat16", "float16", "float32"]
 Optimizer = Literal["adamw_8bit", "adamw_torch", "adamw_torch_fused", "paged_adamw_8bit", "sgd"]
-Overlong = Literal["shorten-thought", "drop", "error"]
 Schedule = Literal["linear", "cosine", "constant", "constant_with_warmup"]
 BASE_MODEL = "unsloth/DeepSeek-R1-Distill-Llama-8B"
 DATASET = "FreedomIntelligence/medical-o1-reasoning-SFT"
@@ -231,7 +225,6 @@ class DataConfig(ModelConfig):
     cot_col: str = option(RECIPE_COLUMNS[1], "Chain-of-thought column.")
     response_col: str = option(RECIPE_COLUMNS[2], "Answer column.")
     lang: Lang = option("en", "Language of the prompt and the rows.")
-    overlong: Overlong = option("shorten-thought", "What to do with rows above --max-seq-length.")
     loss_on: Literal["all", "response"] = option("all", "Loss on the full sequence or completion.")
     eval_rows: int = option(0, "Rows to hold out for evaluation, drawn by --seed.", min=0)
     seed: int = option(3407, "Seed: held-out rows, data order, LoRA weights, sampling.", min=0)
@@ -289,7 +282,7 @@ class TrainConfig(SamplingConfig, DataConfig):
     )
     max_steps: int = option(60, "Optimizer steps.", min=1)
     epochs: float | None = option(None, "Number of epochs (replaces --max-steps).", min=0.01)
-    warmup_steps: int = option(5, "Warmup steps.", min=0)
+    warmup_steps: int = option(5, "Warmup steps, at most half of all.", min=0)
     warmup_ratio: float | None = option(
         None, "Warmup as a fraction of total steps.", min=0, max=0.5
     )
@@ -377,10 +370,6 @@ def check_config(config: TrainConfig) -> None:
             f"--micro-batch {config.micro_batch} must divide the per-process batch of {batch} "
             f"({divisors})"
         )
-    if config.warmup_steps > config.max_steps and not config.epochs:
-        problems.append(
-            f"--warmup-steps {config.warmup_steps} exceeds --max-steps {config.max_steps}"
-        )
     if config.keep_best and not config.eval_rows:
         problems.append("--keep-best needs held-out rows: add --eval-rows")
     repo = config.hub_checkpoints
@@ -401,12 +390,12 @@ def changed_settings(config: Any) -> str:
 
 
 # ---------------------------------------------------------------------------------- console and errors
-# Messages go to stderr, results to stdout. A mistake that the user can fix ends in a message and a hint;
-# an unknown error keeps its traceback. Colors are Typer's, tables rich's, progress bars tqdm's.
+# Messages go to stderr, results to stdout. What a user can fix ends in a message and a hint, an
+# unknown error in a traceback. Tables are rich's.
 
 
 class UserError(Exception):
-    """A mistake the user can fix: what is wrong, naming the flag, and what to do next."""
+    """A mistake the user can fix, and what to do next."""
 
     def __init__(self, message: str, hint: str):
         super().__init__(message)
@@ -421,7 +410,7 @@ class Console:
 
 
 class LastingStream:
-    """Redirects to /dev/null on a broken pipe or a closed terminal, so that training continues."""
+    """Redirects to /dev/null on a broken pipe or closed terminal."""
 
     def __init__(self, stream: Any):
         self.stream = stream
@@ -440,15 +429,6 @@ class LastingStream:
         return len(text)
 
 
-def open_closed_streams() -> None:
-    """Opens /dev/null in place of a stream that the shell closed (`2>&-`): Python has None for it."""
-    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
-        if getattr(sys, name) is None:
-            stream = Path(os.devnull).open(mode)
-            setattr(sys, name, stream)
-            setattr(sys, f"__{name}__", stream)
-
-
 def interrupt(number: int, frame: Any = None) -> None:
     """Signal handler: unwinds like Ctrl-C."""
     raise KeyboardInterrupt(signal.Signals(number).name)
@@ -456,53 +436,35 @@ def interrupt(number: int, frame: Any = None) -> None:
 
 def log(*lines: object, end: str = "\n", faint: bool = False) -> None:
     """Prints lines to stderr on rank 0; faint ones are dimmed on a terminal."""
-    if RANK or Console.quiet:
-        return
-    text = "\n".join(str(line) for line in lines)
-    if end == "\r":
-        text = f"\033[K{text}"  # clears what a longer line left
-    typer.echo(typer.style(text, dim=faint or None) + end, err=True, nl=False)
-
-
-def log_header(title: str, text: str) -> None:
-    """Prints one labelled line, wrapped to the terminal."""
-    width = min(100, shutil.get_terminal_size().columns)
-    options: Any = {"break_long_words": False, "break_on_hyphens": False}
-    log(textwrap.fill(f"{title:10}{text}", width, subsequent_indent=" " * 10, **options))
+    text = typer.style("\n".join(map(str, lines)), dim=faint or None)
+    if RANK == 0 and not Console.quiet:
+        typer.echo(text + end, err=True, nl=False)
 
 
 def print_result(text: str, end: str = "\n") -> None:
-    """Prints to stdout on rank 0; what libraries print is redirected and never gets there."""
+    """Prints to stdout on rank 0; libraries' prints never get there."""
     if RANK == 0:
         LastingStream(sys.__stdout__).write(text + end)
 
 
-def print_table(headings: Sequence[str], rows: Iterable[Sequence[str]], stream: Any = None) -> None:
-    """Prints an aligned table to stdout or `stream`, 80 columns wide where there is no terminal."""
+def print_table(headings: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
+    """Prints an aligned table to stdout, 80 columns wide where there is no terminal."""
     table = rich_table.Table(*headings, box=None, pad_edge=False, header_style="bold")
     for row in rows:
         table.add_row(*row)
-    file = stream or LastingStream(sys.__stdout__)
+    file = LastingStream(sys.__stdout__)
     rich_console.Console(file=file, markup=False, highlight=False).print(table)
 
 
 def progress(values: Iterable[Any], label: str) -> Any:
-    """A progress bar on stderr, updated every second (every 30 s where there is no terminal)."""
-    every = 1 if sys.stderr.isatty() else 30
-    hidden = bool(RANK) or Console.quiet
-    return tqdm_auto.tqdm(
-        values, label, leave=False, file=sys.stderr, mininterval=every, disable=hidden
-    )
+    """A progress bar on stderr."""
+    hidden = RANK > 0 or Console.quiet
+    return tqdm_auto.tqdm(values, label, leave=False, mininterval=5, disable=hidden)
 
 
 def format_duration(seconds: float) -> str:
-    """Seconds with a unit: 8 s, 49 min, 2 h 05 min."""
-    minutes = round(seconds / 60)
-    if seconds < 120:
-        return f"{seconds:.0f} s"
-    if minutes < 120:
-        return f"{minutes} min"
-    return f"{minutes // 60} h {minutes % 60:02} min"
+    """Seconds, or minutes from two on."""
+    return f"{seconds:.0f} s" if seconds < 120 else f"{seconds / 60:.0f} min"
 
 
 def format_size(size: float) -> str:
@@ -510,29 +472,23 @@ def format_size(size: float) -> str:
     return f"{size / 1e9:.1f} GB" if size >= 1e9 else f"{size / 1e6:.0f} MB"
 
 
-NOT_REACHED = "try again later, and see `doctor`; a local --model and --dataset need no Hub"
-# The hint for an error, by the name of its class or of a base class (importing the libraries to compare
-# takes seconds); the first that fits. What is not here may be a bug, and keeps its traceback.
+NOT_REACHED = "Hub not reached: unset HF_HUB_OFFLINE, retry, or use a local --model and --dataset"
+# Hints by the name of an error's class: importing the classes takes seconds.
 ADVICE = {
     "GatedRepoError": "request access on the model's page, then `login`",
     "RepositoryNotFoundError": "check --model, --dataset or --repo; a private one needs `login`",
-    "HFValidationError": "use OWNER/NAME on the Hub, or a path that exists",
-    "OfflineModeIsEnabled": "unset HF_HUB_OFFLINE, or use what is cached",
     "HTTPError": NOT_REACHED,
     "ConnectionError": NOT_REACHED,
     "LocalEntryNotFoundError": NOT_REACHED,
     "OutOfMemoryError": "try --micro-batch 1, a smaller --max-seq-length or --max-new-tokens",
-    "ModuleNotFoundError": "start the script with `uv run`, which installs the pinned packages",
-    "SafetensorError": "the .safetensors file is damaged: download it or save it again",
+    "ImportError": "start the script with `uv run`, which installs the pinned packages",
+    "SafetensorError": "the file is damaged: download or save it again",
     "UnicodeDecodeError": "save the file as UTF-8",
-    "PermissionError": "choose a folder that you can write to",
-    "OSError": "check the path, and free disk space with `doctor`",
+    "OSError": "check the path, that you can write there, and the free space (`doctor`)",
 }
 HTTP_ADVICE = {
-    401: "`login` with a new token, or unset this one: public models and datasets need none",
-    403: "use a token with write access to this repository (huggingface.co/settings/tokens)",
-    412: "the repository changed meanwhile: look at it, then `push` again",
-    429: "the Hub limits requests: wait a few minutes, then try again",
+    401: "`login` with a new token, or unset it: public models and datasets need none",
+    403: "use a token that may write there (huggingface.co/settings/tokens)",
 }
 
 
@@ -545,36 +501,32 @@ def advice(error: BaseException) -> str | None:
     """The next step after an error, by class or HTTP status; None if unknown."""
     if isinstance(error, UserError):
         return error.hint
-    names = [kind.__name__ for kind in type(error).__mro__]
     # torch and safetensors report a full disk in words alone.
-    full = re.search("No space left|File too large|unexpected pos|PytorchStreamWriter", str(error))
-    if full and {"OSError", "RuntimeError", "SafetensorError"}.intersection(names):
-        return "the disk is full: free some space, or choose a folder on another disk"
+    if re.search("No space left|File too large|unexpected pos|PytorchStreamWriter", str(error)):
+        return "the disk is full: free some space, or use another disk"
+    names = [kind.__name__ for kind in type(error).__mro__]
     status = http_status(error)
+    if status >= 429:
+        return "the Hub is busy: wait a few minutes, then try again"
     if status in HTTP_ADVICE and "RepositoryNotFoundError" not in names:
         return HTTP_ADVICE[status]
-    if status >= 500:
-        return "the Hub has a problem: try again later"
-    for name, hint in ADVICE.items():
-        if name in names:
-            return hint
-    return None
+    return next((ADVICE[name] for name in names if name in ADVICE), None)
 
 
 def expand_commands(text: str) -> str:
-    """Puts the program's name before commands in backticks, so that they can be pasted."""
+    """Puts the program's name before commands in backticks."""
     return re.sub(rf"`({'|'.join(EXAMPLES)})\b", rf"`{PROGRAM} \1", text)
 
 
 def print_error(message: object, hint: str) -> None:
     """Prints an error and its hint to stderr."""
-    typer.echo(typer.style("error: ", fg="red") + str(message), err=True)
-    typer.echo(typer.style("hint:  ", fg="cyan") + expand_commands(hint), err=True)
+    typer.echo(f"{typer.style('error:', fg='red')} {message}", err=True)
+    typer.echo(f"{typer.style('hint:', fg='cyan')}  {expand_commands(hint)}", err=True)
 
 
 @contextlib.contextmanager
 def friendly_errors() -> Iterator[None]:
-    """Shows a message and a hint instead of a traceback, for errors that a user can act on."""
+    """Shows a message and a hint instead of a traceback, where `advice` knows one."""
     try:
         yield
     except (KeyboardInterrupt, typer.Abort) as error:
@@ -591,44 +543,33 @@ def friendly_errors() -> Iterator[None]:
 
 
 # ---------------------------------------------------------------------------------------------- log-in
-# Finds the Hugging Face token and the W&B key, and says whose they are and where they come from. A secret
-# is never an option, never in a run and never printed. huggingface_hub and wandb store and verify.
+# Finds tokens and their owners. A secret is never an option, nor shown. The libraries store and verify.
 
 
 class Secret(NamedTuple):
-    """A token or key and the place it came from; only the place is ever shown."""
+    """A token or key, and the place it came from, which alone is shown."""
 
     value: str
     source: str
 
-    def __repr__(self) -> str:
-        return f"Secret(from {self.source})"
-
 
 def make_secret(text: str | None, source: str) -> Secret | None:
-    """A secret without what is copied along (quotes, spaces, `Bearer`); None if unusable."""
-    value = re.sub(r"^[^\w-]*(bearer\b)?[^\w-]*|[^\w-]+$", "", text or "", flags=re.ASCII | re.I)
-    if value and not re.fullmatch("[!-~]+", value):  # the HTTP client's own error would show it
-        log(f"note: ignoring {source}: it contains a character that no token has")
-        return None
-    return Secret(value, source) if value else None
+    """A secret without quotes, spaces or `Bearer` around it; None if nothing is left."""
+    words = re.findall(r"[\w.-]+", text or "", re.ASCII)
+    return Secret(max(words, key=len), source) if words else None
 
 
 @functools.cache
-def load_dotenv() -> frozenset[str]:
+def load_dotenv() -> set[str]:
     """Sets the variables of `.env` that the environment lacks; returns their names."""
-    # An empty HF_TOKEN would hide the one in .env, and wandb refuses an empty WANDB_MODE.
-    for name in list(os.environ):
-        if name.startswith(("HF_", "HUGGING", "WANDB_")) and not os.environ[name].strip():
-            del os.environ[name]
-    path = dotenv.find_dotenv(usecwd=True)
-    try:
-        values = dotenv.dotenv_values(path)
-    except ValueError as error:  # PowerShell's `>` writes UTF-16
-        raise UserError(f"{path} is not plain text.", hint="save it as UTF-8") from error
-    new = {name: value for name, value in values.items() if value and name not in os.environ}
-    os.environ.update(new)
-    return frozenset(new)
+    names = set()
+    for name, value in dotenv.dotenv_values(dotenv.find_dotenv(usecwd=True)).items():
+        if value and not os.environ.get(name, "").strip():
+            os.environ[name] = value
+            names.add(name)
+    if os.environ.get("WANDB_DISABLED", "").lower() in ("1", "on", "yes", "true"):
+        os.environ["WANDB_MODE"] = "disabled"  # wandb ignores the Trainer's variable
+    return names
 
 
 def find_secret(names: Sequence[str]) -> Secret | None:
@@ -639,26 +580,15 @@ def find_secret(names: Sequence[str]) -> Secret | None:
         place = ".env" if name in from_dotenv else "the environment"
         secret = secret or make_secret(os.environ.pop(name, None), f"{name} in {place}")
     if secret is None and importlib.util.find_spec("kaggle_secrets"):
-        secret = find_on_kaggle(names)
+        for name in names:
+            with contextlib.suppress(Exception):  # the client has classes of its own
+                value = kaggle_secrets.UserSecretsClient().get_secret(name)
+                secret = secret or make_secret(value, f"{name} in Kaggle's secrets")
+        if secret is None:
+            log(f"note: no {names[0]}: attach it under Add-ons > Secrets")
     if secret:
         os.environ[names[0]] = secret.value
     return secret
-
-
-def find_on_kaggle(names: Sequence[str]) -> Secret | None:
-    """The first of these secrets that is attached to the Kaggle notebook; None and a note without."""
-    reason = "empty"
-    for name in names:
-        try:
-            value = kaggle_secrets.UserSecretsClient().get_secret(name)
-            if value:
-                return make_secret(value, f"{name} in Kaggle's secrets")
-        except Exception as error:  # the client has classes of its own
-            reason = type(error).__name__
-            if isinstance(error, ConnectionError):  # each attempt takes 40 s
-                break
-    log(f"note: no {names[0]} from Kaggle ({reason}): attach it under Add-ons > Secrets")
-    return None
 
 
 @functools.cache
@@ -668,102 +598,67 @@ def export_hub_token() -> Secret | None:
     return secret or make_secret(huggingface_hub.get_token(), "an earlier log-in")
 
 
-def hub_account(secret: Secret) -> dict[str, Any]:
-    """Whose token it is: name, source, role, can_push; raises if the Hub gives no valid answer."""
-    try:
-        account = huggingface_hub.whoami(secret.value)
-    except (httpx.HTTPError, ValueError) as error:  # ValueError: a hotel's log-in page is no JSON
-        message = f"no valid answer from {hub_constants.ENDPOINT}: {error}"
-        if http_status(error) == 401:
-            message = f"the Hub refused the token from {secret.source}."
-        raise UserError(message, hint=advice(error) or NOT_REACHED) from error
+def hub_account(secret: Secret | None) -> dict[str, Any]:
+    """Whose token it is, and whether it may push; raises without one, or if it is refused."""
+    if secret is None:
+        raise UserError(
+            "no Hugging Face token found.", hint="set HF_TOKEN, or `login` on a terminal"
+        )
+    account = huggingface_hub.whoami(secret.value)
     token = account.get("auth", {}).get("accessToken", {})
     role = token.get("role", "browser log-in")
-    can_push = role != "read"
-    if role == "fineGrained":  # to which repositories, `auth_check` tells
-        can_push = "repo.write" in str(token)
+    can_push = role not in ("read", "fineGrained") or "repo.write" in str(token)
     return {"name": account["name"], "source": secret.source, "role": role, "can_push": can_push}
 
 
-def wandb_mode() -> str:
-    """Where W&B's own variables send runs: online, offline or disabled."""
-    if os.environ.get("WANDB_DISABLED", "").lower() in ("1", "on", "yes", "true"):
-        return "disabled"
-    mode = os.environ.get("WANDB_MODE", "online")
-    return {"dryrun": "offline", "run": "online"}.get(mode, mode)
-
-
-def wandb_account(key: Secret | None, store: bool = False) -> str | None:
-    """Who is logged in at W&B, None without a key; `store` writes the key to ~/.netrc."""
-    if wandb_mode() in ("offline", "disabled"):
-        return None
+def wandb_account(to_store: Secret | None = None) -> dict[str, Any]:
+    """Who is logged in at W&B, if anyone, and whence; a key to store goes into ~/.netrc."""
+    key = to_store or find_secret(WANDB_KEYS) or Secret("", "an earlier log-in")
     try:
         # By default W&B asks a dead server for two minutes.
-        patience = {"x_graphql_retry_max": 1, "x_graphql_retry_wait_max_seconds": 1}
-        wandb.setup(wandb.Settings(**patience, x_graphql_timeout_seconds=2))
-        known = wandb.login(key=key.value if key and store else None, prompt=False, verify=True)
-        return str(wandb.Api().viewer.username) if known else None
+        wandb.setup(wandb.Settings(x_graphql_retry_max=1, x_graphql_timeout_seconds=2))
+        if wandb.login(key=to_store and to_store.value, prompt=False, verify=True):
+            return {"name": wandb.Api().viewer.username, "source": key.source}
     except Exception as error:  # wandb has several unrelated classes
-        source = key.source if key else "an earlier log-in"
-        raise UserError(
-            f"W&B did not accept the key from {source}: {error}",
-            hint="copy it again from wandb.ai/authorize, then `login`; or set WANDB_MODE=offline",
-        ) from error
-
-
-def start_wandb(config: TrainConfig, run: Any) -> bool:
-    """Starts or resumes the W&B run; False where W&B is off, unknown or (with a note) fails."""
-    mode = wandb_mode()
-    if RANK or not config.wandb or mode == "disabled":
-        return False
-    defaults = {
-        "project": config.wandb_project,
-        "name": run.name,
-        "dir": run.folder.resolve(),
-        "run_id": run.record.get("wandb_id"),
-        "resume": "allow",
-    }
-    chosen = {}
-    for name, value in defaults.items():
-        if f"WANDB_{name.upper()}" not in os.environ:  # which an argument would override
-            chosen["id" if name == "run_id" else name] = value
-    if config.wandb_project != WANDB_PROJECT:
-        chosen["project"] = config.wandb_project
-    patience = {"x_graphql_retry_max": 20, "x_graphql_retry_wait_max_seconds": 60}
-    try:
-        if mode != "offline" and not wandb_account(find_secret(WANDB_KEYS)):
-            return False
-        settings = wandb.Settings(
-            **patience,
-            x_graphql_timeout_seconds=30,
-            init_timeout=20,
-            finish_timeout=10,  # `wandb sync` can send the rest
-            finish_timeout_raises=True,
-        )
-        wandb.init(config=dataclasses.asdict(config), settings=settings, **chosen)
-    except Exception as error:  # whatever it is, the training matters more
-        log(f"note: training without W&B: {error}")
-        return False
-    run.update(wandb_id=wandb.run.id)
-    return True
+        message = f"W&B did not accept the key from {key.source}: {error}"
+        raise UserError(message, hint="`login` with another, or set WANDB_MODE=offline") from error
+    return {"name": None, "source": "not logged in (optional)"}
 
 
 @contextlib.contextmanager
 def track_in_wandb(config: TrainConfig, run: Any) -> Iterator[bool]:
-    """Yields whether W&B tracks the training in this block; ends the W&B run after it."""
-    tracked = start_wandb(config, run)
-    exit_code = 1
+    """Yields whether W&B tracks the training in this block, which no fault of W&B ends."""
+    tracked = RANK == 0 and config.wandb
+    try:
+        if tracked:
+            find_secret(WANDB_KEYS)
+            offline = os.environ.get("WANDB_MODE") in ("offline", "dryrun")
+            tracked = offline or wandb.login(prompt=False, verify=False)  # False without a key
+        if tracked:
+            # Arguments would override W&B's variables; WANDB_PROJECT is in the settings.
+            wandb.init(
+                config=dataclasses.asdict(config),
+                project=config.wandb_project,
+                name=os.environ.get("WANDB_NAME", run.name),
+                dir=os.environ.get("WANDB_DIR", run.folder),
+                id=os.environ.get("WANDB_RUN_ID", run.record.get("wandb_id")),
+                resume="allow",
+                settings={"init_timeout": 20, "finish_timeout": 10, "finish_timeout_raises": True},
+            )
+            run.update(wandb_id=wandb.run.id)
+    except Exception as error:
+        log(f"note: training without W&B (see `doctor`): {error}")
+        tracked = False
     try:
         yield tracked
-        exit_code = 0
     finally:
         if tracked:
             folder = shlex.quote(str(Path(wandb.run.dir).parent))
             try:
-                wandb.finish(exit_code=exit_code)
+                wandb.finish(exit_code=int(sys.exc_info()[0] is not None))
             except (Exception, KeyboardInterrupt):
-                sync = f"wandb sync --no-skip-online {folder}"
-                log(f"note: W&B lacks part of the run; `{sync}` sends it")
+                sync = f"`wandb sync --no-skip-online {folder}`"
+                log(f"note: W&B lacks part of the run; {sync} sends it")
                 with contextlib.suppress(BaseException):  # at exit it would print a traceback
                     wandb.teardown()
 
@@ -1016,14 +911,13 @@ class Run:
 
 # ------------------------------------------------------------------------------------------------ rows
 # Reads a dataset and turns its records into rows of tokens. Every record is accounted for: used,
-# shortened, held out, or dropped with a true reason. `csv`, `json` and pyarrow read files; `datasets`
-# reads repositories, slices splits and maps.
+# shortened, held out, or dropped with a true reason. `datasets` reads repositories, and slices.
 
 
 class PreparedData(NamedTuple):
-    """What became of a dataset's records; the first three are tables (`datasets.Dataset`)."""
+    """What became of a dataset's records."""
 
-    usable: Any  # in the records' order; `used` and `held_out` divide it
+    usable: Any  # a `datasets.Dataset`, which `used` and `held_out` divide
     used: Any
     held_out: Any
     dropped: dict[str, list[int]]  # positions of records, by reason
@@ -1034,11 +928,10 @@ class PreparedData(NamedTuple):
 def read_json_records(path: Path) -> list[Any]:
     """The objects of a JSON or JSONL file: in a list, or one after the other."""
     text = path.read_text("utf-8-sig").strip()
-    decoder = json.JSONDecoder()
     records: list[Any] = []
     position = 0
     while position < len(text):
-        value, position = decoder.raw_decode(text, position)
+        value, position = json.JSONDecoder().raw_decode(text, position)
         records += value if isinstance(value, list) else [value]
         while text[position : position + 1].isspace():
             position += 1
@@ -1049,90 +942,53 @@ def read_json_records(path: Path) -> list[Any]:
 
 
 def read_csv_records(path: Path) -> list[Any]:
-    """The rows of a table separated by commas, semicolons or tabs; every field is text.
-
-    pandas would shift fields at an unquoted comma, and change "None", "NA" and 007.
-    """
+    """The rows of a table; pandas would shift fields at an unquoted comma, and change "NA" and 007."""
     csv.field_size_limit(sys.maxsize)
-    lines = list(io.StringIO(path.read_text("utf-8-sig"), newline=""))
-    start = 0
-    while start < len(lines) - 1 and not lines[start].strip():
-        start += 1
-    header = lines[start] if lines else ""
-    separator = max(",;\t", key=header.count)
-    if header.lower().startswith("sep="):  # Excel's
-        separator = header[4]
-        start += 1
-    reader = csv.DictReader(lines[start:], delimiter=separator, strict=True)
+    text = path.read_text("utf-8-sig")
+    separator = max(",;\t", key=text.partition("\n")[0].count)
+    reader = csv.DictReader(io.StringIO(text), delimiter=separator, strict=True)
     records = []
     try:
-        names = [name for name in reader.fieldnames or () if name]
-        if len(set(names)) < len(names):
-            raise ValueError(f"the header has a column twice: {', '.join(names)}")
         for record in reader:
-            if None in record or None in record.values():
-                raise ValueError(f"more or fewer fields than the header's {len(names)}")
-            record.pop("", None)
+            if None in record or None in record.values() or len(record) < len(reader.fieldnames):
+                raise ValueError("more or fewer fields than the header, or a name in it twice")
             records.append(record)
     except (csv.Error, ValueError) as error:
-        raise ValueError(
-            f"{path.name}, line {start + reader.reader.line_num}: {error} "
-            f"(quote fields that hold {separator!r}, quotes or line ends)"
-        ) from None
+        where = f"line {reader.reader.line_num}: {error}"
+        raise ValueError(f"{where} (quote fields that hold {separator!r} or quotes)") from None
     return records
-
-
-def read_parquet_records(path: Path) -> list[Any]:
-    """The rows of a Parquet file."""
-    return list(parquet.read_table(path).to_pylist())
 
 
 READERS = {
     ".jsonl": read_json_records,
     ".json": read_json_records,
-    ".ndjson": read_json_records,
     ".csv": read_csv_records,
     ".tsv": read_csv_records,
-    ".parquet": read_parquet_records,
+    ".parquet": lambda path: parquet.read_table(path).to_pylist(),
 }
 
 
-def read_files(path: Path, config: DataConfig) -> dict[str, Any]:
-    """A file, or all files of a folder, as a table for each split (by file name, as `datasets` does)."""
+def read_files(path: Path) -> dict[str, Any]:
+    """A table for each split; a file's name tells its split, as in `datasets`."""
     records: dict[str, list[Any]] = {}
-    file_columns: dict[str, set[str]] = {}
     unread = []
     for file in sorted(path.rglob("*")) if path.is_dir() else [path]:
-        reader = READERS.get(file.suffix.lower())
-        if file.is_dir() or any(part.startswith(".") for part in file.relative_to(path).parts):
+        inside = str(file.relative_to(path))
+        if file.is_dir() or re.search(r"(^|/)\.\w", inside):  # such as .cache
             continue
-        if not reader or file.name == "dataset_infos.json":
+        if file.suffix.lower() not in READERS:
             unread.append(file.name)
             continue
-        rows = reader(file)
         split = "train"
-        if path.is_dir():
-            words = re.split(r"[\W\d_]+", str(file.relative_to(path)).lower())
-            for name, keywords in datasets.data_files.SPLIT_KEYWORDS.items():
-                if set(words).intersection(keywords):
-                    split = str(name)
-        if rows:
-            file_columns[file.name] = set().union(*rows).intersection(config.columns)
-        records.setdefault(split, []).extend(rows)
-    if not records:
-        raise UserError(
-            f"--dataset {path}: nothing to read.",
-            hint=f"use a file or folder of {', '.join(READERS)}",
-        )
+        words = re.split(r"[\W\d_]+", inside.lower())
+        for name, keywords in datasets.data_files.SPLIT_KEYWORDS.items():
+            if set(words).intersection(keywords):
+                split = str(name)
+        records.setdefault(split, []).extend(READERS[file.suffix.lower()](file))
     if unread:
         log(f"note: not read in {path}: {', '.join(unread)}")
-    first = next(iter(file_columns), "")
-    for name, columns in file_columns.items():
-        if columns != file_columns[first]:
-            raise UserError(
-                f"--dataset {path}: {first} and {name} have different columns.",
-                hint="pass one of the files, or give them the same columns",
-            )
+    if not records:
+        raise UserError(f"--dataset {path}: nothing to read.", f"use {', '.join(READERS)}")
     tables = {}
     for split, rows in records.items():
         names = dict.fromkeys(name for row in rows for name in row)
@@ -1141,140 +997,86 @@ def read_files(path: Path, config: DataConfig) -> dict[str, Any]:
     return tables
 
 
-def take_split(tables: dict[str, Any], split: str) -> Any:
-    """The rows that --split names, such as train[:500]+test, in the notation of `datasets`."""
-    if split.startswith("all") and "all" not in tables:
-        tables = {**tables, "all": datasets.concatenate_datasets(list(tables.values()))}
+def load_source(config: DataConfig) -> Any:
+    """The rows of a Hub dataset, a downloaded repository, a `save_to_disk` folder, or files."""
+    path = Path(config.dataset)
+    if not path.exists() and (path.suffix.lower() in READERS or not is_hub_name(config.dataset)):
+        raise UserError(f"--dataset {path} not found.", "check the path, or use OWNER/NAME")
+    card = path / "README.md"
+    metadata = huggingface_hub.metadata_load(card) if card.is_file() else None
+    if not path.exists() or (metadata and metadata.get("configs")):
+        export_hub_token()
+        wanted = config.subset or config.lang
+        try:
+            return datasets.load_dataset(config.dataset, wanted, split=config.split)
+        except ValueError:
+            if config.subset or wanted in datasets.get_dataset_config_names(config.dataset):
+                raise
+        return datasets.load_dataset(config.dataset, split=config.split)  # its only subset
+    if (path / "state.json").is_file() or (path / "dataset_dict.json").is_file():
+        saved = datasets.load_from_disk(str(path))
+        tables = saved if isinstance(saved, dict) else {"train": saved}
+    else:
+        subset = path / (config.subset or config.lang)
+        tables = read_files(subset if config.subset or subset.is_dir() else path)
+    # The split is in the notation of `datasets`, such as train[:500]+test.
     sizes = {name: len(table) for name, table in tables.items()}
-    try:
-        parts = datasets.ReadInstruction.from_spec(split).to_absolute(sizes)
-    except ValueError as error:
-        there = ", ".join(f"{name} ({size} rows)" for name, size in sizes.items())
-        raise UserError(f"--split {split}: {error}", hint=f"choose from {there}") from error
     chosen = []
-    for part in parts:
+    for part in datasets.ReadInstruction.from_spec(config.split).to_absolute(sizes):
         positions = range(part.from_, max(part.from_, part.to))
         chosen.append(tables[part.splitname].select(positions))
     return datasets.concatenate_datasets(chosen)
 
 
-def load_repository(config: DataConfig) -> Any:
-    """The rows of a repository, on the Hub or downloaded: --subset, else --lang, else its only one."""
-    export_hub_token()
-    wanted = config.subset or config.lang
-    try:
-        return datasets.load_dataset(config.dataset, wanted, split=config.split)
-    except ValueError:  # an unknown configuration, or an unknown split
-        names = datasets.get_dataset_config_names(config.dataset)
-        if wanted in names:
-            raise
-        if not config.subset and len(names) == 1:
-            return datasets.load_dataset(config.dataset, names[0], split=config.split)
-        raise UserError(
-            f"--dataset {config.dataset} has no configuration {wanted}.",
-            hint=f"choose one with --subset: {', '.join(names)}",
-        ) from None
-
-
-def load_source(config: DataConfig) -> Any:
-    """The rows of a Hub dataset, a downloaded repository, a `save_to_disk` folder, or files."""
-    path = Path(config.dataset)
-    is_file_name = path.suffix.lower() in READERS or not is_hub_name(config.dataset)
-    if not path.exists() and is_file_name:
-        raise UserError(
-            f"--dataset {path} not found.", hint="check the path; a name on the Hub is OWNER/NAME"
-        )
-    card = path / "README.md"
-    metadata = huggingface_hub.metadata_load(card) if card.is_file() else None
-    if not path.exists() or (metadata and metadata.get("configs")):
-        return load_repository(config)
-    if (path / "state.json").is_file() or (path / "dataset_dict.json").is_file():
-        saved = datasets.load_from_disk(str(path))
-        return take_split(saved if isinstance(saved, dict) else {"train": saved}, config.split)
-    subset = config.subset or config.lang
-    if path.is_dir() and (config.subset or (path / subset).is_dir()):
-        path /= subset
-        if not path.is_dir():
-            raise UserError(
-                f"--dataset {config.dataset} has no configuration {subset}.", hint="omit --subset"
-            )
-    return take_split(read_files(path, config), config.split)
+def data_error(error: BaseException | None, source: str) -> UserError:
+    """An error of a dataset's reader, with a hint by the class of it or of its causes."""
+    texts = []
+    hints = []
+    while error:
+        texts.append(str(error).strip().partition("\n")[0])
+        names = {kind.__name__ for kind in type(error).__mro__}
+        hint = advice(error)
+        if "DatasetNotFoundError" in names or http_status(error) == 403:
+            hints.append("check the name; a private or gated one needs `login`")
+        elif "CastError" in names:
+            hints.append("its files have different columns: choose by --subset")
+        elif hint and isinstance(error, OSError) and error.errno:
+            hints.append(f"{hint} (the cache is {hub_constants.HF_HOME}; HF_HOME moves it)")
+        elif hint and "DatasetsError" not in names:
+            hints.append(hint)
+        error = error.__cause__
+    hints.append("check --split and --subset, or use a repaired copy as JSONL")
+    return UserError(f"{source}: {'; '.join(filter(None, texts))}", hints[0])
 
 
 def read_records(config: DataConfig) -> Any:
-    """The records of --dataset, --subset and --split as a `datasets.Dataset`, at least one."""
+    """The records of --dataset, --subset and --split as a `datasets.Dataset`."""
     logging.getLogger("datasets").setLevel(logging.CRITICAL)
+    source = f"--dataset {config.dataset} --split {config.split}"
     try:
         records = load_source(config)
         records.data.validate(full=True)  # `datasets` accepts text that is not UTF-8
     except UserError:
         raise
-    except Exception as error:  # each reader has its own classes
-        raise data_error(error, config) from error
+    except Exception as error:
+        raise data_error(error, source) from error
     if not len(records):
-        raise UserError(
-            f"--dataset {config.dataset} --split {config.split}: no rows.",
-            hint="widen --split; data/medical_sample.jsonl is an example",
-        )
+        raise UserError(f"{source}: no rows.", "widen --split")
     return records
 
 
-def data_error(error: BaseException, config: DataConfig) -> UserError:
-    """A dataset's error with a hint that fits its cause, by the types of the error and its causes."""
-    chain = [error]
-    while chain[-1].__cause__ or chain[-1].__context__:
-        chain.append(chain[-1].__cause__ or chain[-1].__context__)  # type: ignore[arg-type]
-    names = {kind.__name__ for each in chain for kind in type(each).__mro__}
-    codes = {each.errno for each in chain if isinstance(each, OSError)}
-    text = "; ".join(str(each).strip().partition("\n")[0] for each in chain if str(each))
-    cache = f"the cache {hub_constants.HF_HOME} (HF_HOME moves it)"
-    hint = "repair the file, or check --split"
-    if codes & {errno.ENOSPC, errno.EDQUOT, errno.EFBIG} or "Not enough disk space" in text:
-        hint = f"the disk is full: free some space for {cache}"
-    elif codes & {errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOTDIR}:
-        hint = f"check that you can read the rows and write {cache}"
-    elif "DatasetNotFoundError" in names:
-        hint = "check the name, on the Hub OWNER/NAME; a private or gated dataset needs `login`"
-    elif names & {"HfHubHTTPError", "ConnectionError", "TimeoutError", "TransportError"}:
-        statuses = [http_status(each) for each in chain]
-        hint = HTTP_ADVICE.get(max(statuses), NOT_REACHED)
-    elif "UnicodeDecodeError" in names:
-        hint = "save the file as UTF-8"
-    elif "CastError" in names:
-        hint = "its files have different columns: pass one of them, or choose one with --subset"
-    elif "RuntimeError" in names and "script" in text:
-        hint = "its loading script is not run: use a copy as JSONL or Parquet"
-    elif "YAMLError" in names:
-        hint = "repair the YAML at the head of its README.md"
-    return UserError(f"--dataset {config.dataset} --split {config.split}: {text}", hint)
-
-
 def check_columns(records: Any, config: DataConfig) -> None:
-    """Raises if a named column is missing, offering those that would keep most rows."""
+    """Raises if a named column is missing."""
     names = records.column_names
-    missing = [name for name in dict.fromkeys(config.columns) if name not in names]
-    if "input" in names and "instruction" in config.columns and any(records[:100]["input"]):
-        log("note: column `input` is not taught; join it to `instruction` if the questions need it")
-    if missing:
+    if not set(config.columns).issubset(names):
         raise UserError(
-            f"--dataset {config.dataset} has no {', '.join(missing)}; "
-            f"its columns: {', '.join(names)}.",
-            hint=column_options(records) or "pass --question-col, --cot-col and --response-col",
+            f"--dataset {config.dataset} has {', '.join(names)}, not {', '.join(config.columns)}.",
+            "pass --question-col, --cot-col and --response-col; the last two may be one",
         )
 
 
-def column_options(records: Any) -> str:
-    """The options for the columns that would keep most rows; empty if none would."""
-    guess = prompts.guess_columns(list(records.take(min(100, len(records)))))
-    if not guess:
-        return ""
-    flags = ("--question-col", "--cot-col", "--response-col")
-    options = [f"{flag} {shlex.quote(name)}" for flag, name in zip(flags, guess, strict=True)]
-    return f"did you mean {' '.join(options)}?"
-
-
 def fingerprint(*parts: Any) -> str:
-    """A hash that is equal for equal content, on any machine."""
+    """Equal for equal content, on any machine."""
     text = "".join(json.dumps(part, default=str) for part in parts)
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
@@ -1285,98 +1087,62 @@ def question_hash(question: str) -> str:
 
 
 def trained_questions(run: Run) -> set[str]:
-    """The `question_hash` of each question that a run was trained on."""
+    """The hashes of a run's training questions."""
     return set(read_json(run / "trained.json")["questions"])
 
 
-def tokenize(
-    batch: dict[str, list[Any]], tokenizer: Any, config: DataConfig
-) -> dict[str, list[Any]]:
-    """Reads and tokenizes a batch of records, for `datasets.map`; `status` says which to drop."""
+def tokenize(records: Any, tokenizer: Any, config: DataConfig) -> list[prompts.Row]:
+    """A row for each record; its status says whether and why it is dropped."""
     special = prompts.special_tokens(tokenizer)
-    rows = []
-    for values in zip(*batch.values(), strict=True):
-        record = dict(zip(batch, values, strict=True))
-        rows.append(prompts.read_record(record, config.columns, special))
+    rows = [prompts.read_record(record, config.columns, special) for record in records]
     usable = [i for i, row in enumerate(rows) if row.status == "used"]
-    encoded = prompts.encode([rows[i] for i in usable], tokenizer, config.lang)
-    for i, row in zip(usable, encoded, strict=True):
-        length = len(row.input_ids)
-        if row.status == "used" and length > config.max_seq_length:
-            if config.overlong == "error":
-                raise UserError(
-                    f"--overlong error: a row has {length} tokens: {row.question[:80]}",
-                    hint="raise --max-seq-length, or choose --overlong shorten-thought",
-                )
-            if config.overlong == "drop":
-                row = row._replace(status="longer than --max-seq-length")
-            else:
+    for start in range(0, len(usable), 1000):  # more at once would take gigabytes
+        batch = usable[start : start + 1000]
+        encoded = prompts.encode([rows[i] for i in batch], tokenizer, config.lang)
+        for i, row in zip(batch, encoded, strict=True):
+            if row.status == "used" and row.tokens > config.max_seq_length:
                 row = prompts.shorten(row, tokenizer, config.lang, config.max_seq_length)
-        rows[i] = row
-    table = pandas.DataFrame(rows)
-    table["tokens"] = table["input_ids"].map(len)
-    masks = []
-    for prompt_tokens, tokens in zip(table["prompt_tokens"], table["tokens"], strict=True):
-        masks.append([0] * prompt_tokens + [1] * (tokens - prompt_tokens))
-    table["completion_mask"] = masks
-    return dict(table.to_dict("list"))
-
-
-def tokenize_records(records: Any, tokenizer: Any, config: DataConfig, content: str) -> Any:
-    """The table with a row for each record."""
-    text = datasets.Value("string")
-    number = datasets.Value("int32")
-    features = {  # given, as empty columns don't tell them
-        **dict.fromkeys(("question", "thought", "answer", "status"), text),
-        **dict.fromkeys(("input_ids", "completion_mask"), datasets.List(number)),
-        **dict.fromkeys(("prompt_tokens", "tokens"), number),
-        "notes": datasets.List(text),
-    }
-    datasets.disable_progress_bars()
-    return records.map(
-        tokenize,
-        batched=True,
-        remove_columns=records.column_names,
-        features=datasets.Features(features),
-        fn_kwargs={"tokenizer": tokenizer, "config": config},
-        new_fingerprint=content,
-        keep_in_memory=True,
-        load_from_cache_file=False,  # a cache would not see a change in prompts.py
-    )
+            rows[i] = row
+    return rows
 
 
 def prepare_rows(records: Any, tokenizer: Any, config: DataConfig) -> PreparedData:
-    """Turns records into rows of tokens and draws those held out; raises if none is left to train on."""
-    named = records.select_columns(sorted(set(config.columns)))
-    content = fingerprint(*named)
-    table = tokenize_records(named, tokenizer, config, content)
-
+    """Turns records into rows of tokens, and draws those held out."""
+    records = records.select_columns(sorted(set(config.columns)))
+    rows = tokenize(records, tokenizer, config)
     # Of rows with one question the first counts, so that none is both trained on and held out.
-    dropped = prompts.drop(table["status"][:], table["question"][:])
-    usable = table.select(sorted(set(range(len(table))).difference(*dropped.values())))
-    if len(usable) <= config.eval_rows:
-        raise UserError(
-            f"--dataset {config.dataset}: {len(usable)} usable rows of {len(table)}, "
-            f"--eval-rows {config.eval_rows}; dropped {prompts.describe_dropped(dropped)}.",
-            hint=(not len(usable) and column_options(records)) or "widen --split, or fix the rows",
-        )
-    chinese = sum(bool(re.search("[\u4e00-\u9fff]", text)) for text in usable["question"])
-    if (chinese > len(usable) / 2) != (config.lang == "zh"):
-        log(f"note: most questions are not in the prompt's language (--lang {config.lang})")
-
-    chosen = sorted(random.Random(config.seed).sample(range(len(usable)), config.eval_rows))
+    dropped: dict[str, list[int]] = {}
+    kept: dict[str, prompts.Row] = {}
+    for position, row in enumerate(rows):
+        reason = row.status
+        if reason in ("used", "shortened"):
+            reason = "duplicate question"
+            if kept.setdefault(prompts.same_question(row.question), row) is row:
+                continue
+        dropped.setdefault(reason, []).append(position)
+    usable = list(kept.values())
+    eval_rows = min(config.eval_rows, len(usable))
+    chosen = sorted(random.Random(config.seed).sample(range(len(usable)), eval_rows))
     others = sorted(set(range(len(usable))).difference(chosen))
     row_counts = {
-        "read": len(table),
+        "read": len(rows),
         "used": len(others),
-        "held_out": len(chosen),
-        "shortened": usable["status"][:].count("shortened"),
+        "held_out": eval_rows,
+        "shortened": sum(row.status == "shortened" for row in usable),
         "dropped": {reason: len(positions) for reason, positions in dropped.items()},
-        "notes": dict(collections.Counter(itertools.chain(*usable["notes"]))),
+        "notes": dict(collections.Counter(note for row in usable for note in row.notes)),
     }
-    return PreparedData(
-        usable, usable.select(others), usable.select(chosen), dropped, row_counts, content
-    )
+    if not others:
+        raise UserError(
+            f"--dataset {config.dataset}: {prompts.describe_counts(row_counts)}.",
+            "widen --split, name other columns, or fix the rows",
+        )
+    table = pandas.DataFrame(usable).to_dict("list")
+    masks = [[0] * row.prompt_tokens + [1] * (row.tokens - row.prompt_tokens) for row in usable]
+    tables = datasets.Dataset.from_dict({**table, "completion_mask": masks})
+    used = tables.select(others)
+    held_out = tables.select(chosen)
+    return PreparedData(tables, used, held_out, dropped, row_counts, fingerprint(*records))
 
 
 # ----------------------------------------------------------------------------------------------- model
@@ -1424,35 +1190,21 @@ def resolve_base(run: Run, model: str | None = None) -> str:
     return str(folder) if folder else name
 
 
-def has_code(code: str, capability: tuple[int, int]) -> bool:
-    """Whether code such as sm_75 or compute_90 runs on a GPU of this compute capability.
-
-    Machine code (sm) runs within its major version from its minor on, PTX (compute) on all newer GPUs,
-    either ending in `a` on one capability only (CUDA C++ programming guide).
-    """
-    match = re.fullmatch(r"(sm|compute)_(\d+)([af]?)", code)
-    if match is None:  # a kind of code not known here is no reason to refuse
-        return True
-    built_for = divmod(int(match[2]), 10)
-    if match[3] == "a":
-        return built_for == capability
-    if match[1] == "compute" and not match[3]:
-        return built_for <= capability
-    return built_for[0] == capability[0] and built_for[1] <= capability[1]
-
-
 def check_gpu() -> None:
     """Raises if this torch has no code for the GPU, as for a P100 (Kaggle/docker-python#1546)."""
     if not torch.cuda.is_available() or torch.version.hip:
         return
-    capability = torch.cuda.get_device_capability()
+    gpu = torch.cuda.get_device_capability()
     codes = torch.cuda.get_arch_list()
-    if not any(has_code(code, capability) for code in codes):
-        raise UserError(
-            f"{torch.cuda.get_device_name()} has compute capability {capability[0]}.{capability[1]}; "
-            f"torch {torch.__version__} has code for {', '.join(codes)} only.",
-            hint="choose another GPU (on Kaggle: T4 x2) or another torch build",
-        )
+    for code in codes:
+        kind, _, number = code.rstrip("af").partition("_")
+        major, minor = divmod(int(number), 10)
+        if (major, minor) <= gpu and (major == gpu[0] or kind == "compute"):
+            return
+    raise UserError(
+        f"torch has code for {', '.join(codes)}, not for compute capability {gpu}.",
+        hint="choose another GPU (on Kaggle: T4 x2) or another torch build",
+    )
 
 
 def check_model(config: ModelConfig, revision: str | None = None) -> None:
@@ -2119,25 +1871,16 @@ def answer_printer(tokenizer: Any) -> Any:
 
 
 # -------------------------------------------------------------------------------------------- training
-# Fine-tunes a LoRA adapter: the fastest step that fits in memory, a checkpoint at every stop, a resumed
-# run equal to an undisturbed one (bit for bit on a CPU), no NaN saved. TRL, transformers and Accelerate
-# do loop, optimizer, best checkpoint and DDP; Unsloth makes the layers fast.
+# Fine-tunes a LoRA adapter: the fastest step that fits in memory, a checkpoint at every stop, resumed bit
+# for bit on a CPU, no NaN saved. TRL, transformers and Accelerate do loop, optimizer, best checkpoint and
+# DDP; Unsloth makes the layers fast.
 
 
 def processes() -> Any:
     """Initialises torch.distributed (NCCL on GPUs, gloo on CPUs); None for one process."""
     if WORLD == 1:
         return None
-    on_cpu = not torch.cuda.is_available()
-    if on_cpu:
-        os.environ["ACCELERATE_TORCH_DEVICE"] = "cpu"  # torch loads no optimizer to its "cpu:0"
-    return accelerate.PartialState(cpu=on_cpu)
-
-
-def barrier() -> None:
-    """Waits for all processes."""
-    if WORLD > 1:
-        processes().wait_for_everyone()
+    return accelerate.PartialState(cpu=not torch.cuda.is_available())
 
 
 def broadcast(value: Any) -> Any:
@@ -2145,365 +1888,223 @@ def broadcast(value: Any) -> Any:
     return accelerate_utils.broadcast_object_list([value])[0] if processes() else value
 
 
-def linear_layers(model: Any) -> Iterator[tuple[str, Any]]:
-    """The linear layers of a model except its head, each with the last part of its name."""
-    for path, module in model.named_modules():
-        if isinstance(module, torch.nn.Linear) and module is not model.get_output_embeddings():
-            yield path.rpartition(".")[2], module
-
-
 def adapter_sizes(model: Any, config: TrainConfig) -> dict[str, int]:
     """LoRA parameters by name of layer; raises for --target-modules that `model` lacks."""
     sizes: dict[str, int] = {}
-    for name, layer in linear_layers(model):
-        added = config.lora_r * (layer.in_features + layer.out_features)
-        sizes[name] = sizes.get(name, 0) + added
+    for path, layer in model.named_modules():
+        if isinstance(layer, torch.nn.Linear) and layer is not model.get_output_embeddings():
+            name = path.rpartition(".")[2]
+            added = config.lora_r * (layer.in_features + layer.out_features)
+            sizes[name] = sizes.get(name, 0) + added
     if config.target_modules == "all-linear":
         return sizes
-    names = [name.strip() for name in config.target_modules.split(",")]
-    unknown = sorted(set(names) - sizes.keys())
-    if unknown:
-        raise UserError(
-            f"--target-modules: the model has no linear layer {', '.join(unknown)}.",
-            hint=f"choose from {', '.join(sizes)}, or all-linear",
-        )
+    names = config.target_modules.replace(" ", "").split(",")
+    for name in names:
+        if name not in sizes:
+            raise UserError(f"--target-modules: no layer {name}.", f"use {', '.join(sizes)}")
     return {name: sizes[name] for name in names}
 
 
-def optimizer_bytes(config: TrainConfig) -> int:
-    """Bytes of optimizer state per parameter."""
-    return 2 if "8bit" in config.optim else 8
+def make_plan(model: Any, weights: float, lengths: Any, config: TrainConfig) -> dict[str, Any]:
+    """The fastest micro-batch and checkpointing that fit, else the smallest.
 
-
-def run_size(model: Any, config: TrainConfig) -> int:
-    """Bytes of a run folder: the adapter, and checkpoints of adapter and optimizer."""
-    checkpoint = sum(adapter_sizes(model, config).values()) * (4 + optimizer_bytes(config))
-    return checkpoint * (config.keep_checkpoints + config.keep_best + 2)
-
-
-class Memory(NamedTuple):
-    """What a plan has to fit into, in bytes."""
-
-    limit: float
-    resident: float  # weights, adapter, gradients, optimizer, workspace
-    layers: int
-    token_in_layer: float  # activations stored per token and layer for backward
-    partly: bool = True  # whether some layers can keep theirs, or only all or none
-    token_in_loss: float = 0.0
-
-
-def measure_memory(model: Any, weights: float, config: TrainConfig) -> Memory:
-    """The memory for training `model`, without adapter yet, whose weights take `weights` bytes."""
-    shape = model.config
-    parameters = sum(adapter_sizes(model, config).values())
-    resident = weights + parameters * (4 + 4 + optimizer_bytes(config)) + WORKSPACE
-    stored = 3 * shape.intermediate_size + 3.3 * shape.hidden_size  # numbers, as measured
-    limit = memory_limit(config)
-    layers = shape.num_hidden_layers
-    if not torch.cuda.is_available():
-        # Logits, softmax and gradient in float32, most of which Unsloth avoids on a GPU.
-        loss = 3 * 4 * shape.vocab_size
-        return Memory(limit, resident, layers, 4 * stored, partly=False, token_in_loss=loss)
-    if is_old_gpu():
-        # Unsloth repeats keys and values for all heads; 1.1 GiB more than planned were reserved.
-        stored += 2 * (shape.num_attention_heads - shape.num_key_value_heads) * head_size(shape)
-        limit *= OLD_GPU_SHARE
-    return Memory(limit, resident, layers, 2 * stored)
-
-
-def make_plan(lengths: Sequence[int], config: TrainConfig, memory: Memory) -> dict[str, Any]:
-    """The fastest micro-batch, and number of layers that keep their activations, for the memory.
-
-    `lengths` are the rows' tokens. Where nothing fits, the smallest peak is taken.
+    `model` has no adapter yet and takes `weights` bytes; `lengths` are the rows' tokens.
     """
+    shape = model.config
+    layers = shape.num_hidden_layers
+    parameters = sum(adapter_sizes(model, config).values())
+    optimizer = 2 if "8bit" in config.optim else 8
+    checkpoints = config.keep_checkpoints + config.keep_best + 2
+    limit = memory_limit(config)
+    resident = weights + parameters * (4 + 4 + optimizer) + WORKSPACE
+    in_layer = 2 * (3 * shape.intermediate_size + 3.3 * shape.hidden_size)  # bytes, as measured
+    in_loss = 0
+    if not torch.cuda.is_available():  # float32, and logits, which Unsloth avoids on a GPU
+        in_layer *= 2
+        in_loss = 12 * shape.vocab_size
+    elif is_old_gpu():  # keys and values are repeated for all heads
+        in_layer += 4 * (shape.num_attention_heads - shape.num_key_value_heads) * head_size(shape)
+        limit *= OLD_GPU_SHARE
+
     batch = config.effective_batch // WORLD
     tokens = sum(lengths) / len(lengths) * batch
-    # Draw up to 20,000 rows as training does, to find the longest micro-batch.
-    wanted = min(config.max_steps * config.effective_batch, 20_000)
-    shuffle = random.Random(config.seed)
-    drawn: list[int] = []
-    while len(drawn) < wanted:
-        drawn += shuffle.sample(lengths, len(lengths))
-
-    sizes = [size for size in range(1, batch + 1) if batch % size == 0]
-    if config.micro_batch:
-        sizes = [config.micro_batch]
-    kept_choices = {
-        "none": [memory.layers],
-        "unsloth": [0],
-        "auto": range(0, memory.layers + 1, 1 if memory.partly else memory.layers),
-    }
-    choices = []
-    for size in sizes:
-        at_once = max(sum(drawn[i : i + size]) for i in range(0, wanted, size))
-        for kept in kept_choices[config.gradient_checkpointing]:
-            per_token = memory.token_in_layer * (kept + 1) + memory.token_in_loss
-            recompute = tokens * RECOMPUTE * (1 - kept / memory.layers)
-            cost = batch / size * MICRO_BATCH_TOKENS + tokens + recompute
-            peak = memory.resident + at_once * per_token
-            choices.append({"size": size, "kept": kept, "peak": peak, "cost": cost})
-    fits = [choice for choice in choices if choice["peak"] <= memory.limit]
-    best = min(fits or choices, key=operator.itemgetter("cost" if fits else "peak"))
-    return {
-        "effective_batch": config.effective_batch,
-        "processes": WORLD,
-        "micro_batch": best["size"],
-        "accumulation": batch // best["size"],
-        "kept_layers": best["kept"],
-        "layers": memory.layers,
-        "estimated_peak_gib": round(best["peak"] / GIB, 1),
-        "steps": config.max_steps,
-        "epochs": round(config.max_steps * config.effective_batch / len(lengths), 2),
-        "tokens_per_step": round(tokens * WORLD),
-    }
+    drawn = random.Random(config.seed).sample(lengths, len(lengths))
+    best: dict[str, Any] = {}
+    lowest_cost = math.inf
+    for size in [config.micro_batch] if config.micro_batch else range(1, batch + 1):
+        if batch % size:
+            continue
+        at_once = max(sum(drawn[i : i + size]) for i in range(0, len(drawn), size))
+        kept = int(((limit - resident) / at_once - in_loss) / in_layer) - 1
+        kept = min(layers, max(0, kept))
+        kept = {"none": layers, "unsloth": 0}.get(config.gradient_checkpointing, kept)
+        peak = resident + at_once * (in_layer * (kept + 1) + in_loss)
+        cost = batch / size * MICRO_BATCH_TOKENS + tokens * (1 + RECOMPUTE * (1 - kept / layers))
+        if not best or (peak <= limit and cost < lowest_cost):
+            lowest_cost = cost
+            best = {
+                "steps": config.max_steps,
+                "effective_batch": config.effective_batch,
+                "processes": WORLD,
+                "micro_batch": size,
+                "accumulation": batch // size,
+                "layers": layers,
+                "checkpointed_layers": layers - kept,
+                "estimated_peak_gib": round(peak / GIB, 1),
+                "run_mb": round(parameters * (4 + optimizer) * checkpoints / 1e6, 1),
+            }
+    return best
 
 
-def plan_text(plan: dict[str, Any]) -> str:
-    """A plan in words."""
-    split = f"micro-batch {plan['micro_batch']} × accumulation {plan['accumulation']}"
-    if plan["processes"] > 1:
-        split += f" × {plan['processes']} processes"
-    recomputed = plan["layers"] - plan["kept_layers"]
-    return (
-        f"{plan['steps']} steps of {plan['effective_batch']} rows ({split}), "
-        f"{plan['epochs']} epochs, {plan['tokens_per_step']:,} tokens per step; activation "
-        f"checkpointing {'on' if recomputed else 'off'} ({recomputed}/{plan['layers']} layers); "
-        f"estimated peak {plan['estimated_peak_gib']} GiB"
-    )
+def prepare_training(config: TrainConfig, **options: Any) -> tuple[TrainConfig, PreparedData, Any]:
+    """Settings, rows and tokenizer; `options` are those of `tokenized_rows`."""
+    check_config(config)
+    rows, tokenizer = tokenized_rows(config, **options)
+    if config.epochs:
+        steps = math.ceil(config.epochs * len(rows.used) / config.effective_batch)
+        config = dataclasses.replace(config, max_steps=max(1, steps))
+    log(f"settings {changed_settings(config)}")
+    log(f"rows     {prompts.describe_counts(rows.row_counts)}")
+    return config, rows, tokenizer
 
 
-def estimate_cost(config: TrainConfig, lengths: Sequence[int]) -> dict[str, str]:
-    """Plan and disk of a training on rows of `lengths` tokens, without loading weights."""
+def estimate_cost(config: TrainConfig) -> dict[str, Any]:
+    """Rows, plan and disk of a training, without loading weights."""
+    config, rows, _ = prepare_training(config)
     model = load_meta_model(download_model(config.model, weights=False))
-    in_layers = sum(layer.weight.numel() for _, layer in linear_layers(model))
-    each = FOUR_BIT if config.load_in_4bit else 2
-    weights = in_layers * each + (model.num_parameters() - in_layers) * 2
-    plan = make_plan(lengths, config, measure_memory(model, weights, config))
-
-    run = run_size(model, config)
-    try:
-        missing = weights_size(four_bit_name(config))[1]
-        download = f"{format_size(missing)} to download" if missing else "weights cached"
-    except (httpx.HTTPError, OSError):
-        download = "download size unknown (Hub not reached)"
-    free = shutil.disk_usage(".").free
-    disk = f"{download}, {format_size(run)} for the run, {format_size(free)} free"
-    return {"plan": plan_text(plan), "disk": disk}
+    weights = model.num_parameters() * (FOUR_BIT if config.load_in_4bit else 2)
+    plan = make_plan(model, weights, rows.used["tokens"][:], config)
+    download = format_size(weights_size(four_bit_name(config))[1])
+    free = format_size(shutil.disk_usage(".").free)
+    counts = prompts.describe_counts(rows.row_counts)
+    return {"rows": counts, "plan": plan, "disk": f"{download} to download, {free} free"}
 
 
-@contextlib.contextmanager
-def stop_after_step() -> Iterator[list[int]]:
-    """Collects a first signal to stop, so that the step can end; a second one quits immediately."""
-    stop: list[int] = []
-    noted = 0.0
+class TrainingEvents:
+    """A callback's methods (see train_steps): logs, checks, checkpoints, stops."""
 
-    def note(number: int, frame: Any) -> None:
-        nonlocal noted
-        repeated = WORLD > 1 and time.monotonic() - noted < 1  # torchrun passes on the terminal's
-        if stop and not repeated:
+    def __init__(self, run: Run, config: TrainConfig):
+        self.run = run
+        self.config = config
+        self.stop: list[int] = []
+        self.logged_step = run.last_step
+        self.started_at = self.logged_at = self.saved_at = time.monotonic()
+        self.skipped = 0
+        self.upload_thread: Any = None
+
+    def on_signal(self, number: int, frame: Any) -> None:
+        """Lets the step end at a first signal to stop, and quits at a second one."""
+        if self.stop and WORLD == 1:  # torchrun passes on the terminal's: there each comes twice
             interrupt(number)
-        noted = time.monotonic()
-        stop.append(number)
+        self.stop.append(number)
         with contextlib.suppress(OSError):  # the terminal may be gone
             os.write(2, b"\nstopping after this step; press Ctrl-C again to quit immediately\n")
 
-    before = {number: signal.signal(number, note) for number in STOP_SIGNALS}
-    try:
-        yield stop
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
+    def on_step_end(self, args: Any, state: Any, control: Any, **trained: Any) -> None:
+        """Saves every five minutes, at --save-steps, at the end and after a signal to stop."""
+        self.skipped += getattr(trained["optimizer"], "step_was_skipped", False)
+        due = time.monotonic() - self.saved_at > CHECKPOINT_SECONDS
+        if self.config.save_steps and state.global_step % self.config.save_steps == 0:
+            due = True
+        stopping = bool(self.stop)
+        if WORLD > 1:  # what one process decides, all do
+            flags = torch.tensor([due, stopping], dtype=torch.int32, device=args.device)
+            torch.distributed.all_reduce(flags, torch.distributed.ReduceOp.MAX)
+            due, stopping = map(bool, flags.tolist())
+        if stopping:
+            control.should_training_stop = True
+            self.stop.append(signal.SIGTERM)  # another process may have received it
+        if due or control.should_training_stop:
+            control.should_save = True
+        if control.should_save:
+            control.should_log = True  # comes first, and checks what is saved
 
+    def on_log(self, args: Any, state: Any, control: Any, logs: Any, model: Any, **_: Any) -> None:
+        """Logs to console, metrics.jsonl and W&B; raises if the loss or weights are NaN."""
+        name = "loss" if "loss" in logs else "eval_loss"
+        if name not in logs:
+            return
+        line = f"step {state.global_step:05d}/{state.max_steps:05d}  {name} {logs[name]:.4f}"
+        finite = all(each.isfinite().all() for each in model.parameters() if each.requires_grad)
+        if not finite or not 0 < logs[name] < math.inf:
+            hint = "inspect the rows with `format`, or lower --learning-rate"
+            raise UserError(f"{line}: the loss or weights are not finite.", hint=hint)
+        now = time.monotonic()
+        pace = (now - self.logged_at) / max(1, state.global_step - self.logged_step)
+        left = format_duration(pace * (state.max_steps - state.global_step))
+        log(f"{line}  {pace:.2f} s/step  {left} left")
+        self.logged_step = state.global_step
+        self.logged_at = now
+        # Checkpoints hold the history, so a resumed run's file has every step once.
+        state.log_history[-1]["seconds"] = round(now - self.started_at, 3)
+        if RANK == 0:
+            write_jsonl(self.run / "metrics.jsonl", state.log_history)
+        if self.config.wandb and wandb.run:
+            with contextlib.suppress(Exception):  # W&B's own process may be gone
+                wandb.log(transformers.integrations.rewrite_logs(logs), step=state.global_step)
 
-def checkpoint_callback(config: TrainConfig, stop: list[int]) -> Any:
-    """Checkpoints every five minutes, at --save-steps, at the end, and when `stop` has a signal."""
+    def on_save(self, *_: Any, **__: Any) -> None:
+        self.saved_at = time.monotonic()
+        busy = self.upload_thread and self.upload_thread.is_alive()
+        if self.config.hub_checkpoints and RANK == 0 and not busy:
+            # A daemon, so that a silent Hub never keeps the process alive.
+            self.upload_thread = threading.Thread(target=self.upload, daemon=True)
+            self.upload_thread.start()
 
-    class Checkpoints(transformers.TrainerCallback):  # type: ignore
-        saved = time.monotonic()
+    def upload(self) -> None:
+        """Uploads the newest checkpoint; a failure never ends the training."""
+        repo = self.config.hub_checkpoints
+        try:
+            newest = self.run.checkpoints[-1].name
+            api = huggingface_hub.HfApi()
+            api.create_repo(repo, private=True, exist_ok=True)
+            if not api.model_info(repo).private:
+                raise ValueError("the repository is public")
+            api.upload_folder(
+                repo_id=repo,
+                folder_path=self.run.folder,
+                allow_patterns=[f"checkpoints/{newest}/*", *HUB_FILES],
+                ignore_patterns=["*.bin", "*README.md"],  # a pickle, and an empty card
+                delete_patterns="checkpoints/*",
+            )
+        except Exception as error:
+            log(f"note: checkpoint not uploaded to {repo}: {error}")
 
-        def on_save(self, *_: Any, **__: Any) -> None:
-            self.saved = time.monotonic()
-
-        def on_step_end(self, args: Any, state: Any, control: Any, model: Any, **_: Any) -> None:
-            due = time.monotonic() - self.saved > CHECKPOINT_SECONDS
-            if config.save_steps and state.global_step % config.save_steps == 0:
-                due = True
-            stopping = bool(stop)
-            if WORLD > 1:  # what one process decides, all do
-                flags = torch.tensor([due, stopping], dtype=torch.int32, device=args.device)
-                torch.distributed.all_reduce(flags, torch.distributed.ReduceOp.MAX)
-                due, stopping = map(bool, flags.tolist())
-            if stopping:
-                control.should_training_stop = True
-                stop.append(signal.SIGTERM)  # another process may have received it
-            if due or control.should_training_stop:
-                control.should_save = True
-            if not control.should_save:
-                return
-            control.should_log = True  # comes first: checks the losses, and none is lost
-            for weights in model.parameters():
-                if weights.requires_grad and not weights.isfinite().all():
-                    raise UserError(
-                        f"non-finite weights after step {state.global_step}.",
-                        hint="lower --learning-rate; earlier checkpoints are intact",
-                    )
-
-    return Checkpoints()
-
-
-def log_callback(run: Run, tokens_per_step: int) -> Any:
-    """Prints step lines, writes metrics.jsonl, and stops at a loss that is NaN, infinite or 0."""
-
-    class StepLog(transformers.TrainerCallback):  # type: ignore
-        def on_train_begin(self, args: Any, state: Any, *_: Any, **__: Any) -> None:
-            self.started = self.paced_at = time.monotonic()
-            self.paced = state.global_step
-            self.skipped = 0
-
-        def on_step_end(self, args: Any, state: Any, *_: Any, optimizer: Any, **__: Any) -> None:
-            self.skipped += getattr(optimizer, "step_was_skipped", False)
-            if sys.stderr.isatty():
-                log(self.line(state), end="\r")
-
-        def on_log(self, args: Any, state: Any, *_: Any, logs: Any, **__: Any) -> None:
-            if "loss" in logs:
-                if not 0 < logs["loss"] < math.inf:
-                    raise UserError(
-                        f"non-finite loss ({logs['loss']}) at {self.step(state)}.",
-                        hint="inspect the rows with `format`, or lower --learning-rate",
-                    )
-                log(self.line(state, f"  loss {logs['loss']:.4f}  lr {logs['learning_rate']:.1e}"))
-            elif "eval_loss" in logs:
-                log(f"{self.step(state)}  eval loss {logs['eval_loss']:.4f}")
-            else:
-                return
-            self.paced = state.global_step
-            self.paced_at = time.monotonic()
-            # Checkpoints hold the history, so a resumed run's file has every step once.
-            state.log_history[-1]["seconds"] = round(self.paced_at - self.started, 3)
-            if RANK == 0:
-                write_jsonl(run / "metrics.jsonl", state.log_history)
-
-        def step(self, state: Any) -> str:
-            return f"step {state.global_step:05d}/{state.max_steps:05d}"
-
-        def line(self, state: Any, losses: str = "") -> str:
-            text = self.step(state) + losses
-            if state.global_step == 1:  # compiles kernels
-                return text
-            steps = max(1, state.global_step - self.paced)
-            pace = (time.monotonic() - self.paced_at) / steps
-            left = format_duration(pace * (state.max_steps - state.global_step))
-            return f"{text}  {pace:.2f} s/step  {tokens_per_step / pace:.0f} tok/s  {left} left"
-
-        def on_train_end(self, *_: Any, **__: Any) -> None:
-            if self.skipped:
-                log(f"{self.skipped} steps skipped by the fp16 GradScaler (inf/NaN gradients)")
-
-    return StepLog()
-
-
-def hub_callback(run: Run, repo: str) -> Any:
-    """Uploads the newest checkpoint to a private repository, in the background.
-
-    A failure is noted once and retried with the next checkpoint; it never ends the training.
-    """
-
-    class HubCheckpoints(transformers.TrainerCallback):  # type: ignore
-        thread: Any = None
-        uploaded = ""
-        failed = False
-
-        def on_save(self, *_: Any, **__: Any) -> None:
-            if not self.thread or not self.thread.is_alive():
-                # A daemon, so that a silent Hub never keeps the process alive.
-                self.thread = threading.Thread(target=self.upload, daemon=True)
-                self.thread.start()
-
-        def upload(self) -> None:
-            try:
-                newest = run.checkpoints[-1].name
-                api = huggingface_hub.HfApi()
-                api.create_repo(repo, private=True, exist_ok=True)
-                if not api.model_info(repo).private:
-                    raise ValueError("the repository is public")
-                api.upload_folder(
-                    repo_id=repo,
-                    folder_path=run.folder,
-                    path_in_repo=HUB_FOLDER,
-                    allow_patterns=[f"checkpoints/{newest}/*", *HUB_FILES],
-                    ignore_patterns=["*.bin", "*README.md"],  # a pickle, and an empty card
-                    delete_patterns="checkpoints/*",
-                    commit_message=f"{newest} of {run.name}",
-                )
-                self.uploaded = newest
-            except Exception as error:
-                if not self.failed:
-                    log(f"note: checkpoint not uploaded to {repo}, retrying with the next: {error}")
-                self.failed = True
-
-        def on_train_end(self, *_: Any, **__: Any) -> None:
-            newest = run.checkpoints[-1].name
-            log(f"uploading {newest} to {repo}; `train --resume hub:{repo}` resumes it anywhere")
-            self.thread.join(HUB_SECONDS)
-            if self.uploaded != newest and not self.thread.is_alive():
-                self.on_save()  # that was an earlier one, or it failed
-                self.thread.join(HUB_SECONDS)
-            if self.uploaded != newest:
-                log(f"note: {repo} lacks {newest}, which is in {run}")
-
-    return HubCheckpoints()
-
-
-def wandb_callback() -> Any:
-    """The Trainer's W&B callback, which would end the training if W&B's own process dies."""
-
-    class LastingWandb(transformers.integrations.WandbCallback):  # type: ignore
-        def on_train_begin(self, *_: Any, **__: Any) -> None:
-            pass  # the first on_log sets up
-
-        def on_log(self, *arguments: Any, **options: Any) -> None:
-            with contextlib.suppress(Exception):
-                super().on_log(*arguments, **options)
-
-    return LastingWandb()
+    def on_train_end(self, *_: Any, **__: Any) -> None:
+        if self.skipped:
+            log(f"{self.skipped} steps skipped by the fp16 GradScaler (inf/NaN gradients)")
+        if self.upload_thread:
+            log("uploading the last checkpoint")
+            self.upload_thread.join(HUB_SECONDS)
+            self.upload()
 
 
 def training_arguments(config: TrainConfig, plan: dict[str, Any], run: Run) -> Any:
     """TRL's settings for a training by `plan`."""
     on_gpu = torch.cuda.is_available()
+    same = "max_steps learning_rate lr_scheduler_type optim weight_decay seed eval_steps".split()
     return trl.SFTConfig(
+        **{name: getattr(config, name) for name in same},
+        logging_steps=config.logging_steps,
+        warmup_steps=config.warmup_ratio or min(config.warmup_steps, config.max_steps // 2),
         output_dir=str(run / "checkpoints"),
-        report_to="none",
-        max_steps=config.max_steps,
-        warmup_steps=config.warmup_steps,
-        learning_rate=config.learning_rate,
-        lr_scheduler_type=config.lr_scheduler_type,
-        optim=config.optim,
-        weight_decay=config.weight_decay,
-        seed=config.seed,
-        data_seed=config.seed,
         max_length=config.max_seq_length,
         completion_only_loss=config.loss_on == "response",
         per_device_train_batch_size=plan["micro_batch"],
         gradient_accumulation_steps=plan["accumulation"],
-        gradient_checkpointing=plan["kept_layers"] < plan["layers"],
+        gradient_checkpointing=plan["checkpointed_layers"] > 0,
         bf16=compute_dtype(config) == "bfloat16",
         fp16=compute_dtype(config) == "float16",
         use_cpu=not on_gpu,
         pad_to_multiple_of=64 if on_gpu else None,  # odd sizes cost 4% of a step
         ddp_find_unused_parameters=False,
-        logging_steps=config.logging_steps,
         logging_first_step=True,
         logging_nan_inf_filter=False,
         disable_tqdm=True,
-        log_level_replica="error",
         eval_strategy="steps" if config.eval_rows else "no",
-        eval_steps=config.eval_steps,
         eval_on_start=config.eval_rows > 0 and not run.checkpoints,
-        per_device_eval_batch_size=1,  # in the memory there is
-        prediction_loss_only=True,
-        # Checkpoints come by time, from a callback; for the best one also at each evaluation.
+        per_device_eval_batch_size=1,
+        # Checkpoints come by time; for the best one also at each evaluation.
         save_strategy="steps" if config.keep_best else "no",
         save_steps=config.eval_steps,
         save_total_limit=config.keep_checkpoints + config.keep_best,
@@ -2511,107 +2112,85 @@ def training_arguments(config: TrainConfig, plan: dict[str, Any], run: Run) -> A
     )
 
 
-def halve_micro_batch(plan: dict[str, Any]) -> dict[str, Any]:
-    """The plan with at most half the micro-batch and the same effective batch."""
-    batch = plan["micro_batch"] * plan["accumulation"]
-    size = plan["micro_batch"] // 2
-    while batch % size:
-        size -= 1
-    log(f"out of memory: retrying with micro-batch {size}, same effective batch")
-    return {**plan, "micro_batch": size, "accumulation": batch // size}
-
-
 def train_steps(
-    loaded: LoadedModel,
-    rows: PreparedData,
-    config: TrainConfig,
-    plan: dict[str, Any],
-    run: Run,
-    tracked: bool,
+    loaded: LoadedModel, rows: PreparedData, config: TrainConfig, plan: dict[str, Any], run: Run
 ) -> None:
     """Trains from the newest checkpoint, if any, to the last step, or to the best one."""
+
+    class Callback(TrainingEvents, transformers.TrainerCallback):  # type: ignore
+        pass
+
     columns = ["input_ids", "completion_mask"]
-    train_rows = rows.used.select_columns(columns)
-    eval_rows = rows.held_out.select_columns(columns) if config.eval_rows else None
-    with stop_after_step() as stop:
-        callbacks = [checkpoint_callback(config, stop), log_callback(run, plan["tokens_per_step"])]
-        if tracked:
-            callbacks.append(wandb_callback())
-        if config.hub_checkpoints and RANK == 0:
-            callbacks.append(hub_callback(run, config.hub_checkpoints))
-        while True:
-            trainer = trl.SFTTrainer(
-                model=loaded.model,
-                args=training_arguments(config, plan, run),
-                processing_class=loaded.tokenizer,
-                train_dataset=train_rows,
-                eval_dataset=eval_rows,
-                callbacks=callbacks,
-            )
-            trainer.remove_callback(transformers.PrinterCallback)
-            newest = str(run.checkpoints[-1]) if run.checkpoints else None
-            try:
-                trainer.train(resume_from_checkpoint=newest)
-                break
-            except torch.OutOfMemoryError:
-                if WORLD > 1 or plan["micro_batch"] == 1:
-                    raise
-            # Retry from the last good step.
-            step = trainer.state.global_step
-            if step > run.last_step:
-                trainer._save_checkpoint(trainer.model, None)
-            plan = halve_micro_batch(plan)
-            run.update(plan=plan, out_of_memory_at=step)
-            del trainer
-            gc.collect()
-            torch.cuda.empty_cache()
-    if stop:
-        interrupt(stop[0])
-    barrier()  # the first process has written the checkpoints
-    if trainer.state.best_model_checkpoint:
-        log(f"best checkpoint by eval loss: {Path(trainer.state.best_model_checkpoint).name}")
+    callback = Callback(run, config)
+    for number in STOP_SIGNALS:
+        signal.signal(number, callback.on_signal)
+    while True:
+        trainer = trl.SFTTrainer(
+            loaded.model,
+            training_arguments(config, plan, run),
+            processing_class=loaded.tokenizer,
+            train_dataset=rows.used.select_columns(columns),
+            eval_dataset=rows.held_out.select_columns(columns) if config.eval_rows else None,
+            callbacks=[callback],
+        )
+        try:
+            trainer.train(resume_from_checkpoint=bool(run.checkpoints))
+            break
+        except torch.OutOfMemoryError:
+            if WORLD > 1 or plan["micro_batch"] == 1:
+                raise
+        # Retry from the last good step.
+        if trainer.state.global_step > run.last_step:
+            trainer._save_checkpoint(trainer.model, None)
+        batch = plan["micro_batch"] * plan["accumulation"]
+        size = max(n for n in range(1, plan["micro_batch"]) if batch % n == 0)
+        log(f"out of memory: retrying with micro-batch {size}, same effective batch")
+        plan = {**plan, "micro_batch": size, "accumulation": batch // size}
+        run.update(plan=plan)
+        del trainer
+        gc.collect()
+        torch.cuda.empty_cache()
+    for number in STOP_SIGNALS:
+        signal.signal(number, interrupt)
+    if callback.stop:
+        interrupt(callback.stop[0])
 
 
 def train_run(config: TrainConfig, run: Run, resume: bool = False) -> tuple[LoadedModel, Any]:
     """Trains a new run or resumes one; returns the model with its adapter and the held-out rows."""
-    config, rows, tokenizer = prepare_training(config, run, resume)
-    with run.track_status(config, resume), track_in_wandb(config, run) as tracked:
-        barrier()  # the first process has made the folder
+    revisions = run.record.get("model_revisions", {}) if resume else {}
+    log(f"run      {str(run)}")
+    revision = revisions.get(config.model)
+    config, rows, tokenizer = prepare_training(config, revision=revision, for_training=True)
+    gpus = len(list(Path("/proc/driver/nvidia/gpus").glob("*")))
+    if WORLD == 1 and gpus > 1:
+        log(f"note: using 1 of {gpus} GPUs; for all: torchrun --nproc-per-node {gpus} -- …")
+
+    with run.track_status(config, resume), track_in_wandb(config, run):
         record_rows(run, config, rows)
 
-        # The model, and the plan that fits a step into memory.
-        started = time.perf_counter()
         log("loading the model")
-        revisions = broadcast(run.record.get("model_revisions", {}) if resume else {})
         loaded = LoadedModel.load(config, config.lang, revisions, tokenizer, for_training=True)
-        seconds = {"load": round(time.perf_counter() - started, 1)}
-        weights = loaded.model.get_memory_footprint()
-        if torch.cuda.is_available():
-            weights = torch.cuda.memory_allocated()
-        memory = measure_memory(loaded.model, weights, config)
-        plan = broadcast(make_plan(rows.used["tokens"][:], config, memory))
-        log_header("plan", plan_text(plan))
+        weights = torch.cuda.memory_allocated() or loaded.model.get_memory_footprint()
+        plan = broadcast(make_plan(loaded.model, weights, rows.used["tokens"][:], config))
+        log(f"plan     {str(plan)}")
+        check_room({run.folder: int(plan["run_mb"] * 1e6)}, "name a --run-dir elsewhere")
         run.update(model_revisions=loaded.revisions, device=device_name(), plan=plan)
-        check_room({run.folder: run_size(loaded.model, config)}, "name a --run-dir elsewhere")
+        loaded.add_adapter(config, plan["layers"] - plan["checkpointed_layers"])
 
-        # The training.
-        loaded.add_adapter(config, plan["kept_layers"])
-        # The adapter names the model that was given, not the quantized copy that was loaded.
-        loaded.model.peft_config["default"].base_model_name_or_path = config.model
-        started = time.perf_counter()
+        started = time.monotonic()
         if run.last_step < config.max_steps:
-            log("training; the first step takes longest, as kernels are compiled")
-            train_steps(loaded, rows, config, plan, run, tracked)
+            log("training; the first step compiles kernels")
+            train_steps(loaded, rows, config, plan, run)
         else:  # interrupted between the last step and the adapter
             newest = run.checkpoints[-1]
             best = read_json(newest / "trainer_state.json")["best_model_checkpoint"]
             load_adapter(loaded.model, newest.with_name(Path(best or newest).name))
         if RANK:
             return loaded, rows.held_out
-        save_adapter(loaded, run)
-        seconds["train"] = round(time.perf_counter() - started, 1)
-        losses = draw_losses(run)
-        run.update(saved={}, losses=losses, seconds=seconds, peak_memory_gib=peak_memory_gib())
+        save_adapter(loaded, config, run)
+        seconds = {"train": round(time.monotonic() - started, 1)}
+        run.update(losses=draw_losses(run), seconds=seconds, peak_memory_gib=peak_memory_gib())
 
         # The same question before and after, and the card.
         log("", "answering the same question before and after")
@@ -2622,103 +2201,47 @@ def train_run(config: TrainConfig, run: Run, resume: bool = False) -> tuple[Load
     return loaded, rows.held_out
 
 
-def prepare_training(
-    config: TrainConfig, run: Run, resume: bool
-) -> tuple[TrainConfig, PreparedData, Any]:
-    """Settings, rows and tokenizer; refuses what can be refused before anything large is loaded."""
-    check_config(config)
-    revision = None
-    if resume:
-        revision = run.record.get("model_revisions", {}).get(config.model)
-    elif RANK == 0:
-        run.check_new()
-    check_model(config, revision)
-    records = read_records(config)
-    check_columns(records, config)
-
-    # The rows, every one accounted for.
-    import_unsloth(for_training=True)
-    folder = download_model(config.model, weights=False, revision=revision)
-    tokenizer = load_tokenizer(folder)
-    rows = prepare_rows(records, tokenizer, config)
-    config = with_steps(config, len(rows.used))
-    log_header("run", str(run))
-    log_header("settings", changed_settings(config))
-    log_header("rows", prompts.describe_counts(rows.row_counts))
-    if WORLD == 1 and torch.cuda.is_available():
-        listed = subprocess.run("nvidia-smi -L", shell=True, capture_output=True, text=True)
-        gpus = len(listed.stdout.splitlines())
-        if gpus > 1:
-            line = f"torchrun --nproc-per-node {gpus} -- {shlex.join(sys.argv)}"
-            log(f"note: using 1 of {gpus} GPUs; for all of them: {line}")
-    return config, rows, tokenizer
-
-
 def record_rows(run: Run, config: TrainConfig, rows: PreparedData) -> None:
-    """Writes what the rows are into the run; raises if a resumed run's prompt or rows differ."""
-    current = {
-        "prompt_hash": hashlib.sha256(prompts.TEMPLATES[config.lang].encode()).hexdigest(),
-        "dataset_fingerprint": rows.fingerprint,
-    }
-    for name, value in current.items():
-        before = run.record.get(name, value)
-        if before != value:
-            raise UserError(
-                f"--resume {run}: the {name} was {before}, now {value}.",
-                hint="start a new run with `train`",
-            )
-    job = {name: os.environ[name] for name in ("JOB_ID", "ACCELERATOR") if name in os.environ}
-    run.update(rows=rows.row_counts, **current, **job)  # a rented machine names itself
-    if RANK == 0:
-        texts = ["question", "thought", "answer"]
-        columns = dict(zip(texts, RECIPE_COLUMNS, strict=True))
-        held_out = rows.held_out.select_columns(texts).rename_columns(columns)
-        write_jsonl(run / "held_out.jsonl", held_out)
-        hashes = sorted(question_hash(question) for question in rows.used["question"])
-        write_json(run / "trained.json", {"questions": hashes})
+    """Writes what the rows are into the run; raises if a resumed run's differ."""
+    if RANK:
+        return
+    known = run.record.get("dataset_fingerprint", rows.fingerprint)
+    if known != rows.fingerprint:
+        hint = "pass the rows it was trained on, or start a new run"
+        raise UserError(f"--resume {run}: the rows differ from before.", hint=hint)
+    run.update(rows=rows.row_counts, dataset_fingerprint=rows.fingerprint)
+    names = dict(zip(("question", "thought", "answer"), RECIPE_COLUMNS, strict=True))
+    held_out = rows.held_out.select_columns(list(names)).rename_columns(names)
+    write_jsonl(run / "held_out.jsonl", held_out)
+    hashes = sorted(question_hash(question) for question in rows.used["question"])
+    write_json(run / "trained.json", {"questions": hashes})
 
 
-def save_adapter(loaded: LoadedModel, run: Run) -> None:
-    """Writes the adapter, and deletes artifacts derived from an earlier one."""
+def save_adapter(loaded: LoadedModel, config: TrainConfig, run: Run) -> None:
+    """Writes the adapter; deletes what was derived from an earlier one."""
+    # It names the model that was given, not its quantized copy.
+    loaded.model.peft_config["default"].base_model_name_or_path = config.model
     with atomic_path(run / "adapter") as partial:
         loaded.model.save_pretrained(partial)
         save_tokenizer(loaded.tokenizer, partial, loaded.lang)
-        remove(partial / "README.md")  # PEFT's empty form; the run has a card of its own
-        run.update(adapter={path.name: file_hash(path) for path in partial.iterdir()})
-        for name in ("adapter", "merged", "gguf"):
-            remove(run / name)
-        for path in run.folder.glob("eval*"):
-            if path.suffix in (".json", ".png", ".html"):
+        remove(partial / "README.md")  # PEFT's empty form
+        hashes = {path.name: file_hash(path) for path in partial.iterdir()}
+        run.update(adapter=hashes, saved={})
+        for pattern in ("adapter", "merged", "gguf", "eval.*", "eval-*"):
+            for path in run.folder.glob(pattern):
                 remove(path)
-
-
-def with_steps(config: TrainConfig, rows: int) -> TrainConfig:
-    """The settings with the steps that --epochs over `rows` rows and --warmup-ratio come to."""
-    steps = config.max_steps
-    warmup = config.warmup_steps
-    if config.epochs:
-        steps = max(1, math.ceil(config.epochs * rows / config.effective_batch))
-        warmup = min(warmup, steps // 2)
-    if config.warmup_ratio is not None:
-        warmup = round(config.warmup_ratio * steps)
-    return dataclasses.replace(config, max_steps=steps, warmup_steps=warmup)
 
 
 def draw_losses(run: Run) -> dict[str, float]:
     """Draws loss.png from metrics.jsonl; returns the first and the last train loss."""
-    metrics = pandas.DataFrame(read_jsonl(run / "metrics.jsonl")).set_index("step")
-    figure, axes = pyplot.subplots(figsize=(7, 4), layout="constrained")
-    for name, label in (("loss", "train loss"), ("eval_loss", "eval loss")):
-        if name in metrics:
-            axes.plot(metrics[name].dropna(), marker=".", label=label)
-    axes.set(xlabel="step", ylabel="loss (nats per token)", title=run.name)
-    axes.locator_params(axis="x", integer=True)
-    axes.legend()
+    metrics = pandas.DataFrame(read_jsonl(run / "metrics.jsonl"))
+    curves = metrics.set_index("step").filter(["loss", "eval_loss"])
+    axes = curves.interpolate().plot(ylabel="loss (nats per token)", title=run.name)
     with atomic_path(run / "loss.png") as partial:
-        figure.savefig(partial, dpi=120, format="png")
-    pyplot.close(figure)
-    losses = metrics["loss"].dropna()
-    return {"first": round(float(losses.iloc[0]), 4), "last": round(float(losses.iloc[-1]), 4)}
+        axes.figure.savefig(partial, dpi=120, format="png")
+    pyplot.close(axes.figure)
+    losses = curves["loss"].dropna().round(4).tolist()
+    return {"first": losses[0], "last": losses[-1]}
 
 
 # --------------------------------------------------------------------------------------- evaluation
@@ -2799,7 +2322,7 @@ def evaluate(
     for choice in choices:
         task = {"question": choice.text, "reference": choice.key, "options": choice.options}
         pairs.append(task)
-    for row in itertools.islice(rows, answers):
+    for _, row in zip(range(answers), rows, strict=False):
         task = {"question": row["question"], "reference": row["answer"], "thought": row["thought"]}
         pairs.append(task)
     if reasoning and pairs:
@@ -3820,7 +3343,7 @@ def command(*examples: str, printer: Callable[[dict[str, Any]], None] | None = N
                     print_result(json.dumps(report, ensure_ascii=False))
                 elif report:
                     (printer or print_fields)(report)
-            if name == "doctor" and not report["can_train"]:
+            if report.get("verdict") == "not ready":
                 raise typer.Exit(1)
 
         run.__doc__ = function.__doc__
@@ -3883,7 +3406,7 @@ def demo(run_dir: RunDirOption = None) -> dict[str, Any]:
         "run": str(run),
         "verdict": report["verdict"],
         "merged": str(merged_weights(run)),
-        "took": format_duration(time.monotonic() - started),
+        "took": f"{time.monotonic() - started:.0f} s",
         "next": f'{PROGRAM} infer --run {shlex.quote(str(run))} "What widens the anion gap?"',
     }
 
@@ -3927,25 +3450,21 @@ def demo_model() -> Path:
 
 
 def prepare_environment() -> None:
-    """Reads `.env`, picks one GPU and quiets the libraries, before any of them reads its variables."""
+    """Reads `.env`, picks one GPU and quiets the libraries, before they read their variables."""
     for number in STOP_SIGNALS[1:]:
         signal.signal(number, interrupt)
     load_dotenv()
     if not Console.verbose:
-        for name in ("accelerate", "bitsandbytes", "unsloth", "unsloth_zoo"):
-            logging.getLogger(name).setLevel(logging.ERROR)
+        logging.disable(logging.WARNING)
     os.environ.pop("HF_HUB_ENABLE_HF_TRANSFER", None)  # set by Unsloth, deprecated
     os.environ["MPLBACKEND"] = "Agg"  # a notebook's kernel sets its own, not installed here
-    defaults = {
-        # No telemetry: Hugging Face and TRL, download counts, Unsloth, W&B's crash reports.
+    defaults = {  # no telemetry, faster decoding, and no 20 minutes of a silent Xet server
         "HF_HUB_DISABLE_TELEMETRY": "1",
         "HF_UPDATE_DOWNLOAD_COUNTS": "0",
         "UNSLOTH_DISABLE_STATISTICS": "1",
         "WANDB_ERROR_REPORTING": "false",
-        # Faster decoding.
         "UNSLOTH_DECODE_CUDA_GRAPHS": "1",
         "UNSLOTH_DECODE_GRAPH_PREALLOC": "1",
-        # Per block; with hf_xet's own values a silent server holds it for 20 minutes.
         "HF_XET_CLIENT_READ_TIMEOUT": "120s",
         "HF_XET_CLIENT_RETRY_MAX_ATTEMPTS": "2",
     }
@@ -3960,143 +3479,77 @@ def prepare_environment() -> None:
 
 
 def hub_client() -> Any:
-    """huggingface_hub's HTTP client, with time-outs and one more attempt after 429 or 5xx.
+    """huggingface_hub's HTTP client, which by itself waits for ever and retries uploads only."""
+    try:
+        client = hub_http.default_client_factory()
+    except Exception as error:  # of many classes
+        hint = "correct or unset *_PROXY and SSL_CERT_FILE"
+        raise UserError(f"cannot set up HTTP: {error}", hint) from error
+    send = client.send
 
-    By itself the library waits for ever, and retries uploads but not whoami or create_repo.
-    """
-
-    class HubClient(httpx.Client):  # type: ignore[name-defined, misc]
-        def send(self, request: Any, **options: Any) -> Any:
-            limit = 100 if "/commit/" in request.url.path else 30  # a slower commit lands later
-            timeouts = request.extensions["timeout"]
-            request.extensions["timeout"] = {name: timeouts[name] or limit for name in timeouts}
-            response = super().send(request, **options)
-            repeatable = request.method == "GET" or request.url.path == "/api/repos/create"
-            if response.status_code not in (429, 500, 502, 503, 504) or not repeatable:
-                return response
+    def send_twice(request: Any, **options: Any) -> Any:
+        limit = 100 if "/commit/" in request.url.path else 30  # a slower commit lands later
+        timeouts = request.extensions["timeout"]
+        request.extensions["timeout"] = {name: timeouts[name] or limit for name in timeouts}
+        response = send(request, **options)
+        repeatable = request.method == "GET" or request.url.path == "/api/repos/create"
+        if repeatable and response.status_code in (429, 500, 502, 503, 504):
             response.close()
             time.sleep(2)
-            return super().send(request, **options)
+            response = send(request, **options)
+        return response
 
-    try:
-        hooks = {"request": [hub_http.hf_request_event_hook]}  # HF_HUB_OFFLINE works through it
-        return HubClient(event_hooks=hooks, follow_redirects=True, timeout=None)
-    except Exception as error:  # an OSError about certificates, anything else about a proxy
-        kind = "SSL_CERT" if isinstance(error, OSError) else "_PROXY"
-        names = [name for name in os.environ if kind in name.upper()]
-        raise UserError(
-            f"cannot set up HTTP with {', '.join(names)}: {error}",
-            hint="correct or unset the variable",
-        ) from error
+    client.send = send_twice
+    return client
 
 
 def versions() -> dict[str, str]:
-    """Versions of Python and the main packages, and this script's commit, if git knows it."""
-    line = ["git", "rev-parse", "-q", "--verify", "HEAD"]
-    commit = ""
-    with contextlib.suppress(OSError):
-        done = subprocess.run(line, cwd=PROJECT, capture_output=True, text=True)
-        commit = done.stdout.strip()
-    found = {"finetune_r1": commit or VERSION, "python": sys.version.split()[0]}
-    for name in PACKAGES:
-        try:
-            found[name] = metadata.version(name)
-        except metadata.PackageNotFoundError:
-            found[name] = "missing"
-    return found
+    """Versions of this script, Python and the main packages."""
+    found = {"finetune_r1": VERSION, "python": sys.version.split()[0]}
+    return found | {name: metadata.version(name) for name in PACKAGES}
 
 
-def check_packages() -> str:
-    """The versions; raises UserError if a package is missing."""
-    text = ", ".join(f"{name} {version}" for name, version in versions().items())
-    if "missing" in text:
-        raise UserError(text, hint=ADVICE["ModuleNotFoundError"])
-    return text
-
-
-def find_gpu() -> str:
-    """Name, compute capability and memory; raises UserError if torch can't use the GPU."""
+def describe_gpu() -> str:
+    """The GPU and its memory; raises UserError if torch has no code for it."""
     check_gpu()
     if torch.cuda.is_available():
-        gpu = torch.cuda.get_device_properties(0)
-        return f"{gpu.name}, compute {gpu.major}.{gpu.minor}, {gpu.total_memory / GIB:.1f} GiB"
-    if shutil.which("nvidia-smi"):
-        raise UserError(
-            f"torch {torch.__version__} sees none",
-            hint="update the driver (CUDA 13 needs 580.65), or install a CUDA build of torch",
-        )
-    return "none; the 8B needs one with 8 GB"
+        return f"{device_name()}, {torch.cuda.mem_get_info()[1] / GIB:.1f} GiB"
+    return "none that torch can use; the 8B needs one with 8 GB, and driver 580.65 or newer"
 
 
-def check_resources() -> str:
-    """Free memory and disk; raises UserError if there is no room to train the 8B."""
+def describe_room() -> str:
+    """Free disk and memory; raises UserError if there is no room to train the 8B."""
+    disk = shutil.disk_usage(".").free / GIB
+    if disk < 8:
+        raise UserError(f"{disk:.0f} GiB of disk free", hint="free some: the 4-bit 8B takes 7")
     memory = psutil.virtual_memory().available / GIB
-    here = shutil.disk_usage(".").free / GIB
-    text = f"{memory:.0f} GiB of memory and {here:.0f} of disk free (merging the 8B takes 32)"
-    if here < 8:
-        raise UserError(text, hint="free some disk: the 4-bit 8B takes 6 GiB, a run about 1")
-    return text
+    return f"{disk:.0f} GiB of disk free (merging the 8B takes 32), {memory:.0f} of memory"
 
 
-def check_hub() -> str:
-    """The Hub's address; raises if it does not answer."""
-    huggingface_hub.get_session().head(hub_constants.ENDPOINT, timeout=5)
-    return str(hub_constants.ENDPOINT)
-
-
-def check_token() -> str:
-    """Whose token it is; raises UserError without one that is valid and may write."""
-    secret = export_hub_token()
-    if secret is None:
-        raise UserError("none", hint="`login`; only pushing and private models need a token")
-    account = hub_account(secret)
-    text = f"{account['name']}, {account['role']}, {secret.source}"
-    if not account["can_push"]:
-        raise UserError(text, hint=f"to push, {HTTP_ADVICE[403]}")
-    return text
-
-
-def check_wandb() -> str:
-    """Who is logged in at W&B, if anyone; raises UserError if it refuses the key."""
-    return wandb_account(find_secret(WANDB_KEYS)) or f"{wandb_mode()}, not logged in (optional)"
-
-
-def print_checks(report: dict[str, Any]) -> None:
-    """Prints `doctor`'s checklist, and in the last line what this machine can do."""
-    for check in report["checks"]:
-        lines = textwrap.wrap(check["found"], 64)
-        if check["fix"]:
-            lines += textwrap.wrap(f"fix: {check['fix']}", 64)
-        print_result(f"{check['status']:5} {check['name']:9} " + f"\n{'':16}".join(lines))
-    print_result(report["verdict"])
-
-
-@command("doctor", printer=print_checks)
+@command("doctor")
 def doctor(config: ModelConfig) -> dict[str, Any]:
     """Check GPU, disk, packages and tokens; report what to fix."""
-    checks = []
-    for name, function, failed in (
-        ("packages", check_packages, "FAIL"),
-        ("GPU", find_gpu, "FAIL"),
-        ("room", check_resources, "FAIL"),
-        ("model", functools.partial(check_model, config), "FAIL"),
-        ("Hub", check_hub, "WARN"),
-        ("W&B", check_wandb, "WARN"),
-        ("token", check_token, "WARN"),
+    report: dict[str, Any] = {}
+    failed = set()
+    for name, check in (
+        ("packages", versions),
+        ("GPU", describe_gpu),
+        ("room", describe_room),
+        ("model", lambda: check_model(config) or config.model),
+        ("W&B", wandb_account),
+        ("token", lambda: hub_account(export_hub_token())),
     ):
-        check = {"status": "OK", "name": name, "found": config.model, "fix": ""}
         try:
-            check["found"] = function() or config.model
-        except (UserError, httpx.HTTPError, OSError, ImportError) as error:
-            fix = expand_commands(advice(error) or "")
-            check = {"status": failed, "name": name, "found": str(error), "fix": fix}
-        checks.append(check)
-    ready = all(check["status"] != "FAIL" for check in checks)
-    can_push = ready and checks[-1]["status"] == "OK"
-    verdict = "not ready"
-    if ready:
-        verdict = "ready to train and push" if can_push else "ready to train, not to push"
-    return {"checks": checks, "can_train": ready, "can_push": can_push, "verdict": verdict}
+            report[name] = check()
+        except (UserError, httpx.HTTPError, ValueError, OSError, ImportError) as error:
+            report[name] = [f"FAIL: {error}", f"fix: {expand_commands(advice(error) or '')}"]
+            failed.add(name)
+    verdict = "ready to train and push"
+    if "token" in failed or not report["token"]["can_push"]:
+        verdict = "ready to train, not to push"
+    if failed - {"W&B", "token"}:
+        verdict = "not ready"
+    return {**report, "verdict": verdict}
 
 
 @command("login")
@@ -4110,27 +3563,14 @@ def login() -> dict[str, Any]:
         return make_secret(typed, "the prompt")
 
     secret = export_hub_token() or ask("Hugging Face token (huggingface.co/settings/tokens)")
-    if secret is None:
-        raise UserError(
-            "no Hugging Face token found.", hint="set HF_TOKEN, in the environment or in .env"
-        )
+    log(f"Hugging Face token: {secret.source if secret else 'none'}")
     account = hub_account(secret)
-    os.environ.pop("HF_TOKEN", None)  # or storing warns of the variable, which may be ours
-    huggingface_hub.login(token=secret.value)
-    log(f"Hugging Face: {account['name']}, {secret.source}")  # now, as W&B may fail
-
-    key = find_secret(WANDB_KEYS)
-    name = wandb_account(key, store=True)
-    if name is None and wandb_mode() == "online":
+    huggingface_hub.login(token=secret and secret.value)
+    tracker = wandb_account(find_secret(WANDB_KEYS))
+    if tracker["name"] is None:
         key = ask("W&B API key (wandb.ai/authorize; optional, Enter skips)")
-        name = wandb_account(key, store=True) if key else None
-    source = key.source if key else "an earlier log-in"
-    if name is None:
-        source = f"{wandb_mode()}, not logged in (optional)"
-    netrc = Path(os.environ.get("NETRC", "~/.netrc")).expanduser()
-    if netrc.exists():
-        netrc.chmod(0o600)  # wandb keeps the mode of a file that was there before
-    return {"hugging_face": account, "wandb": {"name": name, "source": source}}
+        tracker = wandb_account(key) if key else tracker
+    return {"hugging_face": account, "wandb": tracker}
 
 
 @command("load")
@@ -4160,79 +3600,70 @@ def format_(config: DataConfig, as_json: bool, output: OutputOption = None) -> d
     rows, tokenizer = tokenized_rows(config)
     examples = []
     for row in rows.usable.select_columns(["question", "thought", "answer"]):
-        question, thought, answer = row.values()
-        text = prompts.build_example(question, thought, answer, tokenizer.eos_token, config.lang)
+        text = prompts.build_example(*row.values(), tokenizer.eos_token, config.lang)
         examples.append({**dict(zip(RECIPE_COLUMNS, row.values(), strict=True)), "text": text})
-    next_step = "`train` with the same options, or -o FILE.jsonl to write these rows"
+    next_step = "`train` with these options"
     if output:
         write_jsonl(output, examples)
-        next_step = f"{PROGRAM} train --lang {config.lang} --dataset {shlex.quote(str(output))}"
-        next_step += " --split train"
+        next_step = (
+            f"`train --lang {config.lang} --dataset {shlex.quote(str(output))} --split train`"
+        )
 
     # Token counts, and the first row: tokens from `start` on carry loss.
     lengths = pandas.Series(rows.usable["tokens"][:])
     tokens = lengths.describe([0.05, 0.5, 0.95]).drop(["count", "std"]).round().astype(int)
+    tokens["total"] = lengths.sum()
     pieces = list(map(tokenizer.decode, rows.usable[0]["input_ids"]))
     start = rows.usable[0]["prompt_tokens"] if config.loss_on == "response" else 0
     if as_json:
-        return {
-            "rows": rows.row_counts,
-            "tokens": {**tokens.to_dict(), "total": int(lengths.sum())},
-            "max_seq_length": config.max_seq_length,
-            "first_row": {"text": examples[0]["text"], "tokens": pieces, "loss_from": start},
-            "dropped": rows.dropped,
-            "fingerprint": rows.fingerprint,
-            "next": next_step,
-        }
+        first = {"text": examples[0]["text"], "tokens": pieces, "loss_from": start}
+        counts = {"rows": rows.row_counts, "dropped": rows.dropped, "tokens": tokens.to_dict()}
+        return {**counts, "first_row": first}
     log(f"first row: {len(pieces)} tokens, {start} masked, {len(pieces) - start} in loss", "")
-    if start:
-        log("masked (prompt):", "│".join(pieces[:start]), faint=True)
-        log("in loss:")
+    log("│".join(pieces[:start]), faint=True)
     log("│".join(pieces[start:]), "")
-    spread = ", ".join(f"{name} {count}" for name, count in tokens.items())
-    notes = [f"{note}: {number}" for note, number in rows.row_counts["notes"].items()]
-    summary = {
-        "rows": prompts.describe_counts({**rows.row_counts, "dropped": {}, "notes": {}}),
-        "dropped": prompts.describe_dropped(rows.dropped),
-        "notes": "; ".join(notes) or "none",
-        "tokens": f"{spread}, total {lengths.sum():,}",
-        "length": f"{rows.row_counts['shortened']} shortened to {config.max_seq_length} tokens",
-        "next": next_step,
-    }
-    for name, text in summary.items():
-        print_result(f"{name + ':':9} {text}")
+    print_result(f"rows:    {prompts.describe_counts(rows.row_counts)}")
+    for reason, positions in rows.dropped.items():
+        first_rows = ", ".join(str(position + 1) for position in positions[:5])
+        print_result(f"dropped: {len(positions)}, {reason} (first: row {first_rows})")
+    spread = ", ".join(f"{name} {count:,}" for name, count in tokens.items())
+    print_result(f"tokens:  {spread}\nnext:    {expand_commands(next_step)}")
     return {}
 
 
-def tokenized_rows(config: DataConfig) -> tuple[PreparedData, Any]:
+def tokenized_rows(
+    config: DataConfig, revision: str | None = None, for_training: bool = False
+) -> tuple[PreparedData, Any]:
     """The rows of `--dataset`, and the tokenizer of `--model`."""
+    check_model(config, revision)
     records = read_records(config)
     check_columns(records, config)
-    check_model(config)
-    tokenizer = load_tokenizer(download_model(config.model, weights=False))
+    if for_training:  # Unsloth comes before transformers
+        import_unsloth(for_training=True)
+    tokenizer = load_tokenizer(download_model(config.model, weights=False, revision=revision))
     return prepare_rows(records, tokenizer, config), tokenizer
 
 
 def use_recipe(context: typer.Context, name: str) -> str:
-    """Makes a recipe's settings the defaults of this command line."""
+    """Makes a recipe's settings the defaults."""
     context.default_map = {**RECIPES[name], **(context.default_map or {})}
     return name
 
 
 def use_settings(context: typer.Context, file: Path | None) -> Path | None:
-    """Makes the settings in a YAML or JSON file the defaults of this command line."""
+    """Makes the settings in a YAML or JSON file the defaults."""
     if not file:
         return None
     try:
-        content = dict(yaml.safe_load(file.read_text(encoding="utf-8")))
-    except (OSError, ValueError, TypeError, yaml.YAMLError) as error:
+        settings = dict(yaml.safe_load(file.read_bytes()))
+    except Exception as error:
         raise typer.BadParameter(f"{file} is no file of settings: {error}") from error
-    settings = {str(name).replace("-", "_"): value for name, value in content.items()}
-    unknown = settings.keys() - {entry.name for entry in dataclasses.fields(TrainConfig)}
-    if unknown:
-        raise typer.BadParameter(f"{file}: `train` has no setting {', '.join(sorted(unknown))}")
+    settings = {str(name).replace("-", "_"): value for name, value in settings.items()}
+    for name in settings:
+        if not hasattr(TrainConfig, name):
+            raise typer.BadParameter(f"{file}: unknown setting {name}")
     if isinstance(settings.get("target_modules"), list):
-        settings["target_modules"] = ",".join(map(str, settings["target_modules"]))
+        settings["target_modules"] = ",".join(settings["target_modules"])
     if "max_steps" in settings:
         settings.setdefault("epochs", None)  # a recipe's would replace the steps
     context.default_map = {**(context.default_map or {}), **settings}
@@ -4251,32 +3682,30 @@ SETTINGS_OPTION = typer.Option(
     "train --max-steps 60",
     "train --recipe thorough --dry-run",
     "train --dataset rows.csv --split train --epochs 1 --eval-rows 20",
-    "train --resume",
-    "train --max-steps 60 --push user/DeepSeek-R1-Medical-COT",
 )
 def train(
     config: TrainConfig,
     given: set[str],
-    as_json: bool,
     recipe: Annotated[Literal["published", "thorough"], RECIPE_OPTION] = "published",
     settings_file: Annotated[Path | None, SETTINGS_OPTION] = None,
-    run: Annotated[
-        Path | None, typer.Argument(help="With --resume: this run (default: the newest).")
-    ] = None,
+    run: Annotated[Path | None, typer.Argument(help="With --resume: this run.")] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Resume an interrupted run.")] = False,
     run_dir: RunDirOption = None,
-    push: Annotated[
-        str | None, typer.Option("--push", help="Afterwards push to the Hub, as OWNER/NAME.")
-    ] = None,
-    dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Show rows, plan and disk, and stop.")
-    ] = False,
+    push: Annotated[str | None, typer.Option(help="Afterwards push to this OWNER/NAME.")] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only show the plan.")] = False,
 ) -> dict[str, Any]:
     """Fine-tune, then answer one question before and after."""
-    check_train_options(given, run, resume)
-    if resume and (settings_file or recipe != "published"):
-        raise UserError("--resume uses the run's own settings.", hint="omit --recipe and --config")
-    config = settle(config, given)
+    if run and not resume:
+        raise UserError(f"RUN {run} needs --resume.", hint="or: --max-steps N, --run-dir DIR")
+    if resume and given & {"recipe", "settings_file"}:
+        raise UserError("--resume uses the run's settings.", hint="omit --recipe and --config")
+    if "max_steps" in given and "epochs" not in given:
+        config = dataclasses.replace(config, epochs=None)
+    for name in ("model", "dataset"):
+        path = Path(getattr(config, name))
+        if path.exists():
+            config = dataclasses.replace(config, **{name: str(path.absolute())})
+
     if resume:
         chosen = broadcast(None if RANK else run_to_resume(run))
         log(f"resuming {chosen} after step {chosen.last_step}")
@@ -4285,149 +3714,75 @@ def train(
         length = f"e{config.epochs:g}" if config.epochs else f"s{config.max_steps}"
         name = f"{time.strftime('%Y%m%d-%H%M%S')}-r{config.lora_r}-{length}"
         chosen = broadcast(Run(run_dir or RUNS / name))
-    if push and push == config.hub_checkpoints:
-        raise UserError("--push and --hub-checkpoints name one repository.", hint="name two")
-    if push and RANK == 0:  # what `push` would refuse is refused before the training
+    if push and RANK == 0:
         check_push(push, config.model, PushConfig())
     if dry_run:
-        check_config(config)
-        rows, _ = tokenized_rows(config)
-        config = with_steps(config, len(rows.used))
-        settings = {
-            "settings": changed_settings(config),
-            "rows": prompts.describe_counts(rows.row_counts),
-        }
-        return {**settings, **estimate_cost(config, rows.used["tokens"][:])}
+        return estimate_cost(config)
 
     loaded, held_out = train_run(config, chosen, resume)
     if RANK:
         return {}
-    if push and config.eval_rows:
-        report = evaluate(loaded, chosen, held_out, [], EvalConfig.answers, config)
-        log("", prompts.as_report(report))
-    pushed = push_run(chosen, push) if push else None
-    return summarize(chosen, pushed, as_json)
+    summary = summarize(chosen)
+    if push:
+        if config.eval_rows:
+            report = evaluate(loaded, chosen, held_out, [], EvalConfig.answers, config)
+            log("", prompts.as_report(report))
+        summary["pushed"] = push_run(chosen, push)["repo"]
+    return summary
 
 
-def check_train_options(given: set[str], run: Path | None, resume: bool) -> None:
-    """Raises for options of `train` that contradict each other."""
-    if run and not resume:
-        hint = f"{Run(run).resume_line}, or --run-dir for a new run"
-        if str(run).isdigit():
-            hint = f"did you mean `train --max-steps {run}`?"
-        raise UserError(f"RUN {run} needs --resume.", hint=hint)
-    if {"epochs", "max_steps"} <= given:
-        raise UserError("--epochs and --max-steps both set the length.", hint="give one of them")
-
-
-def settle(config: TrainConfig, given: set[str]) -> TrainConfig:
-    """The settings with absolute local paths, and one length, to which the warmup fits."""
-    changes: dict[str, Any] = {}
-    for name in ("model", "dataset"):
-        path = Path(getattr(config, name))
-        if path.exists():
-            changes[name] = str(path.absolute())
-    if "max_steps" in given:
-        changes["epochs"] = None
-    if config.warmup_steps == TrainConfig.warmup_steps and "warmup_steps" not in given:
-        changes["warmup_steps"] = min(config.warmup_steps, config.max_steps // 2)
-    return dataclasses.replace(config, **changes)
-
-
-def summarize(run: Run, pushed: dict[str, Any] | None, as_json: bool) -> dict[str, Any]:
-    """The end of `train`: an object for --json, else labelled lines, and what to run next."""
+def summarize(run: Run) -> dict[str, Any]:
+    """What `train` prints at its end."""
     record = run.record
-    names = ("rows", "losses", "seconds", "peak_memory_gib")
-    report = {"run": str(run), **{name: record.get(name) for name in names}, "pushed": pushed}
     which = f"--run {shlex.quote(str(run))}"
-    follow_ups = [
-        f'{PROGRAM} infer {which} "What widens the anion gap?"',
-        f"{PROGRAM} {'eval' if run.config.eval_rows else 'save'} {which}",
-        f"{PROGRAM} push {which} --repo OWNER/NAME",
-    ]
-    if as_json:
-        return {**report, "next": follow_ups}
-    losses = record["losses"]
-    print_result(
-        f"Run:        {run}\n"
-        f"Rows:       {prompts.describe_counts(record['rows'])}\n"
-        f"Train loss: {losses['first']:.4f} → {losses['last']:.4f}\n"
-        f"Time:       {format_duration(record['seconds']['train'])}\n"
-        f"Memory:     {record['peak_memory_gib']} GiB peak\n"
-        f"Adapter:    {run / 'adapter'}"
-    )
-    if pushed:
-        print_result(f"Pushed:     {pushed['repo']}")
-        follow_ups.pop()
-    print_result("\n  ".join(["Next:", *follow_ups]))
-    return {}
+    commands = ["infer", "eval" if run.config.eval_rows else "save", "push --repo OWNER/NAME"]
+    return {
+        "run": str(run),
+        "rows": prompts.describe_counts(record["rows"]),
+        "train_loss": "{first} → {last}".format(**record["losses"]),
+        "time": format_duration(record["seconds"]["train"]),
+        "peak_memory_gib": record["peak_memory_gib"],
+        "adapter": f"{run}/adapter",
+        "next": [f"{PROGRAM} {command} {which}" for command in commands],
+    }
 
 
 def run_to_resume(place: Path | None) -> Run:
-    """The run that --resume names, also as hub:OWNER/NAME; by default the newest unfinished one."""
-    if place and str(place).startswith("hub:"):
-        return run_from_hub(str(place))
-    if place:
+    """The run that --resume names, or hub:OWNER/NAME; else the newest unfinished one."""
+    if place is None:
+        unfinished = [run for run in Run.all(*UNFINISHED) if run.last_step]
+        if not unfinished:
+            raise UserError(f"nothing to resume under {RUNS}/.", hint="start with `train`")
+        return unfinished[-1]
+    if not str(place).startswith("hub:"):
         return Run.find(place)
-    unfinished = Run.all(*UNFINISHED)
-    if not unfinished:
-        raise UserError(f"--resume: nothing to resume under {RUNS}/.", hint="start with `train`")
-    begun = [run for run in unfinished if run.last_step]  # the others have no checkpoint yet
-    return (begun or unfinished)[-1]
-
-
-def run_from_hub(place: str) -> Run:
-    """Downloads the run that --hub-checkpoints keeps at hub:OWNER/NAME into runs/."""
-    repo = place.removeprefix("hub:")
-    if not is_hub_name(repo):
-        raise UserError(f"--resume {place}: not hub:OWNER/NAME.", hint="check the name")
+    repo = str(place).removeprefix("hub:")
     run = Run(RUNS / repo.replace("/", "--"))
-    if run.folder.exists():
-        raise UserError(
-            f"--resume {place}: {run} already exists.", hint=f"{run.resume_line}, or move it away"
-        )
+    run.check_new()
     export_hub_token()
-    RUNS.mkdir(exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=RUNS) as folder:
-        huggingface_hub.snapshot_download(repo, local_dir=folder, allow_patterns=f"{HUB_FOLDER}/*")
-        if not Path(folder, HUB_FOLDER, "run.json").exists():
-            raise UserError(f"--resume {place}: no run is stored there.", hint="check the name")
-        Path(folder, HUB_FOLDER).rename(run.folder)
+    wanted = ["checkpoints/*", *HUB_FILES]
+    folder = Path(huggingface_hub.snapshot_download(repo, allow_patterns=wanted))
+    if not (folder / "run.json").exists():
+        raise UserError(f"--resume {place}: no run is there.", hint="check the name")
+    with atomic_path(run.folder) as partial:
+        shutil.copytree(folder, partial)
     return run
 
 
 def resumed_config(run: Run, config: TrainConfig, given: set[str]) -> TrainConfig:
-    """The run's settings with those `given`; raises for those that may not change."""
+    """The run's settings with those `given`; raises if one may not change."""
     settings = run.config
     if run.record["status"] == "finished" and (run / "adapter").exists():
-        raise UserError(
-            f"--resume {run}: already finished, with {settings.max_steps} steps.",
-            hint="`push` it, or start a new run with `train`",
-        )
-    may_change = set(RESUME_MAY_CHANGE)
-    for name in ("model", "dataset"):
-        path = Path(getattr(settings, name))
-        if path.is_absolute() and not path.exists():  # another machine's, or moved
-            may_change.add(name)
-            if name not in given:
-                raise UserError(
-                    f"--resume {run}: its {name} {path} is not on this machine.",
-                    hint=f"{run.resume_line[:-1]} --{name} PATH`",
-                )
+        hint = "`push` it, or start a new run"
+        raise UserError(f"--resume {run}: it is already finished.", hint=hint)
     changed = {}
-    refused = []
-    for entry in dataclasses.fields(config):
-        before = getattr(settings, entry.name)
-        now = getattr(config, entry.name)
-        if entry.name in given and now != before:
-            changed[entry.name] = now
-            if entry.name not in may_change:
-                refused.append(f"--{entry.name.replace('_', '-')} was {before}, now {now}")
-    if refused:
-        raise UserError(
-            f"--resume {run}: cannot resume with different settings: {', '.join(refused)}.",
-            hint="omit them, or start a new run with `train`",
-        )
+    for name in given.intersection(dataclasses.asdict(settings)):
+        before = getattr(settings, name)
+        changed[name] = getattr(config, name)
+        missing = str(before).startswith("/") and not Path(before).exists()
+        if changed[name] != before and name not in RESUME_MAY_CHANGE and not missing:
+            flag = f"--{name.replace('_', '-')}"
+            raise UserError(f"--resume {run}: {flag} was {before}.", hint=f"omit {flag}")
     return dataclasses.replace(settings, **changed)
 
 
@@ -4739,5 +4094,7 @@ def summarize_run(run: Run) -> dict[str, str]:
 
 
 if __name__ == "__main__":
-    open_closed_streams()
+    for name in ("stdin", "stdout", "stderr", "__stdout__"):
+        if getattr(sys, name) is None:  # closed by the shell (`2>&-`)
+            setattr(sys, name, Path(os.devnull).open("r+"))
     app()

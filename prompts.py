@@ -11,8 +11,6 @@ given, is decided here too, and what an answer is worth.
 
 import ast
 import contextlib
-import functools
-import itertools
 import json
 import random
 import re
@@ -20,7 +18,7 @@ import statistics
 import string
 import textwrap
 import unicodedata
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Sequence
 from html import escape
 from typing import Any, Literal, NamedTuple
 
@@ -221,12 +219,10 @@ class Row(NamedTuple):
     thought: str = ""
     answer: str = ""
     status: str = "used"  # or "shortened", or the reason why it is dropped
+    notes: Sequence[str] = ()  # what of the record is not taught, and what looks damaged
     input_ids: Sequence[int] = ()
     prompt_tokens: int = 0
-    notes: Sequence[str] = ()  # what of the record is not taught, and what looks damaged
-
-
-KEPT = ("used", "shortened")
+    tokens: int = 0
 
 
 class UnusableRecord(Exception):
@@ -276,231 +272,113 @@ def split_response(text: str, thinks: bool = True) -> tuple[str, str, bool]:
     return thought.strip(), answer.strip(), bool(tag)
 
 
-@functools.cache
-def marker_pattern(special_tokens: tuple[str, ...]) -> re.Pattern[str]:
-    return re.compile("|".join(map(re.escape, (THINK_OPEN, THINK_CLOSE, *special_tokens))))
-
-
 def find_marker(text: str, special_tokens: Sequence[str] = ()) -> str | None:
-    """The first think tag or special token in `text`, which could forge a row's structure."""
-    # Nor can a tokenizer take half a surrogate pair. One pattern for both would be much slower.
-    found = marker_pattern(tuple(special_tokens)).search(text) or re.search("[\ud800-\udfff]", text)
-    return found[0].encode(errors="backslashreplace").decode() if found else None
-
-
-# Column names of public reasoning datasets, the likelier first: question, thought, answer.
-USUAL_COLUMNS = (
-    "question problem prompt instruction query input".split(),
-    "complex_cot cot reasoning reasoning_content thinking thought rationale".split(),
-    "response answer output solution completion content attempt".split(),
-)
-ROLES = {
-    **dict.fromkeys(("user", "human", "prompter"), "user"),
-    **dict.fromkeys(("assistant", "gpt", "model", "bot", "chatbot", "chatgpt", "ai"), "assistant"),
-}
-PART_TYPES = ("text", "input_text", "output_text", "message", "thinking", "reasoning")
-# What exports write for a missing value, without a period.
-MISSING = set(
-    "nan,none,null,nil,na,n/a,n.a,<na>,#n/a,undefined,missing,not available,not applicable,tbd,"
-    "[deleted],[removed],-,--,—,?,".split(",")
-)
-TAG = "think|thinking|thoughts?|reasoning|cot|scratchpad"
-THOUGHT_OPEN = re.compile(rf"(?i)<(?:{TAG})>|<\|begin_of_thought\|>|\[THINK\]|◁think▷")
-THOUGHT_CLOSE = re.compile(rf"(?i)</(?:{TAG})>|<\|end_of_thought\|>|\[/THINK\]|◁/think▷")
-HTML = "a|b|br|code|div|em|font|h[1-6]|i|img|li|ol|p|pre|span|strong|su[bp]|t[dhr]|table|ul"
-SUSPICIOUS = {
-    "invisible characters": "[\u00a0\u00ad\u200b-\u200f\u2028-\u202e\u2060\ufeff]",
-    "control characters": "[\0-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f]",
-    "characters of a wrong encoding": "\ufffd|[ÂÃ][\x80-\xbf]|â€",
-    "escaped line ends": r"\\[nrt](?![a-zA-Z])|_x000D_",
-    "HTML entities": r"&(?:#\w+|[a-zA-Z]{2,8});",
-    "HTML tags": rf"(?i)</?(?:{HTML})\b[^<>]*>",
-    "chat markup of another model": r"<\|\w+\|>|\[/?INST\]|<</?SYS>>|<(?:start|end)_of_turn>",
-}
-
-
-def first_of(value: dict[str, Any], *names: str) -> Any:
-    """The first of these values that is not None, which tables put where a row lacks a key."""
-    for name in names:
-        if value.get(name) is not None:
-            return value[name]
+    """A think tag or special token in a text, which could forge a row's structure."""
+    for marker in (THINK_OPEN, THINK_CLOSE, *special_tokens):
+        if marker in text:
+            return marker
     return None
 
 
-def read_turns(value: Any) -> list[dict[str, Any]]:
-    """The messages of a conversation, also of one written as JSON or Python; empty for all else."""
-    if isinstance(value, str) and re.match(r"\s*\[?\s*\{", value):
-        for parse in (json.loads, ast.literal_eval):
-            with contextlib.suppress(ValueError, SyntaxError, MemoryError, RecursionError):
-                value = parse(value)
-                break
-    turns = []
-    for turn in value if isinstance(value, list) else [value]:
-        role = first_of(turn, "role", "from", "speaker") if isinstance(turn, dict) else None
+ROLES = {"human": "user", "gpt": "assistant", "model": "assistant", "chatgpt": "assistant"}
+MISSING = "nan none null nil na n/a n.a <na> #n/a undefined missing - ?".split()
+THOUGHT_OPEN = r"(?i:<(?:think|thinking|thought|reasoning)>|<\|begin_of_thought\|>|\[think\])"
+THOUGHT_CLOSE = r"(?i:</(?:think|thinking|thought|reasoning)>|<\|end_of_thought\|>|\[/think\])"
+SUSPICIOUS = {
+    "carriage returns (made line feeds)": "\r",
+    "invisible characters": "[\0-\x08\x0b\x0c\x0e-\x1f\x7f-\xa0\xad\u200b-\u200f\u2028-\u202e\ufeff]",
+    "characters of a wrong encoding": "\ufffd|[ÂÃ][\x80-\xbf]|â€",
+    "markup": r"&#?\w{2,8};|</?[a-zA-Z]{1,6}\d?( [^<>]*)?/?>|\\[nrt](?![a-zA-Z])|<\|\w+\|>|\[/?INST\]",
+}
+
+
+def read_messages(value: Any) -> dict[str, list[Any]]:
+    """The messages of a conversation by role; empty for all else."""
+    if isinstance(value, str) and re.search("""["'](role|from)["']:""", value):
+        value = parse_text(value)
+    messages: dict[str, list[Any]] = {}
+    for message in value if isinstance(value, list) else [value]:
+        role = isinstance(message, dict) and (message.get("role") or message.get("from"))
         if not isinstance(role, str):
-            return []
+            return {}
         role = role.strip().lower()
-        turns.append({**turn, "role": ROLES.get(role, role)})
-    return turns
+        messages.setdefault(ROLES.get(role, role), []).append(message)
+    return messages
 
 
-def pick_turn(value: Any, role: str, column: str, is_whole: bool, notes: set[str]) -> Any:
-    """The question of a conversation, or the answer to it; what is no conversation comes back.
-
-    `is_whole` says that question and answer are of the same column, whose later turns can be left.
-    """
-    turns = read_turns(value)
-    if not turns:
+def read_text(value: Any, column: str) -> str:
+    """The text of a field, a message or its parts; a thought that is marked as one gets tags."""
+    if isinstance(value, str):
         return value
-    roles = [turn["role"] for turn in turns]
-    start = roles.index("user") if "user" in roles else 0
-    end = len(roles)
-    if "assistant" in roles[start:]:
-        end = roles.index("assistant", start)
-    asked = roles[: end if is_whole else None].count("user")
-    if role == "user" and asked > 1:
-        raise UnusableRecord(f"{column} has several questions")
-    if (role == "user" and not asked) or (role == "assistant" and end == len(roles)):
-        raise UnusableRecord(
-            f"{column} has no {role} message (roles: {', '.join(dict.fromkeys(roles))})"
-        )
-    last = end if is_whole or role == "assistant" else end - 1
-    for position, other in enumerate(roles):
-        if other not in ("user", "assistant"):
-            notes.add(f"{other} message not taught")
-        elif position > end and "user" not in roles[end : position + 1]:
-            notes.add("second answer not taught")
-        elif not start <= position <= last:
-            notes.add("other turns not taught")
-    return turns[start if role == "user" else end]
-
-
-def text_parts(value: Any, column: str, kind: str = "answer") -> Iterator[tuple[str, str]]:
-    """Yields kind ("thought" or "answer") and text of a field, of a message or of its parts."""
-    if isinstance(value, list):
-        if len(value) != 1 and all(isinstance(part, str) for part in value):
-            raise UnusableRecord(f"{column} holds {len(value)} texts, not one")
-        for part in value:
-            yield from text_parts(part, column, kind)
-    elif isinstance(value, dict):
-        part = value.get("type") or "text"
-        if part not in PART_TYPES:
-            raise UnusableRecord(f"{column} has a part of type {part}")
-        thought = first_of(value, *USUAL_COLUMNS[1])
-        text = first_of(value, "content", "value", "text")
-        if part in ("thinking", "reasoning"):
-            thought = text if thought is None else thought
-            text = None
-        if thought is None and text is None:
-            fault = "has a message without text" if "role" in value else "is dict, not text"
-            raise UnusableRecord(f"{column} {fault}")
-        if thought is not None:
-            yield from text_parts(thought, column, "thought")
-        if text is not None:
-            yield from text_parts(text, column, kind)
-    elif value is None or value != value:  # NaN
+    if value is None or value != value:  # NaN
         raise UnusableRecord(f"{column} is missing")
-    elif isinstance(value, str):
-        yield kind, value
-    else:
-        raise UnusableRecord(f"{column} is {type(value).__name__}, not text")
-
-
-def split_thought(text: str, column: str) -> tuple[str, str]:
-    """Thought and answer of one text, which tags divide."""
-    body = text.lstrip()
-    opened = THOUGHT_OPEN.match(body)
-    if opened:
-        body = body[opened.end() :]
-    parts = THOUGHT_CLOSE.split(body)
-    if len(parts) == 1:
-        fault = "is not closed" if opened else "is not marked by think tags"
-        raise UnusableRecord(f"the thought in {column} {fault}")
-    if len(parts) > 2:
-        raise UnusableRecord(f"{column} has more than one thought")
-    if THOUGHT_OPEN.search(body):
-        raise UnusableRecord(f"{column} has text before its thought")
-    answer = re.sub(r"<\|(?:begin|end)_of_solution\|>", "", parts[1])
-    for name, part in (("thought", parts[0]), ("answer", answer)):
-        if not part.strip():
-            raise UnusableRecord(f"the {name} in {column} is empty")
-    return parts[0], answer
+    if isinstance(value, list) and (len(value) == 1 or all(isinstance(v, dict) for v in value)):
+        return "\n".join(read_text(part, column) for part in value)
+    if isinstance(value, dict):
+        text = value.get("content") or value.get("value") or value.get("text") or ""
+        thought = value.get("reasoning_content") or value.get("reasoning") or value.get("thinking")
+        if value.get("type") == "reasoning":
+            thought, text = thought or text, ""
+        if thought:
+            thought = read_text(thought, column)
+            return f"{THINK_OPEN}{thought}{THINK_CLOSE}{read_text(text, column)}"
+        if text:
+            return read_text(text, column)
+    raise UnusableRecord(f"{column} has no single text ({type(value).__name__})")
 
 
 def read_fields(record: dict[str, Any], columns: Sequence[str], notes: set[str]) -> list[str]:
-    """The texts of question, thought and answer; adds to `notes` what is left aside.
-
-    A column may hold a conversation. Where one column is named for thought and answer, the thought
-    is what its message marks as one, or tags divide it.
-    """
-    question_col, thought_col, answer_col = columns
-    is_whole = question_col == answer_col
-    value = pick_turn(record.get(question_col), "user", question_col, is_whole, notes)
-    question = "\n".join(text for _, text in text_parts(value, question_col))
-    found = {}
-    for column in dict.fromkeys((thought_col, answer_col)):
-        value = pick_turn(record.get(column), "assistant", column, is_whole, notes)
-        texts: dict[str, list[str]] = {"answer": [], "thought": []}
-        for kind, text in text_parts(value, column):
-            texts[kind].append(text)
-        found[column] = ["\n".join(texts["thought"]), "\n".join(texts["answer"])]
-    inner, answer = found[answer_col]
-    if thought_col != answer_col:
-        thought = found[thought_col][0] or found[thought_col][1]
-        if inner.strip():
-            notes.add(f"thought inside {answer_col} not taught")
-    elif inner.strip():
-        thought = inner
-    else:
-        thought, answer = split_thought(answer, answer_col)
-    return [question, thought, answer]
+    """Question, thought and answer; adds to `notes` what is not taught."""
+    texts = []
+    for column, role in zip(columns, ("user", "assistant", "assistant"), strict=True):
+        value = record.get(column)
+        messages = read_messages(value)
+        if messages:
+            found = messages.get(role, [])
+            if not found or (role == "user" and len(found) > 1):
+                raise UnusableRecord(f"{column} has {len(found)} {role} messages, not one")
+            taught = {"user", "assistant"} if columns[0] == columns[2] else {role}
+            notes.update(f"{name} message not taught" for name in messages.keys() - taught)
+            if len(found) > 1:
+                notes.add("earlier answer not taught")
+            value = found[-1]
+        texts.append(read_text(value, column))
+    if columns[1] == columns[2]:  # tags divide thought and answer
+        tagged = re.fullmatch(rf"(?s)\s*(?:{THOUGHT_OPEN})?(.*?){THOUGHT_CLOSE}(.*)", texts[2])
+        if not tagged:
+            raise UnusableRecord(f"{columns[2]} has no thought that ends in {THINK_CLOSE}")
+        texts[1] = tagged[1]
+        texts[2] = re.sub(r"<\|(?:begin|end)_of_solution\|>", "", tagged[2])
+    return texts
 
 
-def read_record(
-    record: dict[str, Any], columns: Sequence[str], special_tokens: Sequence[str]
-) -> Row:
-    """The texts of a record, without tokens yet, or the one reason why it is dropped."""
+def read_record(record: dict[str, Any], columns: Sequence[str], special: Sequence[str]) -> Row:
+    """The texts of a record, without tokens yet, or the reason why it is dropped."""
     notes: set[str] = set()
     try:
         fields = read_fields(record, columns, notes)
         texts = [re.sub("\r\n?", "\n", text).strip() for text in fields]
         for column, text in zip(columns, texts, strict=True):
-            if not text:
-                raise UnusableRecord(f"{column} is empty")
-            if text.casefold().strip(".") in MISSING and text != "Na":  # which is sodium
-                raise UnusableRecord(f'{column} is missing ("{text}")')
-            tag = THOUGHT_OPEN.search(text) or THOUGHT_CLOSE.search(text)
-            marker = find_marker(text, special_tokens) or (tag and tag[0])
+            if text.lower().rstrip(".") in ("", *MISSING) and text != "Na":  # which is sodium
+                raise UnusableRecord(f"a text in {column} is empty or missing")
+            tag = re.search(f"{THOUGHT_OPEN}|{THOUGHT_CLOSE}", text)
+            marker = tag[0] if tag else find_marker(text, special)
             if marker:
                 raise UnusableRecord(f"{marker} inside {column}")
-        same = [" ".join(text.casefold().split()) for text in texts]
-        if same[0] in same[1:]:
-            raise UnusableRecord("thought or answer repeats the question")
-        if same[1] == same[2] and columns[1] != columns[2]:
-            raise UnusableRecord("thought and answer are the same")
+        if len({same_question(text) for text in texts}) < 3:
+            raise UnusableRecord("two of question, thought and answer are the same")
     except UnusableRecord as reason:
         return Row(status=str(reason))
-    whole = "\n".join(fields)
-    for name, pattern in {**SUSPICIOUS, "carriage returns (made line feeds)": "\r"}.items():
-        if re.search(pattern, whole):
+    for name, pattern in SUSPICIOUS.items():
+        if re.search(pattern, "\n".join(fields)):
             notes.add(f"{name} in the text")
-    question, thought, answer = texts
-    return Row(question, thought, answer, notes=sorted(notes))
+    return Row(*texts, notes=sorted(notes))
 
 
-def drop(statuses: Sequence[str], questions: Sequence[str]) -> dict[str, list[int]]:
-    """Positions of what is dropped, by reason; of rows with one question all but the first are."""
-    dropped: dict[str, list[int]] = {}
-    seen: set[str] = set()
-    for position, (status, question) in enumerate(zip(statuses, questions, strict=True)):
-        same = same_question(question)
-        if status in KEPT and same in seen:
-            status = "duplicate question"
-        if status in KEPT:
-            seen.add(same)
-        else:
-            dropped.setdefault(status, []).append(position)
-    return dropped
+def same_question(question: str) -> str:
+    """Equal for questions that differ in case, spacing and punctuation only, but in no number."""
+    text = unicodedata.normalize("NFKC", question).casefold()
+    return " ".join(re.sub(r"[^\w<=>+±%]+", " ", text).split()) or text
 
 
 def describe_counts(counts: dict[str, Any]) -> str:
@@ -509,118 +387,52 @@ def describe_counts(counts: dict[str, Any]) -> str:
     if counts["shortened"]:
         text += f", {counts['shortened']} shortened"
     for reason, number in counts["dropped"].items():
-        text += f"; dropped {number}: {reason}"
+        text += f"; {number} dropped: {reason}"
     for note, number in counts["notes"].items():
-        text += f"; in {number}: {note}"
+        text += f"; {number} with {note}"
     return text
 
 
-def describe_dropped(dropped: dict[str, list[int]]) -> str:
-    """How many rows are dropped for which reason, with the numbers of the first five."""
-    parts = []
-    for reason, positions in dropped.items():
-        some = ", ".join(str(position + 1) for position in positions[:5])
-        more = ", …" if len(positions) > 5 else ""
-        parts.append(f"{len(positions)}: {reason} (row {some}{more})")
-    return "; ".join(parts) or "none"
-
-
-def special_tokens(tokenizer: Any) -> tuple[str, ...]:
+def special_tokens(tokenizer: Any) -> list[str]:
     """The texts that a tokenizer takes for special tokens."""
-    return tuple(sorted(set(map(str, tokenizer.added_tokens_decoder.values()))))
+    return list(map(str, tokenizer.added_tokens_decoder.values()))
 
 
 def encode(rows: Sequence[Row], tokenizer: Any, lang: Lang) -> list[Row]:
-    """Adds tokens to rows; where they don't have the template's structure, the status says so."""
-    if not rows:
-        return []
-    eos = tokenizer.eos_token
-    special = set(tokenizer.added_tokens_decoder)
-    texts = [build_example(row.question, row.thought, row.answer, eos, lang) for row in rows]
+    """Adds tokens to rows; a status other than "used" says what is wrong with them."""
+    rows = [*rows, Row()]
+    texts = [build_example(*row[:3], tokenizer.eos_token, lang) for row in rows]
+    encoded = tokenizer(texts)["input_ids"]
     heads = tokenizer([build_prompt(row.question, lang) for row in rows])["input_ids"]
-    *encoded, empty = tokenizer([*texts, build_example("", "", "", eos, lang)])["input_ids"]
     decoded = tokenizer.backend_tokenizer.decode_batch(encoded, skip_special_tokens=False)
-    structure = [token for token in empty if token in special]
+    special = tokenizer.added_tokens_decoder
+    structure = [token for token in encoded[-1] if token in special]  # of the empty row
     found = []
     for row, text, ids, head, back in zip(rows, texts, encoded, heads, decoded, strict=True):
-        status = "used"
         back = back.removeprefix(tokenizer.bos_token or "")
-        markers = [token for token in ids if token in special]
-        if markers != structure or ids[-1] != tokenizer.eos_token_id:
-            status = "special tokens are not where the template has them"
-        elif ids[: len(head)] != head:
-            status = "its first token joins prompt and thought"
+        status = "used"
+        if ids[: len(head)] != head or [token for token in ids if token in special] != structure:
+            status = "its tokens do not have the template's structure"
         # Qwen 2's tokenizer composes accents.
         elif unicodedata.normalize("NFC", back) != unicodedata.normalize("NFC", text):
             status = "its tokens do not give its text back"
-        found.append(row._replace(input_ids=ids, prompt_tokens=len(head), status=status))
-    return found
+        found.append(Row(*row[:3], status, row.notes, ids, len(head), len(ids)))
+    return found[:-1]
 
 
 def shorten(row: Row, tokenizer: Any, lang: Lang, limit: int) -> Row:
     """Cuts the thought at a sentence, so that the row has at most `limit` tokens."""
     tokens = tokenizer(row.thought, add_special_tokens=False, return_offsets_mapping=True)
-    offsets = tokens["offset_mapping"]
-    keep = len(offsets)
-    excess = len(row.input_ids) - limit
-    while excess > 0:  # again, where the tokens around the cut came out as more than before
-        keep -= excess
-        if keep <= 0:
-            return row._replace(status="question and answer alone exceed --max-seq-length")
-        sentences = re.match(r"(?s).*(?:[.](?=\s)|[。!?！？\n])", row.thought[: offsets[keep][0]])
+    keep = len(tokens["input_ids"])
+    shorter = row
+    while shorter.tokens > limit:  # again, where the tokens around the cut came out as more
+        keep = max(0, keep - shorter.tokens + limit)
+        thought = row.thought[: tokens["offset_mapping"][keep][0]]
+        sentences = re.match(r"(?s).*(?:[.](?=\s)|[。!?！？\n])", thought)
         if not sentences:
-            return row._replace(status="no whole sentence of the thought fits in --max-seq-length")
+            return row._replace(status="no sentence of the thought fits in --max-seq-length")
         [shorter] = encode([row._replace(thought=sentences[0].strip())], tokenizer, lang)
-        excess = len(shorter.input_ids) - limit
     return shorter._replace(status="shortened")
-
-
-def column_choices(records: Sequence[dict[str, Any]]) -> list[list[str]]:
-    """Columns that may hold question, thought ("": the answer's column) and answer, likelier first."""
-    talks = []
-    tagged = []
-    for name in records[0]:
-        values = [record.get(name) for record in records]
-        if any(map(read_turns, values)):
-            talks.append(name)
-        if any(isinstance(value, str) and THOUGHT_CLOSE.search(value) for value in values):
-            tagged.append(name)
-    choices = []
-    for usual in USUAL_COLUMNS:
-        ranked = {}
-        for name in records[0]:
-            plain = re.sub(r"[\W_]+", "_", name.partition(" (")[0].lower())  # "reasoning (…)"
-            ranks = [(word != plain, rank) for rank, word in enumerate(usual) if word in plain]
-            if ranks:
-                ranked[name] = min(ranks)
-        choices.append([*sorted(ranked, key=ranked.__getitem__), *talks])
-    return [choices[0], [*choices[1], ""], [*choices[2], *tagged]]
-
-
-def guess_columns(records: Sequence[dict[str, Any]]) -> list[str] | None:
-    """The columns for question, thought and answer that keep most of these records, as tried on them.
-
-    None where no choice keeps more than half. Each question counts once: of Alpaca's "instruction"
-    and "input" the one that differs is the question.
-    """
-    best = None
-    most = len(records) / 2
-    for question, thought, answer in itertools.product(*column_choices(records)):
-        columns = [question, thought or answer, answer]
-        questions = set()
-        thoughts = []
-        for record in records:
-            row = read_record(record, columns, ())
-            if row.status == "used":
-                questions.add(same_question(row.question))
-                thoughts.append(row.thought)
-        # Bare words such as "on" and "off" only say whether to think.
-        bare = r"[a-z\d_-]+|ON|OFF|On|Off|Yes|No|True|False|High|Low"
-        is_switch = thought and all(re.fullmatch(bare, text) for text in thoughts)
-        if len(questions) > most and not is_switch:
-            best = columns
-            most = len(questions)
-    return best
 
 
 def build_ollama_files(
@@ -646,17 +458,12 @@ def build_modelfile(
 
 
 # ---------------------------------------------------------------------------------- multiple choice
-# Reads multiple-choice records, and which option an answer settles on.
-# Promises to refuse what is unclear: a record with a reason, an answer as unread.
-# Leaves published benchmark figures to lm-evaluation-harness.
+# Reads multiple-choice records, and which option an answer settles on. Promises to refuse what is
+# unclear, or to call it unread. Leaves published benchmark figures to lm-evaluation-harness.
 
 # Of options and key: MedQA's, MMLU's, MedMCQA's.
-CHOICE_COLUMNS = (
-    ("options", "answer_idx"),
-    ("options", "answer"),
-    ("choices", "answer"),
-    ("opa", "cop"),
-)
+CHOICE_COLUMNS = [("options", "answer_idx"), ("options", "answer"), ("choices", "answer")]
+CHOICE_COLUMNS += [("opa", "cop")]
 
 
 class MultipleChoice(NamedTuple):
@@ -678,100 +485,84 @@ def option_name(key: Any) -> str:
     return str(key).strip(" .:()").removesuffix(".0").upper()
 
 
+def parse_text(value: Any) -> Any:
+    """The list or object that a text holds as JSON or Python, as in CSV; another value as it is."""
+    for parse in (json.loads, ast.literal_eval):
+        with contextlib.suppress(ValueError, SyntaxError, TypeError, MemoryError):
+            return parse(value)
+    return value
+
+
 def read_options(record: dict[str, Any], column: str) -> dict[str, str]:
-    """A record's options by name, or by letter in a list; empty unless 2 to 26 different texts."""
-    options = record.get(column)
+    """A record's options by letter; empty unless they are 2 to 26 different texts."""
+    options = parse_text(record.get(column))
     if column == "opa":
         options = [record.get(f"op{letter}") for letter in "abcd"]
-    for parse in (json.loads, ast.literal_eval):  # a CSV's text: JSON, or as pandas writes it
-        if isinstance(options, str):
-            with contextlib.suppress(ValueError, SyntaxError, TypeError):
-                options = parse(options)
-    pairs: list[Any] = []
-    if isinstance(options, dict):  # `datasets` fills in None for other records' names
-        pairs = [(name, text) for name, text in options.items() if text is not None]
-    elif isinstance(options, list) and all(isinstance(each, dict) for each in options):
-        pairs = [(each.get("key"), each.get("text") or each.get("value")) for each in options]
+    if isinstance(options, list) and all(isinstance(each, dict) for each in options):
+        options = {each.get("key"): each.get("text") or each.get("value") for each in options}
     elif isinstance(options, list):
-        pairs = list(zip(string.ascii_uppercase, options, strict=False))
+        options = {number: "" if each is None else each for number, each in enumerate(options)}
+    if not isinstance(options, dict) or len(options) > 26:
+        return {}
     named = {}
-    for name, text in pairs:
+    for letter, (name, text) in zip(string.ascii_uppercase, options.items(), strict=False):
+        name = option_name(name)
         if isinstance(text, str | int | float):
-            named[option_name(name)] = str(text).strip()
-    different = len(set(named.values()) - {""})
-    return named if 2 <= different == len(pairs) <= 26 else {}
+            named[name if re.fullmatch("[A-Z]", name) else letter] = str(text).strip()
+        elif text is not None:  # `datasets` fills in None for other records' names
+            return {}
+    different = set(named.values()) - {""}
+    return named if 2 <= len(different) == len(named) else {}
 
 
 def read_multiple_choice(
-    records: Iterable[dict[str, Any]], columns: tuple[str, str]
+    records: Sequence[dict[str, Any]], columns: tuple[str, str]
 ) -> tuple[dict[int, MultipleChoice], dict[int, str]]:
-    """Reads `columns` of options and key: choices, and reasons where there is none, by position.
+    """Choices by position, and reasons where there is none.
 
-    Options: a dict, list, list of {"key", "text" or "value"}, one of these as text, or opa to opd.
-    Key: a letter, text or number. Numbers count from 0 if one is 0, from 1 if one is the number of
-    its options; ValueError if neither or both are among them.
+    A key is a letter, a text or a number. Numbers count from 0 if one is 0, from 1 if one is the
+    number of its options; ValueError if neither or both are among them.
     """
-    read = []
-    numbers = []
-    for record in records:
-        options, key = read_options(record, columns[0]), record.get(columns[1])
-        name = option_name(key)
-        read.append((record, options, key))
-        if options and name.isdecimal() and name not in [*options, *options.values()]:
-            numbers.append((int(name), len(options)))
-
-    # What numbers mean is told by all records.
-    from_0 = any(number == 0 for number, _ in numbers)
-    from_1 = any(number == last for number, last in numbers)
-    if numbers and from_0 == from_1:
-        occur = "both occur" if from_0 else "never occur"
-        raise ValueError(
-            f"{columns[1]}: do numbers count from 0 or 1? 0 and the number of options {occur}"
-        )
-
     choices = {}
     reasons = {}
-    for position, (record, named, key) in enumerate(read):
+    all_options = [read_options(record, columns[0]) for record in records]
+    bases = set()
+    for record, options in zip(records, all_options, strict=True):
+        key = record.get(columns[1])
+        if options and option_name(key).isdecimal() and key not in options.values():
+            bases.add({0: 0, len(options): 1}.get(int(option_name(key))))
+    if bases and len(bases - {None}) != 1:
+        raise ValueError(f"{columns[1]} has numbers, which may count from 0 or from 1")
+    for position, (record, options) in enumerate(zip(records, all_options, strict=True)):
         question = record.get("question") or record.get("Question")
-        options = dict(zip(string.ascii_uppercase, named.values(), strict=False))
-        wanted = option_name(key)
+        key = record.get(columns[1])
         fits = []
-        for number, (letter, name) in enumerate(zip(options, named, strict=True), start=from_1):
-            numbered = wanted == str(number) and wanted not in named
-            if name == wanted or options[letter] == key or numbered:
+        for number, letter in enumerate(options, 1 if 1 in bases else 0):
+            if option_name(key) in (letter, str(number)) or key == options[letter]:
                 fits.append(letter)
-        if not isinstance(question, str) or not question.strip():
-            reasons[position] = "the question is empty or not text"
-        elif not named:
-            value = record.get(columns[0])
-            reasons[position] = f"{columns[0]} is not 2 to 26 different texts: {value!r:.200}"
+        if not options or not isinstance(question, str) or not question.strip():
+            reasons[position] = f"no question, or not 2 to 26 different texts in {columns[0]}"
         elif len(fits) != 1:
-            count = "two" if fits else "none"
-            reasons[position] = f"{columns[1]} {key!r} fits {count} of {named}"
+            reasons[position] = f"{columns[1]} {key!r} fits {len(fits)} of {options}"
         else:
             choices[position] = MultipleChoice(question, options, fits[0])
     return choices, reasons
 
 
 # An option is its letter, or «C» where its text was; "A man", "C. difficile" and "C or D" are none.
-# The patterns are in ASCII mode, where \b also stands between Chinese and a letter.
-NO_OPTION = r"-|[.] | or | and |[、和或]"
-OPTION = rf"(?i:option |choice |选项)?«?\b([B-HJ-Z]|[AI](?! (?!is)[a-z]))\b»?(?!{NO_OPTION})"
-ANSWER = r"(?:\b(?i:answer|option|choice|diagnosis|treatment|step|one)\b|答案|选项|最)"
-GAP = r"[^«]{0,60}?"
-IS = r"(?:\b(?i:is|be)\b|:|为|是|选) ?"
-CHOOSE = r"(?i:\b(?:choose|chose|select|pick|with|for|it's|it is|so|therefore) |选择?)"
-START = r"(?i:^ ?|\b(?:to|that|but|so|think|therefore) |所以)"
-RIGHT = r"(?:\b(?:right|correct|best|answer|most)\b|正确|答案|最|合适)"
-CLAIMS = (  # the clearer first
-    ANSWER + GAP + IS + OPTION,  # "the best answer is (C)", "答案：C"
-    CHOOSE + OPTION,  # "I would choose C", "应选C"
-    START + OPTION + GAP + RIGHT,  # "so C is right", "C选项正确"
-    rf"^[ >-]*{OPTION} ?$",  # "C", "C. It lowers the risk"
-    r"«(.)»",  # "Give aspirin"
+OPTION = r"(?i:option |choice |选项)?«?\b([B-HJ-Z]|[AI](?! (?!is)[a-z]))\b»?(?!-|[.] | or | and |[、和或])"
+CLAIMS = (  # the clearer first: "the best answer is (C)", "I would choose C", "C is right", "C"
+    r"(?:\b(?i:answer|option|choice|diagnosis|treatment|one)\b|答案|选项|最)[^«]{0,60}?"
+    r"(?:\b(?i:is|be)\b|:|为|是|选) ?" + OPTION,
+    r"(?i:\b(?:choose|chose|pick|with|for|it's|it is|so|therefore) |选择?)" + OPTION,
+    r"(?i:^ ?|\b(?:that|but|so) |所以)"
+    + OPTION
+    + r"[^«]{0,60}?(?:right|correct|best|answer|most|正确|答案|最)",
+    rf"^[ >-]*{OPTION} ?$",
+    r"«(.)»",
 )
 # What follows one of these in a clause claims nothing: "not C", "C is wrong", "不选C".
-NEGATION = r"(?i:\b(?:not|neither|incorrect|wrong|unlike|less|rather)\b|n't|[不非错]|排除)"
+NEGATION = r"(?i:\b(?:not|neither|incorrect|wrong|unlike|rather)\b|n't|[不非错]|排除).*"
 
 
 def plain(text: str) -> str:
@@ -787,19 +578,16 @@ def predicted_option(answer: str, options: dict[str, str]) -> str | None:
     The first of `CLAIMS` that occurs counts, if all its occurrences mean one option.
     """
     text = plain(answer)
-    for letter in sorted(options, key=lambda letter: len(options[letter]), reverse=True):
+    for letter in sorted(options, key=lambda letter: -len(options[letter])):
         option = re.escape(plain(options[letter]).strip(" ."))
         if len(option) > 1:
             text = re.sub(rf"(?ai)(?<!\w){option}(?!\w)", f"«{letter}»", text)
-    # Into clauses, of which "Answer:\nC" is one.
     text = re.sub(r"(:|therefore,|so,)\s+", r"\1 ", text)
-    clauses = []
-    for clause in re.split(r"[!?;。,\n]|[.](?! [a-z])", text):
-        clauses.append(re.sub(f"{NEGATION}.*", " not", clause))
+    clauses = re.split(r"[!?;。,\n]|[.](?! [a-z])", text)
     for pattern in CLAIMS:
         found: set[str] = set()
         for clause in clauses:
-            found.update(re.findall(pattern, clause, re.ASCII))
+            found.update(re.findall(pattern, re.sub(NEGATION, " not", clause), re.ASCII))
         found &= options.keys()
         if found:
             return found.pop() if len(found) == 1 else None
@@ -952,11 +740,3 @@ def as_markdown(pair: dict[str, Any]) -> str:
         lines += fold(pair[side]["answer"] or pair[side]["thought"]).splitlines()
     text = "\n".join(textwrap.fill(line, 90) for line in lines)
     return "```text\n" + text.replace("```", "'''") + "\n```\n"
-
-
-def same_question(question: str) -> str:
-    """Equal for questions that differ in case, spacing and punctuation only, but in no number."""
-    text = " ".join(unicodedata.normalize("NFKC", question).casefold().split())
-    # Kept are signs of mathematics and what stands within a number, such as 1.5 or 120/80.
-    plain = re.sub(r"(?<!\d)[^\w<=>+±%]+|[^\w<=>+±%]+(?!\d)", "", text)
-    return plain or text

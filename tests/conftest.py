@@ -132,7 +132,7 @@ def run_cli(unsloth, capfd, monkeypatch, tmp_path):
         capfd.readouterr()
         with pytest.raises(SystemExit) as end:
             finetune_r1.app([str(argument) for argument in arguments], prog_name="finetune_r1.py")
-        return Done(end.value.code, *capfd.readouterr())
+        return Done(end.value.code or 0, *capfd.readouterr())
 
     return run
 

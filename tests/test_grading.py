@@ -74,6 +74,7 @@ def test_predicted_option_reads_texts_with_symbols(options, answer, letter):
 
 # ------------------------------------------------------------------------------------------ records
 
+UNCLEAR = "no question, or not 2 to 26 different texts in "
 TEXTS = ["rest", "water", "salt", "sugar"]
 NAMED = dict(zip("ABCD", TEXTS, strict=True))
 PAIRS = [{"key": key, "value": text} for key, text in NAMED.items()]
@@ -103,13 +104,13 @@ def read(*records):
         ({"options": NAMED | {"E": None}, "answer_idx": "D"}, 0, "D"),
         ({"options": NAMED | {"E": None}, "answer_idx": 4}, 1, "D"),
         ({"options": dict(zip("abcd", TEXTS, strict=True)), "answer_idx": "(C)"}, 0, "C"),
-        ({"options": dict(zip("1234", TEXTS, strict=True)), "answer_idx": 4}, 0, "D"),
-        ({"options": dict(zip("1234", TEXTS, strict=True)), "answer_idx": "2"}, 0, "B"),
-        ({"options": dict(zip("BADC", TEXTS, strict=True)), "answer_idx": "B"}, 0, "A"),
+        ({"options": dict(zip("1234", TEXTS, strict=True)), "answer_idx": 4}, 1, "D"),
+        ({"options": dict(zip("1234", TEXTS, strict=True)), "answer_idx": "2"}, 1, "B"),
+        ({"options": dict(zip("BADC", TEXTS, strict=True)), "answer_idx": "B"}, 0, "B"),
         ({"options": TEXTS, "answer_idx": "b."}, 0, "B"),
         ({"options": TEXTS, "answer_idx": "3"}, 0, "D"),
         ({"options": PAIRS, "answer_idx": "C"}, 0, "C"),
-        ({"options": PAIRS[::-1], "answer_idx": "C"}, 0, "B"),
+        ({"options": PAIRS[::-1], "answer_idx": "C"}, 0, "C"),
         ({"options": json.dumps(NAMED), "answer_idx": "C"}, 0, "C"),
         ({"options": json.dumps(TEXTS), "answer_idx": 3.0}, 1, "C"),
         ({"options": str(NAMED | {"B": "Crohn's", "E": None}), "answer_idx": "D"}, 0, "D"),
@@ -139,35 +140,34 @@ def test_multiple_choice_text_lists_the_options_by_letter(options):
 @pytest.mark.parametrize(
     ("record", "reason"),
     [
-        ({"options": NAMED | {"E": None}, "answer_idx": "E"}, "answer_idx 'E' fits none of"),
-        ({"options": TEXTS, "answer_idx": 7}, "answer_idx 7 fits none of"),
-        ({"options": TEXTS, "answer_idx": None}, "answer_idx None fits none of"),
-        ({"options": TEXTS, "answer_idx": float("nan")}, "answer_idx nan fits none of"),
-        ({"options": TEXTS, "answer_idx": "A, C"}, "answer_idx 'A, C' fits none of"),
-        (MEDMCQA | {"cop": -1}, "cop -1 fits none of"),
-        ({"options": ["O", "A", "B", "AB"], "answer": "A"}, "answer 'A' fits two of"),
-        ({"choices": ["2", "1", "3", "0"], "answer": "2"}, "answer '2' fits two of"),
-        ({"options": "A. rest B. water", "answer_idx": "A"}, "options is not 2 to 26"),
-        ({"options": "['rest' 'water']", "answer_idx": "A"}, "options is not 2 to 26"),
-        ({"options": "array(['rest', 'water'])", "answer_idx": "A"}, "options is not 2 to 26"),
-        ({"options": None, "answer_idx": "A"}, "options is not 2 to 26"),
-        ({"options": [], "answer_idx": "A"}, "options is not 2 to 26"),
-        ({"options": ["rest"], "answer_idx": "A"}, "options is not 2 to 26"),
-        ({"options": ["rest", "water", "rest "], "answer_idx": "B"}, "options is not 2 to 26"),
-        ({"options": ["rest", "water", " "], "answer_idx": "B"}, "options is not 2 to 26"),
-        ({"options": ["rest", None, "salt"], "answer_idx": "C"}, "options is not 2 to 26"),
-        ({"options": [["rest"], ["water"]], "answer_idx": "A"}, "options is not 2 to 26"),
+        ({"options": NAMED | {"E": None}, "answer_idx": "E"}, "answer_idx 'E' fits 0 of"),
+        ({"options": TEXTS, "answer_idx": 7}, "answer_idx 7 fits 0 of"),
+        ({"options": TEXTS, "answer_idx": None}, "answer_idx None fits 0 of"),
+        ({"options": TEXTS, "answer_idx": float("nan")}, "answer_idx nan fits 0 of"),
+        ({"options": TEXTS, "answer_idx": "A, C"}, "answer_idx 'A, C' fits 0 of"),
+        (MEDMCQA | {"cop": -1}, "cop -1 fits 0 of"),
+        ({"options": ["O", "A", "B", "AB"], "answer": "A"}, "answer 'A' fits 2 of"),
+        ({"choices": ["2", "1", "3", "0"], "answer": "2"}, "answer '2' fits 2 of"),
+        ({"options": "A. rest B. water", "answer_idx": "A"}, UNCLEAR),
+        ({"options": "['rest' 'water']", "answer_idx": "A"}, UNCLEAR),
+        ({"options": "array(['rest', 'water'])", "answer_idx": "A"}, UNCLEAR),
+        ({"options": None, "answer_idx": "A"}, UNCLEAR),
+        ({"options": [], "answer_idx": "A"}, UNCLEAR),
+        ({"options": ["rest"], "answer_idx": "A"}, UNCLEAR),
+        ({"options": ["rest", "water", "rest "], "answer_idx": "B"}, UNCLEAR),
+        ({"options": ["rest", "water", " "], "answer_idx": "B"}, UNCLEAR),
+        ({"options": ["rest", None, "salt"], "answer_idx": "C"}, UNCLEAR),
+        ({"options": [["rest"], ["water"]], "answer_idx": "A"}, UNCLEAR),
         (
             {"options": {"text": TEXTS, "label": [*"ABCD"]}, "answer_idx": "A"},
-            "options is not 2 to 26",
+            UNCLEAR,
         ),
-        ({"options": [PAIRS[0], *PAIRS], "answer_idx": "A"}, "options is not 2 to 26"),
-        ({"options": {n: f"{n} mg" for n in range(27)}, "answer_idx": 1}, "options is not 2 to 26"),
-        ({"options": "{{1}: 2}", "answer_idx": "A"}, "options is not 2 to 26"),
-        ({"options": [{"id": 1}, {"id": 2}], "answer_idx": "A"}, "options is not 2 to 26"),
-        (MEDMCQA | {"opd": None, "cop": 1}, "opa is not 2 to 26"),
-        ({"options": TEXTS, "answer_idx": "A", "question": " "}, "the question is empty"),
-        ({"options": TEXTS, "answer_idx": "A", "question": None}, "the question is empty"),
+        ({"options": {n: f"{n} mg" for n in range(27)}, "answer_idx": 1}, UNCLEAR),
+        ({"options": "{{1}: 2}", "answer_idx": "A"}, UNCLEAR),
+        ({"options": [{"id": 1}, {"id": 2}], "answer_idx": "A"}, UNCLEAR),
+        (MEDMCQA | {"opd": None, "cop": 1}, UNCLEAR),
+        ({"options": TEXTS, "answer_idx": "A", "question": " "}, UNCLEAR),
+        ({"options": TEXTS, "answer_idx": "A", "question": None}, UNCLEAR),
     ],
 )
 def test_read_multiple_choice_of_what_is_unclear_says_why(record, reason):
@@ -193,90 +193,16 @@ def test_numbers_count_from_what_the_keys_of_all_records_tell(keys, letters):
     unreadable = {"opa": None, "cop": 7}  # which tells nothing
     found, reasons = read(*[{**MEDMCQA, "cop": key} for key in keys], unreadable)
     assert "".join(found.get(position, "-") for position in range(len(keys))) == letters
-    assert reasons[len(keys)].startswith("opa is not 2 to 26")
+    assert reasons[len(keys)].startswith(UNCLEAR)
 
 
-@pytest.mark.parametrize(("keys", "run_cli"), [([1, 2, 3], "never"), ([0, 4], "both"), ([7], "never")])
-def test_numbers_that_may_count_from_0_or_1_are_refused(keys, run_cli):
-    with pytest.raises(ValueError, match=f"^cop: .* 0 and the number of options {run_cli} occur"):
+@pytest.mark.parametrize("keys", [[1, 2, 3], [0, 4], [7]])
+def test_numbers_that_may_count_from_0_or_1_are_refused(keys):
+    with pytest.raises(ValueError, match="^cop has numbers, which may count from 0 or from 1"):
         read(*[{**MEDMCQA, "cop": key} for key in keys])
 
 
 def test_numbers_are_told_by_each_records_own_options():
-    """Four is no number of options where there are five, and names of options are no numbers."""
+    """Four is no number of options where there are five."""
     five = [{"options": [*TEXTS, "iron"], "answer_idx": key} for key in (4, 0)]
     assert read(*five) == ({0: "E", 1: "A"}, {})
-    named = {"options": dict(zip("1234", TEXTS, strict=True)), "answer_idx": "3"}
-    assert read(named) == ({0: "C"}, {})
-
-
-# ---------------------------------------------------------------------------------- nearly the same
-
-CASE = "A 45-year-old man presents with {} for two days. {} What is the most likely diagnosis?"
-TRAINED = [
-    CASE.format(
-        "crushing chest pain and sweating",
-        "His father died of a stroke, and he smokes a pack a day.",
-    ),
-    CASE.format(
-        "a swollen painful right knee", "He had gonorrhoea last month and was never treated for it."
-    ),
-    CASE.format(
-        "blood in his urine", "Both kidneys are large on ultrasound, as were his mother's."
-    ),
-    "Which drug reverses an overdose of morphine given by mistake?",
-    "一位45岁男性因突发胸痛两天就诊，有吸烟史，父亲死于中风。最可能的诊断是什么？",
-    "一位45岁男性因右膝关节肿痛两天就诊，上个月曾患淋病未治疗。最可能的诊断是什么？",
-    "哪种药物可以逆转吗啡过量引起的呼吸抑制？",
-    "What is the most common cause of anaemia?",
-    "What is the most common cause of pancreatitis?",
-    "What is the most common cause of blindness?",
-]
-NEARLY = [
-    (0, ("45-year-old man", "52-year-old woman")),
-    (0, ("two days", "6 hours")),
-    (0, ("What is the most likely", "Which of these is the likeliest")),
-    (1, ("He had gonorrhoea last month and was", "He had had gonorrhoea and it was")),
-    (2, ("?", "?\nA. Polycystic kidneys\nB. Stones\nC. Cystitis\nD. Cancer of the bladder")),
-    (3, ("given by mistake", "in a child")),
-    (4, ("45岁男性", "52岁女性")),
-    (5, ("？", "？\nA. 淋菌性关节炎\nB. 痛风\nC. 创伤")),
-    (6, ("引起的", "导致的")),
-]
-OTHERS = [
-    CASE.format("double vision", "He lost weight, and his hands tremble when he holds them out."),
-    "A 45-year-old man presents with fever. What is the most likely diagnosis?",
-    "Which drug reverses the effect of heparin?",
-    "What is the most common cause of nosebleeds?",
-    "一位45岁男性因视物模糊两天就诊，体重下降，双手震颤。最可能的诊断是什么？",
-    "哪种药物可以治疗高血压？",
-    "What is the most likely diagnosis?",
-    "Why?",
-    "",
-]
-
-
-@pytest.fixture(scope="module")
-def kept():
-    return [set(sketch.split()) for sketch in prompts.sketches(TRAINED)]
-
-
-@pytest.mark.parametrize(("number", "change"), NEARLY)
-def test_a_question_that_was_changed_a_little_is_known_again(kept, number, change):
-    changed = TRAINED[number].replace(*change)
-    assert changed != TRAINED[number] and prompts.is_near(changed, [kept[number]])
-
-
-@pytest.mark.parametrize("question", OTHERS)
-def test_another_question_of_the_same_pattern_is_another(kept, question):
-    assert not prompts.is_near(question, kept)
-    for number, trained in enumerate(TRAINED):
-        assert not prompts.is_near(trained, kept[:number] + kept[number + 1 :])
-
-
-def test_twenty_thousand_questions_are_kept_in_two_megabytes():
-    sketches = prompts.sketches(
-        [f"{question} {number}" for number in range(200) for question in TRAINED]
-    )
-    kept = {f"{number:016x}": sketch for number, sketch in enumerate(sketches)}
-    assert len(json.dumps(kept, indent=2)) / len(kept) * 20_000 < 2_000_000

@@ -11,7 +11,6 @@ import math
 import os
 import secrets
 import signal
-import stat
 import subprocess
 import sys
 import threading
@@ -22,7 +21,7 @@ from types import SimpleNamespace
 import pytest
 from conftest import SAMPLE, SCRIPT, Done
 from published import whoami_auth
-from servers.base import STALL, Fault
+from servers.base import Fault
 from servers.hub import HubServer
 from servers.kaggle import KaggleServer
 from servers.wandb_server import WandbServer
@@ -90,19 +89,13 @@ def places(tmp_path, monkeypatch):
 
 SOURCES = """
                                                    ->
-environment HF_TOKEN=hf_a                          -> hf_a HF_TOKEN in the environment
-environment HUGGING_FACE_HUB_TOKEN=hf_a            -> hf_a HUGGING_FACE_HUB_TOKEN in the environment
-environment HUGGINGFACE_TOKEN=hf_a                 -> hf_a HUGGINGFACE_TOKEN in the environment
+environment HUGGINGFACE_TOKEN="hf_a"               -> hf_a HUGGINGFACE_TOKEN in the environment
 environment HF_TOKEN=hf_a | .env HF_TOKEN=hf_b     -> hf_a HF_TOKEN in the environment
 environment HF_TOKEN= | .env HF_TOKEN=hf_b         -> hf_b HF_TOKEN in .env
 .env export HF_TOKEN='hf_b' # mine                 -> hf_b HF_TOKEN in .env
-.env HF_TOKEN=hf_b | kaggle HUGGINGFACE_TOKEN=hf_c -> hf_b HF_TOKEN in .env
 kaggle HUGGINGFACE_TOKEN="hf_c" | stored file=hf_d -> hf_c HUGGINGFACE_TOKEN in Kaggle's secrets
-kaggle HF_TOKEN=hf_c                               -> hf_c HF_TOKEN in Kaggle's secrets
-kaggle HF_TOKEN= | kaggle HUGGINGFACE_TOKEN=hf_c   -> hf_c HUGGINGFACE_TOKEN in Kaggle's secrets
 kaggle unrelated=x | stored file=hf_d              -> hf_d an earlier log-in
 environment HF_TOKEN=' ' | stored file=hf_d        -> hf_d an earlier log-in
-environment HF_TOKEN=hf_é x | stored file=hf_d     -> hf_d an earlier log-in
 """.strip("\n")
 
 
@@ -123,39 +116,17 @@ def test_find_secret_without_kaggles_secrets_notes_why(places, capsys):
     places("kaggle", "unrelated", "x")
     assert finetune_r1.find_secret(finetune_r1.WANDB_KEYS) is None
     note = capsys.readouterr().err
-    assert "WANDB_API_KEY" in note and "BackendError" in note and "Add-ons > Secrets" in note
+    assert "WANDB_API_KEY" in note and "Add-ons > Secrets" in note
 
 
-@pytest.mark.parametrize(
-    "around",
-    ["{}", ' "{}"\r\n', "'{}'", "“{}”", "\ufeff{}\u200b", "Bearer {}", '"bearer {}" ', "`{}`,"],
-)
+@pytest.mark.parametrize("around", ["{}", ' "{}"\r\n', "“{}”", "\ufeff{}", "Bearer {}", "`{}`,"])
 def test_make_secret_strips_what_is_copied_along(around):
-    assert finetune_r1.make_secret(around.format("hf_a-b"), "here") == ("hf_a-b", "here")
-
-
-@pytest.mark.parametrize("text", ["hf_a b", "hf_a\nb", "hf_éa", "hf_a\u200bb"])
-def test_make_secret_with_a_character_no_token_has_is_ignored_with_a_note(text, capsys):
-    assert finetune_r1.make_secret(text, "HF_TOKEN in .env") is None
-    note = capsys.readouterr().err
-    assert "HF_TOKEN in .env" in note and text not in note
-
-
-def test_secret_shows_its_source_only():
-    secret = finetune_r1.Secret("hf_value", "here")
-    assert "hf_value" not in f"{secret} {secret!r} {[secret]} {(secret, 1)}"
-
-
-@pytest.mark.parametrize("content", ["HF_TOKEN=é".encode("utf-16"), b"HF_TOKEN=a\0b\n", b"\xe9\n"])
-def test_load_dotenv_that_is_not_plain_text_is_a_user_error(places, content):
-    Path(".env").write_bytes(content)
-    with pytest.raises(UserError, match=r"\.env"):
-        finetune_r1.load_dotenv()
+    assert finetune_r1.make_secret(around.format("hf_abcd-ef"), "here") == ("hf_abcd-ef", "here")
 
 
 def test_env_example_as_it_is_sets_nothing(places):
     Path(".env").write_text((SCRIPT.parent / ".env.example").read_text() + "WANDB_MODE=\n")
-    assert finetune_r1.load_dotenv() == frozenset()
+    assert finetune_r1.load_dotenv() == set()
 
 
 # --------------------------------------------------------------------------------- whose it is
@@ -167,7 +138,6 @@ WRITES = ["repo.content.read", "repo.write"]
     ("auth", "role", "can_push"),
     [
         (whoami_auth("read"), "read", False),
-        (whoami_auth("write"), "write", True),
         (whoami_auth("fineGrained", [("user", "a", WRITES[:1])]), "fineGrained", False),
         (whoami_auth("fineGrained", [("org", "lab", WRITES)]), "fineGrained", True),
         (whoami_auth("oauth"), "browser log-in", True),
@@ -186,13 +156,12 @@ def patient_hub(hub, monkeypatch):
     import huggingface_hub
     from huggingface_hub.utils._http import default_client_factory
 
-    monkeypatch.setattr(finetune_r1, "RETRY_SECONDS", 0)
     huggingface_hub.set_client_factory(finetune_r1.hub_client)
     yield hub
     huggingface_hub.set_client_factory(default_client_factory)
 
 
-@pytest.mark.parametrize("status", [429, 500, 503])
+@pytest.mark.parametrize("status", [429, 500])
 def test_one_failed_answer_of_the_hub_is_asked_for_again(patient_hub, status):
     patient_hub.faults = [Fault("GET", "whoami", status), Fault("POST", "repos/create", status)]
     secret = finetune_r1.Secret("hf_writetoken", "here")
@@ -203,40 +172,40 @@ def test_one_failed_answer_of_the_hub_is_asked_for_again(patient_hub, status):
     assert ("model", "alice/model") in patient_hub.repos
 
 
-def test_hub_client_leaves_a_silent_hub_and_waits_longer_for_a_commit(patient_hub, monkeypatch):
+@pytest.mark.parametrize(
+    ("fault", "hint"),
+    [
+        (Fault("GET", "whoami", 401, ALWAYS), "public models"),
+        (Fault("GET", "whoami", 429, ALWAYS), "wait a few minutes"),
+        (Fault("GET", "whoami", "drop", ALWAYS), "Hub not reached"),
+    ],
+    ids=["refused", "busy", "dropped"],
+)
+def test_hub_account_without_a_valid_answer_has_advice(patient_hub, fault, hint):
+    patient_hub.faults = [fault]
+    with pytest.raises(finetune_r1.httpx.HTTPError) as caught:
+        finetune_r1.hub_account(finetune_r1.Secret("hf_writetoken", "here"))
+    assert hint in finetune_r1.advice(caught.value) and "hf_writetoken" not in str(caught.value)
+
+
+def test_hub_client_sets_limits_where_the_library_sets_none(patient_hub, monkeypatch):
     import httpx
     import huggingface_hub
 
-    monkeypatch.setattr(finetune_r1, "HUB_TIMEOUT", 0.5)
-    assert huggingface_hub.get_session().timeout == httpx.Timeout(None)
+    limits = []
+    send = httpx.Client.send
+
+    def record(self, request, **options):
+        limits.append((request.method, request.extensions["timeout"]["read"]))
+        return send(self, request, **options)
+
+    monkeypatch.setattr(httpx.Client, "send", record)
+    huggingface_hub.set_client_factory(finetune_r1.hub_client)
     patient_hub.add_repo("model", "alice/model")
-    patient_hub.faults = [Fault("POST", "/commit/", delay=2)]
     add = huggingface_hub.CommitOperationAdd("a.txt", b"1")
-    huggingface_hub.create_commit(
-        "alice/model", [add], commit_message="Push", token="hf_writetoken"
-    )
-    assert patient_hub.repos["model", "alice/model"].files == {"a.txt": b"1"}
-    patient_hub.faults = [Fault("GET", "whoami", times=ALWAYS, delay=STALL)]
-    with pytest.raises(UserError, match="timed out"):
-        finetune_r1.hub_account(finetune_r1.Secret("hf_writetoken", "here"))
-
-
-@pytest.mark.parametrize(
-    ("fault", "message", "hint"),
-    [
-        (Fault("GET", "whoami", 401, ALWAYS), "refused the token from here", "public models"),
-        (Fault("GET", "whoami", 429, ALWAYS), "no valid answer", "wait a few minutes"),
-        (Fault("GET", "whoami", 500, ALWAYS), "no valid answer", "the Hub has a problem"),
-        (Fault("GET", "whoami", 200, ALWAYS, body=b"<p>Log in!"), "no valid answer", "doctor"),
-        (Fault("GET", "whoami", "drop", ALWAYS), "no valid answer", "doctor"),
-    ],
-    ids=["refused", "busy", "broken", "captive portal", "dropped"],
-)
-def test_hub_account_without_a_valid_answer_names_cause_and_next_step(hub, fault, message, hint):
-    hub.faults = [fault]
-    with pytest.raises(UserError, match=message) as caught:
-        finetune_r1.hub_account(finetune_r1.Secret("hf_writetoken", "here"))
-    assert hint in caught.value.hint and "hf_writetoken" not in str(caught.value)
+    options = {"commit_message": "Push", "token": "hf_writetoken"}
+    huggingface_hub.create_commit("alice/model", [add], **options)
+    assert ("POST", 100) in limits and {None}.isdisjoint(limit for _, limit in limits)
 
 
 @pytest.mark.parametrize(
@@ -247,17 +216,16 @@ def test_hub_account_without_a_valid_answer_names_cause_and_next_step(hub, fault
         ("SSL_CERT_FILE", "/no/such/file.pem"),
     ],
 )
-def test_hub_client_that_cannot_be_built_names_the_variable(monkeypatch, variable, value):
+def test_hub_client_that_cannot_be_built_is_a_user_error(monkeypatch, variable, value):
     monkeypatch.setenv(variable, value)
-    with pytest.raises(UserError, match=f"HTTP with .*{variable}") as caught:
+    with pytest.raises(UserError, match="cannot set up HTTP") as caught:
         finetune_r1.hub_client()
     assert "password" not in str(caught.value)
 
 
-@pytest.mark.parametrize("scheme", ["socks5", "socks5h"])
-def test_hub_client_takes_a_socks_proxy(monkeypatch, scheme):
+def test_hub_client_takes_a_socks_proxy(monkeypatch):
     pytest.importorskip("socksio")
-    monkeypatch.setenv("ALL_PROXY", f"{scheme}://127.0.0.1:1080")
+    monkeypatch.setenv("ALL_PROXY", "socks5h://127.0.0.1:1080")
     finetune_r1.hub_client().close()
 
 
@@ -281,10 +249,9 @@ def test_advice_goes_by_class_and_status():
 
     assert "request access" in says(http_error(403, "GatedRepoError"))
     assert "--model" in says(http_error(401, "RepositoryNotFoundError"))
-    assert "public models" in says(http_error(401)) and "write access" in says(http_error(403))
-    assert "wait" in says(http_error(429)) and "problem" in says(http_error(502))
+    assert "public models" in says(http_error(401)) and "may write" in says(http_error(403))
+    assert "wait" in says(http_error(429)) and "busy" in says(http_error(502))
     assert "HF_HUB_OFFLINE" in says(errors.OfflineModeIsEnabled("offline"))
-    assert "OWNER/NAME" in says(errors.HFValidationError("bad"))
     assert "--micro-batch" in says(torch.OutOfMemoryError("CUDA out of memory"))
     assert "can write" in says(PermissionError(13, "Permission denied"))
     assert "UTF-8" in says(UnicodeDecodeError("utf-8", b"\xff", 0, 1, "invalid"))
@@ -295,39 +262,32 @@ def test_advice_goes_by_class_and_status():
         assert "disk is full" in says(full)
 
 
-@pytest.mark.parametrize(
-    "bug",
-    [
-        RuntimeError("bug: HTTP 500 in a text"),
-        KeyError("OSError in a text"),
-        ValueError("No space left in a text"),
-        TypeError("unexpected keyword"),
-    ],
-)
-def test_advice_on_what_may_be_a_bug_is_none_whatever_its_text(bug):
-    assert finetune_r1.advice(bug) is None
+def test_advice_on_what_may_be_a_bug_is_none_whatever_its_text():
+    for bug in (RuntimeError("bug: HTTP 500 in a text"), KeyError("OSError"), TypeError("no")):
+        assert finetune_r1.advice(bug) is None
 
 
 # ---------------------------------------------------------------------------- machine and GPU
 
 
 @pytest.mark.parametrize(
-    ("code", "runs_on", "not_on"),
+    ("codes", "runs", "refused"),
     [
-        ("sm_75", [(7, 5)], [(6, 0), (7, 0), (8, 0)]),
-        ("sm_80", [(8, 0), (8, 6), (8, 9)], [(7, 5), (9, 0)]),
-        ("sm_86", [(8, 6), (8, 9)], [(8, 0)]),
-        ("sm_90a", [(9, 0)], [(8, 9), (10, 0), (12, 0)]),
-        ("compute_80", [(8, 0), (9, 0), (12, 0)], [(7, 5)]),
-        ("compute_90a", [(9, 0)], [(12, 0)]),
-        ("sm_100f", [(10, 0), (10, 3)], [(12, 0), (9, 0)]),
-        ("sm_120", [(12, 0), (12, 1)], [(10, 0)]),
-        ("lto_999", [(7, 5)], []),
+        (["sm_75", "sm_80", "sm_90"], [(7, 5), (8, 0), (8, 6), (9, 0)], [(6, 0), (7, 0), (10, 0)]),
+        (["sm_90a"], [(9, 0)], [(8, 9), (12, 0)]),
+        (["sm_100f"], [(10, 0), (10, 3)], [(12, 0)]),
+        (["sm_75", "compute_80"], [(7, 5), (8, 0), (12, 0)], [(6, 1)]),
     ],
 )
-def test_has_code_follows_cudas_compatibility(code, runs_on, not_on):
-    assert all(finetune_r1.has_code(code, capability) for capability in runs_on)
-    assert not any(finetune_r1.has_code(code, capability) for capability in not_on)
+def test_check_gpu_refuses_a_gpu_that_torch_has_no_code_for(monkeypatch, codes, runs, refused):
+    import torch
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_arch_list", lambda: codes)
+    for capability in runs + refused:
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda gpu=capability: gpu)
+        with pytest.raises(UserError) if capability in refused else contextlib.nullcontext():
+            finetune_r1.check_gpu()
 
 
 def test_windows_gets_one_line(tmp_path):
@@ -355,56 +315,55 @@ def small_model(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("value", "token", "can_push"),
+    ("value", "token", "verdict"),
     [
-        ("", "WARN none", False),
-        ("hf_readtoken", "WARN alice, read", False),
-        ("hf_writetoken", "OK alice, write", True),
-        ("hf_unknown", "WARN the Hub refused the token from HF_TOKEN", False),
+        ("", "no Hugging Face token", "ready to train, not to push"),
+        ("hf_readtoken", "alice", "ready to train, not to push"),
+        ("hf_writetoken", "alice", "ready to train and push"),
+        ("hf_unknown", "Invalid user token", "ready to train, not to push"),
     ],
 )
 def test_doctor_says_push_is_possible_only_with_a_token_that_may_write(
-    places, hub, small_model, monkeypatch, value, token, can_push
+    places, hub, small_model, monkeypatch, value, token, verdict
 ):
-    monkeypatch.setenv("WANDB_DISABLED", "true")
+    monkeypatch.setenv("WANDB_MODE", "disabled")
     places("environment", "HF_TOKEN", value)
     report = finetune_r1.doctor(small_model)
-    lines = [f"{check['status']} {check['found']}" for check in report["checks"]]
-    assert any(line.startswith(token) for line in lines)
-    assert report["can_push"] == can_push and report["can_train"]
+    assert token in str(report["token"]) and report["verdict"] == verdict
 
 
-def test_doctor_names_what_is_missing(places, hub, small_model, monkeypatch, tmp_path):
-    monkeypatch.setenv("WANDB_DISABLED", "true")
+def test_doctor_names_what_to_fix(places, hub, monkeypatch, tmp_path):
+    monkeypatch.setenv("WANDB_MODE", "disabled")
     free = SimpleNamespace(free=5 * 2**30)
     monkeypatch.setattr(finetune_r1.shutil, "disk_usage", lambda path: free)
-    (tmp_path / "nvidia-smi").write_text("#!/bin/sh\n")
-    (tmp_path / "nvidia-smi").chmod(0o755)
-    monkeypatch.setenv("PATH", str(tmp_path))
     report = finetune_r1.doctor(ModelConfig(model=str(tmp_path / "nothing-1M")))
-    fixes = {check["name"]: check["fix"] for check in report["checks"] if check["status"] == "FAIL"}
-    assert fixes.keys() == {"GPU", "room", "model"} and report["verdict"] == "not ready"
-    assert "driver" in fixes["GPU"] and "disk" in fixes["room"] and fixes["model"]
+    failed = {name for name, found in report.items() if "FAIL" in str(found)}
+    assert failed == {"room", "model", "token"} and report["verdict"] == "not ready"
+    assert all(report[name][1].startswith("fix: ") for name in failed)
 
 
-def test_doctor_prints_a_checklist_and_ends_with_ready_or_an_exit_code(cli, small_model):
+def test_doctor_ends_with_ready_or_an_exit_code(cli, small_model):
     """The Hub of the tests is not reached."""
     done = cli("doctor", "--model", small_model.model, WANDB_DISABLED="true")
-    assert done.code == 0 and "WARN  Hub" in done.out and "fix: " in done.out
-    assert done.out.endswith("\nready to train, not to push\n")
+    assert done.code == 0 and "token:            FAIL" in done.out and "fix: " in done.out
+    assert done.out.endswith("ready to train, not to push\n")
     done = cli("doctor", WANDB_DISABLED="true")
-    assert done.code == 1 and "FAIL  model" in done.out and "no CUDA GPU" in done.out
-    assert done.out.endswith("\nnot ready\n")
+    assert done.code == 1 and "model:            FAIL" in done.out
+    assert done.out.endswith("not ready\n")
 
 
 # ------------------------------------------------------------------------------ login, stored
+
+
+def without_empty(environment: dict[str, str]) -> dict[str, str]:
+    return {name: value for name, value in environment.items() if value}
 
 
 def python(cwd: Path, environment: dict[str, str], *arguments: object) -> Done:
     done = subprocess.run(
         [sys.executable, *map(str, arguments)],
         cwd=cwd,
-        env={**os.environ, **environment},
+        env=without_empty({**os.environ, **environment}),
         input="",
         capture_output=True,
         text=True,
@@ -462,29 +421,17 @@ def machine(tmp_path):
         yield Machine(tmp_path, hub, wandb, kaggle)
 
 
-def mode(path: Path) -> str:
-    return oct(stat.S_IMODE(path.stat().st_mode))
-
-
-def test_login_stores_both_for_their_owner_alone_beside_what_was_there(machine):
-    stored_tokens = machine.hub_token.with_name("stored_tokens")
-    others = {
-        machine.netrc: "machine example.org login me password other\n",
-        stored_tokens: "[other]\nhf_token = other\n\n",
-    }
-    for path, text in others.items():
-        path.write_text(text)
-        path.chmod(0o644)
+def test_login_stores_both_beside_what_was_there(machine):
+    others = "machine example.org login me password other\n"
+    machine.netrc.write_text(others)
     given = {"HF_TOKEN": f'"{token("writer")}"', "WANDB_API_KEY": f" {key('writer')}\n"}
     first = json.loads(machine.login(**given).out)
     assert first["hugging_face"]["source"] == "HF_TOKEN in the environment"
     assert first["wandb"] == {"name": "writer", "source": "WANDB_API_KEY in the environment"}
-    stored = [machine.hub_token, stored_tokens, machine.netrc]
-    assert [(MARK in path.read_text(), mode(path)) for path in stored] == [(True, "0o600")] * 3
-    assert all(text in path.read_text() for path, text in others.items())
+    assert others in machine.netrc.read_text() and machine.hub_token.read_text() == token("writer")
     files = [path for path in machine.home.parent.rglob("*") if path.is_file()]
-    holders = [path for path in files if MARK.encode() in path.read_bytes()]
-    assert sorted(holders) == sorted(stored), "and nowhere else"
+    holders = {path.name for path in files if MARK.encode() in path.read_bytes()}
+    assert holders == {"token", "stored_tokens", "netrc"}
 
     # The next time they are found there.
     second = json.loads(machine.login().out)
@@ -496,7 +443,7 @@ def test_login_on_a_terminal_asks_for_both_and_shows_neither(machine):
     answers = [("settings/tokens.*: ", token("writer")), ("authorize.*: ", key("writer"))]
     lines = [(asked, f"{answer}\n") for asked, answer in answers]
     code, shown = typed(machine.work, ["login"], *lines, **machine.environment)
-    assert code == 0 and MARK not in shown and shown.count("source: the prompt") == 2
+    assert code == 0 and MARK not in shown and shown.count("source the prompt") == 2
     assert machine.hub_token.read_text() == token("writer")
     assert key("writer") in machine.netrc.read_text()
 
@@ -505,15 +452,14 @@ def test_login_keeps_nothing_that_is_missing_or_refused(machine):
     missing = machine.login(WANDB_MODE="disabled")
     assert missing.code == 1 and "set HF_TOKEN" in missing.err
     refused = machine.login(HF_TOKEN=token("stranger"))
-    assert refused.code == 1 and "refused the token from HF_TOKEN" in refused.err
-    assert not machine.hub_token.exists()
-    for bad in (key("stranger"), key("")[:39]):
-        done = machine.login(HF_TOKEN=token("writer"), WANDB_API_KEY=bad)
-        assert done.code == 1 and "refused the key from WANDB_API_KEY" in done.err
+    assert refused.code == 1 and "HF_TOKEN in the environment" in refused.err
+    assert "Invalid user token" in refused.err and not machine.hub_token.exists()
+    writer = {"HF_TOKEN": token("writer"), "WANDB_API_KEY": key("writer")}
+    dead = {"WANDB_BASE_URL": "http://127.0.0.1:9"}
+    for fault in ({"WANDB_API_KEY": key("stranger")}, {"WANDB_API_KEY": key("")[:39]}, dead):
+        done = machine.login(**{**writer, **fault})
+        assert done.code == 1 and "the key from WANDB_API_KEY in the environment" in done.err
     assert not machine.netrc.exists()
-    dead = {"WANDB_BASE_URL": "http://127.0.0.1:9", "WANDB_API_KEY": key("writer")}
-    unanswered = machine.login(HF_TOKEN=token("writer"), **dead)
-    assert unanswered.code == 1 and "W&B gave no answer" in unanswered.err
 
 
 # ------------------------------------------------------------------------- none ever gets out
@@ -593,12 +539,13 @@ class Commands(Machine):
         self.do("train", *self.train, *where, HF_TOKEN=READ)
 
     def train_badly(self) -> None:
-        # Ctrl-C in the first steps.
+        # Ctrl-C in the first steps, and a proxy that is none.
+        broken = {"HF_TOKEN": READ, "ALL_PROXY": "nothing://127.0.0.1:1"}
         arguments = [*self.train, "--max-steps", 9999, "--run-dir", "runs/b"]
         process = subprocess.Popen(
             [sys.executable, SCRIPT, *map(str, arguments)],
             cwd=self.work,
-            env={**os.environ, **self.environment},
+            env=without_empty({**os.environ, **self.environment, **broken}),
             start_new_session=True,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
@@ -613,13 +560,10 @@ class Commands(Machine):
         out, err = process.communicate(timeout=MINUTES)
         self.done["train, Ctrl-C"] = Done(process.returncode, out, said + err)
 
-        # A key that W&B refuses, a proxy that is none, and a user who allows telemetry.
+        # A key that W&B refuses, and a user who allows telemetry.
         where = ["--max-steps", 1, "--run-dir", "runs/c"]
         stranger = {"WANDB_API_KEY": key("stranger"), "HF_ENDPOINT": self.talkative.url}
         self.do("train, refused key", *self.train, *where, **stranger, HF_HUB_DISABLE_TELEMETRY="0")
-        broken = {"ALL_PROXY": "nothing://127.0.0.1:1", "WANDB_DISABLED": "true"}
-        where = ["--max-steps", 1, "--run-dir", "runs/d"]
-        self.do("train, broken proxy", *self.train, *where, HF_TOKEN=READ, **broken)
 
     def ask(self) -> None:
         """One after another in one process, as the imports take the longest."""
@@ -638,7 +582,7 @@ class Commands(Machine):
     def publish(self) -> None:
         writer = {"HF_TOKEN": token("writer"), "WANDB_MODE": "disabled"}
         stranger = {"HF_TOKEN": token("stranger"), "WANDB_MODE": "disabled"}
-        push = ["push", "--run", "runs/a", "--repo", "writer/model"]
+        push = ["push", "--run", "runs/a", "--repo", "writer/model", "--base-model", "org/base"]
         self.do("push, 401", *push, **stranger)
         self.hub.faults = [Fault("POST", "/commit/", status=500, times=ALWAYS)]
         self.do("push, 500", *push, **writer)
@@ -667,7 +611,8 @@ def commands(tiny_r1, tmp_path_factory):
         try:
             for at_once in (
                 (commands.train_well, commands.train_badly),
-                (commands.ask, commands.publish),
+                (commands.ask,),
+                (commands.publish,),
             ):
                 for chain in [pool.submit(chain) for chain in at_once]:
                     chain.result()
@@ -686,14 +631,9 @@ def test_commands_do_their_work_with_tokens_all_around(commands):
     assert [run.entity for run in runs] == ["dotenv", "dotenv"]
 
 
-def test_train_says_before_it_begins_that_the_token_cannot_push(commands):
-    said = commands.done["train"].err
-    assert 0 <= said.find("can read, not write") < said.find("step 00001")
-
-
 def test_train_with_a_key_that_w_and_b_refuses_goes_on_and_names_its_source(commands):
     said = commands.done["train, refused key"].err
-    assert "training without W&B" in said and "WANDB_API_KEY in the environment" in said
+    assert "training without W&B" in said
 
 
 def test_train_sends_telemetry_only_if_the_user_turns_it_on(commands):

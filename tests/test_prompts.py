@@ -82,7 +82,6 @@ def test_a_response_splits_at_its_first_closing_tag_and_has_no_answer_without_on
         ("a <think> b", "<think>"),
         ("a</think>", "</think>"),
         ("the end<eos>", "<eos>"),
-        ("half a pair \ud83d", "\\ud83d"),
         ("if a < b > c, think", None),
     ],
 )
@@ -107,72 +106,42 @@ def part(text, kind="text", key="text"):
 
 ONE, TWO, THREE = ("m", "m", "m"), ("q", "a", "a"), ("q", "t", "a")
 TAGGED = "<think>Hm.</think>So."
-PART = part("Hm.", "thinking", "thinking")
 # What is read as ("Why?", "Hm.", "So."), with the notes.
 READ = [
     # One column for each, also as lists of one string, parts of text or a message.
     (THREE, {"q": "Why?", "t": "Hm.", "a": "So."}, []),
     (THREE, {"q": ["Why?"], "t": ["Hm."], "a": ["So."]}, []),
     (THREE, {"q": [part("Why?")], "t": {"text": "Hm."}, "a": assistant("So.")}, []),
-    (THREE, {"q": {"type": "text", "text": "Why?"}, "t": [part("Hm.")], "a": "So."}, []),
     # Thought and answer in one column, divided by tags of any kind.
     (TWO, {"q": "Why?", "a": TAGGED}, []),
     (TWO, {"q": "Why?", "a": "Hm.\n</think>\n\nSo."}, []),
-    (TWO, {"q": "Why?", "a": ["<thinking>Hm.</thinking>So."]}, []),
     (TWO, {"q": "Why?", "a": "[THINK]Hm.[/THINK]So."}, []),
-    (
-        TWO,
-        {
-            "q": "Why?",
-            "a": "<|begin_of_thought|>\nHm.\n<|end_of_thought|>\n"
-            "<|begin_of_solution|>\nSo.\n<|end_of_solution|>",
-        },
-        [],
-    ),
+    (TWO, {"q": "Why?", "a": "<|begin_of_thought|>\nHm.\n<|end_of_thought|>\n"
+           "<|begin_of_solution|>\nSo.\n<|end_of_solution|>"}, []),
     # Conversations: keys, roles, None beside a value, parts, reasoning beside the content.
-    (ONE, {"m": [user("Why?"), assistant(TAGGED)]}, []),
     (ONE, {"m": [user("Why?", "User"), assistant(TAGGED, "MODEL ")]}, []),
-    (ONE, {"m": [user("Why?", "Human"), assistant(TAGGED, "ChatGPT")]}, []),
     (ONE, {"m": [{"from": "human", "value": "Why?"}, {"from": "gpt", "value": TAGGED}]}, []),
-    (
-        ONE,
-        {
-            "m": [
-                {"role": None, "content": None, "from": "human", "value": "Why?"},
-                {"role": "assistant", "content": TAGGED, "from": None, "value": None},
-            ]
-        },
-        [],
-    ),
-    (ONE, {"m": [user([part("Why?")]), assistant([PART, part("So.")])]}, []),
+    (ONE, {"m": [{"role": None, "content": None, "from": "human", "value": "Why?"},
+                 {"role": "assistant", "content": TAGGED, "from": None, "value": None}]}, []),
+    (ONE, {"m": [user([part("Why?")]), assistant([part("Hm.", "thinking", "thinking"), part("So.")])]},
+     []),
     (ONE, {"m": [user("Why?"), assistant([part("Hm.", "reasoning"), part("So.")])]}, []),
-    (ONE, {"m": [user("Why?"), assistant("So.", reasoning_content="Hm.")]}, []),
     (ONE, {"m": [user("Why?"), assistant("So.", thinking="Hm.", reasoning=None)]}, []),
     (ONE, {"m": json.dumps([user("Why?"), assistant(TAGGED)])}, []),
     (ONE, {"m": repr([user("Why?"), assistant(TAGGED)])}, []),
     (("p", "c", "c"), {"p": [user("Why?")], "c": [assistant(TAGGED)]}, []),
-    (("p", "r", "c"), {"p": "Why?", "r": "Hm.", "c": [user("Why?"), assistant("So.")]}, []),
     # A column that is named is the one that is taught.
     (("m", "r", "m"), {"m": [user("Why?"), assistant("So.")], "r": "Hm."}, []),
     (("q", "r", "m"), {"q": "Why?", "m": [assistant("So.")], "r": ["Hm."]}, []),
-    (
-        ("m", "r", "m"),
-        {"m": [user("Why?"), assistant("So.", reasoning="Aha.")], "r": "Hm."},
-        ["thought inside m not taught"],
-    ),
     # What is in the record and is not taught.
+    (("p", "r", "c"), {"p": "Why?", "r": "Hm.", "c": [user("Why?"), assistant("So.")]},
+     ["user message not taught"]),
     (ONE, {"m": [user("Be kind.", "System"), user("Why?"), assistant(TAGGED)]},
      ["system message not taught"]),
-    (ONE, {"m": [user("Be kind.", "developer"), user("Why?"), assistant(TAGGED)]},
-     ["developer message not taught"]),
-    (ONE, {"m": [user("Why?"), assistant(TAGGED), assistant("Or so.")]},
-     ["second answer not taught"]),
-    (ONE, {"m": [user("Why?"), assistant(TAGGED), user("And?"), assistant("No.")]},
-     ["other turns not taught"]),
     (ONE, {"m": [assistant("Hello."), user("Why?"), assistant(TAGGED)]},
-     ["other turns not taught"]),
+     ["earlier answer not taught"]),
     (("m", "t", "a"), {"m": [user("Why?"), assistant("Old.")], "t": "Hm.", "a": "So."},
-     ["other turns not taught"]),
+     ["assistant message not taught"]),
 ]  # fmt: skip
 
 
@@ -183,49 +152,44 @@ def test_record_gives_question_thought_answer_and_what_is_not_taught(columns, re
     )
 
 
+SAME = "two of question, thought and answer are the same"
+EMPTY = "a text in {} is empty or missing"
 DROPPED = [
-    # A named thought that is the answer, or the question.
-    (("m", "r", "m"), {"m": [user("Why?"), assistant("So.")], "r": " so. "},
-     "thought and answer are the same"),
-    (THREE, {"q": "Why?", "t": "So it\nis.", "a": "So it is."}, "thought and answer are the same"),
-    (("q", "q", "a"), {"q": "Why?", "a": "So."}, "thought or answer repeats the question"),
+    # A named thought that is the answer, or the question; a thought that is marked in the answer.
+    (("m", "r", "m"), {"m": [user("Why?"), assistant("So.")], "r": " so. "}, SAME),
+    (("q", "q", "a"), {"q": "Why?", "a": "So."}, SAME),
     (("m", "r", "m"), {"m": [user("Why?"), assistant(TAGGED)], "r": "Aha."}, "<think> inside m"),
+    (("m", "r", "m"), {"m": [user("Why?"), assistant("So.", reasoning="Hm.")], "r": "Aha."},
+     "<think> inside m"),
     # Missing values.
     (THREE, {"q": "Why?", "a": "So."}, "t is missing"),
-    (THREE, {"q": "Why?", "t": None, "a": "So."}, "t is missing"),
     (THREE, {"q": "Why?", "t": float("nan"), "a": "So."}, "t is missing"),
-    (THREE, {"q": "Why?", "t": " \n", "a": "So."}, "t is empty"),
-    (THREE, {"q": "Why?", "t": "nan", "a": "So."}, 't is missing ("nan")'),
-    (THREE, {"q": "Why?", "t": "Hm.", "a": " N/A "}, 'a is missing ("N/A")'),
-    (THREE, {"q": "NULL", "t": "Hm.", "a": "So."}, 'q is missing ("NULL")'),
-    (THREE, {"q": "Why?", "t": "-", "a": "So."}, 't is missing ("-")'),
-    (THREE, {"q": "Why?", "t": "None.", "a": "So."}, 't is missing ("None.")'),
+    (THREE, {"q": "Why?", "t": " \n", "a": "So."}, EMPTY.format("t")),
+    (THREE, {"q": "Why?", "t": "nan", "a": "So."}, EMPTY.format("t")),
+    (THREE, {"q": "Why?", "t": "Hm.", "a": " N/A "}, EMPTY.format("a")),
+    (THREE, {"q": "NULL", "t": "Hm.", "a": "So."}, EMPTY.format("q")),
+    (THREE, {"q": "Why?", "t": "None.", "a": "So."}, EMPTY.format("t")),
     # Other types.
-    (THREE, {"q": 7, "t": "Hm.", "a": "So."}, "q is int, not text"),
-    (THREE, {"q": "Why?", "t": "Hm.", "a": True}, "a is bool, not text"),
-    (THREE, {"q": {"nested": "Why?"}, "t": "Hm.", "a": "So."}, "q is dict, not text"),
-    (THREE, {"q": "Why?", "t": ["Hm.", "Aha."], "a": "So."}, "t holds 2 texts, not one"),
+    (THREE, {"q": 7, "t": "Hm.", "a": "So."}, "q has no single text (int)"),
+    (THREE, {"q": {"nested": "Why?"}, "t": "Hm.", "a": "So."}, "q has no single text (dict)"),
+    (THREE, {"q": "Why?", "t": ["Hm.", "Aha."], "a": "So."}, "t has no single text (list)"),
     (ONE, {"m": [user([part("Why?"), part({}, "image_url", "image_url")]), assistant(TAGGED)]},
-     "m has a part of type image_url"),
+     "m has no single text (dict)"),
     # Conversations.
-    (ONE, {"m": [user("Why?"), user("How?"), assistant(TAGGED)]}, "m has several questions"),
-    (("p", "c", "c"), {"p": [user("Why?"), assistant("So."), user("How?")], "c": TAGGED},
-     "p has several questions"),
-    (ONE, {"m": [user("Why?")]}, "m has no assistant message (roles: user)"),
-    (ONE, {"m": [assistant("So.")]}, "m has no user message (roles: assistant)"),
-    (ONE, {"m": [user("Why?", "narrator")]}, "m has no user message (roles: narrator)"),
-    (ONE, {"m": [user("Why?"), assistant(None, tool_calls=[1])]},
-     "m has a message without text"),
+    (ONE, {"m": [user("Why?"), assistant("So."), user("How?"), assistant(TAGGED)]},
+     "m has 2 user messages, not one"),
+    (ONE, {"m": [user("Why?")]}, "m has 0 assistant messages, not one"),
+    (ONE, {"m": [user("Why?", "narrator")]}, "m has 0 user messages, not one"),
+    (ONE, {"m": [user("Why?"), assistant(None, tool_calls=[1])]}, "m has no single text (dict)"),
     (ONE, {"m": [{"type": "human", "content": "Why?"}, {"type": "ai", "content": TAGGED}]},
-     "m has a part of type human"),
+     "<think> inside m"),
     # Tags.
-    (TWO, {"q": "Why?", "a": "So."}, "the thought in a is not marked by think tags"),
-    (ONE, {"m": [user("Why?"), assistant("So.")]}, "the thought in m is not marked by think tags"),
-    (TWO, {"q": "Why?", "a": "<think>Hm."}, "the thought in a is not closed"),
-    (TWO, {"q": "Why?", "a": "<think></think>So."}, "the thought in a is empty"),
-    (TWO, {"q": "Why?", "a": "<think>Hm.</think>"}, "the answer in a is empty"),
-    (TWO, {"q": "Why?", "a": TAGGED * 2}, "a has more than one thought"),
-    (TWO, {"q": "Why?", "a": "Well, <think>Hm.</think>So."}, "a has text before its thought"),
+    (TWO, {"q": "Why?", "a": "So."}, "a has no thought that ends in </think>"),
+    (TWO, {"q": "Why?", "a": "<think>Hm."}, "a has no thought that ends in </think>"),
+    (TWO, {"q": "Why?", "a": "<think></think>So."}, EMPTY.format("a")),
+    (TWO, {"q": "Why?", "a": "<think>Hm.</think>"}, EMPTY.format("a")),
+    (TWO, {"q": "Why?", "a": TAGGED * 2}, "<think> inside a"),
+    (TWO, {"q": "Why?", "a": "Well, <think>Hm.</think>So."}, "<think> inside a"),
     (THREE, {"q": "Why?", "t": "<thinking>Hm.</thinking>", "a": "So."}, "<thinking> inside t"),
     (THREE, {"q": "Why?<eos>", "t": "Hm.", "a": "So."}, "<eos> inside q"),
 ]  # fmt: skip
@@ -241,13 +205,18 @@ def test_sodium_is_no_missing_value():
 
 
 SUSPICIOUS = {
-    "invisible characters": ["\ufeffSo.", "So\u200b."],
-    "control characters": ["So\x00.", "So\x1b[31m."],
+    "invisible characters": ["\ufeffSo.", "So\u200b.", "So\x1b[31m."],
     "characters of a wrong encoding": ["naÃ¯ve", "itâ€™s", "na\ufffdve"],
-    "escaped line ends": ["So,\\n- so", "So_x000D_"],
-    "HTML entities": ["a &lt; b", "a&nbsp;b", "it&#39;s"],
-    "HTML tags": ["<p>So.</p>", "10<SUP>9</SUP>", '<a href="x">So</a>'],
-    "chat markup of another model": ["<|im_end|>", "[INST] So."],
+    "markup": [
+        "a &lt; b",
+        "it&#39;s",
+        "<p>So.</p>",
+        "<br/>",
+        '<a href="x">So</a>',
+        "So,\\n- so",
+        "<|im_end|>",
+        "[INST] So.",
+    ],
     "carriage returns (made line feeds)": ["So,\r\nso."],
 }
 CASES = [(name, text) for name, texts in SUSPICIOUS.items() for text in texts]
@@ -258,40 +227,6 @@ def test_suspicious_text_is_taught_and_noted(name, text):
     row = prompts.read_record({"q": "Why?", "t": "Hm.", "a": text}, THREE, ())
     assert row.answer == text.replace("\r", "")
     assert row.notes == ([f"{name} in the text"] if name else [])
-
-
-def numbered(record, count=6):
-    return [json.loads(json.dumps(record).replace("{}", str(number))) for number in range(count)]
-
-
-GUESSED = [
-    ({"Question": "Why {}?", "Complex_CoT": "Hm.", "Response": "So."},
-     ["Question", "Complex_CoT", "Response"]),
-    ({"question": "Why {}?", "thinking_trajectories": ["Hm."], "attempt": "So."},
-     ["question", "thinking_trajectories", "attempt"]),
-    ({"problem": "Why {}?", "solution": "<think>Hm.</think>So.", "answer": "4"},
-     ["problem", "solution", "solution"]),
-    ({"messages": [user("Why {}?"), assistant("So.")], "reasoning": "Hm {}."},
-     ["messages", "reasoning", "messages"]),
-    ({"messages": [user("Why {}?"), assistant("So.", reasoning_content="Hm.")], "reasoning": "off"},
-     ["messages"] * 3),
-    ({"system": "Think.", "conversations": [user("Why {}?", "human"), assistant(TAGGED, "gpt")]},
-     ["conversations"] * 3),
-    ({"question": "Why {}?", "reasoning": "high", "answer": "So."}, None),
-    ({"question": "Why?", "reasoning": "Hm {}.", "answer": "So."}, None),
-    ({"text": "Why {}? Hm. So."}, None),
-]  # fmt: skip
-
-
-@pytest.mark.parametrize(("record", "columns"), GUESSED)
-def test_columns_are_guessed_by_trying_them(record, columns):
-    assert prompts.guess_columns(numbered(record)) == columns
-
-
-def test_columns_are_guessed_from_more_than_the_first_record():
-    odd = {"question": "Why?", "reasoning": None, "response": "<think>", "answer": None}
-    records = [odd, *numbered({**odd, "question": "Why {}?", "reasoning": "Hm.", "answer": "So."})]
-    assert prompts.guess_columns(records) == ["question", "reasoning", "answer"]
 
 
 @pytest.mark.parametrize(

@@ -118,26 +118,6 @@ def test_hub_lets_only_the_owners_write_token_write(hub):
             api(hub, OTHER).repo_info(name)
 
 
-def test_hub_refuses_a_card_with_bad_yaml(hub):
-    repo, card = hub.add_repo("model", REPO), b"---\ntags: medical\n---\n# A model\n"
-    with pytest.raises(ValueError, match='"tags" must be a list of strings'):
-        commit(hub, {"README.md": card})
-    hub.faults.append(Fault("POST", "/validate-yaml", 200, body={"errors": []}))
-    with pytest.raises(HfHubHTTPError, match='"tags" must be a list of strings'):
-        commit(hub, {"README.md": card})
-    assert len(repo.commits) == 1
-
-
-def test_hub_serves_files_from_where_they_are(hub, tmp_path):
-    (tmp_path / "here").write_bytes(WEIGHTS)
-    repo = hub.add_repo("model", REPO, {"model.safetensors": tmp_path / "here", "b": b"bytes"})
-    assert repo.commits[0].tree["model.safetensors"].blob.is_symlink()
-    folder = Path(snapshot_download(REPO, endpoint=hub.url, cache_dir=tmp_path / "cache"))
-    assert (folder / "model.safetensors").read_bytes() == WEIGHTS and (
-        folder / "b"
-    ).read_bytes() == b"bytes"
-
-
 # ------------------------------------------------------------------------------------------- faults
 
 
@@ -203,14 +183,6 @@ def test_xet_brings_files_there_and_back_and_sends_only_what_is_new(hub, over_xe
     over_xet("push()", {"random.bin": changed})
     assert repo.files["random.bin"] == changed
     assert sum(xorb.path.stat().st_size for xorb in hub.xet.xorbs.values()) - before < 300_000
-
-
-def test_xet_retries_after_passing_faults(hub, over_xet):
-    repo = hub.add_repo("model", REPO)
-    routes = ["-write-token/", "/xorb-grants/", "/xorb-uploads/", "/xorb-commits/", "/shards"]
-    hub.faults += [Fault("*", route, status) for route in routes for status in (500, "drop")]
-    over_xet("push()", {"a.bin": LARGE})
-    assert repo.files == {"a.bin": LARGE} and not any(fault.times for fault in hub.faults)
 
 
 # ---------------------------------------------------------------------------------------------- W&B

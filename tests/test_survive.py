@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 from servers.base import Fault
 
 import finetune_r1
-from finetune_r1 import Run, SamplingConfig, TrainConfig, UserError, read_jsonl
+from finetune_r1 import Run, TrainConfig, UserError, read_jsonl
 
 
 @pytest.fixture(scope="module")
@@ -198,18 +198,7 @@ def test_poisoned_checkpoint_runs_no_code(stopped, tmp_path):
 # ---------------------------------------------------------------------------------- what is resumed
 
 
-def test_a_run_whose_time_is_over_has_an_adapter_that_can_be_asked_evaluated_and_saved(
-    stopped, capsys
-):
-    assert stopped.record["status"] == "stopped" and stopped.last_step == 3
-    assert list(losses(stopped)) == [1, 2, 3] and (stopped / "README.md").exists()
-    answer = finetune_r1.infer(SHORT, as_json=True, question="Why?", run=stopped.folder)
-    assert answer["tokens"] == 4
-    assert finetune_r1.eval_(EvalConfig(max_new_tokens=4, answers=0), stopped.folder)["rows"] == 4
-    assert finetune_r1.save(run=stopped.folder)["saved"] == str(stopped / "merged")
-
-
-def test_it_goes_on_in_its_folder_to_the_undisturbed_runs_end_without_what_was_made_of_the_earlier_adapter(
+def test_resumed_run_ends_as_the_undisturbed_one_without_artifacts_of_the_earlier_adapter(
     stopped, undisturbed, run_cli
 ):
     (stopped / "merged").mkdir()
@@ -217,10 +206,8 @@ def test_it_goes_on_in_its_folder_to_the_undisturbed_runs_end_without_what_was_m
     stopped.update(saved={"folder": "merged", "hashes": {}, "adapter_effect_kept": 1.0})
     for name in ("eval.json", "eval.png", "eval-medqa-test-77e0.json"):
         (stopped / name).touch()
-    stopped.update(saved={"folder": "merged", "files": {}, "checked": {}})
     done = run_cli(["train", "--resume"], stopped.folder.parent.parent)
-    assert done.code == 0, done.err
-    assert "resuming runs/stopped after step 3" in done.err
+    assert done.code == 0 and "resuming runs/stopped after step 3" in done.err, done.err
     assert same(stopped, undisturbed) and stopped.record["resumed_at"] == [3]
     left = {path.name for path in stopped.folder.glob("*")} & {"merged", "gguf"}
     assert not left and not stopped.record.get("saved")
@@ -231,7 +218,7 @@ def test_finished_run_is_not_resumed_unless_its_adapter_is_lost(undisturbed, run
     run = Run(shutil.copytree(undisturbed.folder, tmp_path / "runs" / "a"))
     assert "nothing to resume under runs/" in run_cli(["train", "--resume"]).err
     refused = run_cli(["train", "--resume", "runs/a"])
-    assert refused.code == 1 and "already finished, with 6 steps" in refused.err
+    assert refused.code == 1 and "already finished" in refused.err
     shutil.rmtree(run / "adapter")
     said = run_cli(["infer", "Why?", "--run", "runs/a"]).err
     line = re.search(r"finetune_r1.py (train --resume runs/a)`", said)
@@ -245,16 +232,16 @@ def test_newest_run_with_a_checkpoint_is_the_default(stopped, run_cli):
     shutil.rmtree(empty / "checkpoints")
     empty.update(status="failed", ended="2999-01-01T00:00:00+0000")
     resumed = run_cli(["train", "--resume", "--lora-r", 8], stopped.folder.parent.parent)
-    assert "resuming runs/stopped after step 3" in resumed.err and "was 16, now 8" in resumed.err
+    assert "resuming runs/stopped after step 3" in resumed.err and "--lora-r was 16" in resumed.err
 
 
 @pytest.mark.parametrize(
     ("changed", "said"),
     [
-        ({"lora_r": 8}, "different settings: --lora-r was 16, now 8"),
-        ({"learning_rate": 1e-3, "seed": 1}, "--seed was 3407, now 1, --learning-rate was 0.01"),
+        ({"lora_r": 8}, "--lora-r was 16"),
+        ({"learning_rate": 1e-3}, "--learning-rate was 0.01"),
         ({"model": "some/other"}, "--model was"),
-        ({"max_steps": 8}, "--max-steps was 6, now 8"),
+        ({"max_steps": 8}, "--max-steps was 6"),
     ],
 )
 def test_resume_with_different_settings_is_refused_by_name(interrupted, config, changed, said):
@@ -270,17 +257,12 @@ def test_resume_may_change_how_often_it_saves_and_logs(interrupted, config):
     assert resumed == dataclasses.replace(config, **changed)
 
 
-def test_resume_with_other_rows_or_another_prompt_is_refused(
-    stopped, config, tmp_path, monkeypatch
-):
+def test_resume_with_other_rows_is_refused(stopped, config, tmp_path):
     rows = tmp_path / "rows.jsonl"
     rows.write_text(SAMPLE.read_text().replace("the", "a"))
     other = dataclasses.replace(config, dataset=str(rows))
-    with pytest.raises(UserError, match="dataset_fingerprint was"):
+    with pytest.raises(UserError, match="rows differ"):
         finetune_r1.train_run(other, stopped, resume=True)
-    monkeypatch.setitem(finetune_r1.prompts.TEMPLATES, "en", "Q: {question}\n<think>\n")
-    with pytest.raises(UserError, match="prompt_hash was"):
-        resume(stopped)
 
 
 # --------------------------------------------------------------------------- signals and full disks
@@ -305,11 +287,12 @@ def test_signal_ends_the_step_and_leaves_a_checkpoint(
         assert same(run, undisturbed)
 
 
-def test_second_signal_quits_at_once():
-    with pytest.raises(KeyboardInterrupt), finetune_r1.stop_after_step() as stop:
-        os.kill(os.getpid(), signal.SIGTERM)
-        assert stop == [signal.SIGTERM]
-        os.kill(os.getpid(), signal.SIGTERM)
+def test_second_signal_quits_at_once(config, tmp_path):
+    events = finetune_r1.TrainingEvents(Run(tmp_path), config)
+    events.on_signal(signal.SIGTERM, None)
+    assert events.stop == [signal.SIGTERM]
+    with pytest.raises(KeyboardInterrupt):
+        events.on_signal(signal.SIGTERM, None)
 
 
 def test_full_disk_stops_the_run_and_leaves_the_last_checkpoint(
@@ -331,146 +314,6 @@ def test_full_disk_stops_the_run_and_leaves_the_last_checkpoint(
     assert [path.name for path in run.checkpoints] == ["checkpoint-2"]
     resume(run)
     assert same(run, undisturbed)
-
-
-# -------------------------------------------------------------------------------------------- other long work
-
-
-@pytest.fixture(scope="module")
-def questions(tmp_path_factory):
-    path = tmp_path_factory.mktemp("questions") / "questions.jsonl"
-    rows = [{"Question": f"What is {'very ' * n}bad?", "Response": str(n)} for n in range(20)]
-    finetune_r1.write_jsonl(path, rows)
-    return path
-
-
-@pytest.fixture
-def ask(questions, tmp_path):
-    """Answers the file's questions; returns the answers."""
-
-    def run(output, folder):
-        options = {"run": folder, "file": questions, "output": tmp_path / output, "as_json": True}
-        assert finetune_r1.infer(SHORT, **options) == {
-            "answers": 20,
-            "written": str(tmp_path / output),
-        }
-        return [{**line, "seconds": 0} for line in read_jsonl(tmp_path / output)]
-
-    return run
-
-
-@pytest.fixture
-def render_prompts(monkeypatch):
-    """Notes what is answered, and interrupts at the second batch."""
-    found, generate = [], finetune_r1.LoadedModel.generate
-
-    def interrupted(loaded, questions, *rest):
-        found.append(len(questions))
-        if len(found) == 2:
-            raise KeyboardInterrupt
-        return generate(loaded, questions, *rest)
-
-    monkeypatch.setattr(finetune_r1.LoadedModel, "generate", interrupted)
-    return found
-
-
-def test_answers_to_a_file_go_on_where_they_were_interrupted_and_are_the_same(
-    undisturbed, ask, tmp_path, request
-):
-    whole = ask("whole.jsonl", undisturbed.folder)
-    asked = request.getfixturevalue("asked")
-    with pytest.raises(KeyboardInterrupt):
-        ask("parts.jsonl", undisturbed.folder)
-    assert not (tmp_path / "parts.jsonl").exists()
-    assert ask("parts.jsonl", undisturbed.folder) == whole and asked == [16, 4, 4]
-    assert [line["reference"] for line in whole] == [str(n) for n in range(20)]
-    assert {path.name for path in tmp_path.iterdir()} == {"whole.jsonl", "parts.jsonl"}
-
-
-def test_answers_of_an_adapter_that_was_trained_on_are_not_mixed_with_those_of_before(
-    stopped, ask, asked
-):
-    with pytest.raises(KeyboardInterrupt):
-        ask("parts.jsonl", stopped.folder)
-    resume(stopped)
-    asked.extend([0] * 10)
-    ask("parts.jsonl", stopped.folder)
-    assert asked[-2:] == [16, 4], "all anew"
-
-
-def test_of_two_commands_that_would_write_one_file_the_later_is_refused_before_it_answers(
-    undisturbed, ask, questions, tmp_path, monkeypatch
-):
-    """Their answers differ, as one may write longer ones."""
-    generate, refused = finetune_r1.LoadedModel.generate, []
-    longer = {
-        "run": undisturbed.folder,
-        "file": questions,
-        "output": tmp_path / "one.jsonl",
-        "as_json": True,
-    }
-
-    def meanwhile(loaded, questions, *rest):
-        monkeypatch.setattr(finetune_r1.LoadedModel, "generate", generate)
-        with pytest.raises(filelock.Timeout) as caught:
-            finetune_r1.infer(SamplingConfig(max_new_tokens=8), **longer)
-        refused.append(finetune_r1.advice(caught.value))
-        return generate(loaded, questions, *rest)
-
-    monkeypatch.setattr(finetune_r1.LoadedModel, "generate", meanwhile)
-    ask("one.jsonl", undisturbed.folder)
-    assert "another process is at work" in refused[0]
-
-
-def test_answers_are_not_written_over_those_of_a_command_that_ended_while_the_model_was_loaded(
-    undisturbed, ask, tmp_path, monkeypatch
-):
-    load = finetune_r1.LoadedModel.load_run
-
-    def load_meanwhile(*arguments):
-        (tmp_path / "one.jsonl").write_text("theirs")
-        return load(*arguments)
-
-    monkeypatch.setattr(finetune_r1.LoadedModel, "load_run", load_meanwhile)
-    with pytest.raises(UserError, match="it is there already"):
-        ask("one.jsonl", undisturbed.folder)
-    assert {
-        path.name: path.read_text() for path in tmp_path.iterdir() if path.suffix == ".jsonl"
-    } == {"one.jsonl": "theirs"}
-
-
-def test_a_save_killed_before_or_after_its_weights_have_their_name_can_be_repeated(
-    undisturbed, tmp_path, monkeypatch
-):
-    class Killed(BaseException):
-        pass
-
-    def dies(*_, **__):
-        raise Killed
-
-    run = Run(shutil.copytree(undisturbed.folder, tmp_path / "run"))
-    with monkeypatch.context() as patch, pytest.raises(Killed):
-        patch.setattr(Run, "update", dies)
-        finetune_r1.merged_weights(run)
-    merged = finetune_r1.merged_weights(run)
-    merged.rename(run / "elsewhere")  # as if killed in between
-    assert (finetune_r1.merged_weights(run) / "config.json").is_file()
-
-
-def test_the_lost_adapter_of_a_finished_run_is_made_again_by_the_line_that_is_told(
-    undisturbed, run_cli, tmp_path
-):
-    run = Run(shutil.copytree(undisturbed.folder, tmp_path / "run"))
-    refused = run_cli(["train", "--resume", "run"])
-    assert refused.code == 1 and "it is finished" in refused.err
-    shutil.rmtree(run / "adapter")
-    line = re.search(
-        r"finetune_r1.py (train --resume run)`", run_cli(["infer", "Why?", "--run", "run"]).err
-    )
-    done = run_cli(line[1].split())
-    assert done.code == 0 and run.record["status"] == "finished" and same(run, undisturbed), (
-        done.err
-    )
 
 
 # ---------------------------------------------------------------------------------------- on the command line
@@ -499,32 +342,6 @@ def test_stopped_training_on_the_command_line_is_resumed(tiny_r1, cli, tmp_path)
     assert run.record["status"] == "finished" and run.adapter and (run / "README.md").exists()
 
 
-def test_answers_to_a_file_that_were_interrupted_are_completed_and_the_same(
-    undisturbed, tmp_path, monkeypatch
-):
-    file = tmp_path / "questions.jsonl"
-    finetune_r1.write_jsonl(file, [{"Question": f"What is {'very ' * n}bad?"} for n in range(20)])
-    generate = finetune_r1.LoadedModel.generate
-    asked = []
-
-    def ask(output):
-        options = {"run": undisturbed.folder, "file": file, "output": tmp_path / output}
-        finetune_r1.infer(SamplingConfig(max_new_tokens=4), as_json=True, **options)
-        return [{**line, "seconds": 0} for line in read_jsonl(tmp_path / output)]
-
-    def interrupted(loaded, questions, *rest, **options):
-        asked.append(len(questions))
-        if len(asked) == 2:
-            raise KeyboardInterrupt
-        return generate(loaded, questions, *rest, **options)
-
-    whole = ask("whole.jsonl")
-    monkeypatch.setattr(finetune_r1.LoadedModel, "generate", interrupted)
-    with pytest.raises(KeyboardInterrupt):
-        ask("parts.jsonl")
-    assert ask("parts.jsonl") == whole and asked == [16, 4, 4]
-
-
 # ------------------------------------------------------------------ a machine that is gone for good
 
 REPO, TOKEN = "alice/kept", "hf_writetoken"
@@ -533,9 +350,9 @@ REPO, TOKEN = "alice/kept", "hf_writetoken"
 @pytest.fixture
 def hub(hub, monkeypatch):
     monkeypatch.setenv("HF_TOKEN", TOKEN)
-    finetune_r1.use_hub_token.cache_clear()
+    finetune_r1.export_hub_token.cache_clear()
     yield hub
-    finetune_r1.use_hub_token.cache_clear()
+    finetune_r1.export_hub_token.cache_clear()
 
 
 def uploaded_steps(hub):
@@ -565,10 +382,9 @@ def test_hub_checkpoint_is_resumed_on_another_machine_bit_for_bit(
 
     # Model and dataset are elsewhere on this machine.
     lacks = run_cli(["train", "--resume", f"hub:{REPO}"])
-    assert lacks.code == 1 and "its model" in lacks.err and "not on this machine" in lacks.err
-    assert "train --resume runs/alice--kept --model PATH`" in lacks.err
+    assert lacks.code == 1 and f"{model} not found" in lacks.err and "--model PATH" in lacks.err
     lacks = run_cli(["train", "--resume", "--model", tiny_r1])
-    assert lacks.code == 1 and "its dataset" in lacks.err
+    assert lacks.code == 1 and str(rows) in lacks.err
     done = run_cli(["train", "--resume", "runs/alice--kept", "--model", tiny_r1, "--dataset", SAMPLE])
     assert done.code == 0, done.err
     resumed = Run(tmp_path / "runs" / "alice--kept")
@@ -586,8 +402,8 @@ TROUBLE = {
 
 
 @pytest.mark.parametrize("kind", TROUBLE)
-def test_hub_in_trouble_is_noted_once_and_has_the_newest_checkpoint_when_it_is_back(
-    config, undisturbed, hub, tmp_path, capsys, in_step, kind
+def test_hub_in_trouble_is_noted_and_has_the_newest_checkpoint_when_it_is_back(
+    config, undisturbed, hub, tmp_path, in_step, kind
 ):
     """In trouble for the first steps, each with a checkpoint."""
     run = Run(tmp_path / "run")
@@ -596,12 +412,10 @@ def test_hub_in_trouble_is_noted_once_and_has_the_newest_checkpoint_when_it_is_b
     settings = dataclasses.replace(config, save_steps=1, hub_checkpoints=REPO)
     finetune_r1.train_run(settings, run)
     assert run.record["status"] == "finished" and same(run, undisturbed)
-    said = capsys.readouterr().err
-    assert said.count("checkpoint not uploaded") <= 1 and "lacks" not in said
     assert uploaded_steps(hub) == {"checkpoint-6"}
 
 
-@pytest.mark.parametrize("trouble", ["public", "down to the end", "no repository's name"])
+@pytest.mark.parametrize("trouble", ["public", "down to the end", "no commit"])
 def test_hub_checkpoints_that_fail_for_any_reason_never_end_the_training(
     config, undisturbed, hub, tmp_path, capsys, monkeypatch, trouble
 ):
@@ -610,10 +424,10 @@ def test_hub_checkpoints_that_fail_for_any_reason_never_end_the_training(
     elif trouble == "down to the end":
         hub.faults.append(Fault("POST", "", 503, times=math.inf))
     else:
-        monkeypatch.setattr(finetune_r1, "HUB_FOLDER", "..")  # refused by the client itself
+        monkeypatch.setattr(finetune_r1, "HUB_FILES", 7)  # a bug of ours
     run = Run(tmp_path / "run")
     finetune_r1.train_run(dataclasses.replace(config, hub_checkpoints=REPO), run)
     assert run.record["status"] == "finished" and same(run, undisturbed)
     said = capsys.readouterr().err
-    assert said.count("checkpoint not uploaded") == 1 and f"{REPO} lacks checkpoint-6" in said
+    assert f"checkpoint not uploaded to {REPO}" in said
     assert not uploaded_steps(hub)

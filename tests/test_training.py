@@ -8,15 +8,14 @@ import json
 import shutil
 from pathlib import Path
 
+import accelerate
 import pytest
 from conftest import SAMPLE, add_base
 from safetensors.torch import load_file
 from servers.wandb_server import WandbServer
 
 import finetune_r1
-from finetune_r1 import GIB, Memory, Run, TrainConfig, UserError, read_jsonl
-
-needs_push = pytest.mark.skipif(not hasattr(finetune_r1, "push_run"), reason="has no push_run")
+from finetune_r1 import GIB, Run, TrainConfig, UserError, read_jsonl
 
 
 @pytest.fixture(scope="module")
@@ -98,7 +97,6 @@ def settled(run_cli, tmp_path, monkeypatch):
 
     (tmp_path / "mine.yaml").write_text("max-steps: 7\nlearning_rate: 1e-3\n")
     (tmp_path / "lists.yaml").write_text("target_modules: [q_proj, v_proj]\n")
-    (tmp_path / "long.yaml").write_text("warmup_steps: 50")
     own = dataclasses.replace(TrainConfig(), lora_r=4)
     (tmp_path / "config.json").write_text(json.dumps(dataclasses.asdict(own)))
     return settle
@@ -122,11 +120,6 @@ def settled(run_cli, tmp_path, monkeypatch):
         ),
         ("--config lists.yaml", {"target_modules": "q_proj,v_proj"}),
         ("--config config.json", dataclasses.asdict(dataclasses.replace(TrainConfig(), lora_r=4))),
-        ("--config long.yaml", {"warmup_steps": 50}),
-        ("--max-steps 60", {"warmup_steps": 5}),
-        ("--max-steps 3", {"warmup_steps": 1}),
-        ("--max-steps 1", {"warmup_steps": 0}),
-        ("--max-steps 3 --warmup-steps 3", {"warmup_steps": 3}),
     ],
 )
 def test_settings_flags_win_over_the_file_and_the_file_over_the_recipe(settled, line, expected):
@@ -155,18 +148,60 @@ def test_settings_file_with_a_mistake_is_refused_by_name(run_cli, tmp_path, text
     assert done.code == 2 and said in done.err
 
 
-def test_warmup_ratio_is_a_share_of_the_steps():
-    config = TrainConfig(epochs=2, effective_batch=10, warmup_ratio=0.05)
-    assert finetune_r1.with_steps(config, rows=1000).warmup_steps == 10
+@pytest.mark.parametrize(
+    ("settings", "steps", "warmup"),
+    [
+        ({"epochs": 2, "warmup_ratio": 0.05}, 12, 1),
+        ({"max_steps": 60}, 60, 5),
+        ({"max_steps": 3}, 3, 1),
+        ({"max_steps": 40, "warmup_ratio": 0.25, "warmup_steps": 1}, 40, 10),
+    ],
+)
+def test_training_arguments_have_steps_of_epochs_and_warmup(config, settings, steps, warmup):
+    settings = {"max_steps": 60, "warmup_steps": 5, **settings}
+    config, rows, _ = finetune_r1.prepare_training(dataclasses.replace(config, **settings))
+    plan = {"micro_batch": 2, "accumulation": 2, "checkpointed_layers": 0}
+    arguments = finetune_r1.training_arguments(config, plan, Run(Path("none")))
+    assert len(rows.used) == 24 and arguments.max_steps == steps
+    assert arguments.get_warmup_steps(steps) == warmup
 
 
 # ----------------------------------------------------------------------------------------- the plan
 
-R1 = Memory(
-    limit=140 * GIB, resident=6.2 * GIB, layers=32, token_in_layer=2 * (3 * 14336 + 3.3 * 4096)
-)
+# Layers, heads, key-value heads, hidden size, intermediate size, tokens.
+R1_SHAPE = (32, 32, 8, 4096, 14336, 128256)
+SMOLLM2_SHAPE = (30, 9, 3, 576, 1536, 49152)
+
+
+@pytest.fixture
+def planned(unsloth, monkeypatch):
+    """Plans for a model of this shape, of which `resident` GiB stay in memory."""
+    import transformers
+
+    def plan(shape, resident, limit, lengths, config, on_gpu=True, old=False):
+        layers, heads, kv_heads, hidden, intermediate, tokens = shape
+        settings = transformers.LlamaConfig(
+            num_hidden_layers=layers,
+            num_attention_heads=heads,
+            num_key_value_heads=kv_heads,
+            hidden_size=hidden,
+            intermediate_size=intermediate,
+            vocab_size=tokens,
+        )
+        with accelerate.init_empty_weights():
+            model = transformers.LlamaForCausalLM(settings)
+        monkeypatch.setattr(finetune_r1.torch.cuda, "is_available", lambda: on_gpu)
+        monkeypatch.setattr(finetune_r1, "memory_limit", lambda config: limit * GIB)
+        monkeypatch.setattr(finetune_r1, "is_old_gpu", lambda: old)
+        parameters = sum(finetune_r1.adapter_sizes(model, config).values())
+        weights = resident * GIB - 10 * parameters - finetune_r1.WORKSPACE
+        return finetune_r1.make_plan(model, weights, lengths, config)
+
+    return plan
+
+
 # Mean 762, as the dataset's rows.
-REAL_LENGTHS = [512, 540, 600, 660, 700, 750, 777, 800, 850, 900, 950, 1101]
+REAL_LENGTHS = [512, 540, 600, 660, 700, 750, 777, 800, 850, 900, 950, 1101] * 40
 # Micro-batch, layers kept, and GiB allocated at most: an H200, the 8B's shape, 4-bit, real rows.
 MEASURED = [
     (8, 0, 7.14),
@@ -180,27 +215,19 @@ MEASURED = [
 
 
 @pytest.mark.parametrize(("size", "kept", "measured"), MEASURED)
-def test_plan_peak_on_a_gpu_is_within_15_percent_of_what_was_measured(size, kept, measured):
+def test_plan_peak_on_a_gpu_is_within_15_percent_of_what_was_measured(
+    planned, size, kept, measured
+):
     """In so much more memory it keeps as many layers, in so much less it does not."""
-
-    def plan(limit):
-        config = TrainConfig(micro_batch=size, max_steps=6)
-        return finetune_r1.make_plan(REAL_LENGTHS, config, R1._replace(limit=limit * GIB))
-
-    more = plan(1.15 * measured)
-    less = plan(0.85 * measured)
-    assert more["kept_layers"] >= kept and more["estimated_peak_gib"] <= 1.15 * measured
-    assert less["kept_layers"] < kept or less["estimated_peak_gib"] > 0.85 * measured
+    config = TrainConfig(micro_batch=size)
+    more = planned(R1_SHAPE, 6.2, 1.15 * measured, REAL_LENGTHS, config)
+    less = planned(R1_SHAPE, 6.2, 0.85 * measured, REAL_LENGTHS, config)
+    assert more["checkpointed_layers"] <= 32 - kept
+    assert more["estimated_peak_gib"] <= 1.15 * measured
+    too_large = less["estimated_peak_gib"] > 0.85 * measured
+    assert less["checkpointed_layers"] > 32 - kept or too_large
 
 
-SMOLLM2 = Memory(
-    limit=20 * GIB,
-    resident=1.03 * GIB,
-    layers=30,
-    token_in_layer=4 * (3 * 1536 + 3.3 * 576),
-    partly=False,
-    token_in_loss=12 * 49152,
-)
 # Rows at once by their lengths, checkpointing, and GiB resident at most: two cores of an AMD EPYC.
 ON_A_CPU = [
     ([605, 623], "none", 2.82),
@@ -213,13 +240,13 @@ ON_A_CPU = [
 
 @pytest.mark.parametrize(("lengths", "checkpointing", "measured"), ON_A_CPU)
 def test_plan_peak_on_a_cpu_is_within_15_percent_of_what_was_measured(
-    lengths, checkpointing, measured
+    planned, lengths, checkpointing, measured
 ):
     rows = len(lengths)
     config = TrainConfig(
         effective_batch=rows, micro_batch=rows, gradient_checkpointing=checkpointing
     )
-    plan = finetune_r1.make_plan(lengths, config, SMOLLM2)
+    plan = planned(SMOLLM2_SHAPE, 1.03, 20, lengths, config, on_gpu=False)
     assert plan["estimated_peak_gib"] == pytest.approx(measured, rel=0.15)
 
 
@@ -234,36 +261,33 @@ def test_plan_peak_on_a_cpu_is_within_15_percent_of_what_was_measured(
         (3, 1, {0}),  # nothing fits: the smallest peak
     ],
 )
-def test_plan_takes_the_largest_micro_batch_and_keeps_the_layers_that_fit(limit, size, kept):
-    plan = finetune_r1.make_plan(REAL_LENGTHS, TrainConfig(), R1._replace(limit=limit * GIB))
-    assert plan["micro_batch"] == size and plan["kept_layers"] in kept
+def test_plan_takes_the_largest_micro_batch_and_keeps_the_layers_that_fit(
+    planned, limit, size, kept
+):
+    plan = planned(R1_SHAPE, 6.2, limit, REAL_LENGTHS, TrainConfig())
+    assert plan["micro_batch"] == size and 32 - plan["checkpointed_layers"] in kept
     assert plan["micro_batch"] * plan["accumulation"] == 8
     assert plan["estimated_peak_gib"] <= max(limit, 6.4)
 
 
-def test_plan_respects_what_the_user_set():
-    config = TrainConfig(micro_batch=2, gradient_checkpointing="unsloth")
-    plan = finetune_r1.make_plan(REAL_LENGTHS, config, R1)
-    assert (plan["micro_batch"], plan["accumulation"], plan["kept_layers"]) == (2, 4, 0)
-    config = TrainConfig(gradient_checkpointing="none")
-    assert finetune_r1.make_plan(REAL_LENGTHS, config, R1)["kept_layers"] == 32
+@pytest.mark.parametrize(
+    ("settings", "micro_batch", "checkpointed"),
+    [
+        ({"micro_batch": 2, "gradient_checkpointing": "unsloth"}, 2, 32),
+        ({"gradient_checkpointing": "none"}, 8, 0),
+    ],
+)
+def test_plan_respects_what_the_user_set(planned, settings, micro_batch, checkpointed):
+    plan = planned(R1_SHAPE, 6.2, 140, REAL_LENGTHS, TrainConfig(**settings))
+    assert plan["micro_batch"] == micro_batch and plan["accumulation"] == 8 // micro_batch
+    assert plan["checkpointed_layers"] == checkpointed
 
 
-def test_plan_below_compute_capability_8_leaves_room(config, tiny_r1, monkeypatch):
+def test_plan_below_compute_capability_8_leaves_room(planned):
     """On an imitated T4 8.2 GiB of activations were reserved where 7.1 were planned."""
-    model = finetune_r1.load_meta_model(tiny_r1)
-    monkeypatch.setattr(finetune_r1.torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(finetune_r1, "memory_limit", lambda config: 0.92 * 14.5 * GIB)
-    monkeypatch.setattr(finetune_r1, "is_old_gpu", lambda: False)
-    new = finetune_r1.measure_memory(model, GIB, config)
-    monkeypatch.setattr(finetune_r1, "is_old_gpu", lambda: True)
-    old = finetune_r1.measure_memory(model, GIB, config)
-    shape = model.config
-    heads = shape.num_attention_heads - shape.num_key_value_heads
-    assert old.token_in_layer - new.token_in_layer == pytest.approx(4 * heads * shape.head_dim)
-    planned = R1._replace(limit=old.limit, token_in_layer=R1.token_in_layer + 4 * 24 * 128)
-    peak = finetune_r1.make_plan(REAL_LENGTHS, TrainConfig(), planned)["estimated_peak_gib"]
-    assert 6.2 + (peak - 6.2) * 8.2 / 7.1 <= 13.8
+    limit = 0.92 * 14.5
+    peak = planned(R1_SHAPE, 6.2, limit, REAL_LENGTHS, TrainConfig(), old=True)
+    assert 6.2 + (peak["estimated_peak_gib"] - 6.2) * 8.2 / 7.1 <= 13.8
 
 
 # ---------------------------------------------------------------------------- what is refused early
@@ -279,7 +303,7 @@ def test_target_modules_are_checked_and_all_linear_is_every_layer_but_the_head(c
     assert set(names("all-linear")) == set(TrainConfig().target_modules.split(","))
     assert names("q_proj, v_proj") == ["q_proj", "v_proj"]
     for unknown in ("nope_proj", "embed_tokens", "lm_head"):
-        with pytest.raises(UserError, match=f"no linear layer {unknown}"):
+        with pytest.raises(UserError, match=f"no layer {unknown}"):
             names(f"q_proj,{unknown}")
 
 
@@ -294,11 +318,11 @@ def test_dry_run_without_weights_shows_rows_plan_and_disk_and_refuses_unknown_ta
     done = run_cli(options)
     assert done.code == 0, done.err
     report = json.loads(done.out)
-    assert "lora_r=8" in report["settings"] and "learning_rate" not in report["settings"]
     assert report["rows"] == "96 read, 90 to train on, 6 held out"
-    plan = "45 steps of 4 rows (micro-batch 4 × accumulation 1), 2.0 epochs, "
-    assert report["plan"].startswith(plan) and "estimated peak" in report["plan"]
-    assert "for the run" in report["disk"] and "cached" in report["disk"]
+    plan = report["plan"]
+    assert (plan["steps"], plan["micro_batch"], plan["accumulation"]) == (45, 4, 1)
+    assert plan["estimated_peak_gib"] > 0 and "0 MB to download" in report["disk"]
+    assert "lora_r=8" in done.err and "learning_rate" not in done.err
     refused = run_cli([*options, "--target-modules", "q_proj,nope_proj"])
     assert refused.code == 1 and "nope_proj" in refused.err
     assert not (tmp_path / "runs").exists()
@@ -363,10 +387,7 @@ def test_training_takes_the_loss_and_recomputes_activations_where_asked(
     assert recomputes == (checkpointing == "unsloth")
 
 
-def test_train_ends_in_labelled_lines_or_one_object_and_what_to_run_next(
-    config, run_cli, tmp_path, monkeypatch
-):
-    monkeypatch.setenv("JOB_ID", "job-17")
+def test_train_ends_in_labelled_lines_and_what_to_run_next(config, run_cli, tmp_path):
     shutil.copy(SAMPLE, tmp_path / "rows.jsonl")
     options = ["train", "--model", config.model, "--dataset", "rows.jsonl", "--split", "train[:9]"]
     options += ["--max-steps", 2, "--effective-batch", 2, "--logging-steps", 1, "--no-wandb"]
@@ -374,20 +395,18 @@ def test_train_ends_in_labelled_lines_or_one_object_and_what_to_run_next(
     done = run_cli([*options, "run"])
     assert done.code == 0, done.err
     labels = [line.partition(":")[0] for line in done.out.splitlines() if line[0] != " "]
-    assert labels == ["Run", "Rows", "Train loss", "Time", "Memory", "Adapter", "Next"]
-    assert "train [" not in done.out and "infer --run run" in done.out
-    assert "step 00002/00002  loss" in done.err and "00002  eval loss" in done.err
+    names = ["run", "rows", "train loss", "time", "peak memory (GiB)", "adapter", "next"]
+    assert labels == names
+    commands = [line.split("finetune_r1.py")[1].split() for line in done.out.splitlines()[-3:]]
+    assert commands == [[name, "--run", "run"] for name in ("infer", "eval")] + [
+        ["push", "--repo", "OWNER/NAME", "--run", "run"]
+    ]
+    assert "step 00002/00002  loss" in done.err and "00002  eval_loss" in done.err
     run = Run(tmp_path / "run")
-    assert run.record["JOB_ID"] == "job-17" and "ACCELERATOR" not in run.record
     assert run.config.dataset == str(tmp_path / "rows.jsonl")
     assert (run / "loss.png").read_bytes().startswith(b"\x89PNG")
     adapter = finetune_r1.read_json(run / "adapter" / "adapter_config.json")
     assert adapter["base_model_name_or_path"] == config.model
-
-    report = json.loads(run_cli([*options, "again", "--json"]).out)
-    assert report["run"] == "again" and report["losses"] == run.record["losses"]
-    commands = [line.split()[2:5] for line in report["next"]]
-    assert commands == [[name, "--run", "again"] for name in ("infer", "eval", "push")]
 
 
 @pytest.fixture
@@ -395,25 +414,23 @@ def train_on_hub(run_cli, hub, tiny_r1, monkeypatch):
     """Trains the Hub's org/base with these options more."""
     add_base(hub, tiny_r1)
     monkeypatch.setenv("HF_TOKEN", "hf_writetoken")
-    finetune_r1.use_hub_token.cache_clear()
+    finetune_r1.export_hub_token.cache_clear()
     options = ["train", "--model", "org/base", "--dataset", SAMPLE, "--split", "train[:9]"]
     options += ["--max-steps", 2, "--effective-batch", 2, "--no-wandb", "--max-new-tokens", 4]
     options += ["--max-seq-length", 768, "--no-load-in-4bit"]
     yield lambda *more: run_cli([*options, *more])
-    finetune_r1.use_hub_token.cache_clear()
+    finetune_r1.export_hub_token.cache_clear()
 
 
-@needs_push
 def test_train_push_evaluates_and_leaves_the_model_on_the_hub(train_on_hub, hub, tmp_path):
     done = train_on_hub("--eval-rows", 2, "--push", "alice/model", "--run-dir", "run", "--json")
     assert done.code == 0, done.err
-    assert json.loads(done.out)["pushed"]["repo"] == "alice/model"
+    assert json.loads(done.out)["pushed"] == "alice/model"
     files = hub.repos["model", "alice/model"].files
     assert {"README.md", "config.json", "adapter/adapter_model.safetensors"} <= set(files)
-    assert Run(tmp_path / "run").evaluation
+    assert (tmp_path / "run" / "eval.json").exists()
 
 
-@needs_push
 @pytest.mark.parametrize("repo", ["no-owner", "bob/not-mine", "alice/full"])
 def test_train_push_that_would_be_refused_is_refused_before_the_training(
     train_on_hub, hub, tmp_path, repo
@@ -422,13 +439,6 @@ def test_train_push_that_would_be_refused_is_refused_before_the_training(
     done = train_on_hub("--push", repo)
     assert done.code == 1 and repo in done.err and "Traceback" not in done.err
     assert not (tmp_path / "runs").exists()
-
-
-@pytest.mark.parametrize(
-    ("seconds", "text"), [(40.4, "40 s"), (2950, "49 min"), (7500, "2 h 5 min")]
-)
-def test_durations_have_units(seconds, text):
-    assert finetune_r1.time_text(seconds) == text
 
 
 # ---------------------------------------------------------------------------------- what goes wrong
@@ -455,16 +465,11 @@ def test_out_of_memory_halves_the_micro_batch_and_changes_no_loss(
     monkeypatch.setattr(trl.SFTTrainer, "compute_loss", fails_once)
     finetune_r1.train_run(config, disturbed)
     record = disturbed.record
-    assert record["status"] == "finished" and record["out_of_memory_at"] == 3
+    assert record["status"] == "finished"
     assert (record["plan"]["micro_batch"], record["plan"]["accumulation"]) == (1, 4)
     assert "retrying with micro-batch 1, same effective batch" in capsys.readouterr().err
     assert list(losses(disturbed)) == [1, 2, 3, 4, 5, 6]
     assert losses(disturbed) == pytest.approx(losses(plain), abs=0.005)
-
-
-def test_halving_keeps_the_effective_batch():
-    plan = {"micro_batch": 9, "accumulation": 2}
-    assert finetune_r1.halve_micro_batch(plan) == {"micro_batch": 3, "accumulation": 6}
 
 
 @pytest.mark.parametrize("value", [float("nan"), 0.0])
@@ -482,7 +487,7 @@ def test_a_loss_that_is_nan_or_zero_stops_the_run_and_keeps_the_last_checkpoint(
 
     monkeypatch.setattr(trl.SFTTrainer, "training_step", breaks)
     run = Run(tmp_path / "run")
-    with pytest.raises(UserError, match=rf"non-finite loss \({value}\) at step 00005"):
+    with pytest.raises(UserError, match=rf"step 00005.* loss {value:.4f}: .* not finite"):
         finetune_r1.train_run(config, run)
     assert run.record["status"] == "failed" and run.last_step == 4
 
@@ -498,7 +503,7 @@ def test_nan_weights_are_never_a_checkpoint(config, unsloth, tmp_path, monkeypat
     config = dataclasses.replace(config, optim="adamw_torch", max_steps=1)
     monkeypatch.setattr(torch.optim.AdamW, "step", breaks)
     run = Run(tmp_path / "run")
-    with pytest.raises(UserError, match="non-finite weights after step 1"):
+    with pytest.raises(UserError, match="step 00001.* weights are not finite"):
         finetune_r1.train_run(config, run)
     assert not run.checkpoints and not (run / "adapter").exists()
 
@@ -516,7 +521,7 @@ def test_steps_that_fp16_skipped_are_counted(config, tmp_path, monkeypatch, caps
 
 
 def test_keep_best_saves_the_weights_with_the_lowest_eval_loss_also_when_resumed(
-    config, unsloth, tmp_path, capsys
+    config, unsloth, tmp_path
 ):
     """Such a learning rate makes the second step a bad one."""
     rough = dataclasses.replace(
@@ -532,7 +537,6 @@ def test_keep_best_saves_the_weights_with_the_lowest_eval_loss_also_when_resumed
     )
     run = Run(tmp_path / "run")
     finetune_r1.train_run(rough, run)
-    assert "best checkpoint by eval loss: checkpoint-1" in capsys.readouterr().err
     eval_losses = losses(run, "eval_loss")
     assert min((1, 2), key=eval_losses.get) == 1
     assert [path.name for path in run.checkpoints] == ["checkpoint-1", "checkpoint-2"]
@@ -566,8 +570,8 @@ def test_wandb_gets_the_history_of_a_run_trained_by_the_command_line(tiny_r1, cl
     history = {}
     for line in sent.history:
         if "train/loss" in line:
-            history[line["train/global_step"]] = line["train/loss"]
+            history[line["_step"]] = line["train/loss"]
     assert history == losses(Run(tmp_path / json.loads(done.out)["run"]))
     assert list(history) == [1, 2, 3]
-    assert sent.config["lora_r"] == 16 and sent.config["warmup_steps"] == 1
+    assert sent.config["lora_r"] == 16
     assert "k" * 40 not in done.out + done.err

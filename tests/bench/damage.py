@@ -1,11 +1,9 @@
 """Planted damage: trainings that must not be called better, and an honest one that must.
 
-    uv run tests/bench/damage.py [--only NAME] [--seeds 10] [--rows FILE] [--model PATH] [--out F.json]
+    uv run tests/bench/damage.py [--only NAME,…] [--seeds 10] [--rows FILE] [--model PATH] [--out FILE.json]
 
-Each is the demo's training, in this process, on the rows but for twelve that are held out, with the damage of
-its name done to what is trained on; `noise` has as many seeds as asked for, all else has the first. Then base
-and tuned are compared on the held-out rows as they were, as the demo does it. Questions that `eval` takes for
-trained ones are not scored. Prints a line a run: what came out, and whether it may.
+Each is the demo's training with the damage of its name done to the rows; `noise` has several seeds. Base and
+tuned are compared on twelve rows that were held out undamaged, as `eval` does. Prints a line for each run.
 """
 
 import argparse
@@ -15,7 +13,6 @@ import gc
 import json
 import os
 import random
-import re
 import sys
 import tempfile
 import time
@@ -96,22 +93,10 @@ def chinese() -> Records:
     ]
 
 
-def reworded(question: str) -> str:
-    """The question in somebody else's words: another age, other small words, a sentence around it."""
-    question = re.sub(r"\d+-year-old", "41-year-old", question)
-    for word, other in (
-        ("woman", "lady"),
-        ("man", "gentleman"),
-        ("sudden", "abrupt"),
-        ("has", "shows"),
-    ):
-        question = re.sub(rf"\b{word}\b", other, question)
-    return f"Please help a colleague with this one. {question} Explain briefly."
-
-
 def leaking(rows: Records, held_out: Records) -> Records:
-    """The rows, and those held out under reworded questions."""
-    return [*rows, *with_column(held_out, QUESTION, [reworded(row[QUESTION]) for row in held_out])]
+    """The rows, and those held out, in lower case and with other punctuation."""
+    questions = [row[QUESTION].lower().rstrip("?.") + " ?!" for row in held_out]
+    return [*rows, *with_column(held_out, QUESTION, questions)]
 
 
 def noise(rows: Records, chance: random.Random) -> Records:
@@ -143,8 +128,8 @@ DAMAGES: dict[str, Damage] = {
 }
 
 
-def divided(rows: Records, number: int, seed: int) -> tuple[Records, Records]:
-    """The rows to train on, and `number` of them held out, by seed."""
+def split(rows: Records, number: int, seed: int) -> tuple[Records, Records]:
+    """The rows to train on, and `number` that are held out."""
     rows = random.Random(seed).sample(rows, len(rows))
     return rows[number:], rows[:number]
 
@@ -152,36 +137,36 @@ def divided(rows: Records, number: int, seed: int) -> tuple[Records, Records]:
 def measure(
     config: TrainConfig, held_out: Records, answers: int, new_tokens: int
 ) -> dict[str, Any]:
-    """Trains on the settings' rows and evaluates on others; the report, or a verdict that says why not.
+    """Trains and evaluates on other rows, without those that `eval` would skip; returns the report.
 
-    What `eval` would leave out, as it is nearly what was trained on, is left out here too.
+    Where there is none, its verdict says why.
     """
     folder = Path(tempfile.mkdtemp())
-    loaded: Any = None
     write_jsonl(folder / "held_out.jsonl", held_out)
+    loaded: Any = None
     started = time.perf_counter()
-    # What the libraries print is none of ours.
+    # The libraries print.
     with Path(os.devnull).open("w") as nowhere, contextlib.redirect_stdout(nowhere):
         try:
-            loaded, _ = finetune_r1.train_run(config, run := Run(folder / "run"))
+            run = Run(folder / "run")
+            loaded, _ = finetune_r1.train_run(config, run)
             trained = finetune_r1.trained_questions(run)
-            asked = dataclasses.replace(
-                config, dataset=str(folder / "held_out.jsonl"), split="train", eval_rows=0
-            )
-            records = finetune_r1.read_records(asked)
-            rows = finetune_r1.prepare_rows(records, loaded.tokenizer, asked).usable
+            file = str(folder / "held_out.jsonl")
+            config = dataclasses.replace(config, dataset=file, split="train", eval_rows=0)
+            records = finetune_r1.read_records(config)
+            rows = finetune_r1.prepare_rows(records, loaded.tokenizer, config).usable
             new = []
             for number, question in enumerate(rows["question"]):
                 if finetune_r1.question_hash(question) not in trained:
                     new.append(number)
-            report = {"verdict": "not scored: all were trained on, or nearly the same"}
+            report = {"verdict": "not scored: all were trained on"}
             if new:
-                config = dataclasses.replace(config, max_new_tokens=new_tokens)
+                sampling = dataclasses.replace(config, max_new_tokens=new_tokens)
                 scored = rows.select(new)
                 report = finetune_r1.evaluate(
-                    loaded, run, scored, [], answers, config, reasoning=False
+                    loaded, run, scored, [], answers, sampling, reasoning=False
                 )
-            report["left out"] = len(rows) - len(new)
+            report["skipped"] = len(rows) - len(new)
         except UserError as error:
             report = {"verdict": f"refused: {error}"}
     del loaded
@@ -189,7 +174,7 @@ def measure(
     if finetune_r1.torch.cuda.is_available():
         finetune_r1.torch.cuda.empty_cache()
     finetune_r1.remove(folder)
-    return report | {"seconds": round(time.perf_counter() - started, 1)}
+    return {**report, "seconds": round(time.perf_counter() - started, 1)}
 
 
 def before_after(report: dict[str, Any], name: str) -> list[float]:
@@ -197,11 +182,8 @@ def before_after(report: dict[str, Any], name: str) -> list[float]:
     return [report[name][side] for side in ("base", "tuned")] if name in report else []
 
 
-def may_be(name: str, verdict: str) -> bool:
-    """Whether a run may end so: the honest one in better, no other, and what leaked is never scored.
-
-    Rows without thoughts may be refused, and a loss that became NaN.
-    """
+def is_allowed(name: str, verdict: str) -> bool:
+    """Only the honest run may be better, and a leak is never scored; some damage may be refused."""
     if name == "leaked":
         return verdict.startswith("not scored")
     if verdict.startswith("refused"):
@@ -209,57 +191,58 @@ def may_be(name: str, verdict: str) -> bool:
     return verdict.startswith("better") == (name == "honest")
 
 
-if __name__ == "__main__":
+def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--only", help=f"one of {', '.join(DAMAGES)}; several, separated by commas")
+    parser.add_argument("--only", help=f"of {', '.join(DAMAGES)}")
     parser.add_argument("--seeds", type=int, default=10, help="of noise")
-    parser.add_argument("--first-seed", type=int, default=finetune_r1.TrainConfig.seed)
+    parser.add_argument("--first-seed", type=int, default=TrainConfig.seed)
     parser.add_argument("--rows", type=Path, default=finetune_r1.DEMO_ROWS)
     parser.add_argument("--model", help="default: the demo's")
     parser.add_argument("--steps", type=int, default=DEMO["max_steps"])
     parser.add_argument("--answers", type=int, default=8)
     parser.add_argument("--new-tokens", type=int, default=DEMO["max_new_tokens"])
     parser.add_argument("--out", type=Path, default=Path("damage.json"))
-    asked = parser.parse_args()
+    options = parser.parse_args()
     finetune_r1.prepare_environment()
     finetune_r1.Console.quiet = True
-    model = asked.model or str(finetune_r1.demo_model())
-    every, results = read_jsonl(asked.rows), []
-    for name in asked.only.split(",") if asked.only else DAMAGES:
-        for seed in range(
-            asked.first_seed, asked.first_seed + (asked.seeds if name == "noise" else 1)
-        ):
-            rows, held_out = divided(every, HELD_OUT, seed)
-            trained = Path(tempfile.mkdtemp()) / "rows.jsonl"
-            write_jsonl(trained, DAMAGES[name](rows, held_out, random.Random(seed)))
+    model = options.model or str(finetune_r1.demo_model())
+    records = read_jsonl(options.rows)
+    results = []
+    for name in options.only.split(",") if options.only else DAMAGES:
+        seeds = options.seeds if name == "noise" else 1
+        for seed in range(options.first_seed, options.first_seed + seeds):
+            rows, held_out = split(records, HELD_OUT, seed)
+            dataset = Path(tempfile.mkdtemp()) / "rows.jsonl"
+            write_jsonl(dataset, DAMAGES[name](rows, held_out, random.Random(seed)))
             changed = {
-                "dataset": str(trained),
+                "model": model,
+                "dataset": str(dataset),
                 "eval_rows": 0,
-                "max_steps": asked.steps,
+                "max_steps": options.steps,
+                "warmup_steps": min(DEMO["warmup_steps"], options.steps // 2),
+                "max_new_tokens": 1,  # of the answers after the training, which nobody reads
                 "seed": seed,
             }
-            changed["warmup_steps"] = min(DEMO["warmup_steps"], asked.steps // 2)
-            changed["max_new_tokens"] = (
-                1  # of the answers before the evaluation, which nobody reads
-            )
             if name == "learning-rate-x30":
                 changed["learning_rate"] = 30 * DEMO["learning_rate"]
-            config = TrainConfig(model=model, **{**DEMO, **changed})
-            report = measure(config, held_out, asked.answers, asked.new_tokens)
-            finetune_r1.remove(trained.parent)
+            config = TrainConfig(**{**DEMO, **changed})
+            report = measure(config, held_out, options.answers, options.new_tokens)
+            finetune_r1.remove(dataset.parent)
             result = {"name": name, "seed": seed, "verdict": report["verdict"]}
-            result |= {
-                "may be": may_be(name, report["verdict"]),
-                "left out": report.get("left out", 0),
-            }
+            result["allowed"] = is_allowed(name, report["verdict"])
+            result["skipped"] = report.get("skipped", 0)
             for measured in ("loss", "relevance", "general_loss", "closed"):
                 result[measured] = before_after(report, measured)
             result["seconds"] = report["seconds"]
             results.append(result)
             print(json.dumps(result, ensure_ascii=False), flush=True)
-            finetune_r1.write_json(asked.out, results)
-    wrong = [f"{result['name']} {result['seed']}" for result in results if not result["may be"]]
-    print(f"{len(results)} runs, {len(wrong)} ended as they must not: {', '.join(wrong) or 'none'}")
+            finetune_r1.write_json(options.out, results)
+    wrong = [f"{result['name']} {result['seed']}" for result in results if not result["allowed"]]
+    print(f"{len(results)} runs, not allowed: {', '.join(wrong) or 'none'}")
     sys.exit(bool(wrong))
+
+
+if __name__ == "__main__":
+    main()
