@@ -228,7 +228,7 @@ def test_eval_of_other_rows_skips_duplicates_of_training_questions(run, run_cli,
     done = run_cli([*line, "train[:2]", *columns])
     assert done.code == 1 and "no question is left" in done.err
     done = run_cli([*line, "train"])
-    assert done.code == 1 and "its columns: q, why, a" in done.err
+    assert done.code == 1 and "has q, why, a, not Question" in done.err
 
 
 def test_eval_grades_multiple_choice_and_names_the_rows_it_refuses(run, run_cli, tmp_path):
@@ -250,7 +250,7 @@ def test_eval_grades_multiple_choice_and_names_the_rows_it_refuses(run, run_cli,
     assert done.code == 1 and "no question is left" in done.err
     write_jsonl(tmp_path / "choice.jsonl", [rows[0] | {"answer_idx": 1}])
     done = run_cli(line)
-    assert done.code == 1 and "do numbers count from 0 or 1" in done.err
+    assert done.code == 1 and "may count from 0 or from 1" in done.err
 
 
 def test_eval_of_a_locked_run_is_refused_before_anything_is_computed(run, run_cli, monkeypatch):
