@@ -139,7 +139,6 @@ RECIPE_COLUMNS = ("Question", "Complex_CoT", "Response")
 ROUND_TRIP = "BP 90/60,  pulse 120.\n\n\tnaïve 😀 你好,世界。\ndef f(x):\n    return x**2\n<think>\nWhy?\n</think>\nSo"
 CPU_BILLIONS = 2.0  # larger models take minutes a step on a CPU
 MAX_BATCH = 128  # answers generated at once on a GPU
-LOSS_TOKENS = 8192  # in one batch where losses are measured on a GPU
 
 # For the plan, as measured on a GPU (tests/bench/NOTES.md).
 WORKSPACE = 0.35 * GIB  # what the libraries hold
@@ -2248,85 +2247,61 @@ def draw_losses(run: Run) -> dict[str, float]:
 # --------------------------------------------------------------------------------------- evaluation
 # Did it help, and what did it cost? Base against tuned, from the one model in memory, on the same
 # rows, general text and reasoning problems; a damaged training is never called better. matplotlib
-# draws, rich prints, and prompts.py grades, compares and says in words what came out.
+# draws; prompts.py grades, compares and says in words what came out.
 
 
 def measure_losses(loaded: LoadedModel, rows: Any, label: str) -> dict[str, list[float]]:
-    """Mean losses in nats per token, of each row and of each passage of general text.
+    """Mean losses in nats per token of rows, of their answers, and of passages of general text.
 
-    Of a row: of thought and answer, of the answer alone, and relevance: the increase in answer loss
-    after the next row's question and thought, of which the start is cut if all is too long.
+    Relevance: increase in answer loss after the next row's question and thought (cut to fit).
     """
+    loaded.model.eval()
+    longest = loaded.model.max_seq_length
     prefixes = []
     for row in rows:
         text = prompts.build_example(row["question"], row["thought"], "", "", loaded.lang)
         prefixes.append(loaded.tokenizer(text)["input_ids"])
-    longest = loaded.model.max_seq_length
-    texts = []
-    for number, row in enumerate(rows):
+    measures: dict[str, list[float]] = {"loss": [], "answer_loss": [], "relevance": []}
+    for number, row in enumerate(progress(rows, f"losses {label}: row")):
         answer = row["input_ids"][len(prefixes[number]) :]
         prefix = prefixes[(number + 1) % len(prefixes)]
         excess = max(0, len(prefix) + len(answer) - longest)
         mismatched = prefix[:1] + prefix[1 + excess :]  # BOS stays
-        texts.append((row["input_ids"], row["prompt_tokens"]))
-        texts.append((mismatched + answer, len(mismatched)))
-    for row in read_jsonl(GENERAL_TEXTS):
-        texts.append((loaded.tokenizer(row["text"])["input_ids"][:longest], 1))
-    losses = token_losses(loaded, texts, label)
-
-    of_rows, of_passages = losses[: 2 * len(rows)], losses[2 * len(rows) :]
-    measures: dict[str, list[float]] = {"loss": [], "answer_loss": [], "relevance": []}
-    for own, mismatched in zip(of_rows[::2], of_rows[1::2], strict=True):
-        mismatched_loss = statistics.fmean(mismatched)
-        answer_loss = statistics.fmean(own[-len(mismatched) :])
-        measures["loss"].append(statistics.fmean(own))
+        losses = token_losses(loaded, row["input_ids"], row["prompt_tokens"])
+        answer_loss = statistics.fmean(losses[-len(answer) :])
+        others = token_losses(loaded, mismatched + answer, len(mismatched))
+        measures["loss"].append(statistics.fmean(losses))
         measures["answer_loss"].append(answer_loss)
-        measures["relevance"].append(mismatched_loss - answer_loss)
-    measures["general_loss"] = list(map(statistics.fmean, of_passages))
+        measures["relevance"].append(statistics.fmean(others) - answer_loss)
+    measures["general_loss"] = []
+    for passage in progress(read_jsonl(GENERAL_TEXTS), f"losses {label}: passage"):
+        ids = loaded.tokenizer(passage["text"])["input_ids"][:longest]
+        measures["general_loss"].append(statistics.fmean(token_losses(loaded, ids, 1)))
     return measures
 
 
-def token_losses(
-    loaded: LoadedModel, texts: Sequence[tuple[list[int], int]], label: str
-) -> list[list[float]]:
-    """Losses in nats of each text's tokens, from the given position on.
-
-    Texts of similar length share a batch; the padding comes last, where no token attends to it.
-    """
-    loaded.model.eval()
-    limit = LOSS_TOKENS if torch.cuda.is_available() else LOSS_TOKENS // 4
-    batches: list[list[int]] = [[]]
-    for number in sorted(range(len(texts)), key=lambda number: len(texts[number][0])):
-        if batches[-1] and (len(batches[-1]) + 1) * len(texts[number][0]) > limit:
-            batches.append([])
-        batches[-1].append(number)
-    losses: list[list[float]] = [[] for _ in texts]
-    for batch in progress(batches, label):
-        rows = [torch.tensor(texts[number][0]) for number in batch]
-        ids = torch.nn.utils.rnn.pad_sequence(rows, True, loaded.tokenizer.pad_token_id)
-        with torch.no_grad():
-            logits = loaded.model(input_ids=ids.to(loaded.model.device)).logits
-        for number, row, scores in zip(batch, rows, logits, strict=True):
-            start = texts[number][1]
-            predicted = scores[start - 1 : len(row) - 1].float()
-            targets = row[start:].to(predicted.device)
-            entropy = torch.nn.functional.cross_entropy(predicted, targets, reduction="none")
-            losses[number] = entropy.tolist()
-    return losses
+def token_losses(loaded: LoadedModel, ids: list[int], start: int) -> list[float]:
+    """Losses in nats of a text's tokens from `start` on."""
+    tokens = torch.tensor([ids], device=loaded.model.device)
+    with torch.no_grad():
+        logits = loaded.model(input_ids=tokens).logits[0, start - 1 : -1].float()
+    losses = torch.nn.functional.cross_entropy(logits, tokens[0, start:], reduction="none")
+    return list(losses.tolist())
 
 
-def answer_fairly(
-    loaded: LoadedModel, questions: Sequence[str], config: SamplingConfig
-) -> list[dict[str, Any]]:
-    """Answers of the base, asked by its own chat template if it has one, and of the tuned model."""
-    with loaded.model.disable_adapter():
-        before = generate(loaded, questions, config, chat=bool(loaded.base_template))
-    after = generate(loaded, questions, config)
-    pairs = []
-    for question, base, tuned in zip(questions, before, after, strict=True):
-        del base["seconds"], tuned["seconds"]  # the same command gives the same report
-        pairs.append({"question": question, "base": base, "tuned": tuned})
-    return pairs
+def grade(answer: dict[str, Any], pair: dict[str, Any]) -> None:
+    """Adds to an answer what a report compares; an unclosed thought has no answer, so it is wrong."""
+    del answer["seconds"]  # the same command gives the same report
+    answer["stopped"] = answer["finish_reason"] == "stop"
+    if "options" in pair:
+        letter = prompts.predicted_option(answer["answer"], pair["options"])
+        answer["accuracy"] = letter == pair["reference"]
+        answer["unread"] = letter is None
+    elif "thought" in pair:
+        length = len(answer["thought"]) if answer["closed"] else 0
+        answer["thought_length"] = length / len(pair["thought"])
+    else:
+        answer["reasoning"] = prompts.last_number(answer["answer"]) == float(pair["reference"])
 
 
 def evaluate(
@@ -2343,119 +2318,79 @@ def evaluate(
 
     Writes `name`.json, .png and .html into the run; returns the report without the texts.
     """
-    # Losses, on the same tokens for both sides.
-    base: dict[str, list[float]] = {}
-    tuned: dict[str, list[float]] = {}
+    pairs: list[dict[str, Any]] = []
+    for choice in choices:
+        task = {"question": choice.text, "reference": choice.key, "options": choice.options}
+        pairs.append(task)
+    for _, row in zip(range(answers), rows, strict=False):
+        task = {"question": row["question"], "reference": row["answer"], "thought": row["thought"]}
+        pairs.append(task)
+    if reasoning and pairs:
+        for problem in read_jsonl(REASONING_PROBLEMS):
+            pairs.append({"question": problem["question"], "reference": str(problem["answer"])})
+
+    log(f"evaluating on {len(choices or rows)} held-out rows, with {len(pairs)} answers")
+    questions = [pair["question"] for pair in pairs]
+    losses: dict[str, Any] = {"base": {}, "tuned": {}}
     if not choices:
-        log("", f"losses on {len(rows)} held-out rows and on general text, after and before")
-        tuned = measure_losses(loaded, rows, "after")
+        losses["tuned"] = measure_losses(loaded, rows, "after")
         with loaded.model.disable_adapter():
-            base = measure_losses(loaded, rows, "before")
+            losses["base"] = measure_losses(loaded, rows, "before")
+    after = generate(loaded, questions, config)
+    with loaded.model.disable_adapter():  # the base is asked as its makers meant it
+        before = generate(loaded, questions, config, chat=bool(loaded.base_template))
+    for pair, base, tuned in zip(pairs, before, after, strict=True):
+        grade(base, pair)
+        grade(tuned, pair)
+        pair.update(base=base, tuned=tuned)
 
-    # Answers, graded where one is right. An unclosed thought has no answer, so it is wrong.
-    questions = [choice.text for choice in choices] or rows["question"][:answers]
-    tasks = read_jsonl(REASONING_PROBLEMS) if reasoning and questions else []
-    also = f" and {len(tasks)} problems" if tasks else ""
-    log(f"answers to {len(questions)} questions{also}, before and after")
-    pairs = answer_fairly(loaded, questions, config)
-    problems = answer_fairly(loaded, [task["question"] for task in tasks], config)
-    for pair, row in zip(pairs, rows, strict=False):
-        pair["reference"] = row["answer"]
-        pair["reference_thought"] = row["thought"]
-    for pair, choice in zip(pairs, choices, strict=False):
-        pair["reference"] = choice.key
-        for side in prompts.SIDES:
-            letter = prompts.predicted_option(pair[side]["answer"], choice.options)
-            pair[side]["chosen"] = letter
-            pair[side]["right"] = letter == choice.key
-    for pair, task in zip(problems, tasks, strict=True):
-        pair["reference"] = str(task["answer"])
-        for side in prompts.SIDES:
-            pair[side]["right"] = prompts.last_number(pair[side]["answer"]) == task["answer"]
-
-    report = prompts.build_report(base, tuned, pairs, problems, len(choices or rows), config.seed)
-    report["asked_by"] = "its own chat template" if loaded.base_template else "the training prompt"
-    write_report(run, name, report, config)
+    report = prompts.build_report(losses, pairs, len(choices or rows), config.seed)
+    write_json(run / f"{name}.json", report)
+    draw_measures(report, run / f"{name}.png")
+    title = f"{run.name}, {Path(run.config.model).name}, {time.strftime('%Y-%m-%d')}"
+    write_text(run / f"{name}.html", prompts.as_html(title, report))
+    write_card(run)
     del report["pairs"]
     return report
 
 
-def write_report(run: Run, name: str, report: dict[str, Any], config: SamplingConfig) -> None:
-    """Writes a report as JSON, picture and page into the run, and into its model card."""
-    trained = run.config
-    details = {
-        "run": run.name,
-        "model": Path(trained.model).name,
-        "date": time.strftime("%Y-%m-%d"),
-        "training": f"{trained.max_steps} steps of {trained.effective_batch} rows, "
-        f"LoRA rank {trained.lora_r}, learning rate {trained.learning_rate:g}",
-        "answers": f"at most {config.max_new_tokens} tokens, seed {config.seed}",
-    }
-    write_json(run / f"{name}.json", report)
-    draw_measures(report, run / f"{name}.png")
-    write_text(run / f"{name}.html", prompts.as_html(report, details))
-    write_card(run)
-
-
 def draw_measures(report: dict[str, Any], path: Path) -> None:
-    """Draws a row per measure: a dot before, a dot after with its 95% interval, better to the right.
+    """Draws a row per measure: a dot before, a dot after with its interval, better to the right.
 
-    Shares lie between 0 and 100%, losses on at least 0.5 nats: a small change looks small.
+    Shares lie between 0 and 100%; losses begin in the middle, and an edge is one nat away.
     """
     names = [name for name in prompts.REPORTED if name in report]
-    figure, axes = pyplot.subplots(figsize=(7, 1.3 + 0.45 * len(names)), layout="constrained")
-    for y, (name, row) in enumerate(zip(names, prompts.report_rows(report), strict=True)):
-        # Places from 0, worse, to 1, better: before, after, and both ends of the interval.
+    figure, axes = pyplot.subplots(figsize=(7, 1 + 0.6 * len(names)), layout="constrained")
+    for y, name in enumerate(names):
         value = report[name]
-        points = [value["base"], value["tuned"]]
-        points += [value["base"] + value["low"], value["base"] + value["high"]]
-        worst, best = 0.0, 1.0
+        base, tuned = value["base"], value["tuned"]
+        points = numpy.array([base, tuned, base + value["low"], base + value["high"]])
         if name in ("loss", "relevance"):
-            margin = max(0.0, 0.5 - (max(points) - min(points))) / 2
-            worst, best = min(points) - margin, max(points) + margin
-        if name == "loss":
-            worst, best = best, worst
-        before, after, *interval = numpy.clip((numpy.array(points) - worst) / (best - worst), 0, 1)
-
-        color = "0.4"
+            points = 0.5 + (points - base) / 2
+        if name in ("loss", "unread"):  # lower is better
+            points = 1 - points
+        before, after, *interval = numpy.clip(points, 0, 1)
+        color = "dimgray"
         if value["low"] > 0 or value["high"] < 0:
             color = "tab:green" if after > before else "tab:red"
-        axes.plot([0, 1], [y, y], color="0.93", linewidth=7, solid_capstyle="round")
+        axes.plot([0, 1], [y, y], color="0.93", linewidth=7)
         axes.plot(interval, [y, y], color=color, linewidth=7, alpha=0.25)
-        if abs(after - before) > 0.05:
-            arrow = {"arrowstyle": "-|>", "color": color}
-            axes.annotate("", (after, y), (before, y), arrowprops=arrow)
-        axes.plot(before, y, "o", color="0.4", markerfacecolor="white", markersize=8, zorder=4)
-        axes.plot(after, y, "o", color=color, markersize=8, zorder=4)
-        ends = [(before, row[1], "normal"), (after, row[2], "bold")]
-        first, last = sorted(ends, key=lambda end: end[0])
-        left, right = min(first[0], *interval) - 0.03, max(last[0], *interval) + 0.03
-        axes.text(left, y, first[1], weight=first[2], color="0.3", ha="right", va="center")
-        axes.text(right, y, last[1], weight=last[2], color="0.3", ha="left", va="center")
-    axes.set(xlim=(-0.17, 1.17), ylim=(len(names) - 0.5, -0.5), xticks=[])
-    labels = [prompts.REPORTED[name].partition(" (")[0] for name in names]
-    axes.set_yticks(range(len(names)), labels, fontsize=11)
+        axes.plot([before, after], [y, y], color=color)
+        axes.plot(before, y, "o", color="dimgray", markerfacecolor="white", markersize=8)
+        axes.plot(after, y, "o", color=color, markersize=8)
+        style = "z" + prompts.REPORTED[name][1]
+        axes.text(before, y + 0.18, format(base, style), ha="center", va="top", color="dimgray")
+        axes.text(after, y - 0.18, format(tuned, style), ha="center", va="bottom", weight="bold")
+    axes.set_yticks(range(len(names)), [prompts.REPORTED[name][0] for name in names])
+    axes.set(xlim=(-0.1, 1.1), ylim=(len(names) - 0.4, -0.6), xticks=[])
+    axes.set_xlabel("○ before    ● after, with its 95% interval    better →", color="dimgray")
     axes.tick_params(length=0)
     axes.set_frame_on(False)
-    axes.set_xlabel("○ before    ● after, with its 95% interval    better →", color="0.4")
     title = textwrap.fill(f"{report['rows']} rows: {report['verdict']}", 76)
     figure.suptitle(title, x=0.01, ha="left", fontsize=11)
     with atomic_path(path) as partial:
         figure.savefig(partial, dpi=150, format="png")
     pyplot.close(figure)
-
-
-def print_report(report: dict[str, Any], out: Callable[[str], None] = print_result) -> None:
-    """Prints a report as a table under its verdict, within 80 columns."""
-    table = rich_table.Table(*prompts.REPORT_HEADINGS, box=None, pad_edge=False, header_style="")
-    for row in prompts.report_rows(report):
-        table.add_row(*row)
-    console = rich_console.Console(width=80, color_system=None, markup=False, highlight=False)
-    with console.capture() as captured:
-        console.print(table)
-    out(textwrap.fill(f"On {report['rows']} held-out rows: {report['verdict']}.", 80) + "\n")
-    out("\n".join(map(str.rstrip, captured.get().splitlines())))
-    log("", textwrap.fill(prompts.report_note(report), 80))
 
 
 # ------------------------------------------------------------------------------------------- saving
@@ -2797,7 +2732,7 @@ def model_card(
         use, where = prompts.CHAT_BY_ADAPTER, prompts.WHERE_ADAPTER
     text = prompts.MODEL_CARD.format(
         metadata=card_metadata(run, base, adapter_only),
-        base=prompts.as_text(title),
+        base=" ".join(title.split()),
         again="again " if parent else "",
         evaluation=reports or "Not evaluated yet.\n",
         sample=sample,
@@ -3466,7 +3401,7 @@ def demo(run_dir: RunDirOption = None) -> dict[str, Any]:
     run = Run(run_dir or RUNS / f"{time.strftime('%Y%m%d-%H%M%S')}-demo")
     loaded, held_out = train_run(config, run)
     report = evaluate(loaded, run, held_out, [], 8, config, reasoning=False)
-    print_report(report, log)
+    log("", prompts.as_report(report))
     return {
         "run": str(run),
         "verdict": report["verdict"],
@@ -3791,7 +3726,8 @@ def train(
     summary = summarize(chosen)
     if push:
         if config.eval_rows:
-            print_report(evaluate(loaded, chosen, held_out, [], EvalConfig.answers, config), log)
+            report = evaluate(loaded, chosen, held_out, [], EvalConfig.answers, config)
+            log("", prompts.as_report(report))
         summary["pushed"] = push_run(chosen, push)["repo"]
     return summary
 
@@ -4012,88 +3948,60 @@ def print_pair(pair: dict[str, Any], out: Callable[[str], None]) -> None:
 
 
 def evaluation_rows(run: Run, config: EvalConfig) -> tuple[str, TrainConfig]:
-    """The report's name, another for each set of rows, and the settings to read the rows by."""
-    trained, columns = run.config, ("question_col", "cot_col", "response_col")
-    changed: dict[str, Any] = {}
-    for option in ("dataset", "subset", "split", *columns):
-        if getattr(config, option) is not None:
-            changed[option] = getattr(config, option)
+    """The report's name, one per set of rows, and the settings to read them by."""
+    options = ("question_col", "cot_col", "response_col", "dataset", "subset", "split")
+    changed = {name: getattr(config, name) for name in options if getattr(config, name) is not None}
+    name = "eval"
     if changed:
-        rows = f"{Path(config.dataset or '').stem} {config.subset or ''} {config.split or ''}"
-        name = "-".join(["eval", *re.findall(r"\w+", rows), fingerprint(changed)[:4]])
-        if config.dataset and not config.subset:
-            changed["subset"] = None  # the run's is another dataset's
-    elif trained.eval_rows:
-        name = "eval"
-        changed = dict(zip(columns, RECIPE_COLUMNS, strict=True))
-        changed.update(dataset=str(run / "held_out.jsonl"), split="train")
+        stem = Path(config.dataset or "").stem
+        name = re.sub(r"\W+", "-", f"eval {stem} {fingerprint(changed)[:4]}")
+        if config.dataset:
+            changed.setdefault("subset", None)  # the run's is of its own
+    elif run.config.eval_rows:
+        rows = str(run / "held_out.jsonl")
+        changed = dict(zip(options, (*RECIPE_COLUMNS, rows, None, "train"), strict=True))
     else:
-        raise UserError(
-            f"--run {run} has no held-out rows.",
-            hint='name other rows, such as --split "train[500:520]"',
-        )
-    return name, dataclasses.replace(trained, **changed, eval_rows=0)
-
-
-def read_choices(records: Any, columns: tuple[str, str], limit: int) -> list[Any]:
-    """The first multiple-choice questions; rows whose options or key are unclear are named."""
-    if not limit:
-        raise UserError("--answers 0 leaves nothing to grade.", hint="name how many to answer")
-    try:
-        choices, reasons = prompts.read_multiple_choice(records, columns)
-    except ValueError as error:
-        raise UserError(
-            f"--dataset: {error}.", hint="write letters as keys, or name more rows by --split"
-        ) from None
-    if reasons:
-        refused = [f"  row {number}: {reason}" for number, reason in reasons.items()]
-        log(f"skipped {len(refused)} of {len(records)} rows: unclear options or key", *refused[:5])
-    return list(choices.values())[:limit]
+        raise UserError(f"--run {run} has no held-out rows.", hint="name other rows by --split")
+    return name, dataclasses.replace(run.config, **changed, eval_rows=0)
 
 
 @command(
     "eval",
     "eval --dataset GBaker/MedQA-USMLE-4-options --split test --answers 200",
-    printer=print_report,
+    printer=lambda report: print_result(prompts.as_report(report)),
 )
 def eval_(config: EvalConfig, run: RunOption = None, model: BaseOption = None) -> dict[str, Any]:
     """Evaluate base vs. fine-tuned on held-out rows or multiple choice."""
     found = Run.find(run)
-    with found.lock():  # first: a run that is locked or read-only could not keep the report
+    with found.lock():  # before anything is computed
         name, asked = evaluation_rows(found, config)
         records = read_records(asked)
+        import_unsloth()
         trained = trained_questions(found)
-
-        # Multiple choice where the columns say so, else rows; no question that was trained on.
+        choices, rows = [], []
         pairs = [pair for pair in prompts.CHOICE_COLUMNS if {*pair} <= {*records.column_names}]
-        choices, new = [], []
         if pairs:
-            read = read_choices(records, pairs[0], config.answers)
-            for choice in read:
-                if trained.isdisjoint([question_hash(choice.question), question_hash(choice.text)]):
+            try:
+                usable, refused = prompts.read_multiple_choice(records, pairs[0])
+            except ValueError as error:
+                raise UserError(f"--dataset: {error}.", hint="write letters as keys") from None
+            for number, reason in list(refused.items())[:5]:
+                log(f"skipped row {number}: {reason}")
+            for choice in usable.values():
+                if question_hash(choice.question) not in trained:
                     choices.append(choice)
         else:
             check_columns(records, asked)
-            read = records
-            for number, record in enumerate(records):
-                row = prompts.read_record(record, asked.columns, ())
-                if question_hash(row.question) not in trained:
-                    new.append(number)
-        skipped = len(read) - len(choices) - len(new)
-        if skipped:
-            log(f"skipped {skipped} of {len(read)} questions: duplicates of training questions")
-        if skipped == len(read):
-            raise UserError(f"--split {asked.split}: no question is left.", hint="name another")
-
-        import_unsloth()
-        rows = []
-        if not choices:
-            tokenizer = load_tokenizer(found.adapter)
-            rows = prepare_rows(records.select(new), tokenizer, asked).usable
-        log(f"evaluating {found}")
+            usable = prepare_rows(records, load_tokenizer(found.adapter), asked).usable
+            rows = usable.filter(lambda row: question_hash(row["question"]) not in trained)
+        new = len(choices or rows)
+        log(f"{len(records)} questions, {len(usable)} usable, {new} of them not trained on")
+        choices = choices[: config.answers]
+        if not choices and not len(rows):
+            raise UserError("no question is left.", hint="name other rows, or raise --answers")
         loaded = LoadedModel.load_run(found, model=model)
         report = evaluate(loaded, found, rows, choices, config.answers, config, name)
-    log(f"wrote {found / name}.json, .png and .html (all answers), and the model card", "")
+    log(f"wrote {found / name}.json, .png and .html, and the card")
     return {"run": str(found), **report}
 
 

@@ -11,14 +11,15 @@ given, is decided here too, and what an answer is worth.
 
 import ast
 import contextlib
-import html
 import json
 import random
 import re
 import statistics
 import string
+import textwrap
 import unicodedata
 from collections.abc import Sequence
+from html import escape
 from typing import Any, Literal, NamedTuple
 
 Lang = Literal["en", "zh"]
@@ -596,279 +597,146 @@ def predicted_option(answer: str, options: dict[str, str]) -> str | None:
 # --------------------------------------------------------------------------------------- evaluation
 # What an evaluation says, in the same order on the terminal, the card and the page: the verdict,
 # then what changed, with 95% intervals. A damaged training must never be called better.
-# Standard library only: neither a grader nor a bootstrap needs more.
 
 SIDES = {"base": "Before", "tuned": "After"}
-Measures = dict[str, list[float]]  # by name, one number per row or answer
 MIN_ROWS = 8  # for a verdict
-RESAMPLES = 2000  # of the bootstrap
-MIN_THOUGHT_SHARE = 0.25  # of the rows' own thoughts; less is no step-by-step reasoning
-MAX_GENERAL_LOSS_INCREASE = 0.1  # nats per token, a tenth more perplexity
-# What is reported, in this order; all other measures are in eval.json alone.
+MIN_THOUGHT_LENGTH = 0.25  # of the rows' own thoughts
+MAX_GENERAL_LOSS_INCREASE = 0.1  # nats per token
+# Reported in this order, in this format; eval.json has a little more.
 REPORTED = {
-    "loss": "held-out loss (lower is better)",
-    "relevance": "relevance",
-    "accuracy": "accuracy",
-    "closed": "thoughts closed",
-    "stopped": "finished by itself",
-    "reasoning": "reasoning kept",
+    "loss": ("held-out loss", ".3f"),
+    "relevance": ("relevance", ".3f"),
+    "accuracy": ("accuracy", ".1%"),
+    "unread": ("no option read", ".1%"),
+    "closed": ("thoughts closed", ".0%"),
+    "stopped": ("finished by itself", ".0%"),
+    "reasoning": ("reasoning kept", ".0%"),
 }
-REPORT_HEADINGS = ("measure", "before", "after", "change (95% interval)")
+REPORT_NOTE = """\
+Loss: nats per token of thought and answer, lower is better. Relevance: increase
+in answer loss when paired with another row's question. Reasoning: 24 problems.
+The base is asked by its own chat template if it has one."""
 
 
 def last_number(answer: str) -> float | None:
-    """The last number in an answer; it may have thousands separators, decimals and a unit."""
-    text = re.sub(r"\{,\}|\\,|,\\!", ",", answer)  # as LaTeX writes 1,200
-    number = r"(?<![A-Za-z\d^])-?(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)(?:\.\d+)?"
-    found = re.findall(number, text.replace("−", "-"))
-    return float(found[-1].replace(",", "")) if found else None
-
-
-def measure(answer: dict[str, Any]) -> dict[str, float]:
-    """Counts in an answer; `repetition` is the share of 4-grams that occurred before."""
-    words = f"{answer['thought']} {answer['answer']}".split()
-    runs = list(zip(words, words[1:], words[2:], words[3:], strict=False))
-    counts = {
-        "closed": float(answer["closed"]),
-        "stopped": float(answer["finish_reason"] == "stop"),
-        "thought_words": len(answer["thought"].split()),
-        "answer_words": len(answer["answer"].split()),
-        "bullets": len(re.findall(r"(?m)^\s*(?:[-*•]|\d+[.)])", answer["answer"])),
-        "repetition": 1 - len(set(runs)) / len(runs) if runs else 0.0,
-    }
-    if "chosen" in answer:
-        counts["accuracy"] = float(answer["right"])
-        counts["unread"] = float(answer["chosen"] is None)
-    return counts
+    """The last number in an answer, without thousands separators."""
+    text = re.sub(r"(?<=\d)(,|\{,\}|\\,)(?=\d{3}(?!\d))", "", answer.replace("−", "-"))
+    found = re.findall(r"(?<![A-Za-z\d^])-?\d+(?:\.\d+)?", text)
+    return float(found[-1]) if found else None
 
 
 def compare(base: Sequence[float], tuned: Sequence[float], seed: int) -> dict[str, float]:
-    """Means over the same rows, and tuned minus base with its 95% bootstrap interval."""
-    differences = [after - before for before, after in zip(base, tuned, strict=True)]
+    """Means over the same rows, and their difference with its 95% bootstrap interval."""
+    changes = [after - before for before, after in zip(base, tuned, strict=True)]
     chance = random.Random(seed)
-    means = []
-    for _ in range(RESAMPLES):
-        means.append(statistics.fmean(chance.choices(differences, k=len(differences))))
+    means = [statistics.fmean(chance.choices(changes, k=len(changes))) for _ in range(2000)]
     cuts = statistics.quantiles(means, n=40)
     return {
-        "base": round(statistics.fmean(base), 4),
-        "tuned": round(statistics.fmean(tuned), 4),
-        "difference": round(statistics.fmean(differences), 4),
-        "low": round(cuts[0], 4),
-        "high": round(cuts[-1], 4),
+        "base": statistics.fmean(base),
+        "tuned": statistics.fmean(tuned),
+        "difference": statistics.fmean(changes),
+        "low": cuts[0],
+        "high": cuts[-1],
     }
 
 
-def build_report(
-    base: Measures,
-    tuned: Measures,
-    pairs: list[dict[str, Any]],
-    problems: list[dict[str, Any]],
-    rows: int,
-    seed: int,
-) -> dict[str, Any]:
-    """Compares measures of rows with those of answers to them and to reasoning problems."""
-    sides = {"base": dict(base), "tuned": dict(tuned)}
-    for side, measures in sides.items():
-        for pair in pairs:
-            for name, value in measure(pair[side]).items():
-                measures.setdefault(name, []).append(value)
-        if problems:
-            measures["reasoning"] = [float(pair[side]["right"]) for pair in problems]
-    compared = {}
-    for name in sides["base"]:
-        compared[name] = compare(sides["base"][name], sides["tuned"][name], seed)
-
-    # All closed thoughts together, in characters, which count in every language.
-    closed = [pair for pair in pairs if pair["tuned"]["closed"] and "reference_thought" in pair]
-    thought = sum(len(pair["tuned"]["thought"]) for pair in closed)
-    reference = sum(len(pair["reference_thought"]) for pair in closed)
-    report: dict[str, Any] = {
-        "verdict": verdict(compared, rows, thought < MIN_THOUGHT_SHARE * reference),
-        "rows": rows,
-        "answers": len(pairs),
-        "problems": len(problems),
-        **compared,
-        "pairs": pairs + problems,
-    }
-    if "general_loss" in compared and compared["general_loss"]["low"] > MAX_GENERAL_LOSS_INCREASE:
-        report["verdict"] += "; general text is predicted worse"
-    if problems and compared["reasoning"]["high"] < 0:
-        _, before, after, _ = report_rows(report)[-1]
-        report["verdict"] += f"; reasoning lost: {before} problems solved before, {after} after"
-    return report
+def build_report(losses: dict[str, Any], pairs: list[Any], rows: int, seed: int) -> dict[str, Any]:
+    """Compares base and tuned by losses and by what is measured in answers."""
+    report: dict[str, Any] = {"verdict": "", "rows": rows, "answers": len(pairs)}
+    for name in (*REPORTED, "answer_loss", "general_loss", "thought_length"):
+        answered = [pair for pair in pairs if name in pair["base"]]
+        base = losses["base"].get(name) or [pair["base"][name] for pair in answered]
+        tuned = losses["tuned"].get(name) or [pair["tuned"][name] for pair in answered]
+        if base:
+            report[name] = compare(base, tuned, seed)
+    said = verdict(report)
+    if "general_loss" in report and report["general_loss"]["low"] > MAX_GENERAL_LOSS_INCREASE:
+        said += "; general text is predicted worse"
+    if "reasoning" in report and report["reasoning"]["high"] < 0:
+        said += "; reasoning lost: fewer problems solved"
+    return {**report, "verdict": said, "pairs": pairs}
 
 
-def verdict(measures: dict[str, dict[str, float]], rows: int, shrunk: bool = False) -> str:
-    """In words, from the intervals of an evaluation, its rows, and whether thoughts shrank.
-
-    A model that learned the style alone has a lower loss too, but its answers depend less on their
-    questions, so relevance drops.
-    """
-    if rows < MIN_ROWS:
-        return f"can't tell: at least {MIN_ROWS} rows are needed, not {rows}"
-    if "accuracy" in measures:
-        accuracy, unread = measures["accuracy"], measures["unread"]
-        if accuracy["low"] <= 0 <= accuracy["high"]:
-            return "can't tell: the 95% interval of the change in accuracy includes 0"
-        said = "better: more" if accuracy["low"] > 0 else "worse: fewer"
-        said += " answers are correct"
-        if unread["low"] > 0:
-            said += "; more could not be read"
-        if unread["high"] < 0:
-            said += "; fewer could not be read"
-        return said
-    if measures["loss"]["low"] > 0:
-        return "worse: held-out loss increased"
-    if measures["relevance"]["high"] < 0:
+def verdict(report: dict[str, Any]) -> str:
+    """In words, by the intervals; style alone lowers the loss, but relevance too."""
+    if report["rows"] < MIN_ROWS:
+        return f"can't tell: at least {MIN_ROWS} rows are needed, not {report['rows']}"
+    if "relevance" in report and report["relevance"]["high"] < 0:
         return "worse: answers are less specific to their questions"
-    if measures["loss"]["high"] >= 0:
-        return "can't tell: the 95% interval of the change in loss includes 0"
-    but = "can't tell: held-out loss decreased, but"
-    if "closed" in measures and measures["closed"]["high"] < 0:
-        return f"{but} fewer thoughts were closed within --max-new-tokens"
-    if "closed" in measures and not measures["closed"]["tuned"]:
-        return f"{but} no thought was closed within --max-new-tokens"
-    if shrunk:
-        return f"{but} thoughts are much shorter than the rows' own"
+    name = "accuracy" if "accuracy" in report else "loss"
+    change = report[name]
+    if change["low"] <= 0 <= change["high"]:
+        return f"can't tell: the 95% interval of the change in {name} includes 0"
+    if name == "accuracy":
+        outcome = "better: more" if change["low"] > 0 else "worse: fewer"
+        return f"{outcome} answers are correct"
+    if change["low"] > 0:
+        return "worse: held-out loss increased"
+    if report["answers"]:
+        short = report["thought_length"]["tuned"] < MIN_THOUGHT_LENGTH
+        if short or report["closed"]["high"] < 0:
+            return "can't tell: held-out loss decreased, but thoughts are unclosed or too short"
     return "better: held-out loss decreased; answers remain question-specific"
 
 
-def report_rows(report: dict[str, Any]) -> list[tuple[str, str, str, str]]:
-    """The reported measures under `REPORT_HEADINGS`; a change is that of the printed numbers."""
-    units = {"loss": (1, 3, ""), "relevance": (1, 3, ""), "accuracy": (100, 1, "%")}
-    units["reasoning"] = (report["problems"], 0, f" of {report['problems']}")
-    rows = []
-    for name, label in REPORTED.items():
-        if name in report:
-            scale, digits, unit = units.get(name, (100, 0, "%"))
-            value = {}
-            for key, number in report[name].items():
-                value[key] = round(number * scale, digits) + 0.0  # no -0.0
-            change = f"{value['tuned'] - value['base']:+.{digits}f}"
-            interval = f"{value['low']:+.{digits}f} to {value['high']:+.{digits}f}"
-            before = f"{value['base']:.{digits}f}{unit}"
-            after = f"{value['tuned']:.{digits}f}{unit}"
-            rows.append((label, before, after, f"{change} ({interval})"))
-    return rows
-
-
-def report_note(report: dict[str, Any]) -> str:
-    """How the reported measures were taken."""
-    notes = []
-    if "loss" in report:
-        notes.append("Loss: nats per token of thought and answer.")
-        notes.append("Relevance: increase in answer loss when paired with another row's question.")
-    if report["answers"]:
-        notes.append(f"{report['answers']} answers: the base was asked by {report['asked_by']},")
-        notes.append("the tuned model by the training prompt.")
-    if "unread" in report:
-        before = report["unread"]["base"] * report["answers"]
-        after = report["unread"]["tuned"] * report["answers"]
-        notes.append(f"No option could be read, so wrong: {before:.0f} before, {after:.0f} after.")
-    return " ".join(notes)
-
-
 def as_report(report: dict[str, Any]) -> str:
-    """An evaluation as Markdown: the verdict first, then its measures."""
-    text = f"On {report['rows']} held-out rows: **{report['verdict']}**.\n\n"
-    for row in (REPORT_HEADINGS, ["---"] * len(REPORT_HEADINGS), *report_rows(report)):
-        text += f"| {' | '.join(row)} |\n"
-    return f"{text}\n{report_note(report)}\n"
+    """Markdown of 80 columns, the verdict first."""
+    text = f"""On {report["rows"]} held-out rows: {report["verdict"]}.
+
+| measure            | before |  after | change (95% interval) |
+|--------------------|-------:|-------:|-----------------------|
+"""
+    for name, (label, style) in REPORTED.items():
+        if name in report:
+            value = report[name]
+            text += f"| {label:18} | {value['base']:z6{style}} | {value['tuned']:z6{style}} | "
+            text += f"{value['difference']:+z{style}} "
+            text += f"({value['low']:+z{style}} to {value['high']:+z{style}}) |\n"
+    return f"{text}\n{REPORT_NOTE}\n"
 
 
 def how_it_ended(answer: dict[str, Any]) -> str:
-    """In words, of an answer that `generate` made."""
-    thought = "thought closed" if answer["closed"] else "no thought"
-    if not answer["closed"] and not answer["answer"]:
-        thought = f"no answer: {THINK_CLOSE} not generated"
-    return f"{thought}, {'EOS' if answer['finish_reason'] == 'stop' else 'hit the token limit'}"
+    """How an answer ended, in words."""
+    end = "EOS" if answer["finish_reason"] == "stop" else "hit the token limit"
+    if answer["closed"]:
+        return f"thought closed, {end}"
+    if answer["answer"]:
+        return f"no thought, {end}"
+    return f"no answer: {THINK_CLOSE} not generated, {end}"
 
 
 def fold(text: str) -> str:
-    """The text with what is repeated three times in a row, or more, written once and counted."""
-
-    def once(match: re.Match[str]) -> str:
-        said, space = match.groups()
-        times = (len(match[0]) + len(space)) // len(said + space)  # none after the last one
-        return f"{said} [{times} times]"
-
-    # Nine characters or more, from the beginning of a word on.
-    repeated = r"(?<![^\s。!?！？])(\S.{7,300}?\S)(\s*)(?:\1\2)+\1(?![a-zA-Z])"
-    return re.sub(repeated, once, text, flags=re.DOTALL)
+    """What is repeated three times or more is written once."""
+    repeated = r"(?s)(?<![^\s。])(\S.{8,300}?)\1{2,}"
+    return re.sub(repeated, lambda said: f"{said[1]}[{len(said[0]) // len(said[1])} times] ", text)
 
 
-ANSWERS_PAGE = string.Template("""<!DOCTYPE html>
-<html lang="en">
-<meta charset="utf-8">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<title>$title</title>
-<style>
-body { font: 16px/1.5 sans-serif; max-width: 80rem; margin: auto; padding: 1rem; }
-table { border-collapse: collapse; }
-th, td { text-align: left; vertical-align: top; padding-right: 1rem; }
-section { display: grid; gap: 1rem 2rem; overflow-wrap: anywhere;
-  grid-template-columns: repeat(auto-fit, minmax(min(100%, 18rem), 1fr)); }
-pre, h2 { font: inherit; white-space: pre-wrap; margin: 0; }
-h2 { font-weight: bold; border-top: 1px solid #999; margin-top: 1.5rem; padding-top: 1rem; }
-h3, summary, p { font-size: 0.9rem; color: #555; }
-</style>
-<h1>$verdict</h1>
-<table>$details</table>
-<h3>On $rows rows</h3>
-<table>$measures</table>
-<p>$note Nothing here is medical advice.</p>
-<button onclick="document.querySelectorAll('details').forEach(item => item.open = true)">
-expand all</button>
-$answers
-</html>
-""")
-
-
-def as_html(report: dict[str, Any], details: dict[str, str]) -> str:
-    """A page with the report and all answers side by side; `details` name run, model, settings."""
-    tables = []
-    for rows in (details.items(), [REPORT_HEADINGS, *report_rows(report)]):
-        table = ""
-        for heading, *cells in rows:
-            table += f"\n<tr><th>{html.escape(heading)}"
-            for cell in cells:
-                table += f"<td>{html.escape(cell)}"
-        tables.append(table)
-    answers = ""
+def as_html(title: str, report: dict[str, Any]) -> str:
+    """A page with the report and all answers side by side."""
+    title = escape(title)
+    page = f"""<!DOCTYPE html>
+<meta charset="utf-8"><meta name="viewport" content="width=device-width">
+<style>pre {{ white-space: pre-wrap }} div {{ display: flex; flex-wrap: wrap }}
+div pre {{ flex: 1 18em; font: 1em sans-serif }}</style>
+<title>{title}</title>
+<h1>{title}</h1>
+<pre>{escape(as_report(report))}</pre>
+"""
     for pair in report["pairs"]:
-        answers += f"<h2>{html.escape(pair['question'])}</h2>\n<section>\n"
-        for side, title in SIDES.items():
-            thought = html.escape(fold(pair[side]["thought"]))
-            answers += f"<div><h3>{title}: {html.escape(how_it_ended(pair[side]))}</h3>"
-            answers += f"<pre>{html.escape(fold(pair[side]['answer']))}</pre>"
-            if thought:
-                answers += f"<details><summary>thought</summary><pre>{thought}</pre></details>"
-            answers += "</div>\n"
-        answers += f"<div><h3>Reference</h3><pre>{html.escape(pair['reference'])}</pre></div>"
-        answers += "</section>\n"
-    return ANSWERS_PAGE.substitute(
-        title=html.escape(details["run"]),
-        verdict=html.escape(report["verdict"].capitalize()),
-        details=tables[0],
-        rows=report["rows"],
-        measures=tables[1],
-        note=html.escape(report_note(report)),
-        answers=answers,
-    )
+        page += f"<h2>{escape(pair['question'])}</h2>\n<div>"
+        for side, name in SIDES.items():
+            answer = pair[side]
+            text = fold(f"{answer['thought']}\n{THINK_CLOSE}\n{answer['answer']}")
+            page += f"<pre>{name}: {escape(how_it_ended(answer))}\n\n{escape(text)}</pre>\n"
+        page += f"<pre>Reference\n\n{escape(pair['reference'])}</pre></div>\n"
+    return page
 
 
 def as_markdown(pair: dict[str, Any]) -> str:
-    """A question with both answers, for the model card."""
-    text = f"**Question.** {as_text(pair['question'])}\n"
+    """A question with both answers for the card, in which no mark is markup."""
+    lines = ["Question: " + pair["question"]]
     for side, title in SIDES.items():
-        text += f"\n**{title}** ({as_text(how_it_ended(pair[side]))}).\n\n"
-        for line in fold(pair[side]["answer"] or pair[side]["thought"]).splitlines():
-            text += f"> {as_text(line)}  \n"  # two spaces keep the line's end
-    return text
-
-
-def as_text(line: str) -> str:
-    """Markdown that shows a line as it is: no mark in it is taken for markup or HTML."""
-    markup = r"[\\`*_\[\]<&|~$]|^[-+=#>]|(?<=\d)[.)](?!\S)"
-    return re.sub(markup, r"\\\g<0>", " ".join(line.split()))
+        lines += ["", f"{title} ({how_it_ended(pair[side])}):"]
+        lines += fold(pair[side]["answer"] or pair[side]["thought"]).splitlines()
+    text = "\n".join(textwrap.fill(line, 90) for line in lines)
+    return "```text\n" + text.replace("```", "'''") + "\n```\n"

@@ -274,7 +274,7 @@ def r1_tokenizer(tiny_r1):
     """The tokenizer that is in tiny_r1, which AutoTokenizer would ruin."""
     import finetune_r1
 
-    return finetune_r1.load_tokenizer(str(tiny_r1))
+    return finetune_r1.load_tokenizer(tiny_r1)
 
 
 @pytest.fixture(scope="session")

@@ -3,72 +3,54 @@
 import json
 
 import pytest
+import yaml
 from conftest import SCRIPT
 from servers.hub import HubServer
 
 from finetune_r1 import DEMO_MODEL, read_json, read_jsonl, write_jsonl
 from prompts import BEFORE_AFTER
 
-FILES = {
-    "README.md",
-    "config.json",
-    "eval.json",
-    "eval.png",
-    "loss.png",
-    "metrics.jsonl",
-    "run.json",
-}
+FILES = set(
+    "README.md config.json eval.json eval.html eval.png loss.png metrics.jsonl run.json".split()
+)
 FOLDERS = {"adapter", "merged"}
 
 
-def test_it_prints_one_json_object_and_nothing_else_on_stdout(demo):
+def test_demo_prints_one_json_object_and_nothing_else_on_stdout(demo):
     summary = json.loads(demo[2].out)
     assert summary["run"] == "runs/demo" and summary["next"].startswith(f"python {SCRIPT} infer")
 
 
-def test_the_held_out_loss_falls_and_more_thoughts_are_closed(demo):
+def test_demo_lowers_the_held_out_loss_and_closes_thoughts(demo):
     report = read_json(demo[1] / "eval.json")
-    assert (
-        report["rows"] == 12
-        and report["loss"]["high"] < 0
-        and report["verdict"].startswith("better")
-    )
-    assert report["closed"]["tuned"] >= report["closed"]["base"] and report["relevance"]["low"] > 0
+    assert report["rows"] == 12 and report["verdict"].startswith("better")
+    assert report["loss"]["high"] < 0 < report["relevance"]["low"]
+    assert report["closed"]["tuned"] >= report["closed"]["base"]
 
 
-def test_everything_lies_where_the_design_says(demo):
+def test_demo_leaves_files_where_the_design_says(demo):
     names = {path.name for path in demo[1].iterdir()}
     assert names >= FILES | FOLDERS and not [name for name in names if "partial" in name]
     assert read_json(demo[1] / "run.json")["status"] == "finished"
     assert not list((demo[1] / "merged").glob("adapter*"))
-    assert read_json(demo[1] / "merged" / "generation_config.json")["do_sample"] is False, (
-        "as its base"
-    )
+    own = read_json(demo[1] / "merged" / "generation_config.json")
+    assert own["do_sample"] is False, "as its base"
 
 
-def test_it_goes_through_the_job_before_the_users_eyes(demo):
+def test_demo_goes_through_the_job_before_the_users_eyes(demo):
     lines = demo[2].err.splitlines()
-    starts = (
-        "settings",
-        "rows ",
-        "plan ",
-        "step 00001/",
-        "BEFORE TRAINING",
-        "AFTER TRAINING",
-        "measure ",
-    )
+    starts = ("settings", "rows ", "plan ", "step 00001/", "evaluating on 12", "| held-out loss")
     for start in (*starts, "merging "):
         assert [line for line in lines if line.startswith(start)], f"no line starts with {start!r}"
     assert BEFORE_AFTER["en"] in demo[2].err
 
 
-def test_the_card_has_the_hubs_metadata_and_names_no_folder_of_this_machine(demo):
-    import yaml
-
+def test_demo_card_has_the_hubs_metadata_and_names_no_folder_of_this_machine(demo):
     text = (demo[1] / "README.md").read_text()
     metadata = yaml.safe_load(text.split("---")[1])
     assert metadata["base_model"] == DEMO_MODEL and metadata["license"] == "apache-2.0"
-    assert "no medical device" in text and str(demo[0]) not in text and "/cache/" not in text
+    assert "not a medical device" in text
+    assert str(demo[0]) not in text and "/cache/" not in text
 
 
 def test_infer_asks_the_newest_run_thought_on_stderr_answer_on_stdout(demo, run_cli):
@@ -84,7 +66,7 @@ def test_infer_compare_and_file_answer_from_both_sides(demo, run_cli):
     write_jsonl(questions, [{"Question": f"What is {word}?"} for word in ("croup", "gout")])
     options = ("--compare", "--file", questions, "--output", "answers.jsonl", "--max-new-tokens", 5)
     done = run_cli(["infer", *options, "--json"], cwd=demo[0])
-    assert done.code == 0 and json.loads(done.out) == {"answers": 2, "written": "answers.jsonl"}
+    assert done.code == 0 and json.loads(done.out)["answers"] == 2
     answers = read_jsonl(demo[0] / "answers.jsonl")
     assert [a["question"] for a in answers] == ["What is croup?", "What is gout?"]
     assert all(a["base"]["tokens"] == a["tuned"]["tokens"] == 5 for a in answers)
@@ -93,18 +75,14 @@ def test_infer_compare_and_file_answer_from_both_sides(demo, run_cli):
 
 @pytest.mark.slow
 def test_eval_finds_the_same_held_out_loss_again(demo, run_cli):
-    before = read_json(demo[1] / "eval.json")[
-        "loss"
-    ]  # of the model as it was in memory after training
+    before = read_json(demo[1] / "eval.json")["loss"]  # by the model that training left in memory
     done = run_cli(["eval", "--answers", 0, "--json"], cwd=demo[0])
     assert done.code == 0, done.err
     assert json.loads(done.out)["loss"] == pytest.approx(before, abs=5e-3)
 
 
 @pytest.mark.slow
-def test_it_is_pushed_by_the_clients_default_way_and_names_no_folder_of_this_machine(
-    demo, cli, home
-):
+def test_push_of_the_demo_over_xet_names_no_folder_of_this_machine(demo, cli, home):
     """270 MB over Xet."""
     with HubServer(tokens={"hf_writetoken": ("alice", "write")}) as hub:
         here = {"HF_ENDPOINT": hub.url, "HF_TOKEN": "hf_writetoken", "HF_HUB_DISABLE_XET": "0"}

@@ -91,7 +91,7 @@ def test_losses_are_means_over_the_tokens_they_name(untrained, held_out):
     assert found["answer_loss"][0] == pytest.approx(sum(each[-answer:]) / answer, abs=1e-3)
 
 
-def test_relevance_is_measured_on_whole_answers_where_rows_only_just_fit(
+def test_relevance_of_rows_that_only_just_fit_is_measured_on_whole_answers(
     config, untrained, monkeypatch
 ):
     """A GPU's Unsloth cuts off the end of what is too long, where the answer is."""
@@ -135,26 +135,25 @@ def test_general_loss_is_the_mean_of_each_passage_without_a_prompt(untrained, mo
 # ----------------------------------------------------------------------------------- one evaluation
 
 
-def test_an_untrained_adapter_changes_nothing_and_the_base_is_asked_by_its_chat_template(
-    untrained, held_out, run, monkeypatch, capsys
+def test_evaluate_untrained_adapter_changes_nothing_and_asks_the_base_by_its_chat_template(
+    untrained, held_out, run, monkeypatch
 ):
-    rendered, render_prompts = [], LoadedModel.render_prompts
+    rendered, render_prompts = [], finetune_r1.render_prompts
 
     def noted(*given):
         rendered.append(render_prompts(*given))
         return rendered[-1]
 
-    monkeypatch.setattr(LoadedModel, "render_prompts", noted)
+    monkeypatch.setattr(finetune_r1, "render_prompts", noted)
     report = finetune_r1.evaluate(untrained, run, held_out, [], 2, SHORT)
     own = f"{BOS}<｜User｜>{held_out[0]['question']}<｜Assistant｜><think>\n"
     assert sum(own in texts for texts in rendered) == 1
-    assert report["asked_by"] == "its own chat template" and report["verdict"].startswith("can't")
-    assert (report["rows"], report["answers"], report["problems"]) == (4, 2, 24)
+    assert report["verdict"].startswith("can't") and (report["rows"], report["answers"]) == (4, 26)
     for name in ("loss", "answer_loss", "relevance", "general_loss"):
         assert not any(report[name][key] for key in ("difference", "low", "high")), name
 
     # A base without a template is asked as the tuned model is, so that nothing at all changes.
-    monkeypatch.setattr(untrained, "own_template", None)
+    monkeypatch.setattr(untrained, "base_template", None)
     report = finetune_r1.evaluate(untrained, run, held_out, [], 2, SHORT, reasoning=False)
     written = (run / "eval.json").read_bytes()
     finetune_r1.evaluate(untrained, run, held_out, [], 2, SHORT, reasoning=False)
@@ -162,11 +161,10 @@ def test_an_untrained_adapter_changes_nothing_and_the_base_is_asked_by_its_chat_
     for name, value in report.items():
         if isinstance(value, dict):
             assert not any(value[key] for key in ("difference", "low", "high")), name
-    assert "asked by the training prompt" in (run / "README.md").read_text()
-    assert not read_json(run / "eval.json")["problems"] and "reasoning" not in report
+    assert report["answers"] == 2 and "reasoning" not in report
 
 
-def test_answers_are_graded_by_option_and_by_last_number(untrained, run, monkeypatch):
+def test_evaluate_grades_answers_by_option_and_by_last_number(untrained, run, monkeypatch):
     problems = read_jsonl(REASONING_PROBLEMS)
     numbers = {problem["question"]: problem["answer"] for problem in problems}
 
@@ -182,47 +180,38 @@ def test_answers_are_graded_by_option_and_by_last_number(untrained, run, monkeyp
             answers.append({"question": question, "thought": "", "answer": text, **ended})
         return answers
 
-    monkeypatch.setattr(LoadedModel, "generate", generate)
+    monkeypatch.setattr(finetune_r1, "generate", generate)
     choices = [prompts.MultipleChoice("Why <b>so</b>?", REST, key) for key in "BBBBBBBBBA"]
     report = finetune_r1.evaluate(untrained, run, [], choices, 10, SHORT)
-    assert report["accuracy"] | {"low": 0, "high": 0} == {
-        "base": 0.1, "tuned": 0.9, "difference": 0.8, "low": 0, "high": 0
-    }  # fmt: skip
+    assert (report["accuracy"]["base"], report["accuracy"]["tuned"]) == (0.1, 0.9)
     sevens = sum(number == 7 for number in numbers.values())
-    assert report["reasoning"]["base"] == pytest.approx(sevens / 24, abs=1e-4)
-    assert report["reasoning"]["tuned"] == pytest.approx(23 / 24, abs=1e-4)
-    assert report["verdict"] == "better: more answers are correct"
+    assert report["reasoning"]["base"] == sevens / 24 and report["reasoning"]["tuned"] == 23 / 24
+    assert report["verdict"] == "better: more answers are correct" and "loss" not in report
     pairs = read_json(run / "eval.json")["pairs"]
     assert [pair["reference"] for pair in pairs[9:11]] == ["A", "40"]
     page = (run / "eval.html").read_text()
-    assert page.count("<section>") == 34 and "&lt;b&gt;so&lt;/b&gt;" in page and "<b>" not in page
+    assert page.count("<h2>") == 34 and "&lt;b&gt;so&lt;/b&gt;" in page and "<b>" not in page
 
 
 # --------------------------------------------------------------------------------- the eval command
 
 
-def test_eval_prints_one_table_within_80_columns_and_draws_it_on_the_card(run, run_cli):
+def test_eval_prints_the_table_that_card_and_page_show(run, run_cli):
     done = run_cli(["eval", "--run", run.folder, "--answers", 2, "--max-new-tokens", 3])
-    lines = done.out.splitlines()
     assert done.code == 0, done.err
-    assert max(map(len, (done.out + done.err).splitlines())) <= 80 + len(str(run.folder))
+    lines = done.out.splitlines()
     assert lines[0] == "On 3 held-out rows: can't tell: at least 8 rows are needed, not 3."
-    names = [line[:32].strip() for line in lines[3:]]
-    assert names == [
-        "held-out loss (lower is better)", "relevance", "thoughts closed", "finished by itself",
-        "reasoning kept",
-    ]  # fmt: skip
-    for line in lines[3:]:
-        assert re.search(r" [\d.]+(%| of 24)? .* [+-]\d+(\.\d+)? \([+-].* to [+-].*\)$", line), line
+    assert max(map(len, lines)) <= 80
+    names = [line.split("|")[1].strip() for line in lines[4:9]]
+    measures = ["held-out loss", "relevance", "thoughts closed", "finished by itself"]
+    assert names == [*measures, "reasoning kept"]
+    for line in lines[4:9]:
+        assert re.search(r" [\d.]+%? \| [+-][\d.]+%? \([+-].* to [+-].*\) \|$", line), line
     assert not re.search(r"-0(\.0+)?\b(?!\.)", done.out)
-    assert "base was asked by its own chat template" in " ".join(done.err.split())
     card, page = (run / "README.md").read_text(), (run / "eval.html").read_text()
-    for name in names:
-        assert f"| {name} |" in card and f"<th>{name}" in page
+    assert done.out.strip() in card and "\n".join(lines[4:9]) in page and run.name in page
     assert "![before and after](eval.png)" in card
     assert (run / "eval.png").read_bytes().startswith(b"\x89PNG")
-    for text in (run.name, "3 steps of 2 rows", "expand all", "<details><summary>thought"):
-        assert text in page
 
 
 def test_eval_of_other_rows_skips_duplicates_of_training_questions(run, run_cli, tmp_path):
@@ -233,13 +222,13 @@ def test_eval_of_other_rows_skips_duplicates_of_training_questions(run, run_cli,
     columns = ["--question-col", "q", "--cot-col", "why", "--response-col", "a"]
     done = run_cli([*line, "train", *columns, "--answers", 0, "--json"])
     assert done.code == 0 and json.loads(done.out)["rows"] == 2, done.err
-    assert "skipped 2 of 4 questions: duplicates of training questions" in done.err
-    [report] = run.folder.glob("eval-mine-train-????.json")
+    assert "4 questions, 4 usable, 2 of them not trained on" in done.err
+    [report] = run.folder.glob("eval-mine-????.json")
     assert not (run / "eval.json").exists() and report.with_suffix(".html").exists()
     done = run_cli([*line, "train[:2]", *columns])
     assert done.code == 1 and "no question is left" in done.err
     done = run_cli([*line, "train"])
-    assert done.code == 1 and "its columns: q, why, a" in done.err
+    assert done.code == 1 and "has q, why, a, not Question" in done.err
 
 
 def test_eval_grades_multiple_choice_and_names_the_rows_it_refuses(run, run_cli, tmp_path):
@@ -253,32 +242,32 @@ def test_eval_grades_multiple_choice_and_names_the_rows_it_refuses(run, run_cli,
     line = ["eval", "--run", run.folder, "--dataset", tmp_path / "choice.jsonl", "--split", "train"]
     done = run_cli([*line, "--max-new-tokens", 3, "--json"])
     report = json.loads(done.out)
-    assert report["rows"] == report["answers"] == 1 and "loss" not in report
+    assert report["rows"] == 1 and "loss" not in report
     assert report["unread"]["tuned"] == 1 and report["accuracy"]["tuned"] == 0
-    assert "skipped 1 of 3 rows: unclear options or key" in done.err and "row 2: " in done.err
-    assert "skipped 1 of 2 questions: duplicates" in done.err
-    assert "| accuracy | 0.0% | 0.0% | +0.0 (" in (run / "README.md").read_text()
+    assert "row 2: " in done.err and "3 questions, 2 usable, 1 of them not trained on" in done.err
+    assert "| accuracy           |   0.0% |   0.0% | +0.0% (" in (run / "README.md").read_text()
     done = run_cli([*line, "--answers", 0])
-    assert done.code == 1 and "--answers 0" in done.err
+    assert done.code == 1 and "no question is left" in done.err
+    write_jsonl(tmp_path / "choice.jsonl", [rows[0] | {"answer_idx": 1}])
+    done = run_cli(line)
+    assert done.code == 1 and "may count from 0 or from 1" in done.err
 
 
-def test_a_locked_run_is_refused_before_anything_is_computed(run, run_cli, monkeypatch):
+def test_eval_of_a_locked_run_is_refused_before_anything_is_computed(run, run_cli, monkeypatch):
     monkeypatch.setattr(finetune_r1, "read_records", None)
     with filelock.FileLock(run / ".lock"):
         done = run_cli(["eval", "--run", run.folder])
-    assert done.code == 1 and ".lock" in done.err and "Traceback" not in done.err
+    assert done.code == 1 and "is locked by another process" in done.err
 
 
-def test_each_set_of_rows_has_a_report_of_its_own(run, tmp_path):
+def test_evaluation_rows_each_set_has_a_report_of_its_own(run):
     def name(**options):
         return finetune_r1.evaluation_rows(run, EvalConfig(**options))[0]
 
     assert name() == "eval"
-    assert re.fullmatch("eval-train-20-30-[0-9a-f]{4}", name(split="train[20:30]"))
-    named = {"dataset": "data/mine.jsonl", "split": "train[4:6]", "subset": "zh"}
-    assert re.fullmatch("eval-mine-zh-train-4-6-[0-9a-f]{4}", name(**named))
     splits = ["train[:20]", "train[20:]", "train[-20:]", "train[:20%]", "train[:2]+train[20:]"]
-    names = [name(dataset="mine.jsonl", split=split) for split in splits]
+    names = [name(dataset="my rows.jsonl", split=split) for split in splits]
+    assert all(re.fullmatch("eval-my-rows-[0-9a-f]{4}", each) for each in names)
     names += [name(subset="zh"), name(response_col="Short")]
     assert len(set(names)) == len(names), names
     write_json(run / "config.json", dataclasses.asdict(run.config) | {"eval_rows": 0})
@@ -286,20 +275,20 @@ def test_each_set_of_rows_has_a_report_of_its_own(run, tmp_path):
         name()
 
 
-def test_the_card_shows_the_largest_evaluation_of_each_kind(run):
+def test_card_shows_the_largest_evaluation_of_each_kind(run):
     for name, measure, rows in (
         ("eval", "loss", 12),
         ("eval-mine-4f2a", "loss", 9),
-        ("eval-medqa-test-77e0", "accuracy", 100),
+        ("eval-medqa-77e0", "accuracy", 100),
         ("eval-other-3c3c", "accuracy", 40),
     ):
-        values = {measure: [0.5] * rows, "relevance": [0.5] * rows, "unread": [0.0] * rows}
-        report = prompts.build_report(values, values, [], [], rows, seed=1)
+        values = {measure: [0.5] * rows, "relevance": [0.5] * rows}
+        report = prompts.build_report({"base": values, "tuned": values}, [], rows, seed=1)
         write_json(run / f"{name}.json", report)
     finetune_r1.write_card(run)
     card = (run / "README.md").read_text()
     assert re.findall(r"On (\d+) held-out", card) == ["12", "100"]
-    assert re.findall(r"\((eval\S*)\.png\)", card) == ["eval", "eval-medqa-test-77e0"]
+    assert re.findall(r"\((eval\S*)\.png\)", card) == ["eval", "eval-medqa-77e0"]
 
 
 # ------------------------------------------------------------------------------- reasoning problems
@@ -309,7 +298,7 @@ def orders(names, allowed):
     return [order for order in map("".join, itertools.permutations(names)) if allowed(order)]
 
 
-def test_the_answers_of_the_reasoning_problems_are_right():
+def test_reasoning_problems_have_right_answers():
     """Each computed in another way than a reader would."""
     june = [datetime.date(2026, 6, day) for day in range(1, 31)]  # its first is a Monday
     days_late = (datetime.date(2026, 5, 3) - datetime.date(2026, 3, 18)).days - 30
@@ -368,7 +357,7 @@ def test_the_answers_of_the_reasoning_problems_are_right():
         ("星期６", 6),
     ],
 )
-def test_the_last_number_of_an_answer_is_read(answer, number):
+def test_last_number_of_an_answer_is_read(answer, number):
     assert prompts.last_number(answer) == number
 
 
@@ -376,13 +365,16 @@ def test_the_last_number_of_an_answer_is_read(answer, number):
 
 FELL, ROSE = compared([3.0, 3.1, 2.9], [2.0, 2.2, 1.8]), compared([2.0, 2.2, 1.8], [3.0, 3.1, 2.9])
 EITHER = compared([1.0, 3.0], [3.0, 1.0])
-LEARNED = {"loss": FELL, "relevance": ROSE}
-NONE_CLOSED, FEWER_CLOSED = compared([0.0, 0.0], [0.0, 0.0]), compared([1.0] * 3, [0.0] * 3)
+LONG, TOO_SHORT = compared([0.5] * 3, [0.7] * 3), compared([0.5] * 3, [0.01] * 3)
+FEWER_CLOSED = compared([1.0] * 3, [0.0] * 3)
+LEARNED = {"answers": 0, "loss": FELL, "relevance": ROSE}
+ANSWERED = LEARNED | {"answers": 3, "closed": EITHER, "thought_length": LONG}
 
 
-def test_a_comparison_has_both_means_and_an_interval_that_holds_the_difference():
+def test_compare_gives_both_means_and_an_interval_that_holds_the_difference():
     assert FELL["base"] == 3 and FELL["tuned"] == 2
-    assert FELL["low"] <= FELL["difference"] == -1 <= FELL["high"] < 0
+    assert FELL["difference"] == pytest.approx(-1)
+    assert FELL["low"] <= FELL["difference"] <= FELL["high"] < 0
     assert EITHER["difference"] == 0 and (EITHER["low"], EITHER["high"]) == (-2, 2)
     assert compared([0.0, 0.0, 1.0] * 9, [1.0, 0.0, 1.0] * 9)["low"] > 0
 
@@ -394,27 +386,32 @@ def test_a_comparison_has_both_means_and_an_interval_that_holds_the_difference()
         (LEARNED | {"relevance": EITHER}, "better"),
         (LEARNED | {"relevance": FELL}, "worse: answers are less specific"),  # the style alone
         (LEARNED | {"loss": ROSE}, "worse: held-out loss increased"),
-        (LEARNED | {"loss": EITHER}, "can't tell: .* includes 0"),
-        (LEARNED | {"closed": ROSE}, "better"),
-        (LEARNED | {"closed": NONE_CLOSED}, "can't tell: .* no thought was closed"),
-        (LEARNED | {"closed": FEWER_CLOSED}, "can't tell: .* fewer thoughts were closed"),
-        ({"accuracy": ROSE, "unread": EITHER}, "better: more answers are correct$"),
-        ({"accuracy": ROSE, "unread": FELL}, "better: .* correct; fewer could not be read"),
-        ({"accuracy": FELL, "unread": ROSE}, "worse: fewer .* correct; more could not be read"),
-        ({"accuracy": EITHER, "unread": ROSE}, "can't tell: .* includes 0"),
+        (LEARNED | {"loss": EITHER}, "can't tell: .* in loss includes 0"),
+        (ANSWERED, "better"),
+        (ANSWERED | {"closed": FEWER_CLOSED}, "can't tell: .* unclosed or too short"),
+        (ANSWERED | {"thought_length": TOO_SHORT}, "can't tell: .* unclosed or too short"),
+        ({"accuracy": ROSE}, "better: more answers are correct$"),
+        ({"accuracy": FELL}, "worse: fewer answers are correct$"),
+        ({"accuracy": EITHER}, "can't tell: .* in accuracy includes 0"),
     ],
 )
-def test_the_verdict_follows_the_intervals(measures, verdict):
-    assert re.match(verdict, prompts.verdict(measures, rows=8))
-    assert prompts.verdict(measures, rows=7) == "can't tell: at least 8 rows are needed, not 7"
+def test_verdict_follows_the_intervals(measures, verdict):
+    assert re.match(verdict, prompts.verdict({"rows": 8, **measures}))
+    few = prompts.verdict({"rows": 7, **measures})
+    assert few == "can't tell: at least 8 rows are needed, not 7"
 
 
-@pytest.mark.parametrize(("words", "verdict"), [(40, "better: "), (1, "can't .* much shorter")])
-def test_a_training_that_unlearned_to_think_is_not_called_better(words, verdict):
-    answer = {"answer": "So.", "closed": True, "finish_reason": "stop", "thought": "so " * words}
-    pair = {"question": "Why?", "reference_thought": "so " * 60, "base": answer, "tuned": answer}
-    before, after = ({"loss": [loss] * 9, "relevance": [1.0] * 9} for loss in (3.0, 2.0))
-    report = prompts.build_report(before, after, [pair] * 9, [], 9, seed=1)
+@pytest.mark.parametrize(("words", "verdict"), [(40, "better: "), (1, "can't .* too short")])
+def test_verdict_on_a_training_that_unlearned_to_think_is_not_better(words, verdict):
+    pair = {"question": "Why?", "reference": "So.", "thought": "so " * 60}
+    for side in prompts.SIDES:
+        answer = {"answer": "So.", "closed": True, "finish_reason": "stop", "seconds": 1}
+        pair[side] = answer | {"thought": "so " * words}
+        finetune_r1.grade(pair[side], pair)
+    losses = {}
+    for side, loss in (("base", 3.0), ("tuned", 2.0)):
+        losses[side] = {"loss": [loss] * 9, "relevance": [1.0] * 9}
+    report = prompts.build_report(losses, [pair] * 9, 9, seed=1)
     assert re.match(verdict, report["verdict"])
 
 
@@ -424,38 +421,25 @@ def test_a_training_that_unlearned_to_think_is_not_called_better(words, verdict)
         (0.08, 21, "question-specific"),
         (-1.0, 24, "question-specific"),
         (0.2, 22, "question-specific; general text is predicted worse"),
-        (
-            0.0,
-            8,
-            "question-specific; reasoning lost: 22 of 24 problems solved before, 8 of 24 after",
-        ),
+        (0.0, 8, "question-specific; reasoning lost: fewer problems solved"),
     ],
 )
-def test_the_verdict_says_what_was_lost_elsewhere(general, solved, ending):
+def test_verdict_says_what_was_lost_elsewhere(general, solved, ending):
     before = {"loss": [3.0] * 9, "relevance": [0.5] * 9, "general_loss": [2.0, 3.0] * 20}
     after = before | {"loss": [2.0] * 9, "general_loss": [2.0 + general, 3.0 + general] * 20}
+    answer = {"closed": True, "thought_length": 1.0}
     problems = []
     for number in range(24):
-        sides = {"base": {"right": number < 22}, "tuned": {"right": number < solved}}
-        problems.append({"question": "How many?", **sides})
-    report = prompts.build_report(before, after, [], problems, 9, seed=1)
+        base, tuned = answer | {"reasoning": number < 22}, answer | {"reasoning": number < solved}
+        problems.append({"base": base, "tuned": tuned})
+    report = prompts.build_report({"base": before, "tuned": after}, problems, 9, seed=1)
     assert report["verdict"].startswith("better: ") and report["verdict"].endswith(ending)
-    row = prompts.report_rows(report)[-1]
-    assert row[:3] == ("reasoning kept", "22 of 24", f"{solved} of 24")
-    assert row[3].startswith(f"{solved - 22:+d} (")
-
-
-def test_a_printed_change_is_the_difference_of_the_printed_numbers():
-    def printed(base, tuned):
-        value = {"base": base, "tuned": tuned, "difference": tuned - base, "low": -1e-5, "high": 0}
-        return prompts.report_rows({"problems": 24, "accuracy": value})[0][1:]
-
-    assert printed(0.4704, 0.3396) == ("47.0%", "34.0%", "-13.0 (+0.0 to +0.0)")
-    assert printed(0.3333, 0.33326) == ("33.3%", "33.3%", "+0.0 (+0.0 to +0.0)")
+    line = f"| reasoning kept     |    92% | {solved / 24:6.0%} | {(solved - 22) / 24:+.0%} ("
+    assert line in prompts.as_report(report)
 
 
 @pytest.mark.slow
-def test_a_model_tuned_on_shuffled_answers_is_not_called_better(smollm2, tmp_path):
+def test_evaluate_model_tuned_on_shuffled_answers_is_not_called_better(smollm2, tmp_path):
     rows = read_jsonl(SAMPLE)
     answers = [row["Response"] for row in rows]
     random.Random(1).shuffle(answers)

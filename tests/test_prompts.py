@@ -280,28 +280,10 @@ def test_a_row_has_one_bos_at_its_start_one_eos_at_its_end_and_each_tag_once(tok
         assert ids.count(tokenizer.convert_tokens_to_ids(tag)) == 1
 
 
-def test_what_is_counted_in_an_answer():
-    thought, answer = "so it is and so it is and so it is", "- rest\n- water\nThat is all."
-    counted = prompts.measure(
-        {"thought": thought, "answer": answer, "closed": True, "finish_reason": "length"}
-    )
-    assert counted["closed"] == 1.0 and counted["stopped"] == 0.0
-    assert counted["thought_words"] == 11 and counted["answer_words"] == 7
-    assert counted["bullets"] == 2
-    assert counted["repetition"] == pytest.approx(4 / 15), (
-        "of 15 runs of four words 4 stood there before"
-    )
-
-    counted = prompts.measure(
-        {"thought": "", "answer": "", "closed": False, "finish_reason": "stop"}
-    )
-    assert counted["repetition"] == counted["bullets"] == counted["answer_words"] == 0
-
-
 REPEATED = {
     "It is so. " * 14 + "Then it ends.": "It is so. [14 times] Then it ends.",
-    "- drink water\n" * 3 + "- rest": "- drink water [3 times]\n- rest",
-    "膀胱测压术最有可能揭示。" * 5: "膀胱测压术最有可能揭示。 [5 times]",
+    "- drink water\n" * 3 + "- rest": "- drink water\n[3 times] - rest",
+    "膀胱测压术最有可能揭示。" * 5: "膀胱测压术最有可能揭示。[5 times] ",
     "One thing twice. One thing twice. 1.000000000000000000000000000": None,
 }
 
