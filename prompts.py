@@ -156,43 +156,29 @@ OLLAMA_TEMPLATE = """\
 {{ .Thinking }}{{ end }}{{ .Content }}{{ end }}{{ end }}{{ end -}}
 """
 
-# Lines on the card that make `chat`, from merged weights or from the adapter alone.
-CHAT_BY_WEIGHTS = """\
-from transformers import pipeline
-
-chat = pipeline("text-generation", "{repo}", dtype="auto", device_map="auto")"""
-CHAT_BY_ADAPTER = """\
-from peft import AutoPeftModelForCausalLM
-from transformers import AutoTokenizer, pipeline
-
-model = AutoPeftModelForCausalLM.from_pretrained("{repo}", dtype="auto", device_map="auto")
-tokenizer = AutoTokenizer.from_pretrained("{repo}")
-chat = pipeline("text-generation", model, tokenizer=tokenizer)"""
-WHERE_WEIGHTS = "Merged 16-bit weights are at the root, the LoRA adapter is in `adapter/`."
-WHERE_ADAPTER = "This is the LoRA adapter alone, for `{base}`."
-
 # The model card of a run, of its merged weights and of a repository.
+WHERE_WEIGHTS = "Merged 16-bit weights are at the root, the LoRA adapter is in `adapter/`."
+WHERE_ADAPTER = "This is the LoRA adapter alone; `pip install peft` to use it."
 MODEL_CARD = """---
 {metadata}
 ---
-# {base}, fine-tuned {again}on medical chains of thought
+# {base}, fine-tuned on medical chains of thought
 
-{evaluation}
-## Before and after
-
-{sample}
+{measured}
 ## Use
 
 {where} The chat template is the prompt that the model was trained on, so ask it by chat messages. It
 thinks first; its answer follows `</think>`.
 
 ```python
-{chat}
+from transformers import pipeline
+
+chat = pipeline("text-generation", "{repo}", tokenizer="{repo}", dtype="auto", device_map="auto")
 messages = [{{"role": "user", "content": "What widens the anion gap?"}}]
 print(chat(messages, max_new_tokens={tokens})[0]["generated_text"][-1]["content"])
 ```
 
-On a server (a GGUF file is downloaded first):
+On a server:
 
 ```
 {serve}
@@ -200,15 +186,15 @@ On a server (a GGUF file is downloaded first):
 
 ## Limits
 
-For study, not a medical device: what it says can be wrong, and nobody's health should be decided by it. It was
-tuned on few rows and knows what its base model knows; a fluent thought does not make an answer right.
+For study, not a medical device: what it says can be wrong, and nobody's health should be decided by
+it. A fluent thought does not make an answer right.
 
-## Training and evaluation
+## Training
 
 ![training loss](loss.png)
 
 ```json
-{numbers}
+{settings}
 ```
 """
 
@@ -245,12 +231,12 @@ def build_example(question: str, thought: str, answer: str, eos: str, lang: Lang
 
 
 def build_chat_template(has_bos: bool, lang: Lang = "en") -> str:
-    """`has_bos` says whether a text begins with BOS."""
+    """The saved chat template; `has_bos` says whether a text begins with BOS."""
     return fill_template(CHAT_TEMPLATE, lang).replace("BOS", "bos_token" if has_bos else "''")
 
 
 def fill_template(template: str, lang: Lang, eos: str = "") -> str:
-    """Put the parts of the training prompt in place of their names."""
+    """Puts the parts of the training prompt in place of their names."""
     head, response = TEMPLATES[lang].removesuffix(f"{THINK_OPEN}\n").split("{question}")
     start = head.rindex("\n\n### ")
     parts = {
@@ -623,25 +609,18 @@ def guess_columns(records: Sequence[dict[str, Any]]) -> list[str] | None:
 
 
 def build_ollama_files(
-    eos: str, context: int, sampling: dict[str, float], lang: Lang
+    eos: str, parameters: dict[str, float], lang: Lang, weights: str = "."
 ) -> dict[str, str]:
-    """Files to push beside a GGUF; without them the Hub takes the prompt for Alpaca's."""
-    params = {"stop": [eos], "num_ctx": context, **sampling}
-    return {
-        "template": fill_template(OLLAMA_TEMPLATE, lang, eos),
-        "params": json.dumps(params, ensure_ascii=False),
-    }
+    """A Modelfile for `weights` beside it, and what the Hub gives to Ollama with a GGUF.
 
-
-def build_modelfile(
-    eos: str, context: int, sampling: dict[str, float], lang: Lang, weights: str
-) -> str:
-    """A Modelfile for `weights` beside it; `context` is in tokens."""
+    Without `template` and `params` the Hub takes the prompt for Alpaca's.
+    """
     template = fill_template(OLLAMA_TEMPLATE, lang, eos)
-    text = f'FROM {weights}\nTEMPLATE """{template}"""\nPARAMETER stop "{eos}"\n'
-    for name, value in {"num_ctx": context, **sampling}.items():
-        text += f"PARAMETER {name} {value}\n"
-    return text
+    modelfile = f'FROM {weights}\nTEMPLATE """{template}"""\nPARAMETER stop "{eos}"\n'
+    for name, value in parameters.items():
+        modelfile += f"PARAMETER {name} {value}\n"
+    params = json.dumps({"stop": [eos], **parameters}, ensure_ascii=False)
+    return {"template": template, "params": params, "Modelfile": modelfile}
 
 
 # ---------------------------------------------------------------------------------- multiple choice

@@ -148,24 +148,20 @@ def test_llama_cpp_takes_the_template_for_a_model_without_tools(llama_server):
 # --------------------------------------------------------------------------------------- Ollama
 
 
-def test_modelfile_has_template_stop_token_and_sampling():
-    sampling = {"temperature": 0.6, "top_p": 0.95}
-    files = prompts.build_ollama_files(EOS, 131072, sampling, "zh")
-    params = {"stop": [EOS], "num_ctx": 131072, **sampling}
-    assert json.loads(files["params"]) == params
-
-    text = prompts.build_modelfile(EOS, 131072, sampling, "zh", "./run-q8_0.gguf")
-    assert text.startswith(f'FROM ./run-q8_0.gguf\nTEMPLATE """{files["template"]}"""\n')
-    assert text.endswith(
-        f'PARAMETER stop "{EOS}"\nPARAMETER num_ctx 131072\n'
-        "PARAMETER temperature 0.6\nPARAMETER top_p 0.95\n"
+def test_ollama_files_have_template_stop_token_and_parameters():
+    parameters = {"temperature": 0.6, "num_ctx": 131072}
+    files = prompts.build_ollama_files(EOS, parameters, "zh", "./run-q8_0.gguf")
+    assert json.loads(files["params"]) == {"stop": [EOS], **parameters}
+    assert files["Modelfile"] == (
+        f'FROM ./run-q8_0.gguf\nTEMPLATE """{files["template"]}"""\nPARAMETER stop "{EOS}"\n'
+        "PARAMETER temperature 0.6\nPARAMETER num_ctx 131072\n"
     )
 
 
 @pytest.mark.parametrize("lang", ["en", "zh"])
 def test_ollamas_template_has_the_texts_of_the_training_prompt(lang):
     """What it renders takes Go: tests/bench/clients.py compares it with the chat template."""
-    template = prompts.build_ollama_files(EOS, 2048, {}, lang)["template"]
+    template = prompts.build_ollama_files(EOS, {}, lang)["template"]
     head, tail = prompts.build_prompt("|", lang).removesuffix("<think>\n").split("|")
     start = head.rindex("\n\n### ")
     for text in (head[:start], head[start:], tail, EOS):
