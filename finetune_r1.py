@@ -168,7 +168,6 @@ TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "chat_template.jin
 ADAPTER_KEYS = (
     "peft_type task_type r lora_alpha lora_dropout use_rslora bias target_modules inference_mode"
 ).split()
-CARD_TAG = "finetune_r1"
 CARD_SEAL = "<!-- written by finetune_r1; SHA-256 of all above: "
 NAME_BASE = "pass the base it was trained on: `save --model PATH`"
 READ_AGAIN_SECONDS = 3  # before a push is verified for the last time
@@ -1587,16 +1586,16 @@ def check_round_trip(tokenizer: Any, folder: Path) -> None:
 
 
 def save_tokenizer(tokenizer: Any, folder: Path, lang: Lang | None = None) -> None:
-    """Saves a tokenizer that transformers 4 and 5, vLLM and Ollama read alike, and reads it back.
+    """Saves a tokenizer for transformers 4 and 5, vLLM and Ollama alike, and reads it back.
 
     With `lang` its chat template becomes the training prompt.
     """
-    adds_bos = has_bos(tokenizer)  # this call also undoes padding, which would be saved
+    adds_bos = has_bos(tokenizer)  # also undoes padding, which would be saved
     if lang:
         tokenizer.chat_template = prompts.build_chat_template(adds_bos, lang)
     tokenizer.save_pretrained(folder)
 
-    # transformers 5 writes a class and keys with which 4 fails, and drops what Ollama and 4.46 read.
+    # transformers 5 writes what 4 fails with, and drops what it and Ollama read.
     settings = read_json(folder / "tokenizer_config.json")
     for name in ("auto_map", "backend", "from_slow", "is_local", "local_files_only"):
         settings.pop(name, None)
@@ -1609,7 +1608,6 @@ def save_tokenizer(tokenizer: Any, folder: Path, lang: Lang | None = None) -> No
         settings["chat_template"] = tokenizer.chat_template
     write_json(folder / "tokenizer_config.json", settings)
 
-    # As any other program reads it: a batch, and a chat.
     saved = transformers.AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     batch = [prompts.build_prompt(ROUND_TRIP, lang or "en"), "Why?"]
     expected = tokenizer(batch, padding=True, padding_side="left")["input_ids"]
@@ -1620,7 +1618,7 @@ def save_tokenizer(tokenizer: Any, folder: Path, lang: Lang | None = None) -> No
         same = same and ids == expected[0]
     if not same:
         message = f"the tokenizer in {folder} encodes text differently when loaded."
-        raise UserError(message, hint="nothing was saved; please report it")
+        raise UserError(message, hint="please report it")
 
 
 def save_config(folder: Path) -> None:
@@ -2981,8 +2979,8 @@ def print_report(report: dict[str, Any], out: Callable[[str], None] = print_resu
 
 
 # ------------------------------------------------------------------------------------------- saving
-# Merges the adapter into 16-bit weights, in a folder that is ready to be pushed: whole or not at
-# all, equal to PEFT's own merge bit for bit, in about 1 GiB of memory.
+# Merges the adapter into 16-bit weights: a whole folder, ready to be pushed, or none.
+# Equal to PEFT's own merge bit for bit, in about 1 GiB of memory.
 # safetensors, PEFT and transformers read and write the files.
 
 
@@ -2990,11 +2988,12 @@ def weights_size(model: str, revision: str | None = None) -> tuple[int, int]:
     """Bytes of a model's weights, and of those that are still to be downloaded."""
     if Path(model).is_dir():
         return sum(file.stat().st_size for file in Path(model).glob("*.safetensors")), 0
-    wanted: Any = {"repo_id": model, "revision": revision, "allow_patterns": "model*.safetensors"}
     try:
-        files = huggingface_hub.snapshot_download(**wanted, dry_run=True)
+        files = huggingface_hub.snapshot_download(
+            model, revision=revision, allow_patterns="model*.safetensors", dry_run=True
+        )
     except hub_errors.DryRunError:  # no network: the cache has to do
-        return weights_size(huggingface_hub.snapshot_download(**wanted, local_files_only=True))
+        return weights_size(str(download_model(model, revision=revision)))
     missing = sum(file.file_size for file in files if file.will_download)
     return sum(file.file_size for file in files), missing
 
@@ -3015,7 +3014,7 @@ def merge_file(source: Path, target: Path, lora: Any, scale: float, sums: Any) -
     """
     shutil.copyfile(source, target)
     with safetensors.safe_open(source, "pt") as tensors, target.open("r+b") as file:
-        # Eight bytes with the header's length, the header, and the data it points into.
+        # Eight bytes with the header's length, the header, and the data.
         size = int.from_bytes(file.read(8), "little")
         header = json.loads(file.read(size))
         for name in tensors.keys():
@@ -3038,9 +3037,7 @@ def merge_file(source: Path, target: Path, lora: Any, scale: float, sums: Any) -
 def merge_adapter(base: Path, adapter: Path, folder: Path) -> float:
     """Writes merged weights; returns how much of the adapter's change the rounding kept."""
     settings = peft.LoraConfig.from_pretrained(adapter)
-    scale = settings.lora_alpha / settings.r
-    if settings.use_rslora:
-        scale = settings.lora_alpha / math.sqrt(settings.r)
+    scale = settings.lora_alpha / (math.sqrt(settings.r) if settings.use_rslora else settings.r)
     lora = peft.load_peft_weights(str(adapter), "cpu")
     sums = torch.zeros(2, dtype=torch.float64)
     files = sorted(set(weight_files(base).values()))
@@ -3050,10 +3047,8 @@ def merge_adapter(base: Path, adapter: Path, folder: Path) -> float:
         raise UserError(f"the base has no place for the adapter's {min(lora)}.", hint=NAME_BASE)
     kept = float(sums[0] / sums[1])  # 0 / 0 if it was never trained
     if not 0 < kept < math.inf:
-        raise UserError(
-            f"merge check failed (adapter effect kept {kept:.2f}); nothing was saved.",
-            hint="`push --adapter-only`, or train longer: 16 bits lose very small changes",
-        )
+        message = f"merge check failed (adapter effect kept {kept:.2f}); nothing was saved."
+        raise UserError(message, hint="train longer, or `push --adapter-only`")
     return round(kept, 3)
 
 
@@ -3066,7 +3061,7 @@ def save_settings(source: Path, adapter: Path, folder: Path) -> None:
     config.pad_token_id = tokenizer.pad_token_id
     config.save_pretrained(folder)
     save_config(folder)
-    # As JSON, as transformers refuses to save what many models have (its issue 29988).
+    # As JSON: transformers refuses to save what many models have (its issue 29988).
     settings: dict[str, Any] = {}
     for path in source.glob("generation_config.json"):
         settings = read_json(path)
@@ -3090,7 +3085,7 @@ def merged_weights(
 ) -> Path:
     """The folder of merged weights, verified; made if there is none, in `output` or the run.
 
-    Where the run's disk has no room, as on Kaggle, `scratch` takes its place.
+    Without room there, as on Kaggle, it is made in `scratch`.
     """
     found = merged_folder(run)
     if found and not output:
@@ -3098,7 +3093,7 @@ def merged_weights(
         return found
     adapter = run.adapter
     base = resolve_base(run, model)
-    if not Path(base).is_dir():  # the 16-bit model behind a 4-bit copy
+    if not Path(base).is_dir():  # the 16-bit model
         base = base.removesuffix("-bnb-4bit").removesuffix("-unsloth")
     revision = run.record.get("model_revisions", {}).get(base)
     source = download_model(base, weights=False, revision=revision)
@@ -3106,11 +3101,11 @@ def merged_weights(
         raise UserError(f"{base} is not 16-bit.", hint="`save --model PATH` names the 16-bit base")
     size, missing = weights_size(base, revision)
     if scratch and size > shutil.disk_usage(run.folder).free:
-        log(f"note: no room for {format_size(size)} in {run}: merging under {scratch}")
+        log(f"note: no room for {format_size(size)}: merging under {scratch}")
         output = scratch / "merged"
     folder = output or run / "merged"
     needs = {folder: size, Path(hub_constants.HF_HUB_CACHE): missing}
-    check_room(needs, "`push --adapter-only`, or set --output and HF_HOME to a larger disk")
+    check_room(needs, "`push --adapter-only`, or set --output and HF_HOME elsewhere")
     log(f"merging into {base}: {format_size(missing)} to download, {format_size(size)} to write")
     with run.lock(), atomic_path(folder) as partial:
         download_model(base, revision=revision)
@@ -3118,7 +3113,7 @@ def merged_weights(
         kept = merge_adapter(source, adapter, partial)
         save_settings(source, adapter, partial)
         hashes = {path.name: file_hash(path) for path in partial.iterdir()}
-        add_card(run, partial)
+        add_card(run, partial, "OWNER/NAME", PushConfig())
         place = str(output.resolve()) if output else "merged"
         run.update(saved={"folder": place, "hashes": hashes, "adapter_effect_kept": kept})
     return folder
@@ -3149,14 +3144,12 @@ def gguf_names(model: Any) -> dict[str, str]:
 
 def add_tokenizer(writer: Any, tokenizer: Any, size: int) -> None:
     """Writes the tokens of a byte-level BPE tokenizer, of which the model has rows for `size`."""
-    digests = []
+    known = None
     for special in (True, False):  # some begin with BOS as published, the demo's not
         ids = tokenizer.encode(PRE_TOKENIZER_TEXT, add_special_tokens=special)
-        digests.append(hashlib.sha256(str(ids).encode()).hexdigest())
-    known = [PRE_TOKENIZERS[digest] for digest in digests if digest in PRE_TOKENIZERS]
+        known = known or PRE_TOKENIZERS.get(hashlib.sha256(str(ids).encode()).hexdigest())
     if not known:  # llama.cpp would split text in its own way, and say nothing
-        names = ", ".join(PRE_TOKENIZERS.values())
-        raise UserError(f"--as gguf: the tokenizer is none of {names}.", hint="`save` without --as")
+        raise UserError("llama.cpp does not know this tokenizer.", hint="`save` without --as")
     added = tokenizer.added_tokens_decoder
     texts = [f"[PAD{number}]" for number in range(size)]
     types = [gguf.TokenType.UNUSED] * size
@@ -3171,40 +3164,31 @@ def add_tokenizer(writer: Any, tokenizer: Any, size: int) -> None:
         else:
             types[number] = gguf.TokenType.USER_DEFINED
     writer.add_tokenizer_model("gpt2")
-    writer.add_tokenizer_pre(known[0])
+    writer.add_tokenizer_pre(known)
     writer.add_token_list(texts)
     writer.add_token_types(types)
     writer.add_eot_token_id(tokenizer.eos_token_id)  # else any that llama.cpp knows by its name
 
 
 def write_gguf(writer: Any, path: Path, merged: Path, model: Any, outtype: str) -> None:
-    """Writes the file: all shapes and formats first, then each tensor's data.
-
-    Vectors stay F32, the output layer above five bits, as in llama.cpp's own quantizer.
-    """
+    """Writes the file: all shapes and formats first, then each tensor's data."""
     shape = model.config
     names = gguf_names(model)
     tensors = model.state_dict()
     if shape.rope_parameters["rope_type"] == "llama3":
-        # By how much the scaling slows each of the frequencies down: in a GGUF a tensor.
+        # By how much the scaling slows each frequency down: in a GGUF a tensor.
         rope = model.model.rotary_emb.inv_freq
         plain = shape.rope_parameters["rope_theta"] ** -(torch.arange(len(rope)) / len(rope))
         names["rope_freqs"] = "rope_freqs.weight"
         tensors["rope_freqs"] = plain / rope
-    output = "token_embd.weight" if shape.tie_word_embeddings else "output.weight"
     kinds = {}
     for name, in_gguf in names.items():
-        kind = outtype
-        if tensors[name].ndim == 1:
-            kind = "f32"
-        elif in_gguf == output and outtype in ("q4_0", "q5_1"):
-            kind = "q8_0"
+        kind = "f32" if tensors[name].ndim == 1 else outtype
         kinds[name] = gguf.GGMLQuantizationType[kind.upper()]
         stored = gguf.quant_shape_to_byte_shape(tensors[name].shape, kinds[name])
         size = math.prod(stored)
         writer.add_tensor_info(in_gguf, stored, numpy.uint8, size, raw_dtype=kinds[name])
 
-    log(f"writing {path}")
     files = weight_files(merged)
     heads = {"q_proj": shape.num_attention_heads, "k_proj": shape.num_key_value_heads}
     with atomic_path(path) as partial, contextlib.closing(writer):
@@ -3250,7 +3234,7 @@ def save_gguf(run: Run, output: Path | None, outtype: str, model: str | None) ->
 
 
 def ollama_files(run: Run, merged: Path, weights: str) -> dict[str, str]:
-    """What Ollama needs beside weights: a Modelfile, or `template` and `params` on the Hub."""
+    """Ollama's files beside weights: a Modelfile, or `template` and `params` on the Hub."""
     eos = read_json(merged / "tokenizer_config.json")["eos_token"]
     parameters = own_sampling(read_json(merged / "generation_config.json"))
     parameters["num_ctx"] = run.config.max_seq_length
@@ -3268,9 +3252,7 @@ class PushConfig:
 
     adapter_only: bool = option(False, "Leave merged weights out.", "--adapter-only")
     gguf: bool = option(False, "Also upload the run's GGUF files.", "--gguf")
-    private: bool | None = option(
-        None, "Visibility of a new repository (default: private).", "--private/--public"
-    )
+    private: bool | None = option(None, "Visibility (default: private).", "--private/--public")
     force: bool = option(False, "Replace foreign weights and an edited README.md.", "--force")
     base_model: str | None = option(None, "The base's published name: OWNER/NAME.")
     model: str | None = option(None, "Where the base is now, if it has moved.")
@@ -3290,7 +3272,7 @@ def published_base(model: str, push: PushConfig) -> str | None:
     return push.base_model or (None if Path(model).is_absolute() else model)
 
 
-def model_card(run: Run, repo: str = "OWNER/NAME", push: PushConfig = PushConfig()) -> str:
+def model_card(run: Run, repo: str, push: PushConfig) -> str:
     """The model card, sealed by its hash, so that an edited one is recognized."""
     config = run.config
     base = published_base(config.model, push)
@@ -3303,7 +3285,7 @@ def model_card(run: Run, repo: str = "OWNER/NAME", push: PushConfig = PushConfig
         language=config.lang,
         library_name="peft" if push.adapter_only else "transformers",
         pipeline_tag="text-generation",
-        tags=["medical", "reasoning", "chain-of-thought", "lora", "unsloth", CARD_TAG],
+        tags=["medical", "reasoning", "chain-of-thought", "lora", "unsloth", "finetune_r1"],
     )
 
     measured = ""
@@ -3332,19 +3314,17 @@ def model_card(run: Run, repo: str = "OWNER/NAME", push: PushConfig = PushConfig
 
 
 def vllm_command(run: Run, model: str) -> str:
-    """The command that serves a model; the parser takes the tag as one token only."""
+    """The command that serves a model; its parser takes the tag as one token."""
     line = ["vllm", "serve", model, "--max-model-len", str(run.config.max_seq_length)]
     if prompts.THINK_CLOSE in load_tokenizer(run / "adapter").get_vocab():
         line += ["--reasoning-parser", "deepseek_r1"]
     return shlex.join(line)
 
 
-def add_card(
-    run: Run, folder: Path, repo: str = "OWNER/NAME", push: PushConfig = PushConfig()
-) -> None:
+def add_card(run: Run, folder: Path, repo: str, push: PushConfig) -> None:
     """Adds adapter, card and picture to merged weights, or to an empty folder: a repository.
 
-    PEFT and vLLM look for an adapter at the root, so that is where it is if it is alone.
+    An adapter alone is at the root, where PEFT and vLLM look for it.
     """
     place = folder if push.adapter_only else folder / "adapter"
     place.mkdir(exist_ok=True)
@@ -3362,8 +3342,8 @@ def add_card(
 
 
 def write_card(run: Run) -> None:
-    """Writes the card, README.md, into the run, and into its merged weights if there are some."""
-    write_text(run / "README.md", model_card(run))
+    """Writes the card, README.md, into the run and its merged weights."""
+    write_text(run / "README.md", model_card(run, "OWNER/NAME", PushConfig()))
     if (run / "merged").is_dir():
         shutil.copy(run / "README.md", run / "merged")
 
@@ -3371,10 +3351,7 @@ def write_card(run: Run) -> None:
 def check_push(
     repo: str, model: str, push: PushConfig, hashes: Collection[str] = (), dry_run: bool = False
 ) -> Any:
-    """Makes the repository; raises, before a merge or a training, for what a push would fail for.
-
-    `model` and `hashes` are the run's. Returns what the Hub says of the repository.
-    """
+    """Makes the repository and returns the Hub's record of it; raises where a push would fail."""
     for name in (repo, push.base_model):
         if name and not is_hub_name(name):
             raise UserError(f"{name} is not OWNER/NAME.", hint="check the name")
@@ -3390,8 +3367,7 @@ def check_push(
     huggingface_hub.HfApi().auth_check(repo, write=True)
     info = huggingface_hub.model_info(repo, files_metadata=True)
     if push.private not in (None, info.private):
-        now = "private" if info.private else "public"
-        raise UserError(f"{repo} is {now} already.", hint="change its settings on the Hub")
+        raise UserError(f"{repo} has another visibility.", hint="change its settings on the Hub")
     foreign = []
     for file in info.siblings:
         is_known = file.lfs and file.lfs.sha256 in hashes
@@ -3411,18 +3387,16 @@ def upload(repo: str, stage: Path, info: Any, push: PushConfig) -> None:
     """
     names = [file.rfilename for file in info.siblings]
     stale = []
-    for name in names:
-        if push.force and name.endswith(WEIGHTS) and not (stage / name).exists():
-            stale.append(name)
+    if push.force:
+        stale = [name for name in names if name.endswith(WEIGHTS) and not (stage / name).exists()]
     if "README.md" in names and not push.force:
         card = huggingface_hub.hf_hub_download(repo, "README.md", local_dir=stage.parent / "card")
         text, _, seal = Path(card).read_text("utf-8", "replace").rpartition(CARD_SEAL)
         if not seal.startswith(hashlib.sha256(text.encode()).hexdigest()):
-            log("note: README.md on the Hub was edited: it stays (--force replaces it)")
+            log("note: README.md on the Hub is not ours, or was edited: only --force replaces it")
             (stage / "README.md").unlink()
 
     api = huggingface_hub.HfApi()
-    failure: Exception | None = None
     try:
         api.upload_folder(
             repo_id=repo,
@@ -3432,9 +3406,9 @@ def upload(repo: str, stage: Path, info: Any, push: PushConfig) -> None:
             delete_patterns=stale or None,
         )
     except (httpx.HTTPError, OSError, RuntimeError) as error:
-        failure = error
-        time.sleep(READ_AGAIN_SECONDS)  # it may have arrived, and only the answer was lost
-    hint = "`push` again: uploaded files are skipped on retry"
+        log(f"note: {error}")
+        time.sleep(READ_AGAIN_SECONDS)  # perhaps only the answer was lost
+    hint = "`push` again: uploaded files are skipped"
     try:
         found = api.verify_repo_checksums(repo, local_dir=stage)
     except httpx.HTTPError as error:
@@ -3442,8 +3416,8 @@ def upload(repo: str, stage: Path, info: Any, push: PushConfig) -> None:
     wrong = [mismatch["path"] for mismatch in found.mismatches] + found.extra_paths
     wrong += set(stale).intersection(found.missing_paths)
     if wrong:
-        message = f"upload to {repo} failed, nothing committed: {failure or ', '.join(wrong)}"
-        raise UserError(message, hint=hint) from failure
+        message = f"upload failed, nothing committed: {repo} lacks {', '.join(wrong)}."
+        raise UserError(message, hint=hint)
 
 
 def push_run(
@@ -3452,12 +3426,11 @@ def push_run(
     """Pushes merged weights, adapter and card, or the adapter alone; returns what was verified."""
     ggufs = sorted((run / "gguf").glob("*.gguf"))
     if push.gguf and (push.adapter_only or not ggufs):
-        hint = "`save --as gguf` first, and leave --adapter-only out"
-        raise UserError(f"--gguf: no GGUF in {run}, or no merged weights beside it.", hint=hint)
+        raise UserError("--gguf needs merged weights and a GGUF.", hint="`save --as gguf`")
     hashes = {file_hash(run.adapter / "adapter_model.safetensors")}
     if not push.adapter_only:
         hashes.update(file_hash(path) for path in ggufs)
-        hashes.update((run.record.get("saved") or {}).get("hashes", {}).values())
+        hashes.update(run.record.get("saved", {}).get("hashes", {}).values())
     info = check_push(repo, run.config.model, push, hashes, dry_run)
 
     with tempfile.TemporaryDirectory(prefix="finetune-r1-") as scratch:
@@ -3486,7 +3459,7 @@ def push_run(
         "url": f"{hub_constants.ENDPOINT}/{repo}",
         "visibility": "private" if info.private else "public",
         "files": len(files),
-        "verified": "every file is there, with the same hash",
+        "verified": "every file has the same hash",
     }
 
 
@@ -4551,7 +4524,7 @@ def save(
     """Merge the adapter into 16-bit weights, or write a GGUF."""
     found = Run.find(run)
     ollama = ["ollama", "create", found.name.lower(), "-f"]
-    if as_ == "gguf":  # several may share a folder
+    if as_ == "gguf":
         saved, merged = save_gguf(found, output, outtype, model)
         folder = saved.parent
         weights = f"./{saved.name}"
@@ -4564,7 +4537,7 @@ def save(
         serve = vllm_command(found, str(saved))
         ollama[2:2] = ["--quantize", "q4_K_M"]  # which the package gguf can't write
     kept = found.record["saved"]["adapter_effect_kept"]
-    report = {"saved": str(saved), "as": as_, "adapter_effect_kept": kept, "serve": serve}
+    report = {"saved": str(saved), "adapter_effect_kept": kept, "serve": serve}
     if modelfile:
         path = folder / "Modelfile"
         write_text(path, ollama_files(found, merged, weights)["Modelfile"])

@@ -72,9 +72,8 @@ BEFORE_AFTER: dict[Lang, str] = {
 }
 
 
-# A conversation as clients render it (Jinja); earlier answers lose their thoughts. Other engines fail
-# on a `generation` tag (minijinja issue 815), and Ollama takes the words "tools" and "tool_call" in
-# it for support of them.
+# Earlier answers lose their thoughts. There is no `generation` tag, which stops minijinja (issue
+# 815), and neither word of "tools" and "tool_call", by which Ollama finds support for them.
 CHAT_TEMPLATE = """\
 {%- macro text(content) %}
   {%- if content is string %}
@@ -86,14 +85,10 @@ CHAT_TEMPLATE = """\
     {%- endfor %}
   {%- endif %}
 {%- endmacro %}
-{%- set state = namespace(gap='\\n', open=false) %}
+{%- set system = ['system', 'developer'] %}
 {{- BOS + INSTRUCTION }}
-{%- for message in messages if message.role in ['system', 'developer'] %}
-  {%- set said = text(message.content) | trim %}
-  {%- if said %}
-    {{- state.gap + said }}
-    {%- set state.gap = '\\n\\n' %}
-  {%- endif %}
+{%- for message in messages if message.role in system and text(message.content) | trim %}
+  {{- ('\\n' if loop.first else '\\n\\n') + text(message.content) | trim }}
 {%- endfor %}
 {%- for message in messages %}
   {%- set said = text(message.content) %}
@@ -112,22 +107,20 @@ CHAT_TEMPLATE = """\
       {{- answer }}
     {%- elif '<think>' in said and parts | length == 1 %}
       {{- '<think>' + (said.split('<think>')[-1] or '\\n') }}
-      {%- set state.open = true %}
     {%- else %}
       {{- '<think>\\n' + thought | trim + '\\n</think>\\n' + answer }}
     {%- endif %}
-  {%- elif message.role not in ['system', 'developer'] %}
-    {{- raise_exception('This model knows system, user and assistant, not ' + message.role + '.') }}
+  {%- elif message.role not in system %}
+    {{- raise_exception('unknown role: ' + message.role) }}
   {%- endif %}
 {%- endfor %}
-{%- if add_generation_prompt and not state.open %}
+{%- if add_generation_prompt and messages[-1].role != 'assistant' %}
   {{- RESPONSE + '<think>\\n' }}
 {%- endif -%}
 """
 
-# The same for Ollama. Go's text/template can't search or trim, so the first three templates call
-# themselves with a byte less; "answer" takes a content twice, with a NUL between. The text around
-# .Thinking tells Ollama the tags.
+# For Ollama. As Go's text/template can't search or trim, the first three templates call themselves
+# with a byte less; "answer" takes a content twice, with a NUL between.
 OLLAMA_TEMPLATE = """\
 {{- define "trim" }}{{ if . }}{{ $end := len (slice . 1) }}
 {{- if eq (slice . 0 1) " " "\\n" "\\t" "\\r" }}{{ template "trim" (slice . 1) }}
@@ -156,7 +149,7 @@ OLLAMA_TEMPLATE = """\
 {{ .Thinking }}{{ end }}{{ .Content }}{{ end }}{{ end }}{{ end -}}
 """
 
-# The model card of a run, of its merged weights and of a repository.
+# The model card.
 WHERE_WEIGHTS = "Merged 16-bit weights are at the root, the LoRA adapter is in `adapter/`."
 WHERE_ADAPTER = "This is the LoRA adapter alone; `pip install peft` to use it."
 MODEL_CARD = """---
@@ -167,8 +160,7 @@ MODEL_CARD = """---
 {measured}
 ## Use
 
-{where} The chat template is the prompt that the model was trained on, so ask it by chat messages. It
-thinks first; its answer follows `</think>`.
+{where} The chat template is the training prompt, so ask by chat messages. The answer follows `</think>`.
 
 ```python
 from transformers import pipeline
@@ -186,8 +178,7 @@ On a server:
 
 ## Limits
 
-For study, not a medical device: what it says can be wrong, and nobody's health should be decided by
-it. A fluent thought does not make an answer right.
+For study, not a medical device: what it says can be wrong, however fluent its thought.
 
 ## Training
 
@@ -231,7 +222,7 @@ def build_example(question: str, thought: str, answer: str, eos: str, lang: Lang
 
 
 def build_chat_template(has_bos: bool, lang: Lang = "en") -> str:
-    """The saved chat template; `has_bos` says whether a text begins with BOS."""
+    """The chat template; `has_bos` says whether a text begins with BOS."""
     return fill_template(CHAT_TEMPLATE, lang).replace("BOS", "bos_token" if has_bos else "''")
 
 
@@ -608,13 +599,8 @@ def guess_columns(records: Sequence[dict[str, Any]]) -> list[str] | None:
     return best
 
 
-def build_ollama_files(
-    eos: str, parameters: dict[str, float], lang: Lang, weights: str = "."
-) -> dict[str, str]:
-    """A Modelfile for `weights` beside it, and what the Hub gives to Ollama with a GGUF.
-
-    Without `template` and `params` the Hub takes the prompt for Alpaca's.
-    """
+def build_ollama_files(eos: str, parameters: dict[str, Any], lang: Lang, weights: str) -> dict:
+    """A Modelfile, and files without which the Hub takes the prompt for Alpaca's."""
     template = fill_template(OLLAMA_TEMPLATE, lang, eos)
     modelfile = f'FROM {weights}\nTEMPLATE """{template}"""\nPARAMETER stop "{eos}"\n'
     for name, value in parameters.items():
