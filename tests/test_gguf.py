@@ -235,17 +235,6 @@ def test_a_chat_is_asked_by_the_training_prompt_with_one_bos(case, server):
     assert server.tokens(text) == case.tokenizer(prompt)["input_ids"]
 
 
-def test_a_chat_tells_thought_from_answer(case, server):
-    """What it says is forced here: small models with random weights close no thought."""
-    talk = [{"role": "user", "content": "Why?"}]
-    forced = 'root ::= "Hm, so.\\n</think>\\nBecause."'
-    reply = server.ask("/v1/chat/completions", messages=talk, grammar=forced, max_tokens=60)
-    [choice] = reply["choices"]
-    said = choice["message"]
-    assert (said["reasoning_content"].strip(), said["content"].strip()) == ("Hm, so.", "Because.")
-    assert choice["finish_reason"] == "stop"
-
-
 def test_the_probabilities_are_torchs(case, server):
     assert case.furthest(server, case.wanted()) < NEAR
 
