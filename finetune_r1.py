@@ -509,7 +509,12 @@ def advice(error: BaseException) -> str | None:
         return "the Hub is busy: wait a few minutes, then try again"
     if status in HTTP_ADVICE and "RepositoryNotFoundError" not in names:
         return HTTP_ADVICE[status]
-    return next((ADVICE[name] for name in names if name in ADVICE), None)
+    for name in names:
+        if name in ADVICE:
+            return ADVICE[name]
+    if "trust_remote_code" in str(error):
+        return "use another --model: code that comes with one is never run"
+    return None
 
 
 def expand_commands(text: str) -> str:
@@ -2703,7 +2708,7 @@ def model_card(run: Run, repo: str, push: PushConfig) -> str:
         serve += f"\nollama run hf.co/{repo}"
     text = prompts.MODEL_CARD.format(
         metadata=metadata.to_yaml(),
-        base=prompts.as_text(title),
+        base=title,
         measured=measured,
         where=prompts.WHERE_ADAPTER if push.adapter_only else prompts.WHERE_WEIGHTS,
         repo=repo,
@@ -3184,6 +3189,11 @@ def describe_room() -> str:
     return f"{disk:.0f} GiB of disk free (merging the 8B takes 32), {memory:.0f} of memory"
 
 
+def find_account() -> dict[str, Any]:
+    """Whose Hugging Face token was found."""
+    return hub_account(export_hub_token())
+
+
 @command("doctor")
 def doctor(config: ModelConfig) -> dict[str, Any]:
     """Check GPU, disk, packages and tokens; report what to fix."""
@@ -3193,12 +3203,12 @@ def doctor(config: ModelConfig) -> dict[str, Any]:
         ("packages", versions),
         ("GPU", describe_gpu),
         ("room", describe_room),
-        ("model", lambda: check_model(config) or config.model),
+        ("model", functools.partial(check_model, config)),
         ("W&B", wandb_account),
-        ("token", lambda: hub_account(export_hub_token())),
+        ("token", find_account),
     ):
         try:
-            report[name] = check()
+            report[name] = check() or config.model
         except (UserError, httpx.HTTPError, ValueError, OSError, ImportError) as error:
             report[name] = [f"FAIL: {error}", f"fix: {expand_commands(advice(error) or '')}"]
             failed.add(name)
@@ -3293,7 +3303,8 @@ def tokenized_rows(
     config: DataConfig, revision: str | None = None, for_training: bool = False
 ) -> tuple[PreparedData, Any]:
     """The rows of `--dataset`, and the tokenizer of `--model`."""
-    check_model(config, revision)
+    if for_training:
+        check_model(config, revision)
     records = read_records(config)
     check_columns(records, config)
     if for_training:  # Unsloth comes before transformers
