@@ -71,9 +71,8 @@ BEFORE_AFTER: dict[Lang, str] = {
 }
 
 
-# A conversation as clients render it (Jinja); earlier answers lose their thoughts. Other engines fail
-# on a `generation` tag (minijinja issue 815), and Ollama takes the words "tools" and "tool_call" in
-# it for support of them.
+# Earlier answers lose their thoughts. There is no `generation` tag, which stops minijinja (issue
+# 815), and neither word of "tools" and "tool_call", by which Ollama finds support for them.
 CHAT_TEMPLATE = """\
 {%- macro text(content) %}
   {%- if content is string %}
@@ -85,14 +84,10 @@ CHAT_TEMPLATE = """\
     {%- endfor %}
   {%- endif %}
 {%- endmacro %}
-{%- set state = namespace(gap='\\n', open=false) %}
+{%- set system = ['system', 'developer'] %}
 {{- BOS + INSTRUCTION }}
-{%- for message in messages if message.role in ['system', 'developer'] %}
-  {%- set said = text(message.content) | trim %}
-  {%- if said %}
-    {{- state.gap + said }}
-    {%- set state.gap = '\\n\\n' %}
-  {%- endif %}
+{%- for message in messages if message.role in system and text(message.content) | trim %}
+  {{- ('\\n' if loop.first else '\\n\\n') + text(message.content) | trim }}
 {%- endfor %}
 {%- for message in messages %}
   {%- set said = text(message.content) %}
@@ -111,22 +106,20 @@ CHAT_TEMPLATE = """\
       {{- answer }}
     {%- elif '<think>' in said and parts | length == 1 %}
       {{- '<think>' + (said.split('<think>')[-1] or '\\n') }}
-      {%- set state.open = true %}
     {%- else %}
       {{- '<think>\\n' + thought | trim + '\\n</think>\\n' + answer }}
     {%- endif %}
-  {%- elif message.role not in ['system', 'developer'] %}
-    {{- raise_exception('This model knows system, user and assistant, not ' + message.role + '.') }}
+  {%- elif message.role not in system %}
+    {{- raise_exception('unknown role: ' + message.role) }}
   {%- endif %}
 {%- endfor %}
-{%- if add_generation_prompt and not state.open %}
+{%- if add_generation_prompt and messages[-1].role != 'assistant' %}
   {{- RESPONSE + '<think>\\n' }}
 {%- endif -%}
 """
 
-# The same for Ollama. Go's text/template can't search or trim, so the first three templates call
-# themselves with a byte less; "answer" takes a content twice, with a NUL between. The text around
-# .Thinking tells Ollama the tags.
+# For Ollama. As Go's text/template can't search or trim, the first three templates call themselves
+# with a byte less; "answer" takes a content twice, with a NUL between.
 OLLAMA_TEMPLATE = """\
 {{- define "trim" }}{{ if . }}{{ $end := len (slice . 1) }}
 {{- if eq (slice . 0 1) " " "\\n" "\\t" "\\r" }}{{ template "trim" (slice . 1) }}
@@ -155,43 +148,28 @@ OLLAMA_TEMPLATE = """\
 {{ .Thinking }}{{ end }}{{ .Content }}{{ end }}{{ end }}{{ end -}}
 """
 
-# Lines on the card that make `chat`, from merged weights or from the adapter alone.
-CHAT_BY_WEIGHTS = """\
-from transformers import pipeline
-
-chat = pipeline("text-generation", "{repo}", dtype="auto", device_map="auto")"""
-CHAT_BY_ADAPTER = """\
-from peft import AutoPeftModelForCausalLM
-from transformers import AutoTokenizer, pipeline
-
-model = AutoPeftModelForCausalLM.from_pretrained("{repo}", dtype="auto", device_map="auto")
-tokenizer = AutoTokenizer.from_pretrained("{repo}")
-chat = pipeline("text-generation", model, tokenizer=tokenizer)"""
+# The model card.
 WHERE_WEIGHTS = "Merged 16-bit weights are at the root, the LoRA adapter is in `adapter/`."
-WHERE_ADAPTER = "This is the LoRA adapter alone, for `{base}`."
-
-# The model card of a run, of its merged weights and of a repository.
+WHERE_ADAPTER = "This is the LoRA adapter alone; `pip install peft` to use it."
 MODEL_CARD = """---
 {metadata}
 ---
-# {base}, fine-tuned {again}on medical chains of thought
+# {base}, fine-tuned on medical chains of thought
 
-{evaluation}
-## Before and after
-
-{sample}
+{measured}
 ## Use
 
-{where} The chat template is the prompt that the model was trained on, so ask it by chat messages. It
-thinks first; its answer follows `</think>`.
+{where} The chat template is the training prompt, so ask by chat messages. The answer follows `</think>`.
 
 ```python
-{chat}
+from transformers import pipeline
+
+chat = pipeline("text-generation", "{repo}", tokenizer="{repo}", dtype="auto", device_map="auto")
 messages = [{{"role": "user", "content": "What widens the anion gap?"}}]
 print(chat(messages, max_new_tokens={tokens})[0]["generated_text"][-1]["content"])
 ```
 
-On a server (a GGUF file is downloaded first):
+On a server:
 
 ```
 {serve}
@@ -199,15 +177,14 @@ On a server (a GGUF file is downloaded first):
 
 ## Limits
 
-For study, not a medical device: what it says can be wrong, and nobody's health should be decided by it. It was
-tuned on few rows and knows what its base model knows; a fluent thought does not make an answer right.
+For study, not a medical device: what it says can be wrong, however fluent its thought.
 
-## Training and evaluation
+## Training
 
 ![training loss](loss.png)
 
 ```json
-{numbers}
+{settings}
 ```
 """
 
@@ -242,12 +219,12 @@ def build_example(question: str, thought: str, answer: str, eos: str, lang: Lang
 
 
 def build_chat_template(has_bos: bool, lang: Lang = "en") -> str:
-    """`has_bos` says whether a text begins with BOS."""
+    """The chat template; `has_bos` says whether a text begins with BOS."""
     return fill_template(CHAT_TEMPLATE, lang).replace("BOS", "bos_token" if has_bos else "''")
 
 
 def fill_template(template: str, lang: Lang, eos: str = "") -> str:
-    """Put the parts of the training prompt in place of their names."""
+    """Puts the parts of the training prompt in place of their names."""
     head, response = TEMPLATES[lang].removesuffix(f"{THINK_OPEN}\n").split("{question}")
     start = head.rindex("\n\n### ")
     parts = {
@@ -435,26 +412,14 @@ def shorten(row: Row, tokenizer: Any, lang: Lang, limit: int) -> Row:
     return shorter._replace(status="shortened")
 
 
-def build_ollama_files(
-    eos: str, context: int, sampling: dict[str, float], lang: Lang
-) -> dict[str, str]:
-    """Files to push beside a GGUF; without them the Hub takes the prompt for Alpaca's."""
-    params = {"stop": [eos], "num_ctx": context, **sampling}
-    return {
-        "template": fill_template(OLLAMA_TEMPLATE, lang, eos),
-        "params": json.dumps(params, ensure_ascii=False),
-    }
-
-
-def build_modelfile(
-    eos: str, context: int, sampling: dict[str, float], lang: Lang, weights: str
-) -> str:
-    """A Modelfile for `weights` beside it; `context` is in tokens."""
+def build_ollama_files(eos: str, parameters: dict[str, Any], lang: Lang, weights: str) -> dict:
+    """A Modelfile, and files without which the Hub takes the prompt for Alpaca's."""
     template = fill_template(OLLAMA_TEMPLATE, lang, eos)
-    text = f'FROM {weights}\nTEMPLATE """{template}"""\nPARAMETER stop "{eos}"\n'
-    for name, value in {"num_ctx": context, **sampling}.items():
-        text += f"PARAMETER {name} {value}\n"
-    return text
+    modelfile = f'FROM {weights}\nTEMPLATE """{template}"""\nPARAMETER stop "{eos}"\n'
+    for name, value in parameters.items():
+        modelfile += f"PARAMETER {name} {value}\n"
+    params = json.dumps({"stop": [eos], **parameters}, ensure_ascii=False)
+    return {"template": template, "params": params, "Modelfile": modelfile}
 
 
 # ---------------------------------------------------------------------------------- multiple choice

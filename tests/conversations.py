@@ -126,6 +126,6 @@ OPENAI_CASES = {
     ),
 }
 REFUSED = {
-    "tool": ([user("Why?"), {"role": "tool", "content": "4"}], "not tool"),
+    "tool": ([user("Why?"), {"role": "tool", "content": "4"}], "unknown role: tool"),
     "image": ([user([{"type": "image_url", "image_url": {"url": "x"}}])], "text only"),
 }

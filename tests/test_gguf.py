@@ -154,6 +154,7 @@ def make_run(folder, base, **settings):
     model.save_pretrained(folder / "adapter")
     tokenizer = finetune_r1.load_tokenizer(base)
     finetune_r1.save_tokenizer(tokenizer, folder / "adapter", config.lang)
+    (folder / "loss.png").write_bytes(b"")
     write_json(folder / "config.json", dataclasses.asdict(config))
     write_json(folder / "run.json", {"status": "finished", "started": ""})
     return Run(folder)
@@ -234,21 +235,6 @@ def test_a_chat_is_asked_by_the_training_prompt_with_one_bos(case, server):
     assert server.tokens(text) == case.tokenizer(prompt)["input_ids"]
 
 
-def test_a_chat_tells_thought_from_answer_and_is_sampled_as_the_base_was(case, server):
-    """What it says is forced here: small models with random weights close no thought."""
-    talk = [{"role": "user", "content": "Why?"}]
-    forced = 'root ::= "Hm, so.\\n</think>\\nBecause."'
-    reply = server.ask("/v1/chat/completions", messages=talk, grammar=forced, max_tokens=60)
-    [choice] = reply["choices"]
-    said = choice["message"]
-    assert (said["reasoning_content"].strip(), said["content"].strip()) == ("Hm, so.", "Because.")
-    assert choice["finish_reason"] == "stop"
-    own = finetune_r1.own_sampling(read_json(case.run / "merged" / "generation_config.json"))
-    found = server.ask("/props")["default_generation_settings"]["params"]
-    assert found["temperature"] == pytest.approx(own["temperature"])
-    assert found["top_p"] == pytest.approx(own.get("top_p", 1.0))
-
-
 def test_the_probabilities_are_torchs(case, server):
     assert case.furthest(server, case.wanted()) < NEAR
 
@@ -268,18 +254,14 @@ def test_it_stops_where_the_tokenizer_does(case, server):
         assert answer(last)["stop_type"] == "limit", other
 
 
-SIZES = {"q8_0": 0.6, "q5_1": 0.45, "q4_0": 0.4}  # at most, as a share of f16's
-
-
-@pytest.mark.parametrize("outtype", SIZES)
-def test_in_fewer_bits_it_is_the_model_with_rounded_weights(case, outtype):
+def test_in_four_bits_it_is_the_model_with_rounded_weights(case):
     """Likeliest tokens are compared, as llama.cpp then rounds activations to eight bits too."""
     import torch
 
-    path = Path(finetune_r1.save(run=case.run.folder, as_="gguf", outtype=outtype)["saved"])
-    assert path.name == f"run-{outtype}.gguf"
+    path = Path(finetune_r1.save(run=case.run.folder, as_="gguf", outtype="q4_0")["saved"])
+    assert path.name == "run-q4_0.gguf"
     tokenizer = 150_000
-    assert path.stat().st_size < SIZES[outtype] * case.path.stat().st_size + tokenizer
+    assert path.stat().st_size < 0.4 * case.path.stat().st_size + tokenizer
     rounded = copy.deepcopy(case.merged)
     kinds = {tensor.name: tensor.tensor_type for tensor in gguf.GGUFReader(path).tensors}
     names = finetune_r1.gguf_names(case.merged)
@@ -323,12 +305,11 @@ def test_a_file_says_what_the_model_is(r1_run):
     assert fields["llama.rope.freq_base"].contents() == 500000
 
 
-@pytest.mark.parametrize("outtype", ["f16", "bf16", "q8_0", "q5_1", "q4_0"])
-def test_numbers_are_rounded_as_llama_cpp_does_it(r1_run, outtype, monkeypatch):
-    """By the package's own functions, bit for bit, however many rows are converted at once."""
+@pytest.mark.parametrize("outtype", ["bf16", "q8_0", "q5_1"])
+def test_numbers_are_rounded_as_llama_cpp_does_it(r1_run, outtype):
+    """By the package's own functions, bit for bit."""
     from safetensors.torch import load_file
 
-    monkeypatch.setattr(finetune_r1, "GGUF_ROWS", 24)
     path = finetune_r1.save(run=r1_run.folder, as_="gguf", outtype=outtype)["saved"]
     tensors = {tensor.name: tensor for tensor in gguf.GGUFReader(path).tensors}
     weights = {}
@@ -339,8 +320,6 @@ def test_numbers_are_rounded_as_llama_cpp_does_it(r1_run, outtype, monkeypatch):
         whole = gguf.quantize(weight, gguf.GGMLQuantizationType[outtype.upper()])
         assert tensors[f"blk.1.{in_gguf}.weight"].data.tobytes() == whole.tobytes()
     assert all(tensors[name].tensor_type.name == "F32" for name in tensors if "norm" in name)
-    output = tensors["output.weight"].tensor_type.name
-    assert output == ("Q8_0" if outtype in ("q4_0", "q5_1") else outtype.upper())
 
 
 def test_the_lines_that_run_it(r1_run, tmp_path):
@@ -359,21 +338,14 @@ def test_the_lines_that_run_it(r1_run, tmp_path):
 
 # ----------------------------------------------------------------------------------- what is refused
 
-YARN = {
-    "rope_type": "yarn",
-    "factor": 4.0,
-    "original_max_position_embeddings": 8192,
-    "rope_theta": 500000.0,
-}
 OTHER_MODELS = {
-    "mistral": ({"model_type": "mistral"}, "llama and qwen2 .*; this is mistral"),
-    "yarn": ({"rope_parameters": YARN, "rope_scaling": YARN}, "this is llama, rope yarn"),
-    "qwen2": ({"model_type": "qwen2"}, "this is qwen2, rope llama3"),
+    "mistral": ({"model_type": "mistral"}, "llama and qwen2 .*, not mistral"),
+    "another rope": ({"model_type": "qwen2"}, "not qwen2, rope llama3"),
 }
 
 
 @pytest.mark.parametrize(("settings", "said"), OTHER_MODELS.values(), ids=OTHER_MODELS)
-def test_what_llama_cpp_would_compute_otherwise_is_refused_before_the_merge(
+def test_what_llama_cpp_would_compute_otherwise_is_refused(
     known, tiny_r1, tmp_path, settings, said
 ):
     base = shutil.copytree(tiny_r1, tmp_path / "base")
@@ -381,25 +353,12 @@ def test_what_llama_cpp_would_compute_otherwise_is_refused_before_the_merge(
     write_json(base / "config.json", read_json(base / "config.json") | settings)
     with pytest.raises(UserError, match=said):
         finetune_r1.save(run=run.folder, as_="gguf")
-    assert not {"gguf", "merged"} & {path.name for path in run.folder.iterdir()}
+    assert not (run / "gguf").exists()
 
 
 def test_a_tokenizer_that_splits_text_in_an_unknown_way_is_refused(r1_run, monkeypatch):
     """llama.cpp would split it in its own way, and say nothing."""
     for digest in set(finetune_r1.PRE_TOKENIZERS) - {digest for digest, _ in PUBLISHED}:
         monkeypatch.delitem(finetune_r1.PRE_TOKENIZERS, digest)
-    with pytest.raises(UserError, match=r"none of the known ways \(llama-bpe, deepseek-r1-qwen"):
+    with pytest.raises(UserError, match="does not know this tokenizer"):
         finetune_r1.save(run=r1_run.folder, as_="gguf", outtype="f16")
-
-
-def test_merged_weights_that_were_damaged_are_not_converted(r1_run, tmp_path):
-    damaged = shutil.copytree(
-        r1_run.folder, tmp_path / "run", ignore=shutil.ignore_patterns("gguf")
-    )
-    file = damaged / "merged" / "model-00003-of-00004.safetensors"
-    content = bytearray(file.read_bytes())
-    content[-100:] = bytes(100)
-    file.write_bytes(content)
-    with pytest.raises(UserError, match="was changed after it was written"):
-        finetune_r1.save(run=damaged, as_="gguf")
-    assert not (damaged / "gguf").exists()

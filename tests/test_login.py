@@ -626,7 +626,7 @@ def test_commands_do_their_work_with_tokens_all_around(commands):
     for name, done in commands.done.items():
         code = failing.get(name, 0)
         assert done.code == code and "Traceback" not in done.err, f"{name}: {done.err}"
-    assert "model.safetensors" in commands.hub.repos["model", "writer/model"].files
+    assert "model-00004-of-00004.safetensors" in commands.hub.repos["model", "writer/model"].files
     runs = commands.wandb.runs.values()
     assert [run.entity for run in runs] == ["dotenv", "dotenv"]
 

@@ -1,6 +1,5 @@
 """Merged weights are base + adapter bit for bit, load everywhere, and say what they came from."""
 
-import json
 import shutil
 import subprocess
 import sys
@@ -103,8 +102,14 @@ def another_layer(weights):
 
 
 REFUSED = {
-    "never trained": (lambda all: {n: w * ("lora_A" in n) for n, w in all.items()}, "kept 0.00"),
-    "not numbers": (lambda all: {n: w * float("nan") for n, w in all.items()}, "kept nan"),
+    "never trained": (
+        lambda all: {n: w * ("lora_A" in n) for n, w in all.items()},
+        "merge check failed",
+    ),
+    "not numbers": (
+        lambda all: {n: w * float("nan") for n, w in all.items()},
+        "merge check failed",
+    ),
     "of a deeper model": (another_layer, r"has no place for the adapter's .*\.layers\.2\."),
     "of a narrower model": (
         lambda all: {n: w[..., :8].clone() if "lora_A" in n else w for n, w in all.items()},
@@ -121,27 +126,6 @@ def test_adapter_without_effect_or_place_is_refused(run, tmp_path, change, said)
     with pytest.raises(UserError, match=said):
         finetune_r1.save(run=copy.folder)
     assert not list(copy.folder.glob("*merged*")), "nothing may look saved"
-
-
-def test_rounding_that_swallows_part_of_the_adapter_is_told(run, tmp_path, capsys):
-    copy = untouched_copy(run, tmp_path / "run")
-    spoil(
-        copy / "adapter",
-        lambda all: {n: w * (0.004 if "lora_B" in n else 1) for n, w in all.items()},
-    )
-    name_base(copy.folder, copy.config.model)
-    kept = finetune_r1.save(run=copy.folder)["adapter_effect_kept"]
-    assert 0 < kept < 0.85
-    assert f"keep {kept:.0%} of the adapter's effect" in capsys.readouterr().err
-
-
-def test_index_that_is_foreign_json_is_named(run, tiny_r1, tmp_path):
-    base = shutil.copytree(tiny_r1, tmp_path / "base")
-    copy = untouched_copy(run, tmp_path / "run")
-    for content in ("[]", "{", '{"weight_map": 3}'):
-        (base / "model.safetensors.index.json").write_text(content)
-        with pytest.raises(UserError, match=r"model\.safetensors\.index\.json"):
-            finetune_r1.save(run=copy.folder, model=str(base))
 
 
 # ----------------------------------------------------------------------------------------- the folder
@@ -165,37 +149,18 @@ def test_merged_folder_loads_in_transformers_and_is_a_repository(merged):
     assert AutoModelForCausalLM.from_pretrained(merged, dtype="auto").dtype == torch.bfloat16
 
 
-GENERATION = {
-    "a temperature without do_sample": {"temperature": 0.9, "top_p": 0.6, "max_length": 4096},
-    "beams without do_sample": {"num_beams": 1, "length_penalty": 2.0, "top_k": 3},
-    "unknown keys": {
-        "do_sample": True,
-        "repetition_policy": {"window": 3},
-        "_from_model_config": 1,
-    },
-    "none": None,
-}
-
-
-@pytest.mark.parametrize("settings", GENERATION.values(), ids=GENERATION)
+@pytest.mark.parametrize("settings", [{"temperature": 0.9, "max_length": 4096}, None])
 def test_generation_settings_of_any_base_are_saved(run, tiny_r1, tmp_path, settings):
-    from transformers import GenerationConfig
-
+    """transformers refuses to save a temperature without do_sample."""
     base = shutil.copytree(tiny_r1, tmp_path / "base")
-    if settings is None:
-        (base / "generation_config.json").unlink()
-    else:
+    (base / "generation_config.json").unlink()
+    if settings:
         write_json(base / "generation_config.json", settings)
     copy = untouched_copy(run, tmp_path / "run")
     finetune_r1.save(run=copy.folder, model=str(base))
     saved = read_json(copy / "merged" / "generation_config.json")
-    assert saved["do_sample"] is bool((settings or {}).get("do_sample"))
-    assert "max_length" not in saved and saved.items() >= {
-        (name, value)
-        for name, value in (settings or {}).items()
-        if name != "max_length" and not isinstance(value, dict)
-    }
-    GenerationConfig.from_pretrained(copy / "merged")
+    assert saved["do_sample"] is False and "max_length" not in saved
+    assert saved.get("temperature") == (settings or {}).get("temperature")
 
 
 def test_saving_again_does_no_work_twice(run, merged):
@@ -204,27 +169,19 @@ def test_saving_again_does_no_work_twice(run, merged):
     assert (merged / "config.json").stat().st_mtime_ns == before
 
 
-@pytest.mark.parametrize("damage", ["a byte is changed", "a file is missing"])
-def test_damaged_merged_weights_are_refused_before_use(run, merged, tmp_path, damage):
+def test_damaged_merged_weights_are_refused_before_use(run, merged, tmp_path):
     copy = shutil.copytree(run, tmp_path / "run")
     file = sorted((copy / "merged").glob("*.safetensors"))[0]
-    if damage == "a byte is changed":
-        content = bytearray(file.read_bytes())
-        content[-9] ^= 1
-        file.write_bytes(content)
-    else:
-        file.unlink()
+    content = bytearray(file.read_bytes())
+    content[-9] ^= 1
+    file.write_bytes(content)
     with pytest.raises(UserError, match=f"{file.name} is missing, or was changed"):
         finetune_r1.save(run=copy)
 
 
-def test_folder_that_save_did_not_write_is_refused(run, tmp_path):
-    copy = untouched_copy(run, tmp_path / "run")
-    (copy / "merged").mkdir()
-    with pytest.raises(UserError, match="already exists, not by `save`"):
-        finetune_r1.save(run=copy.folder)
-    with pytest.raises(UserError, match="--output"):
-        finetune_r1.save(run=copy.folder, output=copy / "merged")
+def test_output_that_exists_is_refused(run, tmp_path):
+    with pytest.raises(UserError, match="--output .* already exists"):
+        finetune_r1.save(run=run, output=tmp_path)
 
 
 def test_modelfile_stops_where_the_model_does_and_ollama_quantizes(run, merged):
@@ -258,7 +215,7 @@ def test_without_room_for_the_result_nothing_is_downloaded(run, tiny_r1, hub, sm
     copy = untouched_copy(run, small_disk.folder / "run")
     name_base(copy.folder, "org/base")
     small_disk.hold(finetune_r1.weights_size("org/base")[0])
-    with pytest.raises(UserError, match="GB are needed"):
+    with pytest.raises(UserError, match="not enough disk space"):
         finetune_r1.save(run=copy.folder)
     assert not list(small_disk.folder.rglob("model*.safetensors"))
 
@@ -277,23 +234,13 @@ def test_full_disk_ends_in_a_message_and_leaves_nothing(run, tmp_path):
 
 
 def test_quantized_base_asks_for_the_16_bit_one(run, tiny_four_bit, tiny_r1, tmp_path):
-    """Also one whose name does not say so."""
-    for name in ("base", "base-unsloth-bnb-4bit"):
-        quantized = shutil.copytree(tiny_four_bit, tmp_path / name)
-        copy = untouched_copy(run, tmp_path / f"run-{name}")
-        name_base(copy.folder, str(quantized))
-        with pytest.raises(UserError, match="is quantized") as refused:
-            finetune_r1.save(run=copy.folder)
-        assert "--model PATH" in refused.value.hint
-        assert finetune_r1.save(run=copy.folder, model=str(tiny_r1))["adapter_effect_kept"] > 0.9
-
-
-def test_16_bit_folder_beside_a_quantized_one_is_taken(run, tiny_four_bit, tiny_r1, tmp_path):
-    shutil.copytree(tiny_r1, tmp_path / "tiny")
-    quantized = shutil.copytree(tiny_four_bit, tmp_path / "tiny-unsloth-bnb-4bit")
+    quantized = shutil.copytree(tiny_four_bit, tmp_path / "base")
     copy = untouched_copy(run, tmp_path / "run")
     name_base(copy.folder, str(quantized))
-    assert finetune_r1.save(run=copy.folder)["adapter_effect_kept"] > 0.9
+    with pytest.raises(UserError, match="is not 16-bit") as refused:
+        finetune_r1.save(run=copy.folder)
+    assert "--model PATH" in refused.value.hint
+    assert finetune_r1.save(run=copy.folder, model=str(tiny_r1))["adapter_effect_kept"] > 0.9
 
 
 def test_base_that_has_moved_is_named_by_model(run, tiny_r1, tmp_path):
@@ -305,66 +252,38 @@ def test_base_that_has_moved_is_named_by_model(run, tiny_r1, tmp_path):
     assert finetune_r1.save(run=copy.folder, model=str(tiny_r1))["adapter_effect_kept"] > 0.9
 
 
-PUBLISHED = {
-    "a name on the Hub": ("org/base", None, "org/base"),
-    "a moved repository": ("org/base", "org/renamed", "org/renamed"),
-    "a folder, named": ("FOLDER", "org/base", "org/base"),
-    "a folder": ("FOLDER", None, None),
-    "Kaggle's folder, which is gone": ("/kaggle/input/deepseek-r1/transformers/8b/2", None, None),
-}
-
-
-@pytest.mark.parametrize(("model", "named", "published"), PUBLISHED.values(), ids=PUBLISHED)
-def test_published_base_is_never_guessed(run, tiny_r1, tmp_path, hub, model, named, published):
+def test_published_base_is_never_guessed(tiny_r1):
     """A folder's own card names its parent, whose weights are others of the same shapes."""
-    copy = untouched_copy(run, tmp_path / "run")
-    name_base(copy.folder, model.replace("FOLDER", str(tiny_r1)))
-    for adapter_only in (False, True):
-        if published:
-            assert (
-                finetune_r1.published_base_name(copy.config.model, named, adapter_only) == published
-            )
-        else:
-            with pytest.raises(UserError) as refused:
-                finetune_r1.published_base_name(copy.config.model, named, adapter_only)
-            assert "--base-model OWNER/NAME" in refused.value.hint
+    named = finetune_r1.PushConfig(base_model="org/named")
+    unnamed = finetune_r1.PushConfig()
+    assert finetune_r1.published_base("org/base", unnamed) == "org/base"
+    assert finetune_r1.published_base(str(tiny_r1), named) == "org/named"
+    for folder in (str(tiny_r1), "/kaggle/input/deepseek-r1/transformers/8b/2"):
+        assert finetune_r1.published_base(folder, unnamed) is None
 
 
-def test_second_generation_keeps_licence_and_base_of_the_first(run, merged, tmp_path, hub):
-    """The card says so; its adapter fits the first generation alone, whose name it needs."""
+def test_second_generation_keeps_the_licence_of_the_first(run, merged, tmp_path):
     from huggingface_hub import ModelCard
 
-    first = shutil.copytree(merged, tmp_path / "merged")
-    card = ModelCard.load(first / "README.md")
-    assert card.data.license == "llama3.1" and card.data.base_model is None, "a folder has no name"
-    card.data.base_model = "org/base"
-    card.save(first / "README.md")
+    first = ModelCard.load(merged / "README.md")
+    assert first.data.license == "llama3.1" and first.data.base_model is None, (
+        "a folder has no name"
+    )
     copy = untouched_copy(run, tmp_path / "run")
-    name_base(copy.folder, str(first))
-    assert finetune_r1.published_base_name(str(first), None) == "org/base"
-    with pytest.raises(UserError, match="unknown"):
-        finetune_r1.published_base_name(str(first), None, adapter_only=True)
+    name_base(copy.folder, str(shutil.copytree(merged, tmp_path / "merged")))
     finetune_r1.save(run=copy.folder)
-    second = ModelCard.load(copy / "merged" / "README.md")
-    assert (second.data.license, second.data.base_model) == ("llama3.1", "org/base")
-    assert "# org/base, fine-tuned again on medical chains of thought" in second.text
-    settings = read_json(copy / "merged" / "adapter" / "adapter_config.json")
-    assert settings["base_model_name_or_path"] is None
+    assert ModelCard.load(copy / "merged" / "README.md").data.license == "llama3.1"
 
 
-def test_adapter_settings_hold_nothing_that_older_peft_refuses(run):
+def test_adapter_settings_hold_nothing_that_older_peft_refuses(merged):
     """Loaded by PEFT 0.13 and 0.15: see bench/NOTES.md."""
-    settings = finetune_r1.adapter_settings(run / "adapter", "org/base")
-    assert set(settings) <= {
-        "base_model_name_or_path", "peft_type", "task_type", "inference_mode", "r", "lora_alpha",
-        "target_modules", "lora_dropout", "use_rslora", "bias",
-    }  # fmt: skip
-    assert json.dumps(settings) and settings["base_model_name_or_path"] == "org/base"
+    settings = read_json(merged / "adapter" / "adapter_config.json")
+    names = {"base_model_name_or_path", *finetune_r1.ADAPTER_KEYS}
+    assert set(settings) == names and settings["base_model_name_or_path"] is None
 
 
-@pytest.mark.parametrize("text", ["[]", "{", '"r"'])
-def test_adapter_settings_that_are_foreign_json_are_named(run, tmp_path, text):
+def test_adapter_that_was_changed_is_refused(run, tmp_path):
     copy = untouched_copy(run, tmp_path / "run")
-    (copy / "adapter" / "adapter_config.json").write_text(text)
-    with pytest.raises(UserError, match=r"adapter_config\.json is not"):
+    (copy / "adapter" / "adapter_config.json").write_text("[]")
+    with pytest.raises(UserError, match=r"adapter_config\.json is missing, or was changed"):
         finetune_r1.save(run=copy.folder)

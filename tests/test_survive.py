@@ -333,7 +333,7 @@ def test_stopped_training_on_the_command_line_is_resumed(tiny_r1, cli, tmp_path)
     process.terminate()
     rest = process.stderr.read()
     assert process.wait() == 143 and "stopping after this step" in rest and "Traceback" not in rest
-    assert "`train --resume runs/a`" in rest
+    assert "train --resume runs/a`" in rest
     run = Run(tmp_path / "runs" / "a")
     done = run.last_step
     resumed = cli("train", "--resume", "--json")

@@ -33,6 +33,7 @@ def server(monkeypatch, tmp_path):
         monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))
         monkeypatch.chdir(tmp_path)
         finetune_r1.load_dotenv.cache_clear()
+        finetune_r1.wandb.teardown()  # of an earlier test, with its server
         yield server
         finetune_r1.wandb.teardown()
         os.environ.pop("WANDB_SERVICE", None)

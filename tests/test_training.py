@@ -7,6 +7,7 @@ import dataclasses
 import json
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import accelerate
 import pytest
@@ -55,26 +56,13 @@ def losses(run, name="loss"):
 
 def test_train_config_defaults_are_the_recipes():
     recipe = {
-        "max_seq_length": 2048,
-        "load_in_4bit": True,
-        "split": "train[0:500]",
-        "lora_r": 16,
-        "lora_alpha": 16,
-        "lora_dropout": 0,
-        "use_rslora": False,
-        "effective_batch": 8,
-        "warmup_steps": 5,
-        "max_steps": 60,
-        "learning_rate": 2e-4,
-        "logging_steps": 10,
-        "optim": "adamw_8bit",
-        "weight_decay": 0.01,
-        "lr_scheduler_type": "linear",
-        "seed": 3407,
-        "max_new_tokens": 1200,
-        "model": "unsloth/DeepSeek-R1-Distill-Llama-8B",
-        "dataset": "FreedomIntelligence/medical-o1-reasoning-SFT",
-        "target_modules": "q_proj,k_proj,v_proj,o_proj,gate_proj,up_proj,down_proj",
+        **{"model": "unsloth/DeepSeek-R1-Distill-Llama-8B", "max_seq_length": 2048},
+        **{"dataset": "FreedomIntelligence/medical-o1-reasoning-SFT", "split": "train[0:500]"},
+        **{"load_in_4bit": True, "lora_r": 16, "lora_alpha": 16, "lora_dropout": 0},
+        **{"target_modules": "q_proj,k_proj,v_proj,o_proj,gate_proj,up_proj,down_proj"},
+        **{"use_rslora": False, "effective_batch": 8, "warmup_steps": 5, "max_steps": 60},
+        **{"learning_rate": 2e-4, "logging_steps": 10, "optim": "adamw_8bit", "seed": 3407},
+        **{"weight_decay": 0.01, "lr_scheduler_type": "linear", "max_new_tokens": 1200},
     }
     assert recipe.items() <= dataclasses.asdict(TrainConfig()).items()
 
@@ -105,7 +93,6 @@ def settled(run_cli, tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("line", "expected"),
     [
-        ("--recipe thorough", {"split": "train", "epochs": 1.0, "lora_r": 32, "keep_best": True}),
         (
             "--recipe thorough --max-steps 9 --lora-r 8",
             {"epochs": None, "max_steps": 9, "lora_r": 8, "effective_batch": 16},
@@ -126,19 +113,11 @@ def test_settings_flags_win_over_the_file_and_the_file_over_the_recipe(settled, 
     assert expected.items() <= dataclasses.asdict(settled(line)).items()
 
 
-def test_settings_local_paths_are_stored_absolute(settled, tmp_path):
-    shutil.copy(SAMPLE, tmp_path / "rows.jsonl")
-    config = settled("--dataset rows.jsonl")
-    assert config.dataset == str(tmp_path / "rows.jsonl")
-    assert config.model == TrainConfig().model
-
-
 @pytest.mark.parametrize(
     ("text", "said"),
     [
         ("lora-rank: 4", "lora_rank"),
         ("- lora_r", "no file of settings"),
-        ("lora_r: [", "no file of settings"),
         ("lora_r: many", "--lora-r"),
     ],
 )
@@ -339,9 +318,9 @@ def test_disk_without_room_for_checkpoints_is_refused_before_training(
     assert not run.checkpoints and run.record["status"] == "failed"
 
 
-def test_keep_best_without_held_out_rows_is_refused(config, tmp_path):
+def test_keep_best_without_held_out_rows_is_refused():
     with pytest.raises(UserError, match="--keep-best"):
-        finetune_r1.train_run(dataclasses.replace(config, keep_best=True), Run(tmp_path / "run"))
+        finetune_r1.check_config(TrainConfig(keep_best=True))
 
 
 # ---------------------------------------------------------------------------------- what is trained
@@ -431,7 +410,7 @@ def test_train_push_evaluates_and_leaves_the_model_on_the_hub(train_on_hub, hub,
     assert (tmp_path / "run" / "eval.json").exists()
 
 
-@pytest.mark.parametrize("repo", ["no-owner", "bob/not-mine", "alice/full"])
+@pytest.mark.parametrize("repo", ["no-owner", "alice/full"])
 def test_train_push_that_would_be_refused_is_refused_before_the_training(
     train_on_hub, hub, tmp_path, repo
 ):
@@ -487,7 +466,7 @@ def test_a_loss_that_is_nan_or_zero_stops_the_run_and_keeps_the_last_checkpoint(
 
     monkeypatch.setattr(trl.SFTTrainer, "training_step", breaks)
     run = Run(tmp_path / "run")
-    with pytest.raises(UserError, match=rf"step 00005.* loss {value:.4f}: .* not finite"):
+    with pytest.raises(UserError, match=rf"step 00005.* loss {value:.4f}: zero or non-finite"):
         finetune_r1.train_run(config, run)
     assert run.record["status"] == "failed" and run.last_step == 4
 
@@ -503,17 +482,21 @@ def test_nan_weights_are_never_a_checkpoint(config, unsloth, tmp_path, monkeypat
     config = dataclasses.replace(config, optim="adamw_torch", max_steps=1)
     monkeypatch.setattr(torch.optim.AdamW, "step", breaks)
     run = Run(tmp_path / "run")
-    with pytest.raises(UserError, match="step 00001.* weights are not finite"):
+    with pytest.raises(UserError, match="step 00001.* non-finite loss or weights"):
         finetune_r1.train_run(config, run)
     assert not run.checkpoints and not (run / "adapter").exists()
 
 
-def test_steps_that_fp16_skipped_are_counted(config, tmp_path, monkeypatch, capsys):
-    """Only a GPU trains in fp16; what the Trainer then asks of Accelerate is asked here too."""
-    from accelerate.optimizer import AcceleratedOptimizer
-
-    monkeypatch.setattr(AcceleratedOptimizer, "step_was_skipped", property(lambda optimizer: True))
-    finetune_r1.train_run(dataclasses.replace(config, max_steps=2), Run(tmp_path / "run"))
+def test_steps_that_fp16_skipped_are_counted(config, tmp_path, capsys):
+    events = finetune_r1.TrainingEvents(Run(tmp_path), config)
+    state, control = (
+        SimpleNamespace(global_step=1),
+        SimpleNamespace(should_training_stop=False, should_save=False),
+    )
+    for skipped in (True, False, True):
+        optimizer = SimpleNamespace(step_was_skipped=skipped)
+        events.on_step_end(None, state, control, optimizer=optimizer)
+    events.on_train_end()
     assert "2 steps skipped by the fp16 GradScaler" in capsys.readouterr().err
 
 

@@ -153,7 +153,7 @@ def in_llama_cpp() -> dict[str, str]:
 
 
 def in_ollama(lang: prompts.Lang) -> dict[str, str]:
-    template = prompts.build_ollama_files(EOS, 2048, {}, lang)["template"]
+    template = prompts.build_ollama_files(EOS, {}, lang, ".")["template"]
     asked = {}
     for name, case in CASES.items():
         messages = []
