@@ -2703,7 +2703,7 @@ def model_card(run: Run, repo: str, push: PushConfig) -> str:
         serve += f"\nollama run hf.co/{repo}"
     text = prompts.MODEL_CARD.format(
         metadata=metadata.to_yaml(),
-        base=prompts.as_text(title),
+        base=" ".join(title.split()),
         measured=measured,
         where=prompts.WHERE_ADAPTER if push.adapter_only else prompts.WHERE_WEIGHTS,
         repo=repo,
