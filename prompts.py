@@ -681,7 +681,7 @@ def as_html(title: str, report: dict[str, Any]) -> str:
     title = escape(title)
     page = f"""<!DOCTYPE html>
 <meta charset="utf-8"><meta name="viewport" content="width=device-width">
-<style>pre {{ white-space: pre-wrap }} div {{ display: flex; flex-wrap: wrap }}
+<style>pre {{ white-space: pre-wrap }} div {{ display: flex; flex-wrap: wrap; gap: 1em }}
 div pre {{ flex: 1 18em; font: 1em sans-serif }}</style>
 <title>{title}</title>
 <h1>{title}</h1>
@@ -691,7 +691,7 @@ div pre {{ flex: 1 18em; font: 1em sans-serif }}</style>
         page += f"<h2>{escape(pair['question'])}</h2>\n<div>"
         for side, name in SIDES.items():
             answer = pair[side]
-            text = fold(f"{answer['thought']}\n{THINK_CLOSE}\n{answer['answer']}")
+            text = fold(f"{answer['thought']}\n\nAnswer: {answer['answer']}")
             page += f"<pre>{name}: {escape(how_it_ended(answer))}\n\n{escape(text)}</pre>\n"
         page += f"<pre>Reference\n\n{escape(pair['reference'])}</pre></div>\n"
     return page

@@ -32,7 +32,7 @@ def test_demo_leaves_files_where_the_design_says(demo):
     names = {path.name for path in demo[1].iterdir()}
     assert names >= FILES | FOLDERS and not [name for name in names if "partial" in name]
     assert read_json(demo[1] / "run.json")["status"] == "finished"
-    assert not list((demo[1] / "merged").glob("adapter*"))
+    assert not list((demo[1] / "merged").glob("adapter_*"))
     own = read_json(demo[1] / "merged" / "generation_config.json")
     assert own["do_sample"] is False, "as its base"
 
@@ -48,7 +48,8 @@ def test_demo_goes_through_the_job_before_the_users_eyes(demo):
 def test_demo_card_has_the_hubs_metadata_and_names_no_folder_of_this_machine(demo):
     text = (demo[1] / "README.md").read_text()
     metadata = yaml.safe_load(text.split("---")[1])
-    assert metadata["base_model"] == DEMO_MODEL and metadata["license"] == "apache-2.0"
+    assert metadata["license"] == "apache-2.0" and metadata["language"] == "en"
+    assert f"# {DEMO_MODEL.partition('/')[2]}, fine-tuned on" in text
     assert "not a medical device" in text
     assert str(demo[0]) not in text and "/cache/" not in text
 
