@@ -2016,7 +2016,8 @@ class TrainingEvents:
         if name not in logs:
             return
         line = f"step {state.global_step:05d}/{state.max_steps:05d}  {name} {logs[name]:.4f}"
-        finite = all(each.isfinite().all() for each in model.parameters() if each.requires_grad)
+        trained = [each for each in model.parameters() if each.requires_grad]
+        finite = torch.stack([each.isfinite().all() for each in trained]).all()  # one GPU sync
         if not finite or not 0 < logs[name] < math.inf:
             hint = "inspect the rows with `format`, or lower --learning-rate"
             raise UserError(f"{line}: zero or non-finite loss or weights.", hint=hint)
@@ -3167,9 +3168,13 @@ def hub_client() -> Any:
 
 
 def versions() -> dict[str, str]:
-    """Versions of this script, Python and the main packages."""
+    """Versions of this script, Python and the main packages; W&B may be missing."""
     found = {"finetune_r1": VERSION, "python": sys.version.split()[0]}
-    return found | {name: metadata.version(name) for name in PACKAGES}
+    for name in PACKAGES:
+        found[name] = "missing"
+        with contextlib.suppress(metadata.PackageNotFoundError):
+            found[name] = metadata.version(name)
+    return found
 
 
 def describe_gpu() -> str:

@@ -235,7 +235,7 @@ def measure_choices(run: Path, dataset: Path, number: int, new_tokens: int) -> d
     seconds, said = run_script(PROJECT / "finetune_r1.py", *command, *limit)
     report = json.loads(said)
     print(
-        f"eval of {report['answers']} choices and {report['problems']} problems, before and after, "
+        f"eval of {number} choices and 24 problems, before and after, "
         f"{new_tokens} tokens each: {seconds:.0f} s; {report['verdict']}",
         flush=True,
     )
