@@ -1947,6 +1947,18 @@ def make_plan(model: Any, weights: float, lengths: Any, config: TrainConfig) -> 
     return best
 
 
+def describe_plan(plan: dict[str, Any]) -> str:
+    """The plan in field words."""
+    checkpointing = "off"
+    if plan["checkpointed_layers"]:
+        checkpointing = f"on ({plan['checkpointed_layers']}/{plan['layers']} layers)"
+    return (
+        f"{plan['steps']} steps of {plan['effective_batch']} rows (micro-batch {plan['micro_batch']} × "
+        f"accumulation {plan['accumulation']} × {plan['processes']} GPUs), activation checkpointing "
+        f"{checkpointing}, estimated peak {plan['estimated_peak_gib']} GiB"
+    )
+
+
 def prepare_training(config: TrainConfig, **options: Any) -> tuple[TrainConfig, PreparedData, Any]:
     """Settings, rows and tokenizer; `options` are those of `tokenized_rows`."""
     check_config(config)
@@ -2165,7 +2177,7 @@ def train_run(config: TrainConfig, run: Run, resume: bool = False) -> tuple[Load
         loaded = LoadedModel.load(config, config.lang, revisions, tokenizer, for_training=True)
         weights = torch.cuda.memory_allocated() or loaded.model.get_memory_footprint()
         plan = broadcast(make_plan(loaded.model, weights, rows.used["tokens"][:], config))
-        log(f"plan     {str(plan)}")
+        log(f"plan     {describe_plan(plan)}")
         check_room({run.folder: int(plan["run_mb"] * 1e6)}, "name a --run-dir elsewhere")
         run.update(model_revisions=loaded.revisions, device=device_name(), plan=plan)
         loaded.add_adapter(config, plan["layers"] - plan["checkpointed_layers"])
@@ -2340,7 +2352,7 @@ def evaluate(
     write_json(run / f"{name}.json", report)
     draw_measures(report, run / f"{name}.png")
     title = f"{run.name}, {Path(run.config.model).name}, {time.strftime('%Y-%m-%d')}"
-    write_text(run / f"{name}.html", prompts.as_html(title, report))
+    write_text(run / f"{name}.html", prompts.as_html(title, changed_settings(run.config), report))
     write_card(run)
     del report["pairs"]
     return report
@@ -3370,7 +3382,8 @@ def train(
 ) -> dict[str, Any]:
     """Fine-tune, then answer one question before and after."""
     if run and not resume:
-        raise UserError(f"RUN {run} needs --resume.", hint="see `train --help`")
+        hint = f"did you mean `train --max-steps {run}`, or `train --resume {run}`?"
+        raise UserError(f"RUN {run} needs --resume.", hint=hint)
     if resume and given & {"recipe", "settings_file"}:
         raise UserError("--resume takes no --recipe or --config.", hint="omit them")
     if "max_steps" in given and "epochs" not in given:

@@ -583,6 +583,26 @@ in answer loss when paired with another row's question. Reasoning: 24 problems.
 The base is asked by its own chat template if it has one."""
 
 
+HTML_PAGE = """<!DOCTYPE html>
+<meta charset="utf-8"><meta name="viewport" content="width=device-width">
+<title>{title}</title>
+<style>
+body {{ font: 16px/1.5 sans-serif; max-width: 75em; margin: auto; padding: 1em }}
+pre {{ font: inherit; white-space: pre-wrap }}
+td {{ padding-right: 1.5em }}
+h2, h3 {{ font-size: 1em }} h2 {{ white-space: pre-wrap; border-top: 1px solid }}
+section {{ display: flex; flex-wrap: wrap; gap: 1.5em }} section > div {{ flex: 1 18em }}
+</style>
+<h1>{title}</h1>
+<p><b>{verdict}</b></p>
+<table>{table}</table>
+<p>{note}</p>
+<p>Settings: {settings}. Nothing here is medical advice.</p>
+<button onclick="for (each of document.querySelectorAll('details')) each.open = true">
+Expand all thoughts</button>
+"""
+
+
 def last_number(answer: str) -> float | None:
     """The last number in an answer, without thousands separators."""
     text = re.sub(r"(?<=\d)(,|\{,\}|\\,)(?=\d{3}(?!\d))", "", answer.replace("−", "-"))
@@ -657,6 +677,9 @@ def as_report(report: dict[str, Any]) -> str:
             text += f"| {label:18} | {value['base']:z6{style}} | {value['tuned']:z6{style}} | "
             text += f"{value['difference']:+z{style}} "
             text += f"({value['low']:+z{style}} to {value['high']:+z{style}}) |\n"
+    if "reasoning" in report:
+        before, after = (round(24 * report["reasoning"][side]) for side in ("base", "tuned"))
+        text += f"\nReasoning kept: {after} of 24, before {before}.\n"
     return f"{text}\n{REPORT_NOTE}\n"
 
 
@@ -676,24 +699,29 @@ def fold(text: str) -> str:
     return re.sub(repeated, lambda said: f"{said[1]}[{len(said[0]) // len(said[1])} times] ", text)
 
 
-def as_html(title: str, report: dict[str, Any]) -> str:
-    """A page with the report and all answers side by side."""
-    title = escape(title)
-    page = f"""<!DOCTYPE html>
-<meta charset="utf-8"><meta name="viewport" content="width=device-width">
-<style>pre {{ white-space: pre-wrap }} div {{ display: flex; flex-wrap: wrap; gap: 1em }}
-div pre {{ flex: 1 18em; font: 1em sans-serif }}</style>
-<title>{title}</title>
-<h1>{title}</h1>
-<pre>{escape(as_report(report))}</pre>
-"""
+def as_html(title: str, settings: str, report: dict[str, Any]) -> str:
+    """A page with the report and all answers side by side; thoughts are folded."""
+    rows = []
+    for line in as_report(report).splitlines():
+        if line.startswith("| "):
+            cells = line.strip("| ").split("|")
+            rows.append("<tr><td>" + "<td>".join(escape(cell.strip()) for cell in cells))
+    page = HTML_PAGE.format(
+        title=escape(title),
+        settings=escape(settings),
+        verdict=escape(f"{report['rows']} held-out rows: {report['verdict']}."),
+        table="\n".join(rows),
+        note=escape(REPORT_NOTE),
+    )
     for pair in report["pairs"]:
-        page += f"<h2>{escape(pair['question'])}</h2>\n<div>"
+        page += f"<h2>{escape(pair['question'])}</h2>\n<section>"
         for side, name in SIDES.items():
             answer = pair[side]
-            text = fold(f"{answer['thought']}\n\nAnswer: {answer['answer']}")
-            page += f"<pre>{name}: {escape(how_it_ended(answer))}\n\n{escape(text)}</pre>\n"
-        page += f"<pre>Reference\n\n{escape(pair['reference'])}</pre></div>\n"
+            thought = escape(fold(answer["thought"]))
+            page += f"<div><h3>{name}: {escape(how_it_ended(answer))}</h3>"
+            page += f"<details><summary>thought</summary><pre>{thought}</pre></details>"
+            page += f"<pre>{escape(fold(answer['answer']))}</pre></div>\n"
+        page += f"<div><h3>Reference</h3><pre>{escape(pair['reference'])}</pre></div></section>\n"
     return page
 
 

@@ -21,7 +21,7 @@ def typed(
         preexec_fn=lambda: os.login_tty(its_end),
     )  # fmt: skip
     os.close(its_end)
-    limit = threading.Timer(60, process.kill)
+    limit = threading.Timer(300, process.kill)
     limit.start()
     shown, since, waiting = b"", 0, list(answers)
     while True:

@@ -96,7 +96,7 @@ MISTAKES = {
     "format --model tiny --dataset rows.jsonl -o columns.jsonl": ["columns.jsonl", "exists"],
     f"{TRAIN} --run-dir full": ["full"],
     f"{TRAIN} --run-dir rows.jsonl/run": ["path"],
-    "train 60": ["--max-steps N"],
+    "train 60": ["train --max-steps 60"],
     "train --resume runs/nope": ["runs/nope"],
     "train --resume runs/unfinished --lora-r 8": ["--lora-r"],
     "train --resume runs/old": ["runs/old", "packing"],
@@ -110,7 +110,6 @@ MISTAKES = {
     "infer Why? --run unfinishd": ["unfinishd"],
     "eval --run full": ["full"],
     "save --run runs/unfinished": ["runs/unfinished", "adapter"],
-    "save --outtype f16": ["--outtype", "--as gguf"],
     "push --repo user/model": ["finished run", "train"],
     "runs": ["run"],
 }
@@ -212,7 +211,7 @@ def test_model_of_8b_without_a_gpu_is_refused_before_the_slow_imports(cli):
     assert not imported & set(HEAVY) - {"torch"}
 
 
-@pytest.mark.parametrize("line", ["load --model no/such", "format --model no/such"])
+@pytest.mark.parametrize("line", ["load --model no/such", "format --dataset no/such"])
 def test_name_that_the_hub_does_not_have_is_named(cli, line):
     with HubServer(tokens={}) as hub:
         done = cli(*line.split(), HF_ENDPOINT=hub.url)
