@@ -2043,7 +2043,7 @@ class TrainingEvents:
         state.log_history[-1]["seconds"] = round(now - self.started_at, 3)
         if RANK == 0:
             write_jsonl(self.run / "metrics.jsonl", state.log_history)
-        if self.config.wandb and wandb.run:
+        if "wandb" in sys.modules and wandb.run:
             with contextlib.suppress(Exception):  # W&B's own process may be gone
                 wandb.log(transformers.integrations.rewrite_logs(logs), step=state.global_step)
 
