@@ -18,7 +18,7 @@ from terminal import typed
 
 import finetune_r1
 import prompts
-from finetune_r1 import LoadedModel, Run, SamplingConfig, TrainConfig, UserError, generate
+from finetune_r1 import LoadedModel, Run, TrainConfig, UserError, generate
 
 
 @pytest.fixture(scope="module")

@@ -283,7 +283,7 @@ def test_unknown_hub_dataset_is_named(hub_rows):
     assert "doesn't exist on the Hub" in message and "login" in hint
 
 
-@pytest.mark.parametrize(("status", "advised"), [(403, "login"), (500, "doctor")])
+@pytest.mark.parametrize(("status", "advised"), [(403, "login"), (500, "busy")])
 def test_hub_that_refuses_a_file_is_not_taken_for_a_wrong_split(hub_rows, status, advised):
     hub_rows.add_repo("dataset", "org/rows", {"rows.jsonl": LINE.encode()})
     hub_rows.faults.append(Fault("GET", "rows.jsonl", status=status, times=math.inf))
