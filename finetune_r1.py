@@ -3058,8 +3058,9 @@ def print_fields(report: dict[str, Any]) -> None:
         label = name.replace("_gib", " (GiB)").replace("_", " ") + ":"
         for line in value if isinstance(value, list) else [value]:
             if isinstance(line, dict):
-                line = ", ".join(f"{key} {content}" for key, content in line.items())
-            print_result(f"{label:<18}{line}")
+                given = [f"{key} {content}" for key, content in line.items() if content is not None]
+                line = ", ".join(given)
+            print_result(f"{label:<17} {line}")
             label = ""
 
 
