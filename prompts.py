@@ -20,9 +20,16 @@ import textwrap
 import unicodedata
 from collections.abc import Sequence
 from html import escape
+from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 Lang = Literal["en", "zh"]
+
+
+def read_template(name: str) -> str:
+    """The text of a file in data/."""
+    return (Path(__file__).parent / "data" / name).read_text(encoding="utf-8")
+
 
 THINK_OPEN, THINK_CLOSE = "<think>", "</think>"
 
@@ -73,120 +80,16 @@ BEFORE_AFTER: dict[Lang, str] = {
 
 # Earlier answers lose their thoughts. There is no `generation` tag, which stops minijinja (issue
 # 815), and neither word of "tools" and "tool_call", by which Ollama finds support for them.
-CHAT_TEMPLATE = """\
-{%- macro text(content) %}
-  {%- if content is string %}
-    {{- content }}
-  {%- elif content %}
-    {%- for part in content %}
-      {{- '' if loop.first else '\\n' }}
-      {{- part.text if part.type == 'text' else raise_exception('This model reads text only.') }}
-    {%- endfor %}
-  {%- endif %}
-{%- endmacro %}
-{%- set system = ['system', 'developer'] %}
-{{- BOS + INSTRUCTION }}
-{%- for message in messages if message.role in system and text(message.content) | trim %}
-  {{- ('\\n' if loop.first else '\\n\\n') + text(message.content) | trim }}
-{%- endfor %}
-{%- for message in messages %}
-  {%- set said = text(message.content) %}
-  {%- if message.role == 'user' %}
-    {{- QUESTION + said | trim }}
-  {%- elif message.role == 'assistant' %}
-    {%- set thought = message.reasoning_content or message.reasoning %}
-    {%- if thought and '</think>' not in said %}
-      {%- set said = '<think>\\n' + thought + ('\\n</think>\\n' + said if said | trim else '') %}
-    {%- endif %}
-    {%- set parts = said.split('</think>') %}
-    {%- set thought = parts[0].split('<think>')[-1] if parts | length > 1 else '' %}
-    {%- set answer = parts[-1].split('<think>')[0] | trim + eos_token %}
-    {{- RESPONSE }}
-    {%- if not loop.last %}
-      {{- answer }}
-    {%- elif '<think>' in said and parts | length == 1 %}
-      {{- '<think>' + (said.split('<think>')[-1] or '\\n') }}
-    {%- else %}
-      {{- '<think>\\n' + thought | trim + '\\n</think>\\n' + answer }}
-    {%- endif %}
-  {%- elif message.role not in system %}
-    {{- raise_exception('unknown role: ' + message.role) }}
-  {%- endif %}
-{%- endfor %}
-{%- if add_generation_prompt and messages[-1].role != 'assistant' %}
-  {{- RESPONSE + '<think>\\n' }}
-{%- endif -%}
-"""
+CHAT_TEMPLATE = read_template("chat_template.jinja")
 
 # For Ollama. As Go's text/template can't search or trim, the first three templates call themselves
 # with a byte less; "answer" takes a content twice, with a NUL between.
-OLLAMA_TEMPLATE = """\
-{{- define "trim" }}{{ if . }}{{ $end := len (slice . 1) }}
-{{- if eq (slice . 0 1) " " "\\n" "\\t" "\\r" }}{{ template "trim" (slice . 1) }}
-{{- else if eq (slice . $end) " " "\\n" "\\t" "\\r" }}{{ template "trim" (slice . 0 $end) }}
-{{- else }}{{ . }}{{ end }}{{ end }}{{ end }}
-{{- define "head" }}{{ $end := len (slice . 1) }}
-{{- if eq (slice . $end) "\\x00" }}{{ template "trim" (slice . 0 $end) }}
-{{- else }}{{ template "head" (slice . 0 $end) }}{{ end }}{{ end }}
-{{- define "answer" }}{{ $tagged := ge (len .) 8 }}
-{{- if and $tagged (eq (slice . 0 8) "</think>") }}{{ template "head" (slice . 8) }}
-{{- else if ne (slice . 0 1) "\\x00" }}{{ template "answer" (slice . 1) }}
-{{- else if not (and $tagged (eq (slice . 1 8) "<think>")) }}{{ template "trim" (slice . 1) }}
-{{- end }}{{ end }}
-{{- INSTRUCTION }}{{ if .System }}{{ "\\n" }}{{ template "trim" .System }}{{ end }}
-{{- range $i, $_ := .Messages }}{{ $last := eq (len (slice $.Messages $i)) 1 }}
-{{- if eq .Role "user" }}{{ QUESTION }}{{ template "trim" .Content }}{{ end }}
-{{- if or $last (eq .Role "assistant") }}{{ RESPONSE }}
-{{- if not $last }}{{ template "answer" (printf "%s\\x00%s" .Content .Content) }}{{ EOS }}
-{{- else if ne .Role "assistant" }}<think>
-{{ else if and (ge (len .Content) 7) (eq (slice .Content 0 7) "<think>") }}{{ .Content }}
-{{- else }}
-{{- if or .Content (not .Thinking) }}<think>
-{{ .Thinking }}
-</think>
-{{ else }}<think>
-{{ .Thinking }}{{ end }}{{ .Content }}{{ end }}{{ end }}{{ end -}}
-"""
+OLLAMA_TEMPLATE = read_template("ollama_template.gotmpl")
 
 # The model card.
 WHERE_WEIGHTS = "Merged 16-bit weights are at the root, the LoRA adapter is in `adapter/`."
 WHERE_ADAPTER = "This is the LoRA adapter alone; `pip install peft` to use it."
-MODEL_CARD = """---
-{metadata}
----
-# {base}, fine-tuned on medical chains of thought
-
-{measured}
-## Use
-
-{where} The chat template is the training prompt, so ask by chat messages. The answer follows `</think>`.
-
-```python
-from transformers import pipeline
-
-chat = pipeline("text-generation", "{repo}", tokenizer="{repo}", dtype="auto", device_map="auto")
-messages = [{{"role": "user", "content": "What widens the anion gap?"}}]
-print(chat(messages, max_new_tokens={tokens})[0]["generated_text"][-1]["content"])
-```
-
-On a server:
-
-```
-{serve}
-```
-
-## Limits
-
-For study, not a medical device: what it says can be wrong, however fluent its thought.
-
-## Training
-
-![training loss](loss.png)
-
-```json
-{settings}
-```
-"""
+MODEL_CARD = read_template("model_card.md")
 
 
 class Row(NamedTuple):
@@ -583,24 +486,7 @@ in answer loss when paired with another row's question. Reasoning: 24 problems.
 The base is asked by its own chat template if it has one."""
 
 
-HTML_PAGE = """<!DOCTYPE html>
-<meta charset="utf-8"><meta name="viewport" content="width=device-width">
-<title>{title}</title>
-<style>
-body {{ font: 16px/1.5 sans-serif; max-width: 75em; margin: auto; padding: 1em }}
-pre {{ font: inherit; white-space: pre-wrap }}
-td {{ padding-right: 1.5em }}
-h2, h3 {{ font-size: 1em }} h2 {{ white-space: pre-wrap; border-top: 1px solid }}
-section {{ display: flex; flex-wrap: wrap; gap: 1.5em }} section > div {{ flex: 1 18em }}
-</style>
-<h1>{title}</h1>
-<p><b>{verdict}</b></p>
-<table>{table}</table>
-<p>{note}</p>
-<p>Settings: {settings}. Nothing here is medical advice.</p>
-<button onclick="for (each of document.querySelectorAll('details')) each.open = true">
-Expand all thoughts</button>
-"""
+HTML_PAGE = read_template("eval.html")
 
 
 def last_number(answer: str) -> float | None:
