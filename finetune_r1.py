@@ -1929,6 +1929,8 @@ def make_plan(model: Any, weights: float, lengths: Any, config: TrainConfig) -> 
         at_once = max(sum(drawn[i : i + size]) for i in range(0, len(drawn), size))
         kept = int(((limit - resident) / at_once - in_loss) / in_layer) - 1
         kept = min(layers, max(0, kept))
+        if not torch.cuda.is_available() and kept < layers:
+            kept = 0  # Unsloth on a CPU recomputes all layers or none
         kept = {"none": layers, "unsloth": 0}.get(config.gradient_checkpointing, kept)
         peak = resident + at_once * (in_layer * (kept + 1) + in_loss)
         cost = batch / size * MICRO_BATCH_TOKENS + tokens * (1 + RECOMPUTE * (1 - kept / layers))

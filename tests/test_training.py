@@ -558,3 +558,18 @@ def test_wandb_gets_the_history_of_a_run_trained_by_the_command_line(tiny_r1, cl
     assert list(history) == [1, 2, 3]
     assert sent.config["lora_r"] == 16
     assert "k" * 40 not in done.out + done.err
+
+
+def test_make_plan_on_a_cpu_recomputes_all_layers_or_none(tiny_r1, monkeypatch):
+    model = finetune_r1.load_meta_model(tiny_r1)
+    config = TrainConfig(model=str(tiny_r1), micro_batch=1)
+
+    def checkpointed(limit):
+        monkeypatch.setattr(finetune_r1, "memory_limit", lambda config: limit)
+        return finetune_r1.make_plan(model, 1e8, [700] * 20, config)["checkpointed_layers"]
+
+    short, enough = 1e8, 1e11  # bytes; between them is the least that keeps all activations
+    while enough - short > 1:
+        middle = (short + enough) / 2
+        short, enough = (short, middle) if checkpointed(middle) == 0 else (middle, enough)
+    assert checkpointed(short) == model.config.num_hidden_layers == 2
