@@ -33,6 +33,8 @@ PROJECT = Path(__file__).resolve().parents[2]
 BASE = "unsloth/DeepSeek-R1-Distill-Llama-8B"
 PUSHED = "alice/DeepSeek-R1-Medical-COT"
 TOKEN = "hf_writetoken"
+# Puts the seconds since the line was typed before each line of its stderr.
+TIMED = """while IFS= read -r line; do printf '%4d  %s\\n' "$SECONDS" "$line"; done"""
 NOT_INHERITED = (
     "HF_",
     "HUGGING",
@@ -45,9 +47,9 @@ NOT_INHERITED = (
 )
 FACTS = {  # as printed; the first and the last of each are shown
     "s/step": r"([\d.]+) s/step",
-    "loss": r"loss ([\d.]+)  lr",
+    "loss": r"loss ([\d.]+)  [\d.]+ s/step",
     "planned GiB": r"estimated\s+peak\s+([\d.]+)",
-    "reserved GiB": r"Memory: +([\d.]+) GiB",
+    "peak GiB": r"peak memory \(GiB\): +([\d.]+)",
     "answer": r"(\d+ tokens, [\d.]+ s)",
     "verified": r"verified: +(.*)",
     "error": r"error: (.*)",
@@ -109,7 +111,7 @@ class Place:
         files = [self.work / f"{name}.{end}" for end in ("out", "err")]
         with files[0].open("w") as out, files[1].open("w") as err:
             process = subprocess.Popen(
-                ["bash", "-c", line],
+                ["bash", "-c", f"{line} 2> >({TIMED} >&2)"],
                 cwd=self.user,
                 env=environment,
                 stdin=subprocess.DEVNULL,
