@@ -181,7 +181,9 @@ def test_evaluate_grades_answers_by_option_and_by_last_number(untrained, run, mo
         return answers
 
     monkeypatch.setattr(finetune_r1, "generate", generate)
-    choices = [prompts.MultipleChoice("Why <b>so</b>?", REST, key) for key in "BBBBBBBBBA"]
+    choices = [
+        {"question": "Why <b>so</b>?", "options": REST, "reference": key} for key in "BBBBBBBBBA"
+    ]
     report = finetune_r1.evaluate(untrained, run, [], choices, 10, SHORT)
     assert (report["accuracy"]["base"], report["accuracy"]["tuned"]) == (0.1, 0.9)
     sevens = sum(number == 7 for number in numbers.values())
@@ -191,7 +193,7 @@ def test_evaluate_grades_answers_by_option_and_by_last_number(untrained, run, mo
     assert [pair["reference"] for pair in pairs[9:11]] == ["A", "40"]
     page = (run / "eval.html").read_text()
     assert page.count("<h2>") == 34 and "&lt;b&gt;so&lt;/b&gt;" in page and "<b>so" not in page
-    assert "24, before" in (run / "README.md").read_text() and "Expand all" in page
+    assert "| reasoning kept " in (run / "README.md").read_text() and "Expand all" in page
 
 
 # --------------------------------------------------------------------------------- the eval command
@@ -210,7 +212,11 @@ def test_eval_prints_the_table_that_card_and_page_show(run, run_cli):
         assert re.search(r" [\d.]+%? \| [+-][\d.]+%? \([+-].* to [+-].*\) \|$", line), line
     assert not re.search(r"-0(\.0+)?\b(?!\.)", done.out)
     card, page = (run / "README.md").read_text(), (run / "eval.html").read_text()
-    assert done.out.strip() in card and all(f"<td>{name}" in page or f"<tr><td>{name}" in page for name in names) and run.name in page
+    assert (
+        done.out.strip() in card
+        and all(f"<td>{name}" in page or f"<tr><td>{name}" in page for name in names)
+        and run.name in page
+    )
     assert (run / "eval.png").read_bytes().startswith(b"\x89PNG")
 
 
