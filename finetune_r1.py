@@ -2382,24 +2382,24 @@ def draw_measures(report: dict[str, Any], path: Path) -> None:
 
 # ------------------------------------------------------------------------------------------- saving
 # Merges the adapter into 16-bit weights: a whole folder, ready to be pushed, or none. Equal to PEFT's
-# merge bit for bit, in 1 GiB of memory. safetensors, PEFT and transformers do the rest.
+# merge bit for bit, in 1 GiB of memory.
 
 
 def weights_size(model: str, revision: str | None = None) -> tuple[int, int]:
-    """Bytes of a model's weights, and of those still to be downloaded."""
+    """Bytes of a model's weights, and of those to download."""
     if Path(model).is_dir():
         return sum(file.stat().st_size for file in Path(model).glob("*.safetensors")), 0
     try:
         find = huggingface_hub.snapshot_download
         files = find(model, revision=revision, allow_patterns="model*.safetensors", dry_run=True)
-    except hub_errors.DryRunError:  # no network: the cache has to do
+    except hub_errors.DryRunError:  # no network
         return weights_size(str(download_model(model, revision=revision)))
     missing = sum(file.file_size for file in files if file.will_download)
     return sum(file.file_size for file in files), missing
 
 
 def weight_files(folder: Path) -> dict[str, str]:
-    """The file of each tensor by its name, as the index has it."""
+    """The file of each tensor, by its name."""
     index = folder / "model.safetensors.index.json"
     if index.is_file():
         return dict(read_json(index)["weight_map"])
@@ -2411,14 +2411,14 @@ def merge_file(source: Path, target: Path, lora: Any, scale: float, sums: Any) -
     """Copies a file of the base; adapted tensors become base + B·A·scale, rounded once."""
     shutil.copyfile(source, target)
     with safetensors.safe_open(source, "pt") as tensors, target.open("r+b") as file:
-        size = int.from_bytes(file.read(8), "little")  # of the header, before the data
+        size = int.from_bytes(file.read(8), "little")  # of the header
         header = json.loads(file.read(size))
         for name in tensors.keys():
-            module = f"base_model.model.{name.removesuffix('.weight')}"
-            down = lora.pop(f"{module}.lora_A.weight", None)
+            module = "base_model.model." + name.removesuffix("weight")
+            down = lora.pop(module + "lora_A.weight", None)
             if down is None:
                 continue
-            change = lora.pop(f"{module}.lora_B.weight").float() @ down.float()
+            change = lora.pop(module + "lora_B.weight").float() @ down.float()
             weight = tensors.get_tensor(name)
             if change.shape != weight.shape:
                 raise UserError(f"{name}: the adapter does not fit the base.", NAME_BASE)
@@ -2435,7 +2435,7 @@ def merge_file(source: Path, target: Path, lora: Any, scale: float, sums: Any) -
 
 
 def merge_adapter(base: Path, adapter: Path, folder: Path) -> float:
-    """Writes merged weights; returns how much of the change is left after rounding."""
+    """Writes merged weights; returns the share of the change that rounding kept."""
     settings = peft.LoraConfig.from_pretrained(adapter)
     scale = settings.lora_alpha / (math.sqrt(settings.r) if settings.use_rslora else settings.r)
     lora = peft.load_peft_weights(str(adapter), "cpu")
@@ -2444,7 +2444,7 @@ def merge_adapter(base: Path, adapter: Path, folder: Path) -> float:
         merge_file(base / file, folder / file, lora, scale, sums)
     if lora:
         raise UserError(f"the base has no place for the adapter's {min(lora)}.", NAME_BASE)
-    kept = float(sums[0] / sums[1])  # 0 / 0 if it was never trained
+    kept = float(sums[0] / sums[1])  # 0 / 0 if untrained
     if not 0 < kept < math.inf:
         raise UserError(f"merge check failed: adapter effect kept {kept:.2f}.", "train longer")
     return round(kept, 3)
@@ -2459,32 +2459,31 @@ def save_settings(source: Path, adapter: Path, folder: Path) -> None:
     config.pad_token_id = tokenizer.pad_token_id
     config.save_pretrained(folder)
     save_config(folder)
-    # As JSON: transformers refuses to save what many models have (its issue 29988).
-    path = source / "generation_config.json"
+    path = source / "generation_config.json"  # transformers refuses some (issue 29988)
     settings = read_json(path) if path.is_file() else {}
-    settings.pop("max_length", None)  # the published 131072 would let an answer run for hours
-    settings["do_sample"] = bool(settings.get("do_sample"))  # pipelines sample if it is missing
+    settings.pop("max_length", None)  # 131072: an answer of hours
+    settings["do_sample"] = bool(settings.get("do_sample"))  # or pipelines sample
     for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
         settings[name] = getattr(tokenizer, name)
     write_json(folder / "generation_config.json", settings)
 
 
 def merged_weights(run: Run, output: Any = None, model: Any = None, scratch: Any = None) -> Path:
-    """Verified merged weights; made in `output`, the run, or `scratch` if the run has no room."""
+    """Verified merged weights, made in `output`, the run, or `scratch` if there is no room."""
     saved = run.record.get("saved")
     if saved and not output and (run / saved["folder"]).is_dir():
         check_hashes(run / saved["folder"], saved["hashes"], "remove the folder, `save` again")
         return run / saved["folder"]
     adapter = run.adapter
     base = resolve_base(run, model)
-    if not Path(base).is_dir():  # the 16-bit model
+    if not Path(base).is_dir():  # the 16-bit one
         base = base.removesuffix("-bnb-4bit").removesuffix("-unsloth")
     revision = run.record.get("model_revisions", {}).get(base)
     source = download_model(base, weights=False, revision=revision)
     if "quantization_config" in read_json(source / "config.json"):
-        raise UserError(f"{base} is not 16-bit.", "name the 16-bit base: `save --model PATH`")
+        raise UserError(f"{base} is not 16-bit.", "`save --model PATH` names one")
     size, missing = weights_size(base, revision)
-    if scratch and size > shutil.disk_usage(run.folder).free:  # as on Kaggle
+    if scratch and size > shutil.disk_usage(run.folder).free:  # Kaggle
         output = scratch / "merged"
     folder = output or run / "merged"
     needs = {folder: size, Path(hub_constants.HF_HUB_CACHE): missing}
@@ -2496,7 +2495,7 @@ def merged_weights(run: Run, output: Any = None, model: Any = None, scratch: Any
         kept = merge_adapter(source, adapter, partial)
         save_settings(source, adapter, partial)
         names = os.listdir(partial)
-        with futures.ThreadPoolExecutor() as pool:  # one by one 16 GB take half a minute
+        with futures.ThreadPoolExecutor() as pool:  # or 16 GB take half a minute
             hashes = dict(
                 zip(names, pool.map(file_hash, map(partial.joinpath, names)), strict=True)
             )
@@ -2508,11 +2507,11 @@ def merged_weights(run: Run, output: Any = None, model: Any = None, scratch: Any
 
 # --------------------------------------------------------------------------------------------- gguf
 # Merged weights, tokenizer and chat template in one file for llama.cpp, Ollama and LM Studio. What
-# llama.cpp would silently compute otherwise is refused. gguf has names, quantization and the format.
+# llama.cpp would silently compute otherwise is refused. gguf has the names and the format.
 
 
 def gguf_names(model: Any) -> dict[str, str]:
-    """Names in a GGUF by those in transformers; raises if llama.cpp would compute otherwise."""
+    """Names in a GGUF by those in transformers; raises for what llama.cpp computes otherwise."""
     shape = model.config
     kind = shape.model_type
     rope = getattr(shape, "rope_parameters", {}).get("rope_type")
@@ -2521,40 +2520,38 @@ def gguf_names(model: Any) -> dict[str, str]:
     known = gguf.get_tensor_name_map(gguf.MODEL_ARCH[kind.upper()], shape.num_hidden_layers)
     names = {name: known.get_name(name, (".weight", ".bias")) for name in model.state_dict()}
     if shape.tie_word_embeddings:
-        names.pop("lm_head.weight")  # llama.cpp takes the embedding
+        names.pop("lm_head.weight")  # it is the embedding
     return names
 
 
 def add_tokenizer(writer: Any, tokenizer: Any, size: int) -> None:
-    """Writes a byte-level BPE tokenizer's tokens, up to the model's `size` rows."""
+    """Writes a byte-level BPE tokenizer, padded to `size` tokens."""
     known = None
-    for special in (True, False):  # with BOS as published; the demo's had none
+    for special in (True, False):  # with BOS as published, or without
         ids = tokenizer.encode(PRE_TOKENIZER_TEXT, add_special_tokens=special)
         known = known or PRE_TOKENIZERS.get(hashlib.sha256(str(ids).encode()).hexdigest())
-    if not known:  # llama.cpp would split text in its own way, and say nothing
+    if not known:
         raise UserError("llama.cpp does not know this tokenizer.", "omit --as")
-    added = tokenizer.added_tokens_decoder
     texts = [f"[PAD{number}]" for number in range(size)]
     types = [gguf.TokenType.UNUSED] * size
     for text, number in tokenizer.get_vocab().items():
         texts[number] = text
         types[number] = gguf.TokenType.NORMAL
-        if number in added:
-            kind = "CONTROL" if added[number].special else "USER_DEFINED"
-            types[number] = gguf.TokenType[kind]
+    for number, token in tokenizer.added_tokens_decoder.items():
+        types[number] = gguf.TokenType.CONTROL if token.special else gguf.TokenType.USER_DEFINED
     writer.add_tokenizer_model("gpt2")
     writer.add_tokenizer_pre(known)
     writer.add_token_list(texts)
     writer.add_token_types(types)
-    writer.add_eot_token_id(tokenizer.eos_token_id)  # else what llama.cpp knows by name
+    writer.add_eot_token_id(tokenizer.eos_token_id)  # else one by its name
 
 
 def write_gguf(writer: Any, path: Path, merged: Path, model: Any, outtype: str) -> None:
-    """Writes the file: all shapes and formats first, then each tensor's data."""
+    """Writes all shapes and formats, then each tensor's data."""
     shape = model.config
     names = gguf_names(model)
     tensors = model.state_dict()
-    if shape.rope_parameters["rope_type"] == "llama3":  # its slowing of frequencies is a tensor
+    if shape.rope_parameters["rope_type"] == "llama3":  # a tensor slows frequencies
         rope = model.model.rotary_emb.inv_freq
         plain = shape.rope_parameters["rope_theta"] ** -(torch.arange(len(rope)) / len(rope))
         names["rope_freqs"] = "rope_freqs.weight"
@@ -2583,7 +2580,7 @@ def write_gguf(writer: Any, path: Path, merged: Path, model: Any, outtype: str) 
 
 
 def save_gguf(run: Run, output: Path | None, outtype: str, model: str | None) -> tuple[Path, Path]:
-    """Writes the merged weights as a GGUF; returns the file and the merged folder."""
+    """Writes a GGUF; returns it and the folder of merged weights."""
     path = (output or run / "gguf") / f"{run.name}-{outtype}.gguf"
     check_output(path if output else None)
     merged = merged_weights(run, model=model)
@@ -2609,7 +2606,7 @@ def save_gguf(run: Run, output: Path | None, outtype: str, model: str | None) ->
 
 
 def ollama_files(run: Run, merged: Path, weights: str) -> dict[str, str]:
-    """A Modelfile, and `template` and `params` for Ollama on the Hub."""
+    """Modelfile, and `template` and `params` for the Hub."""
     eos = read_json(merged / "tokenizer_config.json")["eos_token"]
     parameters = own_sampling(read_json(merged / "generation_config.json"))
     parameters["num_ctx"] = run.config.max_seq_length
@@ -2617,8 +2614,8 @@ def ollama_files(run: Run, merged: Path, weights: str) -> dict[str, str]:
 
 
 # ------------------------------------------------------------------------------------------ pushing
-# The model card, and a run on the Hub in one commit: nothing is half there, and nothing of somebody
-# else's is replaced unasked. huggingface_hub uploads, retries and compares hashes.
+# A run goes to the Hub in one commit, and replaces nothing of somebody else's unasked.
+# huggingface_hub uploads, retries and verifies.
 
 
 @dataclass(frozen=True)
@@ -2631,16 +2628,16 @@ class PushConfig:
     force: bool = option(False, "Replace foreign weights and an edited README.md.", "--force")
     dry_run: bool = option(False, "List the files, and stop.", "--dry-run")
     base_model: str | None = option(None, "The base's published name: OWNER/NAME.")
-    model: str | None = option(None, "Where the base is now, if it has moved.")
+    model: str | None = option(None, "Where the base is now, if moved.")
 
 
 def published_base(model: str, push: PushConfig) -> str | None:
-    """The base's name on the Hub; None for a folder, as its own card names its parent."""
+    """The base's name on the Hub; None for a folder, whose card names its parent."""
     return push.base_model or (None if Path(model).is_absolute() else model)
 
 
 def vllm_command(run: Run, model: str) -> str:
-    """The command that serves a model."""
+    """How to serve a model."""
     line = f"vllm serve {shlex.quote(model)} --max-model-len {run.config.max_seq_length}"
     if prompts.THINK_CLOSE in load_tokenizer(run / "adapter").get_vocab():  # as one token
         line += " --reasoning-parser deepseek_r1"
@@ -2648,7 +2645,7 @@ def vllm_command(run: Run, model: str) -> str:
 
 
 def model_card(run: Run, repo: str, push: PushConfig) -> str:
-    """The model card, sealed by its hash, so that an edited one is recognized."""
+    """The model card; its hash tells if it was edited."""
     config = run.config
     base = published_base(config.model, push)
     title = base or Path(config.model).name
@@ -2656,7 +2653,7 @@ def model_card(run: Run, repo: str, push: PushConfig) -> str:
     data.library_name = "peft" if push.adapter_only else "transformers"
     if is_hub_name(config.dataset):
         data.datasets = [config.dataset]
-    with contextlib.suppress(Exception):  # a base without a card has no licence here
+    with contextlib.suppress(Exception):  # else no licence
         path = download_model(config.model, weights=False) / "README.md"
         card = huggingface_hub.ModelCard.load(path).data
         for name in ("license", "license_name", "license_link"):
@@ -2664,8 +2661,8 @@ def model_card(run: Run, repo: str, push: PushConfig) -> str:
     results = ""
     for path in sorted(run.folder.glob("eval*.json")):
         results += prompts.as_report(read_json(path)) + "\n"
-    if (run / "samples.jsonl").is_file():
-        results += prompts.as_markdown(read_jsonl(run / "samples.jsonl")[0])
+    for path in run.folder.glob("samples.jsonl"):
+        results += prompts.as_markdown(read_jsonl(path)[0])
     serve = vllm_command(run, repo)
     if push.adapter_only:
         serve = vllm_command(run, title) + f" --enable-lora --lora-modules tuned={repo}"
@@ -2680,10 +2677,11 @@ def model_card(run: Run, repo: str, push: PushConfig) -> str:
 
 
 def add_card(run: Run, folder: Path, repo: str, push: PushConfig) -> None:
-    """Adds adapter, card and picture to a folder, which then is a repository."""
-    place = folder if push.adapter_only else folder / "adapter"  # PEFT and vLLM look at the root
+    """Makes a folder a repository: adapter, card, picture."""
+    place = folder if push.adapter_only else folder / "adapter"  # as PEFT and vLLM look for it
     place.mkdir(exist_ok=True)
-    for name in ("adapter_model.safetensors", *TOKENIZER_FILES * push.adapter_only):
+    names = TOKENIZER_FILES if push.adapter_only else ()
+    for name in ("adapter_model.safetensors", *names):
         shutil.copy(run / "adapter" / name, place)
     trained = read_json(run / "adapter" / "adapter_config.json")
     settings = {name: trained[name] for name in ADAPTER_KEYS}
@@ -2694,30 +2692,28 @@ def add_card(run: Run, folder: Path, repo: str, push: PushConfig) -> None:
 
 
 def write_card(run: Run) -> None:
-    """Writes the card, README.md, into the run and its merged weights."""
+    """Writes the card into run and merged weights."""
     write_text(run / "README.md", model_card(run, "OWNER/NAME", PushConfig()))
     if (run / "merged").is_dir():
         shutil.copy(run / "README.md", run / "merged")
 
 
 def check_push(repo: str, model: str, push: PushConfig, hashes: Collection[str] = ()) -> Any:
-    """Makes the repository, returns the Hub's record of it; raises where a push would fail."""
+    """Makes the repository and returns the Hub's record of it, or raises."""
     for name in (repo, push.base_model):
         if name and not is_hub_name(name):
             raise UserError(f"{name} is not OWNER/NAME.", "check the name")
     if not published_base(model, push):
-        raise UserError(
-            f"{model}: its name on the Hub is unknown.", "`push --base-model OWNER/NAME`"
-        )
+        raise UserError(f"{model} has no name on the Hub.", "`push --base-model OWNER/NAME`")
     if push.dry_run:
         return None
     if not export_hub_token():
-        raise UserError("there is no Hugging Face token.", "`login`, or `push --dry-run`")
+        raise UserError("no Hugging Face token.", "`login`, or `push --dry-run`")
     huggingface_hub.create_repo(repo, private=push.private is not False, exist_ok=True)
     huggingface_hub.auth_check(repo, write=True)  # a read token passes so far
     info = huggingface_hub.model_info(repo, files_metadata=True)
     if push.private not in (None, info.private):
-        raise UserError(f"{repo} has another visibility.", "change its settings on the Hub")
+        raise UserError(f"{repo} has another visibility.", "change it on the Hub")
     foreign = []
     for file in info.siblings:
         name = file.rfilename
@@ -2727,28 +2723,26 @@ def check_push(repo: str, model: str, push: PushConfig, hashes: Collection[str] 
             foreign.append(name)
     if foreign and not push.force:
         raise UserError(
-            f"{repo} holds other weights: {', '.join(foreign)}.", "use --force to replace"
+            f"{repo} holds other weights: {', '.join(foreign)}.", "--force replaces them"
         )
     return info
 
 
-def upload(repo: str, stage: Path, info: Any, push: PushConfig) -> None:
-    """Uploads `stage` in one commit (the library splits above 20 files) and compares all hashes."""
-    if not push.force and huggingface_hub.file_exists(repo, "README.md"):
-        card = huggingface_hub.hf_hub_download(repo, "README.md", local_dir=stage.parent / "card")
+def upload(repo: str, stage: Path, sha: str, push: PushConfig) -> None:
+    """Uploads `stage` in one commit on top of `sha`, and compares all hashes."""
+    api = huggingface_hub.HfApi()
+    if not push.force and api.file_exists(repo, "README.md"):
+        card = api.hf_hub_download(repo, "README.md", local_dir=stage.parent / "card")
         text, _, seal = Path(card).read_text("utf-8", "replace").rpartition(CARD_SEAL)
         if not seal.startswith(hashlib.sha256(text.encode()).hexdigest()):
-            log("note: README.md on the Hub is not ours, or was edited: --force replaces it")
+            log("note: --force replaces README.md, which is not ours, or was edited")
             (stage / "README.md").unlink()
-    api = huggingface_hub.HfApi()
     old = [f"*{ending}" for ending in WEIGHTS] if push.force else None
     try:
-        api.upload_folder(
-            repo_id=repo, folder_path=stage, parent_commit=info.sha, delete_patterns=old
-        )
-    except (httpx.HTTPError, OSError, RuntimeError) as error:
+        api.upload_folder(repo_id=repo, folder_path=stage, parent_commit=sha, delete_patterns=old)
+    except Exception as error:  # perhaps only the answer was lost
         log(f"note: {error}")
-        time.sleep(READ_AGAIN_SECONDS)  # perhaps only the answer was lost
+        time.sleep(READ_AGAIN_SECONDS)
     found = api.verify_repo_checksums(repo, local_dir=stage)
     left = [name for name in found.missing_paths if push.force and name.endswith(WEIGHTS)]
     if found.mismatches or found.extra_paths or left:
@@ -2756,7 +2750,7 @@ def upload(repo: str, stage: Path, info: Any, push: PushConfig) -> None:
 
 
 def push_run(run: Run, repo: str, push: PushConfig = PushConfig()) -> dict[str, Any]:
-    """Pushes merged weights, adapter and card, or the adapter alone."""
+    """Pushes a run, or its adapter alone; all is verified."""
     ggufs = sorted((run / "gguf").glob("*.gguf"))
     if push.gguf and (push.adapter_only or not ggufs):
         raise UserError("--gguf needs merged weights and a GGUF.", "`save --as gguf`")
@@ -2765,8 +2759,8 @@ def push_run(run: Run, repo: str, push: PushConfig = PushConfig()) -> dict[str, 
     if not push.adapter_only:
         hashes.update(map(file_hash, ggufs), saved.get("hashes", {}).values())
     info = check_push(repo, run.config.model, push, hashes)
-    with tempfile.TemporaryDirectory(prefix="finetune-r1-") as scratch:
-        stage = Path(scratch, "repository")
+    with tempfile.TemporaryDirectory() as scratch:
+        stage = Path(scratch, "stage")
         stage.mkdir()
         links = []
         is_merged = saved and (run / saved["folder"]).is_dir()
@@ -2785,10 +2779,10 @@ def push_run(run: Run, repo: str, push: PushConfig = PushConfig()) -> dict[str, 
             log(f"{path.stat().st_size:>16,}  {path.relative_to(stage)}")
         if push.dry_run:
             return {"dry_run": True, "files": len(files)}
-        upload(repo, stage, info, push)
+        upload(repo, stage, info.sha, push)
     url = f"{hub_constants.ENDPOINT}/{repo}"
-    visibility = "private" if info.private else "public"
-    return dict(repo=repo, url=url, visibility=visibility, files=len(files), verified="all hashes")
+    shown = "private" if info.private else "public"
+    return dict(repo=repo, url=url, visibility=shown, files=len(files), verified="all hashes")
 
 
 # -------------------------------------------------------------------------------------------- commands
