@@ -2637,7 +2637,7 @@ def published_base(model: str, push: PushConfig) -> str | None:
 
 
 def vllm_command(run: Run, model: str) -> str:
-    """How to serve a model."""
+    """Serves a model."""
     line = f"vllm serve {shlex.quote(model)} --max-model-len {run.config.max_seq_length}"
     if prompts.THINK_CLOSE in load_tokenizer(run / "adapter").get_vocab():  # as one token
         line += " --reasoning-parser deepseek_r1"
