@@ -68,15 +68,6 @@ def seen(hub: HubServer, method: str, part: str) -> int:
 # ------------------------------------------------------------------------------------------ the Hub
 
 
-def test_hub_creates_a_repository_once(hub):
-    assert (
-        api(hub).create_repo(REPO, private=True).repo_id == REPO
-        and hub.repos["model", REPO].private
-    )
-    with pytest.raises(HfHubHTTPError, match="already created"):
-        api(hub).create_repo(REPO)
-
-
 def test_hub_commit_comes_back_equal_and_is_not_sent_again(hub, tmp_path):
     api(hub).create_repo(REPO)
     oid = commit(hub, FILES)
