@@ -1658,7 +1658,7 @@ def render_prompts(loaded: LoadedModel, questions: Sequence[str], chat: bool = F
 
 def question_problem(loaded: LoadedModel, question: str) -> str | None:
     """Why a question can't be asked: it forges a control token, or is too long; None if it can."""
-    special = map(str, loaded.tokenizer.added_tokens_decoder.values())
+    special = list(map(str, loaded.tokenizer.added_tokens_decoder.values()))
     marker = prompts.find_marker(question, special)
     if marker:
         return f"contains {marker}, which the model reads as a control token"
@@ -2485,7 +2485,7 @@ def merged_weights(run: Run, output: Any = None, model: Any = None, scratch: Any
     size, missing = weights_size(base, revision)
     if scratch and size > shutil.disk_usage(run.folder).free:  # Kaggle
         output = scratch / "merged"
-    folder = output or run / "merged"
+    folder: Path = output or run / "merged"
     needs = {folder: size, Path(hub_constants.HF_HUB_CACHE): missing}
     check_room(needs, "`push --adapter-only`, or set --output and HF_HOME elsewhere")
     log(f"merging in {folder}: {format_size(missing)} to download, {format_size(size)} to write")

@@ -73,7 +73,7 @@ def fill_template(template: str, lang: Lang, **parts: Any) -> str:
     return template
 
 
-def build_ollama_files(eos: str, parameters: dict[str, Any], lang: Lang, weights: str) -> dict:
+def build_ollama_files(eos: str, parameters: dict[str, Any], lang: Lang, weights: str) -> Any:
     """A Modelfile, and files without which the Hub takes the prompt for Alpaca's."""
     template = fill_template(OLLAMA_TEMPLATE, lang, EOS=eos)
     modelfile = f'FROM {weights}\nTEMPLATE """{template}"""\nPARAMETER stop "{eos}"\n'
@@ -104,9 +104,9 @@ THOUGHT_OPEN = r"(?i:<(?:think|thinking|thought|reasoning)>|<\|begin_of_thought\
 THOUGHT_CLOSE = r"(?i:</(?:think|thinking|thought|reasoning)>|<\|end_of_thought\|>|\[/think\])"
 SUSPICIOUS = {
     "carriage returns (made line feeds)": "\r",
-    "invisible characters": "[\0-\x08\x0b\x0c\x0e-\x1f\x7f-\xa0\xad\u200b-\u200f\u2028-\u202e\ufeff]",
+    "invisible characters": "[\0-\x08\v\f\x0e-\x1f\x7f-\xa0\xad\u200b-\u200f\u2028-\u202e\ufeff]",
     "characters of a wrong encoding": "\ufffd|[ÂÃ][\x80-\xbf]|â€",
-    "markup": r"&#?\w{2,8};|</?[a-zA-Z]{1,6}\d?( [^<>]*)?/?>|\\[nrt](?![a-zA-Z])|<\|\w+\|>|\[/?INST\]",
+    "markup": r"(?i)&#?\w{2,8};|</?[a-z]{1,6}\d?( [^>]*)?/?>|\\[nrt](?![a-z])|<\|\w+\|>|\[/?INST\]",
 }
 
 
@@ -293,7 +293,7 @@ def read_multiple_choice(records: Sequence[Any], columns: Sequence[str]) -> tupl
         parsed.append((stem, options, key))
         if options and option_name(key).isdecimal() and key not in options.values():
             starts.add({0: 0, len(options): 1}.get(int(option_name(key))))
-    start = max(starts - {None}, default=0)
+    start = 1 if 1 in starts else 0
     if starts and len(starts - {None}) != 1:
         raise ValueError(f"{columns[1]} has numbers, which may count from 0 or from 1")
     choices = {}
@@ -319,7 +319,8 @@ def read_multiple_choice(records: Sequence[Any], columns: Sequence[str]) -> tupl
 
 
 # An option is its letter, or «C» where its text was; "A man", "C. difficile" and "C or D" are none.
-OPTION = r"(?i:option |choice |选项)?«?\b([B-HJ-Z]|[AI](?! (?!is)[a-z]))\b»?(?!-|[.] | or | and |[、和或])"
+LETTER = r"\b([B-HJ-Z]|[AI](?! (?!is)[a-z]))\b"
+OPTION = rf"(?i:option |choice |选项)?«?{LETTER}»?(?!-|[.] | or | and |[、和或])"
 RIGHT = r"[^«]{0,60}?(?:right|correct|best|answer|most|正确|答案|最)"
 CLAIMS = (  # the clearer first: "the best answer is (C)", "I would choose C", "C is right", "C"
     r"(?:\b(?i:answer|option|choice|diagnosis|treatment|one)\b|答案|选项|最)[^«]{0,60}?"
