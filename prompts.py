@@ -130,13 +130,14 @@ def read_text(value: Any, column: str) -> str:
         return value
     if value is None or value != value:  # NaN
         raise ValueError(f"{column} is missing")
-    if isinstance(value, list) and value and (len(value) == 1 or isinstance(value[0], dict)):
+    if isinstance(value, list) and (len(value) == 1 or all(isinstance(v, dict) for v in value)):
         return "\n".join(read_text(part, column) for part in value)
     if isinstance(value, dict):
         text = value.get("content") or value.get("value") or value.get("text") or ""
         thought = value.get("reasoning_content") or value.get("reasoning") or value.get("thinking")
-        if value.get("type") == "reasoning" and not thought:
-            thought, text = text, ""
+        if value.get("type") == "reasoning":
+            thought = thought or text
+            text = ""
         if thought:
             thought = read_text(thought, column)
             return f"{THINK_OPEN}{thought}{THINK_CLOSE}{read_text(text, column)}"
@@ -261,7 +262,7 @@ def read_options(record: dict[str, Any], column: str) -> dict[str, str]:
     options = parse_text(record.get(column))
     if column == "opa":
         options = [record.get("opa"), record.get("opb"), record.get("opc"), record.get("opd")]
-    if isinstance(options, list):
+    if isinstance(options, list) and None not in options:
         options = dict(enumerate(options))
     if not isinstance(options, dict) or len(options) > 26:
         return {}

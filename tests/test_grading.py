@@ -104,7 +104,6 @@ def read(*records):
         ({"options": str(PAIRS), "answer_idx": "D"}, 0, "D"),
         ({"choices": ["3", "1", "2", "0"], "answer": 1, "subject": "algebra"}, 0, "B"),
         (MEDMCQA | {"cop": 2, "exp": None}, 1, "B"),
-        (MEDMCQA | {"opb": None, "cop": 2}, 0, "C"),
     ],
 )
 def test_read_multiple_choice_of_a_published_form_gives_the_key(record, base, letter):
@@ -137,6 +136,7 @@ def test_multiple_choice_question_lists_the_options_by_letter():
         ({"options": {"text": TEXTS, "label": [*"ABCD"]}, "answer_idx": "A"}, UNCLEAR),
         ({"options": {n: f"{n} mg" for n in range(27)}, "answer_idx": 1}, UNCLEAR),
         ({"options": [{"id": 1}, {"id": 2}], "answer_idx": "A"}, UNCLEAR),
+        (MEDMCQA | {"opd": None, "cop": 1}, UNCLEAR),
         ({"options": TEXTS, "answer_idx": "A", "question": " "}, UNCLEAR),
     ],
 )
