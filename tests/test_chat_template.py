@@ -224,7 +224,9 @@ def test_batch_of_two_lengths_is_answered_as_each_question_alone(tiny_deepseek, 
 
 
 def test_chat_template_that_renders_another_prompt_is_not_saved(tiny_r1, tmp_path, monkeypatch):
-    monkeypatch.setattr(prompts, "CHAT_TEMPLATE", prompts.CHAT_TEMPLATE.replace("if BOS", "if not BOS"))
+    monkeypatch.setattr(
+        prompts, "CHAT_TEMPLATE", prompts.CHAT_TEMPLATE.replace("if BOS", "if not BOS")
+    )
     with pytest.raises(UserError, match="differently when loaded"):
         finetune_r1.save_tokenizer(finetune_r1.load_tokenizer(tiny_r1), tmp_path, "en")
 
