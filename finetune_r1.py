@@ -43,7 +43,6 @@ import signal
 import statistics
 import sys
 import tempfile
-import textwrap
 import threading
 import time
 import traceback
@@ -1098,16 +1097,15 @@ def trained_questions(run: Run) -> set[str]:
 
 def tokenize(records: Any, tokenizer: Any, config: DataConfig) -> list[prompts.Row]:
     """A row for each record; its status says whether and why it is dropped."""
-    special = prompts.special_tokens(tokenizer)
-    rows = [prompts.read_record(record, config.columns, special) for record in records]
-    usable = [i for i, row in enumerate(rows) if row.status == "used"]
-    for start in range(0, len(usable), 1000):  # more at once would take gigabytes
-        batch = usable[start : start + 1000]
-        encoded = prompts.encode([rows[i] for i in batch], tokenizer, config.lang)
-        for i, row in zip(batch, encoded, strict=True):
-            if row.status == "used" and row.tokens > config.max_seq_length:
-                row = prompts.shorten(row, tokenizer, config.lang, config.max_seq_length)
-            rows[i] = row
+    special = list(map(str, tokenizer.added_tokens_decoder.values()))
+    rows = []
+    for record in records:
+        row = prompts.read_record(record, config.columns, special)
+        if row.status == "used":
+            row = prompts.encode(row, tokenizer, config.lang)
+        if row.status == "used" and row.tokens > config.max_seq_length:
+            row = prompts.shorten(row, tokenizer, config.lang, config.max_seq_length)
+        rows.append(row)
     return rows
 
 
@@ -1317,7 +1315,7 @@ def save_tokenizer(tokenizer: Any, folder: Path, lang: Lang | None = None) -> No
     """
     adds_bos = has_bos(tokenizer)  # also undoes padding, which would be saved
     if lang:
-        tokenizer.chat_template = prompts.build_chat_template(adds_bos, lang)
+        tokenizer.chat_template = prompts.fill_template(prompts.CHAT_TEMPLATE, lang, BOS=adds_bos)
     tokenizer.save_pretrained(folder)
 
     # transformers 5 writes what 4 fails with, and drops what it and Ollama read.
@@ -1660,7 +1658,8 @@ def render_prompts(loaded: LoadedModel, questions: Sequence[str], chat: bool = F
 
 def question_problem(loaded: LoadedModel, question: str) -> str | None:
     """Why a question can't be asked: it forges a control token, or is too long; None if it can."""
-    marker = prompts.find_marker(question, prompts.special_tokens(loaded.tokenizer))
+    special = list(map(str, loaded.tokenizer.added_tokens_decoder.values()))
+    marker = prompts.find_marker(question, special)
     if marker:
         return f"contains {marker}, which the model reads as a control token"
     tokens = len(loaded.tokenizer(prompts.build_prompt(question, loaded.lang))["input_ids"])
@@ -2254,35 +2253,30 @@ def draw_losses(run: Run) -> dict[str, float]:
 
 
 # --------------------------------------------------------------------------------------- evaluation
-# Did it help, and what did it cost? Base against tuned, from the one model in memory, on the same
-# rows, general text and reasoning problems; a damaged training is never called better. matplotlib
-# draws; prompts.py grades, compares and says in words what came out.
+# Did it help, and what did it cost? Base against tuned, from one model in memory, on the same rows,
+# general text and reasoning problems; a damaged training is never called better. prompts.py grades.
 
 
 def measure_losses(loaded: LoadedModel, rows: Any, label: str) -> dict[str, list[float]]:
-    """Mean losses in nats per token of rows, of their answers, and of passages of general text.
-
-    Relevance: increase in answer loss after the next row's question and thought (cut to fit).
-    """
+    """Losses in nats per token; relevance: their increase after the next row's question and thought."""
     loaded.model.eval()
     longest = loaded.model.max_seq_length
     prefixes = []
     for row in rows:
         text = prompts.build_example(row["question"], row["thought"], "", "", loaded.lang)
         prefixes.append(loaded.tokenizer(text)["input_ids"])
-    measures: dict[str, list[float]] = {"loss": [], "answer_loss": [], "relevance": []}
+    measures: dict[str, list[float]] = collections.defaultdict(list)
     for number, row in enumerate(progress(rows, f"losses {label}: row")):
         answer = row["input_ids"][len(prefixes[number]) :]
-        prefix = prefixes[(number + 1) % len(prefixes)]
-        excess = max(0, len(prefix) + len(answer) - longest)
-        mismatched = prefix[:1] + prefix[1 + excess :]  # BOS stays
+        other = prefixes[(number + 1) % len(prefixes)]
+        excess = max(0, len(other) + len(answer) - longest)
+        other = other[:1] + other[1 + excess :]  # cut to fit, after BOS
         losses = token_losses(loaded, row["input_ids"], row["prompt_tokens"])
         answer_loss = statistics.fmean(losses[-len(answer) :])
-        others = token_losses(loaded, mismatched + answer, len(mismatched))
+        mismatched = statistics.fmean(token_losses(loaded, other + answer, len(other)))
         measures["loss"].append(statistics.fmean(losses))
         measures["answer_loss"].append(answer_loss)
-        measures["relevance"].append(statistics.fmean(others) - answer_loss)
-    measures["general_loss"] = []
+        measures["relevance"].append(mismatched - answer_loss)
     for passage in progress(read_jsonl(GENERAL_TEXTS), f"losses {label}: passage"):
         ids = loaded.tokenizer(passage["text"])["input_ids"][:longest]
         measures["general_loss"].append(statistics.fmean(token_losses(loaded, ids, 1)))
@@ -2299,7 +2293,7 @@ def token_losses(loaded: LoadedModel, ids: list[int], start: int) -> list[float]
 
 
 def grade(answer: dict[str, Any], pair: dict[str, Any]) -> None:
-    """Adds to an answer what a report compares; an unclosed thought has no answer, so it is wrong."""
+    """Adds to an answer what a report compares; an unclosed thought has no answer: wrong."""
     del answer["seconds"]  # the same command gives the same report
     answer["stopped"] = answer["finish_reason"] == "stop"
     if "options" in pair:
@@ -2317,42 +2311,34 @@ def evaluate(
     loaded: LoadedModel,
     run: Run,
     rows: Any,
-    choices: Sequence[prompts.MultipleChoice],
+    choices: Sequence[dict[str, Any]],
     answers: int,
     config: SamplingConfig,
     name: str = "eval",
     reasoning: bool = True,
 ) -> dict[str, Any]:
-    """Compares base and tuned on held-out `rows`, of which some are answered, or on `choices`.
-
-    Writes `name`.json, .png and .html into the run; returns the report without the texts.
-    """
-    pairs: list[dict[str, Any]] = []
-    for choice in choices:
-        task = {"question": choice.text, "reference": choice.key, "options": choice.options}
-        pairs.append(task)
+    """Compares base and tuned on `choices`, or on `rows`, of which it answers some; writes `name`.*."""
+    pairs: list[dict[str, Any]] = list(choices)
     for _, row in zip(range(answers), rows, strict=False):
         task = {"question": row["question"], "reference": row["answer"], "thought": row["thought"]}
         pairs.append(task)
     if reasoning and pairs:
         for problem in read_jsonl(REASONING_PROBLEMS):
-            pairs.append({"question": problem["question"], "reference": str(problem["answer"])})
-
+            pairs.append(dict(question=problem["question"], reference=str(problem["answer"])))
     log(f"evaluating on {len(choices or rows)} held-out rows, with {len(pairs)} answers")
     questions = [pair["question"] for pair in pairs]
     losses: dict[str, Any] = {"base": {}, "tuned": {}}
     if not choices:
         losses["tuned"] = measure_losses(loaded, rows, "after")
-        with loaded.model.disable_adapter():
-            losses["base"] = measure_losses(loaded, rows, "before")
     after = generate(loaded, questions, config)
     with loaded.model.disable_adapter():  # the base is asked as its makers meant it
+        if not choices:
+            losses["base"] = measure_losses(loaded, rows, "before")
         before = generate(loaded, questions, config, chat=bool(loaded.base_template))
     for pair, base, tuned in zip(pairs, before, after, strict=True):
         grade(base, pair)
         grade(tuned, pair)
         pair.update(base=base, tuned=tuned)
-
     report = prompts.build_report(losses, pairs, len(choices or rows), config.seed)
     write_json(run / f"{name}.json", report)
     draw_measures(report, run / f"{name}.png")
@@ -2364,66 +2350,56 @@ def evaluate(
 
 
 def draw_measures(report: dict[str, Any], path: Path) -> None:
-    """Draws a row per measure: a dot before, a dot after with its interval, better to the right.
-
-    Shares lie between 0 and 100%; losses begin in the middle, and an edge is one nat away.
-    """
+    """Draws shares from 0 to 100% and losses from the middle, a nat to the edge; better is right."""
     names = [name for name in prompts.REPORTED if name in report]
     figure, axes = pyplot.subplots(figsize=(7, 1 + 0.6 * len(names)), layout="constrained")
     for y, name in enumerate(names):
+        style = "z" + prompts.REPORTED[name][1]
         value = report[name]
-        base, tuned = value["base"], value["tuned"]
-        points = numpy.array([base, tuned, base + value["low"], base + value["high"]])
-        if name in ("loss", "relevance"):
-            points = 0.5 + (points - base) / 2
+        points = numpy.array([0, value["difference"], value["low"], value["high"]])
+        points = 0.5 + points / 2 if name in ("loss", "relevance") else points + value["base"]
         if name in ("loss", "unread"):  # lower is better
             points = 1 - points
-        before, after, *interval = numpy.clip(points, 0, 1)
+        before, after, *interval = points.clip(0, 1)
         color = "dimgray"
         if value["low"] > 0 or value["high"] < 0:
             color = "tab:green" if after > before else "tab:red"
         axes.plot([0, 1], [y, y], color="0.93", linewidth=7)
         axes.plot(interval, [y, y], color=color, linewidth=7, alpha=0.25)
         axes.plot([before, after], [y, y], color=color)
-        axes.plot(before, y, "o", color="dimgray", markerfacecolor="white", markersize=8)
-        axes.plot(after, y, "o", color=color, markersize=8)
-        style = "z" + prompts.REPORTED[name][1]
-        axes.text(before, y + 0.18, format(base, style), ha="center", va="top", color="dimgray")
-        axes.text(after, y - 0.18, format(tuned, style), ha="center", va="bottom", weight="bold")
+        axes.plot(before, y, "o", color="dimgray", markerfacecolor="white")
+        axes.plot(after, y, "o", color=color)
+        axes.text(before, y + 0.18, format(value["base"], style), ha="center", va="top")
+        axes.text(after, y - 0.18, format(value["tuned"], style), ha="center", va="bottom")
     axes.set_yticks(range(len(names)), [prompts.REPORTED[name][0] for name in names])
-    axes.set(xlim=(-0.1, 1.1), ylim=(len(names) - 0.4, -0.6), xticks=[])
-    axes.set_xlabel("○ before    ● after, with its 95% interval    better →", color="dimgray")
-    axes.tick_params(length=0)
-    axes.set_frame_on(False)
-    title = textwrap.fill(f"{report['rows']} rows: {report['verdict']}", 76)
-    figure.suptitle(title, x=0.01, ha="left", fontsize=11)
+    axes.set(xlim=(-0.1, 1.1), ylim=(len(names) - 0.4, -0.6), xticks=[], frame_on=False)
+    axes.set_xlabel("○ before    ● after, with its 95% interval    better →")
+    figure.suptitle(f"{report['rows']} rows: {report['verdict']}", x=0.01, ha="left", wrap=True)
     with atomic_path(path) as partial:
         figure.savefig(partial, dpi=150, format="png")
     pyplot.close(figure)
 
 
 # ------------------------------------------------------------------------------------------- saving
-# Merges the adapter into 16-bit weights: a whole folder, ready to be pushed, or none.
-# Equal to PEFT's own merge bit for bit, in about 1 GiB of memory.
-# safetensors, PEFT and transformers read and write the files.
+# Merges the adapter into 16-bit weights: a whole folder, ready to be pushed, or none. Equal to PEFT's
+# merge bit for bit, in 1 GiB of memory.
 
 
 def weights_size(model: str, revision: str | None = None) -> tuple[int, int]:
-    """Bytes of a model's weights, and of those that are still to be downloaded."""
+    """Bytes of a model's weights, and of those to download."""
     if Path(model).is_dir():
         return sum(file.stat().st_size for file in Path(model).glob("*.safetensors")), 0
     try:
-        files = huggingface_hub.snapshot_download(
-            model, revision=revision, allow_patterns="model*.safetensors", dry_run=True
-        )
-    except hub_errors.DryRunError:  # no network: the cache has to do
+        find = huggingface_hub.snapshot_download
+        files = find(model, revision=revision, allow_patterns="model*.safetensors", dry_run=True)
+    except hub_errors.DryRunError:  # no network
         return weights_size(str(download_model(model, revision=revision)))
     missing = sum(file.file_size for file in files if file.will_download)
     return sum(file.file_size for file in files), missing
 
 
 def weight_files(folder: Path) -> dict[str, str]:
-    """The file of each tensor by its name, as the index has it."""
+    """The file of each tensor, by its name."""
     index = folder / "model.safetensors.index.json"
     if index.is_file():
         return dict(read_json(index)["weight_map"])
@@ -2432,114 +2408,97 @@ def weight_files(folder: Path) -> dict[str, str]:
 
 
 def merge_file(source: Path, target: Path, lora: Any, scale: float, sums: Any) -> None:
-    """Copies a file of the base and overwrites its adapted tensors: base + B·A·scale, rounded once.
-
-    Takes A and B out of `lora`; adds Σ moved·change and Σ change² to `sums`.
-    """
+    """Copies a file of the base; adapted tensors become base + B·A·scale, rounded once."""
     shutil.copyfile(source, target)
     with safetensors.safe_open(source, "pt") as tensors, target.open("r+b") as file:
-        # Eight bytes with the header's length, the header, and the data.
-        size = int.from_bytes(file.read(8), "little")
+        size = int.from_bytes(file.read(8), "little")  # of the header
         header = json.loads(file.read(size))
         for name in tensors.keys():
-            module = f"base_model.model.{name.removesuffix('.weight')}"
-            if f"{module}.lora_A.weight" not in lora:
+            module = "base_model.model." + name.removesuffix("weight")
+            down = lora.pop(module + "lora_A.weight", None)
+            if down is None:
                 continue
-            down = lora.pop(f"{module}.lora_A.weight").float()
-            change = lora.pop(f"{module}.lora_B.weight").float() @ down
+            change = lora.pop(module + "lora_B.weight").float() @ down.float()
             weight = tensors.get_tensor(name)
             if change.shape != weight.shape:
-                raise UserError(f"{name}: the adapter does not fit the base.", hint=NAME_BASE)
+                raise UserError(f"{name}: the adapter does not fit the base.", NAME_BASE)
             change *= scale
             merged = (change + weight).to(weight.dtype)
             sums[0] += ((merged.float() - weight) * change).sum()
             sums[1] += change.square().sum()
-            file.seek(8 + size + header[name]["data_offsets"][0])
-            file.write(merged.view(torch.uint8).numpy())
+            data = merged.view(torch.uint8).numpy().tobytes()
+            start = file.seek(8 + size + header[name]["data_offsets"][0])
+            file.write(data)
+            file.seek(start)
+            if file.read(len(data)) != data:
+                raise UserError(f"{name} is not as it was written.", "check the disk")
 
 
 def merge_adapter(base: Path, adapter: Path, folder: Path) -> float:
-    """Writes merged weights; returns how much of the adapter's change the rounding kept."""
+    """Writes merged weights; returns the share of the change that rounding kept."""
     settings = peft.LoraConfig.from_pretrained(adapter)
     scale = settings.lora_alpha / (math.sqrt(settings.r) if settings.use_rslora else settings.r)
     lora = peft.load_peft_weights(str(adapter), "cpu")
     sums = torch.zeros(2, dtype=torch.float64)
-    files = sorted(set(weight_files(base).values()))
-    for file in tqdm_auto.tqdm(files, "merging", disable=Console.quiet):
+    for file in progress(sorted(set(weight_files(base).values())), "merging"):
         merge_file(base / file, folder / file, lora, scale, sums)
     if lora:
-        raise UserError(f"the base has no place for the adapter's {min(lora)}.", hint=NAME_BASE)
-    kept = float(sums[0] / sums[1])  # 0 / 0 if it was never trained
+        raise UserError(f"the base has no place for the adapter's {min(lora)}.", NAME_BASE)
+    kept = float(sums[0] / sums[1])  # 0 / 0 if untrained
     if not 0 < kept < math.inf:
-        message = f"merge check failed (adapter effect kept {kept:.2f}); nothing was saved."
-        raise UserError(message, hint="train longer, or `push --adapter-only`")
+        raise UserError(f"merge check failed: adapter effect kept {kept:.2f}.", "train longer")
     return round(kept, 3)
 
 
 def save_settings(source: Path, adapter: Path, folder: Path) -> None:
     """Writes all of a model but its weights."""
-    for name in TOKENIZER_FILES:
-        shutil.copy(adapter / name, folder)
+    for path in (*source.glob("model.*.index.json"), *map(adapter.joinpath, TOKENIZER_FILES)):
+        shutil.copy(path, folder)
     tokenizer = load_tokenizer(folder)
     config = transformers.AutoConfig.from_pretrained(source, trust_remote_code=False)
     config.pad_token_id = tokenizer.pad_token_id
     config.save_pretrained(folder)
     save_config(folder)
-    # As JSON: transformers refuses to save what many models have (its issue 29988).
-    settings: dict[str, Any] = {}
-    for path in source.glob("generation_config.json"):
-        settings = read_json(path)
-    settings.pop("max_length", None)  # the published 131072 would let an answer run for hours
-    settings["do_sample"] = bool(settings.get("do_sample"))  # pipelines sample if it is missing
+    path = source / "generation_config.json"  # transformers refuses some (issue 29988)
+    settings = read_json(path) if path.is_file() else {}
+    settings.pop("max_length", None)  # 131072: an answer of hours
+    settings["do_sample"] = bool(settings.get("do_sample"))  # or pipelines sample
     for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
         settings[name] = getattr(tokenizer, name)
     write_json(folder / "generation_config.json", settings)
-    for path in source.glob("model.safetensors.index.json"):
-        shutil.copyfile(path, folder / path.name)
 
 
-def merged_folder(run: Run) -> Path | None:
-    """The folder that `save` merged into, if it is there."""
+def merged_weights(run: Run, output: Any = None, model: Any = None, scratch: Any = None) -> Path:
+    """Verified merged weights, made in `output`, the run, or `scratch` if there is no room."""
     saved = run.record.get("saved")
-    return run / saved["folder"] if saved and (run / saved["folder"]).is_dir() else None
-
-
-def merged_weights(
-    run: Run, output: Path | None = None, model: str | None = None, scratch: Path | None = None
-) -> Path:
-    """The folder of merged weights, verified; made if there is none, in `output` or the run.
-
-    Without room there, as on Kaggle, it is made in `scratch`.
-    """
-    found = merged_folder(run)
-    if found and not output:
-        check_hashes(found, run.record["saved"]["hashes"], f"remove {found} and `save` again")
-        return found
+    if saved and not output and (run / saved["folder"]).is_dir():
+        check_hashes(run / saved["folder"], saved["hashes"], "remove the folder, `save` again")
+        return run / saved["folder"]
     adapter = run.adapter
     base = resolve_base(run, model)
-    if not Path(base).is_dir():  # the 16-bit model
+    if not Path(base).is_dir():  # the 16-bit one
         base = base.removesuffix("-bnb-4bit").removesuffix("-unsloth")
     revision = run.record.get("model_revisions", {}).get(base)
     source = download_model(base, weights=False, revision=revision)
     if "quantization_config" in read_json(source / "config.json"):
-        raise UserError(f"{base} is not 16-bit.", hint="`save --model PATH` names the 16-bit base")
+        raise UserError(f"{base} is not 16-bit.", "`save --model PATH` names one")
     size, missing = weights_size(base, revision)
-    if scratch and size > shutil.disk_usage(run.folder).free:
-        log(f"note: no room for {format_size(size)}: merging under {scratch}")
+    if scratch and size > shutil.disk_usage(run.folder).free:  # Kaggle
         output = scratch / "merged"
-    folder = output or run / "merged"
+    folder: Path = output or run / "merged"
     needs = {folder: size, Path(hub_constants.HF_HUB_CACHE): missing}
     check_room(needs, "`push --adapter-only`, or set --output and HF_HOME elsewhere")
-    log(f"merging into {base}: {format_size(missing)} to download, {format_size(size)} to write")
+    log(f"merging in {folder}: {format_size(missing)} to download, {format_size(size)} to write")
     with run.lock(), atomic_path(folder) as partial:
         download_model(base, revision=revision)
         partial.mkdir()
         kept = merge_adapter(source, adapter, partial)
         save_settings(source, adapter, partial)
-        files = list(partial.iterdir())
-        with futures.ThreadPoolExecutor() as pool:  # minutes for 16 GB one by one
-            digests = pool.map(file_hash, files)
-            hashes = {path.name: digest for path, digest in zip(files, digests, strict=True)}
+        names = os.listdir(partial)
+        with futures.ThreadPoolExecutor() as pool:  # or 16 GB take half a minute
+            hashes = dict(
+                zip(names, pool.map(file_hash, map(partial.joinpath, names)), strict=True)
+            )
         add_card(run, partial, "OWNER/NAME", PushConfig())
         place = str(output.resolve()) if output else "merged"
         run.update(saved={"folder": place, "hashes": hashes, "adapter_effect_kept": kept})
@@ -2548,96 +2507,82 @@ def merged_weights(
 
 # --------------------------------------------------------------------------------------------- gguf
 # Merged weights, tokenizer and chat template in one file for llama.cpp, Ollama and LM Studio. What
-# llama.cpp would compute or split differently is refused, as it would not show.
-# gguf has names, quantization and the file's format.
+# llama.cpp would silently compute otherwise is refused. gguf has the names and the format.
 
 
 def gguf_names(model: Any) -> dict[str, str]:
-    """Names in a GGUF by those in transformers; raises where llama.cpp would compute otherwise."""
+    """Names in a GGUF by those in transformers; raises for what llama.cpp computes otherwise."""
     shape = model.config
     kind = shape.model_type
     rope = getattr(shape, "rope_parameters", {}).get("rope_type")
     if rope not in ROPES.get(kind, ()) or getattr(shape, "use_sliding_window", False):
-        raise UserError(
-            f"--as gguf takes llama and qwen2 without a sliding window, not {kind}, rope {rope}.",
-            hint="`save` without --as",
-        )
+        raise UserError(f"--as gguf: llama and qwen2 only, not {kind}, rope {rope}.", "omit --as")
     known = gguf.get_tensor_name_map(gguf.MODEL_ARCH[kind.upper()], shape.num_hidden_layers)
     names = {name: known.get_name(name, (".weight", ".bias")) for name in model.state_dict()}
     if shape.tie_word_embeddings:
-        names.pop("lm_head.weight")  # llama.cpp takes the embedding
+        names.pop("lm_head.weight")  # it is the embedding
     return names
 
 
 def add_tokenizer(writer: Any, tokenizer: Any, size: int) -> None:
-    """Writes the tokens of a byte-level BPE tokenizer, of which the model has rows for `size`."""
+    """Writes a byte-level BPE tokenizer, padded to `size` tokens."""
     known = None
-    for special in (True, False):  # some begin with BOS as published, the demo's not
+    for special in (True, False):  # with BOS as published, or without
         ids = tokenizer.encode(PRE_TOKENIZER_TEXT, add_special_tokens=special)
         known = known or PRE_TOKENIZERS.get(hashlib.sha256(str(ids).encode()).hexdigest())
-    if not known:  # llama.cpp would split text in its own way, and say nothing
-        raise UserError("llama.cpp does not know this tokenizer.", hint="`save` without --as")
-    added = tokenizer.added_tokens_decoder
+    if not known:
+        raise UserError("llama.cpp does not know this tokenizer.", "omit --as")
     texts = [f"[PAD{number}]" for number in range(size)]
     types = [gguf.TokenType.UNUSED] * size
     for text, number in tokenizer.get_vocab().items():
-        if number >= size:  # some models have fewer rows than their tokenizer has tokens
-            continue
         texts[number] = text
-        if number not in added:
-            types[number] = gguf.TokenType.NORMAL
-        elif added[number].special:
-            types[number] = gguf.TokenType.CONTROL
-        else:
-            types[number] = gguf.TokenType.USER_DEFINED
+        types[number] = gguf.TokenType.NORMAL
+    for number, token in tokenizer.added_tokens_decoder.items():
+        types[number] = gguf.TokenType.CONTROL if token.special else gguf.TokenType.USER_DEFINED
     writer.add_tokenizer_model("gpt2")
     writer.add_tokenizer_pre(known)
     writer.add_token_list(texts)
     writer.add_token_types(types)
-    writer.add_eot_token_id(tokenizer.eos_token_id)  # else any that llama.cpp knows by its name
+    writer.add_eot_token_id(tokenizer.eos_token_id)  # else one by its name
 
 
 def write_gguf(writer: Any, path: Path, merged: Path, model: Any, outtype: str) -> None:
-    """Writes the file: all shapes and formats first, then each tensor's data."""
+    """Writes all shapes and formats, then each tensor's data."""
     shape = model.config
     names = gguf_names(model)
     tensors = model.state_dict()
-    if shape.rope_parameters["rope_type"] == "llama3":
-        # By how much the scaling slows each frequency down: in a GGUF a tensor.
+    if shape.rope_parameters["rope_type"] == "llama3":  # a tensor slows frequencies
         rope = model.model.rotary_emb.inv_freq
         plain = shape.rope_parameters["rope_theta"] ** -(torch.arange(len(rope)) / len(rope))
         names["rope_freqs"] = "rope_freqs.weight"
         tensors["rope_freqs"] = plain / rope
     kinds = {}
     for name, in_gguf in names.items():
-        kind = "f32" if tensors[name].ndim == 1 else outtype
-        kinds[name] = gguf.GGMLQuantizationType[kind.upper()]
-        stored = gguf.quant_shape_to_byte_shape(tensors[name].shape, kinds[name])
-        size = math.prod(stored)
-        writer.add_tensor_info(in_gguf, stored, numpy.uint8, size, raw_dtype=kinds[name])
-
+        kind = gguf.GGMLQuantizationType["F32" if tensors[name].ndim == 1 else outtype.upper()]
+        stored = gguf.quant_shape_to_byte_shape(tensors[name].shape, kind)
+        writer.add_tensor_info(in_gguf, stored, numpy.uint8, math.prod(stored), raw_dtype=kind)
+        kinds[name] = kind
     files = weight_files(merged)
     heads = {"q_proj": shape.num_attention_heads, "k_proj": shape.num_key_value_heads}
     with atomic_path(path) as partial, contextlib.closing(writer):
         writer.write_header_to_file(partial)
         writer.write_kv_data_to_file()
         writer.write_ti_data_to_file()
-        for name, kind in tqdm_auto.tqdm(kinds.items(), "gguf", disable=Console.quiet):
+        for name, kind in progress(kinds.items(), "gguf"):
             tensor = tensors[name]
             if name in files:
                 with safetensors.safe_open(merged / files[name], "pt") as opened:
                     tensor = opened.get_tensor(name)
-            for layer, count in heads.items():  # llama.cpp has the pairs that rope turns together
+            for layer, count in heads.items():  # pairs that rope turns are together
                 if shape.model_type == "llama" and f".{layer}." in name:
                     tensor = tensor.unflatten(0, (count, 2, -1)).transpose(1, 2).flatten(0, 2)
             writer.write_tensor_data(gguf.quantize(tensor.float().numpy(), kind))
 
 
 def save_gguf(run: Run, output: Path | None, outtype: str, model: str | None) -> tuple[Path, Path]:
-    """Writes the merged weights as a GGUF; returns the file and the merged folder."""
+    """Writes a GGUF; returns it and the folder of merged weights."""
     path = (output or run / "gguf") / f"{run.name}-{outtype}.gguf"
-    if output:
-        check_output(path)
+    check_output(path if output else None)
     merged = merged_weights(run, model=model)
     meta_model = load_meta_model(merged)
     shape = meta_model.config
@@ -2661,7 +2606,7 @@ def save_gguf(run: Run, output: Path | None, outtype: str, model: str | None) ->
 
 
 def ollama_files(run: Run, merged: Path, weights: str) -> dict[str, str]:
-    """Ollama's files beside weights: a Modelfile, or `template` and `params` on the Hub."""
+    """Modelfile, and `template` and `params` for the Hub."""
     eos = read_json(merged / "tokenizer_config.json")["eos_token"]
     parameters = own_sampling(read_json(merged / "generation_config.json"))
     parameters["num_ctx"] = run.config.max_seq_length
@@ -2669,8 +2614,8 @@ def ollama_files(run: Run, merged: Path, weights: str) -> dict[str, str]:
 
 
 # ------------------------------------------------------------------------------------------ pushing
-# The model card, and a run on the Hub in one commit: no repository is half of something, and nothing
-# of somebody else's is replaced unasked. huggingface_hub uploads, retries and compares hashes.
+# A run goes to the Hub in one commit, and replaces nothing of somebody else's unasked.
+# huggingface_hub uploads, retries and verifies.
 
 
 @dataclass(frozen=True)
@@ -2681,85 +2626,63 @@ class PushConfig:
     gguf: bool = option(False, "Also upload the run's GGUF files.", "--gguf")
     private: bool | None = option(None, "Visibility (default: private).", "--private/--public")
     force: bool = option(False, "Replace foreign weights and an edited README.md.", "--force")
+    dry_run: bool = option(False, "List the files, and stop.", "--dry-run")
     base_model: str | None = option(None, "The base's published name: OWNER/NAME.")
-    model: str | None = option(None, "Where the base is now, if it has moved.")
-
-
-def base_card(model: str) -> dict[str, Any]:
-    """Metadata of a model's own card; empty without one, as no licence is better than no card."""
-    try:
-        path = download_model(model, weights=False) / "README.md"
-        return dict(huggingface_hub.ModelCard.load(path).data.to_dict())
-    except (UserError, httpx.HTTPError, OSError, ValueError, yaml.YAMLError):
-        return {}
+    model: str | None = option(None, "Where the base is now, if moved.")
 
 
 def published_base(model: str, push: PushConfig) -> str | None:
-    """The base's name on the Hub; None for a folder, as its own card names its parent."""
+    """The base's name on the Hub; None for a folder, whose card names its parent."""
     return push.base_model or (None if Path(model).is_absolute() else model)
 
 
+def vllm_command(run: Run, model: str) -> str:
+    """Serves a model."""
+    line = f"vllm serve {shlex.quote(model)} --max-model-len {run.config.max_seq_length}"
+    if prompts.THINK_CLOSE in load_tokenizer(run / "adapter").get_vocab():  # as one token
+        line += " --reasoning-parser deepseek_r1"
+    return line
+
+
 def model_card(run: Run, repo: str, push: PushConfig) -> str:
-    """The model card, sealed by its hash, so that an edited one is recognized."""
+    """The model card; its hash tells if it was edited."""
     config = run.config
     base = published_base(config.model, push)
     title = base or Path(config.model).name
-    card = base_card(config.model)
-    metadata = huggingface_hub.ModelCardData(
-        **{name: card[name] for name in card if name.startswith("license")},
-        base_model=base,
-        datasets=[config.dataset] if is_hub_name(config.dataset) else None,
-        language=config.lang,
-        library_name="peft" if push.adapter_only else "transformers",
-        pipeline_tag="text-generation",
-        tags=["medical", "reasoning", "chain-of-thought", "lora", "unsloth", "finetune_r1"],
-    )
-
-    measured = ""
+    data = huggingface_hub.ModelCardData(base_model=base, language=config.lang)
+    data.library_name = "peft" if push.adapter_only else "transformers"
+    if is_hub_name(config.dataset):
+        data.datasets = [config.dataset]
+    with contextlib.suppress(Exception):  # else no licence
+        path = download_model(config.model, weights=False) / "README.md"
+        card = huggingface_hub.ModelCard.load(path).data
+        for name in ("license", "license_name", "license_link"):
+            data[name] = card.get(name)
+    results = ""
     for path in sorted(run.folder.glob("eval*.json")):
-        measured += prompts.as_report(read_json(path)) + "\n"
-    if (run / "samples.jsonl").is_file():
-        sample = prompts.as_markdown(read_jsonl(run / "samples.jsonl")[0])
-        measured += f"## Before and after\n\n{sample}"
-    names = {"model": title, "dataset": Path(config.dataset).name}
+        results += prompts.as_report(read_json(path)) + "\n"
+    for path in run.folder.glob("samples.jsonl"):
+        results += prompts.as_markdown(read_jsonl(path)[0])
     serve = vllm_command(run, repo)
     if push.adapter_only:
         serve = vllm_command(run, title) + f" --enable-lora --lora-modules tuned={repo}"
     if push.gguf:
         serve += f"\nollama run hf.co/{repo}"
+    settings = dataclasses.replace(config, model=title, dataset=Path(config.dataset).name)
+    setup = json.dumps(dataclasses.asdict(settings), indent=2)
     text = prompts.MODEL_CARD.format(
-        metadata=metadata.to_yaml(),
-        base=title,
-        measured=measured,
-        where=prompts.WHERE_ADAPTER if push.adapter_only else prompts.WHERE_WEIGHTS,
-        repo=repo,
-        tokens=config.max_new_tokens,
-        serve=serve,
-        settings=json.dumps(dataclasses.asdict(config) | names, indent=2),
+        front=data.to_yaml(), base=title, results=results, repo=repo, serve=serve, setup=setup
     )
     return f"{text}{CARD_SEAL}{hashlib.sha256(text.encode()).hexdigest()} -->\n"
 
 
-def vllm_command(run: Run, model: str) -> str:
-    """The command that serves a model; its parser takes the tag as one token."""
-    line = ["vllm", "serve", model, "--max-model-len", str(run.config.max_seq_length)]
-    if prompts.THINK_CLOSE in load_tokenizer(run / "adapter").get_vocab():
-        line += ["--reasoning-parser", "deepseek_r1"]
-    return shlex.join(line)
-
-
 def add_card(run: Run, folder: Path, repo: str, push: PushConfig) -> None:
-    """Adds adapter, card and picture to merged weights, or to an empty folder: a repository.
-
-    An adapter alone is at the root, where PEFT and vLLM look for it.
-    """
-    place = folder if push.adapter_only else folder / "adapter"
+    """Makes a folder a repository: adapter, card, picture."""
+    place = folder if push.adapter_only else folder / "adapter"  # as PEFT and vLLM look for it
     place.mkdir(exist_ok=True)
-    shutil.copy(run / "adapter" / "adapter_model.safetensors", place)
-    if push.adapter_only:
-        for name in TOKENIZER_FILES:
-            shutil.copy(run / "adapter" / name, place)
-
+    names = TOKENIZER_FILES if push.adapter_only else ()
+    for name in ("adapter_model.safetensors", *names):
+        shutil.copy(run / "adapter" / name, place)
     trained = read_json(run / "adapter" / "adapter_config.json")
     settings = {name: trained[name] for name in ADAPTER_KEYS}
     settings["base_model_name_or_path"] = published_base(run.config.model, push)
@@ -2769,125 +2692,97 @@ def add_card(run: Run, folder: Path, repo: str, push: PushConfig) -> None:
 
 
 def write_card(run: Run) -> None:
-    """Writes the card, README.md, into the run and its merged weights."""
+    """Writes the card into run and merged weights."""
     write_text(run / "README.md", model_card(run, "OWNER/NAME", PushConfig()))
     if (run / "merged").is_dir():
         shutil.copy(run / "README.md", run / "merged")
 
 
-def check_push(
-    repo: str, model: str, push: PushConfig, hashes: Collection[str] = (), dry_run: bool = False
-) -> Any:
-    """Makes the repository and returns the Hub's record of it; raises where a push would fail."""
+def check_push(repo: str, model: str, push: PushConfig, hashes: Collection[str] = ()) -> Any:
+    """Makes the repository and returns the Hub's record of it, or raises."""
     for name in (repo, push.base_model):
         if name and not is_hub_name(name):
-            raise UserError(f"{name} is not OWNER/NAME.", hint="check the name")
+            raise UserError(f"{name} is not OWNER/NAME.", "check the name")
     if not published_base(model, push):
-        hint = "name where it came from: `push --base-model OWNER/NAME`"
-        raise UserError(f"the base's name on the Hub is unknown: {model} is a folder.", hint=hint)
-    if dry_run:
+        raise UserError(f"{model} has no name on the Hub.", "`push --base-model OWNER/NAME`")
+    if push.dry_run:
         return None
     if not export_hub_token():
-        raise UserError("there is no Hugging Face token.", hint="`login`, or `push --dry-run`")
+        raise UserError("no Hugging Face token.", "`login`, or `push --dry-run`")
     huggingface_hub.create_repo(repo, private=push.private is not False, exist_ok=True)
-    # A read token passes so far, if the repository exists.
-    huggingface_hub.HfApi().auth_check(repo, write=True)
+    huggingface_hub.auth_check(repo, write=True)  # a read token passes so far
     info = huggingface_hub.model_info(repo, files_metadata=True)
     if push.private not in (None, info.private):
-        raise UserError(f"{repo} has another visibility.", hint="change its settings on the Hub")
+        raise UserError(f"{repo} has another visibility.", "change it on the Hub")
     foreign = []
     for file in info.siblings:
-        is_known = file.lfs and file.lfs.sha256 in hashes
-        is_adapter = file.rfilename == "adapter_config.json" and not push.adapter_only
-        if is_adapter or (file.rfilename.endswith(TENSORS) and not is_known):
-            foreign.append(file.rfilename)
+        name = file.rfilename
+        is_ours = file.lfs and file.lfs.sha256 in hashes
+        is_adapter = name == "adapter_config.json" and not push.adapter_only
+        if is_adapter or (name.endswith(TENSORS) and not is_ours):
+            foreign.append(name)
     if foreign and not push.force:
-        hint = "name another --repo, or replace them with `push --force`"
-        raise UserError(f"{repo} holds other weights: {', '.join(foreign)}.", hint=hint)
+        raise UserError(
+            f"{repo} holds other weights: {', '.join(foreign)}.", "--force replaces them"
+        )
     return info
 
 
-def upload(repo: str, stage: Path, info: Any, push: PushConfig) -> None:
-    """Makes the repository what `stage` is, in one commit, and compares every hash with the Hub's.
-
-    With more than 20 files the library would split a failing commit.
-    """
-    names = [file.rfilename for file in info.siblings]
-    stale = []
-    if push.force:
-        stale = [name for name in names if name.endswith(WEIGHTS) and not (stage / name).exists()]
-    if "README.md" in names and not push.force:
-        card = huggingface_hub.hf_hub_download(repo, "README.md", local_dir=stage.parent / "card")
+def upload(repo: str, stage: Path, sha: str, push: PushConfig) -> None:
+    """Uploads `stage` in one commit on top of `sha`, and compares all hashes."""
+    api = huggingface_hub.HfApi()
+    if not push.force and api.file_exists(repo, "README.md"):
+        card = api.hf_hub_download(repo, "README.md", local_dir=stage.parent / "card")
         text, _, seal = Path(card).read_text("utf-8", "replace").rpartition(CARD_SEAL)
         if not seal.startswith(hashlib.sha256(text.encode()).hexdigest()):
-            log("note: README.md on the Hub is not ours, or was edited: only --force replaces it")
+            log("note: --force replaces README.md, which is not ours, or was edited")
             (stage / "README.md").unlink()
-
-    api = huggingface_hub.HfApi()
+    old = [f"*{ending}" for ending in WEIGHTS] if push.force else None
     try:
-        api.upload_folder(
-            repo_id=repo,
-            folder_path=stage,
-            commit_message="By finetune_r1",
-            parent_commit=info.sha,  # on top of what was looked at
-            delete_patterns=stale or None,
-        )
-    except (httpx.HTTPError, OSError, RuntimeError) as error:
+        api.upload_folder(repo_id=repo, folder_path=stage, parent_commit=sha, delete_patterns=old)
+    except Exception as error:  # perhaps only the answer was lost
         log(f"note: {error}")
-        time.sleep(READ_AGAIN_SECONDS)  # perhaps only the answer was lost
-    hint = "`push` again: uploaded files are skipped"
-    try:
-        found = api.verify_repo_checksums(repo, local_dir=stage)
-    except httpx.HTTPError as error:
-        raise UserError(f"{repo} could not be read back: {error}", hint=hint) from error
-    wrong = [mismatch["path"] for mismatch in found.mismatches] + found.extra_paths
-    wrong += set(stale).intersection(found.missing_paths)
-    if wrong:
-        message = f"upload failed, nothing committed: {repo} lacks {', '.join(wrong)}."
-        raise UserError(message, hint=hint)
+        time.sleep(READ_AGAIN_SECONDS)
+    found = api.verify_repo_checksums(repo, local_dir=stage)
+    left = [name for name in found.missing_paths if push.force and name.endswith(WEIGHTS)]
+    if found.mismatches or found.extra_paths or left:
+        raise UserError(f"upload failed, nothing committed to {repo}.", "`push` again")
 
 
-def push_run(
-    run: Run, repo: str, push: PushConfig = PushConfig(), dry_run: bool = False
-) -> dict[str, Any]:
-    """Pushes merged weights, adapter and card, or the adapter alone; returns what was verified."""
+def push_run(run: Run, repo: str, push: PushConfig = PushConfig()) -> dict[str, Any]:
+    """Pushes a run, or its adapter alone; all is verified."""
     ggufs = sorted((run / "gguf").glob("*.gguf"))
     if push.gguf and (push.adapter_only or not ggufs):
-        raise UserError("--gguf needs merged weights and a GGUF.", hint="`save --as gguf`")
+        raise UserError("--gguf needs merged weights and a GGUF.", "`save --as gguf`")
+    saved = run.record.get("saved", {})
     hashes = {file_hash(run.adapter / "adapter_model.safetensors")}
     if not push.adapter_only:
-        hashes.update(file_hash(path) for path in ggufs)
-        hashes.update(run.record.get("saved", {}).get("hashes", {}).values())
-    info = check_push(repo, run.config.model, push, hashes, dry_run)
-
-    with tempfile.TemporaryDirectory(prefix="finetune-r1-") as scratch:
-        stage = Path(scratch, "repository")
+        hashes.update(map(file_hash, ggufs), saved.get("hashes", {}).values())
+    info = check_push(repo, run.config.model, push, hashes)
+    with tempfile.TemporaryDirectory() as scratch:
+        stage = Path(scratch, "stage")
         stage.mkdir()
-        merged = None if push.adapter_only else merged_folder(run)
-        if not push.adapter_only and not dry_run:
+        links = []
+        is_merged = saved and (run / saved["folder"]).is_dir()
+        if not push.adapter_only and (is_merged or not push.dry_run):
             merged = merged_weights(run, model=push.model, scratch=Path(scratch))
-        if merged:
-            for name in run.record["saved"]["hashes"]:
-                (stage / name).symlink_to((merged / name).resolve())
-        if merged and push.gguf:
-            for path in ggufs:
-                (stage / path.name).symlink_to(path.resolve())
-            for name, text in ollama_files(run, merged, f"./{ggufs[-1].name}").items():
-                write_text(stage / name, text)
+            links = [merged / name for name in run.record["saved"]["hashes"]]
+            if push.gguf:
+                links += ggufs
+                for name, text in ollama_files(run, merged, f"./{ggufs[-1].name}").items():
+                    write_text(stage / name, text)
+        for path in links:
+            (stage / path.name).symlink_to(path.resolve())
         add_card(run, stage, repo, push)
         files = [path for path in sorted(stage.rglob("*")) if path.is_file()]
         for path in files:
             log(f"{path.stat().st_size:>16,}  {path.relative_to(stage)}")
-        if dry_run:
-            return {"dry_run": True, "files": len(files), "merged": str(merged or "not yet made")}
-        upload(repo, stage, info, push)
-    return {
-        "repo": repo,
-        "url": f"{hub_constants.ENDPOINT}/{repo}",
-        "visibility": "private" if info.private else "public",
-        "files": len(files),
-        "verified": "every file has the same hash",
-    }
+        if push.dry_run:
+            return {"dry_run": True, "files": len(files)}
+        upload(repo, stage, info.sha, push)
+    url = f"{hub_constants.ENDPOINT}/{repo}"
+    shown = "private" if info.private else "public"
+    return dict(repo=repo, url=url, visibility=shown, files=len(files), verified="all hashes")
 
 
 # -------------------------------------------------------------------------------------------- commands
@@ -3634,13 +3529,13 @@ def answer_file(
 
 
 def print_pair(pair: dict[str, Any], out: Callable[[str], None]) -> None:
-    """Prints both thoughts dimmed on stderr and both answers to `out`, repetitions folded."""
+    """Prints both thoughts dimmed on stderr and both answers to `out`."""
     log("", f"question: {pair['question']}")
     for side, title in (("base", "before"), ("tuned", "after")):
         answer = pair[side]
         log("", f"{title} training, thought ({prompts.how_it_ended(answer)}):")
-        log(prompts.fold(answer["thought"]), "", faint=True)
-        out(f"{title} training, answer:\n{prompts.fold(answer['answer']) or '(none)'}")
+        log(answer["thought"], "", faint=True)
+        out(f"{title} training, answer:\n{answer['answer'] or '(none)'}")
 
 
 def evaluation_rows(run: Run, config: EvalConfig) -> tuple[str, TrainConfig]:
@@ -3675,7 +3570,7 @@ def eval_(config: EvalConfig, run: RunOption = None, model: BaseOption = None) -
         import_unsloth()
         trained = trained_questions(found)
         choices, rows = [], []
-        pairs = [pair for pair in prompts.CHOICE_COLUMNS if {*pair} <= {*records.column_names}]
+        pairs = [pair for pair in prompts.CHOICES if {*pair} <= {*records.column_names}]
         if pairs:
             try:
                 usable, refused = prompts.read_multiple_choice(records, pairs[0])
@@ -3684,7 +3579,7 @@ def eval_(config: EvalConfig, run: RunOption = None, model: BaseOption = None) -
             for number, reason in list(refused.items())[:5]:
                 log(f"skipped row {number}: {reason}")
             for choice in usable.values():
-                if question_hash(choice.question) not in trained:
+                if question_hash(choice["stem"]) not in trained:
                     choices.append(choice)
         else:
             check_columns(records, asked)
@@ -3744,10 +3639,9 @@ def push(
     config: PushConfig,
     repo: Annotated[str, typer.Option(help="Repository on the Hub: OWNER/NAME.")],
     run: RunOption = None,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="List the files, and stop.")] = False,
 ) -> dict[str, Any]:
     """Upload merged weights, adapter and model card in one commit."""
-    return push_run(Run.find(run), repo, config, dry_run)
+    return push_run(Run.find(run), repo, config)
 
 
 def print_runs(report: dict[str, Any]) -> None:

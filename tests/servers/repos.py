@@ -90,30 +90,12 @@ class Commit:
 
 
 @dataclass
-class PullRequest:
-    num: int
-    author: str
-    title: str
-    description: str
-    commits: list[Commit]  # those of main when it was opened, then its own
-
-    @property
-    def ref(self) -> str:
-        return f"refs/pr/{self.num}"
-
-    @property
-    def files(self) -> Contents:
-        return self.commits[-1].files
-
-
-@dataclass
 class Repo:
     type: str
     id: str
     private: bool
     commits: list[Commit]
     lfs: set[str] = field(default_factory=set)  # sha256 of what was uploaded, committed or not
-    pull_requests: list[PullRequest] = field(default_factory=list)
 
     @property
     def files(self) -> Contents:
@@ -123,25 +105,13 @@ class Repo:
     def path(self) -> str:
         return f"datasets/{self.id}" if self.type == "dataset" else self.id
 
-    @property
-    def branches(self) -> dict[str, list[Commit]]:
-        return {"main": self.commits} | {
-            request.ref: request.commits for request in self.pull_requests
-        }
-
-    def branch(self, name: str) -> list[Commit]:
-        if name not in self.branches:
-            raise HttpError(404, f"Invalid rev id: {name}", X_Error_Code="RevisionNotFound")
-        return self.branches[name]
-
     def at(self, revision: str) -> Commit:
-        commits = {commit.oid: commit for branch in self.branches.values() for commit in branch}
-        return commits.get(revision) or self.branch(revision)[-1]
-
-    def open(self, author: str, title: str, description: str, commits: list[Commit]) -> PullRequest:
-        request = PullRequest(len(self.pull_requests) + 1, author, title, description, commits)
-        self.pull_requests.append(request)
-        return request
+        for commit in self.commits:
+            if commit.oid == revision:
+                return commit
+        if revision != "main":
+            raise HttpError(404, f"Invalid rev id: {revision}", X_Error_Code="RevisionNotFound")
+        return self.commits[-1]
 
 
 def listing(commit: Commit) -> dict[str, dict[str, Any]]:
