@@ -211,7 +211,7 @@ class DataConfig(ModelConfig):
     lang: Lang = option("en", "Language of the prompt and the rows.")
     loss_on: Literal["all", "response"] = option("all", "Loss on the full sequence or completion.")
     eval_rows: int = option(0, "Rows to hold out for evaluation, drawn by --seed.", min=0)
-    seed: int = option(3407, "Seed: held-out rows, data order, LoRA weights, sampling.", min=0)
+    seed: int = option(3407, "Seed, here of the held-out rows.", min=0)
 
     @property
     def columns(self) -> tuple[str, str, str]:
@@ -227,7 +227,7 @@ class SamplingConfig:
     temperature: float | None = option(None, "Sampling temperature; 0 = greedy.", min=0, max=5)
     top_p: float | None = option(None, "Nucleus sampling threshold.", min=0.01, max=1)
     thinking_budget: int | None = option(None, "Force `</think>` after this many tokens.", min=1)
-    seed: int = option(3407, "Sampling seed.", min=0)
+    seed: int = option(3407, "Seed of all that is random.", min=0)
 
 
 @dataclass(frozen=True)
@@ -269,7 +269,6 @@ class TrainConfig(SamplingConfig, DataConfig):
     hub_checkpoints: str | None = option(None, "Also keep the latest in this private Hub repo.")
     wandb: bool = option(True, "Log to Weights & Biases if logged in.")
     wandb_project: str = option(WANDB_PROJECT, "Weights & Biases project.", envvar="WANDB_PROJECT")
-    seed: int = option(3407, "Seed: held-out rows, data order, LoRA weights, sampling.", min=0)
 
 
 # The field at which each heading of `train --help` begins.
@@ -589,7 +588,7 @@ def track_in_wandb(config: TrainConfig, run: Any) -> None:
                 name=os.environ.get("WANDB_NAME", run.name),
                 id=os.environ.get("WANDB_RUN_ID", known),
                 resume="allow" if known else None,
-                settings={"finish_timeout": 10, "finish_timeout_raises": True},
+                settings={"finish_timeout": 10},  # at exit
             )
             run.update(wandb_id=wandb.run.id)
     except Exception as error:
@@ -715,7 +714,6 @@ class Run:
 
     @property
     def config(self) -> TrainConfig:
-        """The settings in config.json."""
         path = self / "config.json"
         try:
             return TrainConfig(**read_json(path))
@@ -724,7 +722,6 @@ class Run:
 
     @property
     def record(self) -> dict[str, Any]:
-        """The content of run.json."""
         return {"status": "unknown", "started": "", **read_json(self / "run.json")}
 
     def update(self, **entries: Any) -> None:
@@ -794,8 +791,8 @@ class Run:
                 record = self.record
                 record["resumed_at"] = [*record.get("resumed_at", ()), self.last_step]
                 record.pop("error", None)
-            command = [Path(sys.argv[0]).name, *sys.argv[1:]]
-            record.update(status="running", versions=versions(), command=command)
+            record.update(status="running", versions=versions())
+            record["command"] = [Path(sys.argv[0]).name, *sys.argv[1:]]
             write_json(self / "config.json", dataclasses.asdict(config))
             write_json(self / "run.json", record)
             ending = {"status": "finished"}
@@ -1796,13 +1793,12 @@ def adapter_sizes(model: Any, config: TrainConfig) -> dict[str, int]:
 def make_plan(model: Any, weights: float, lengths: Any, config: TrainConfig) -> dict[str, Any]:
     """The fastest micro-batch and checkpointing that fit, else the smallest.
 
-    `model` has no adapter yet and takes `weights` bytes; `lengths` are the rows' tokens.
+    `model` takes `weights` bytes and has no adapter; `lengths` are the rows' tokens.
     """
     shape = model.config
     layers = shape.num_hidden_layers
     parameters = sum(adapter_sizes(model, config).values())
     optimizer = 2 if "8bit" in config.optim else 8
-    checkpoints = config.keep_checkpoints + config.keep_best + 2
     limit = memory_limit(config)
     resident = weights + parameters * (4 + 4 + optimizer) + WORKSPACE
     in_layer = 2 * (3 * shape.intermediate_size + 3.3 * shape.hidden_size)  # bytes, as measured
@@ -1836,13 +1832,13 @@ def make_plan(model: Any, weights: float, lengths: Any, config: TrainConfig) -> 
             plan = {"micro_batch": size, "accumulation": batch // size}
             plan["checkpointed_layers"] = layers - kept
             plan["estimated_peak_gib"] = round(peak / GIB, 1)
-    run_mb = round(parameters * (4 + optimizer) * checkpoints / 1e6, 1)
+    run_bytes = parameters * (4 + optimizer) * (config.keep_checkpoints + config.keep_best + 2)
     plan.update(steps=config.max_steps, effective_batch=config.effective_batch, processes=WORLD)
-    return {**plan, "layers": layers, "run_mb": run_mb}
+    return {**plan, "layers": layers, "run_mb": round(run_bytes / 1e6, 1)}
 
 
 def prepare_training(config: TrainConfig, **options: Any) -> tuple[TrainConfig, PreparedData, Any]:
-    """Settings, rows and tokenizer; `options` are those of `tokenized_rows`."""
+    """Settings, rows and tokenizer."""
     check_config(config)
     rows, tokenizer = tokenized_rows(config, **options)
     if config.epochs:
@@ -1865,7 +1861,7 @@ def estimate_cost(config: TrainConfig) -> dict[str, Any]:
 
 
 class TrainingEvents:
-    """A callback's methods (see train_steps): logs, checks, checkpoints, stops."""
+    """A Trainer's callback: logs, checks, checkpoints, stops."""
 
     def __init__(self, run: Run, config: TrainConfig):
         self.run = run
@@ -1884,7 +1880,7 @@ class TrainingEvents:
             os.write(2, b"\nstopping after this step; press Ctrl-C again to quit immediately\n")
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        """Saves every five minutes, at --save-steps, at the end and after a signal to stop."""
+        """Saves every five minutes, at --save-steps, at the end and when stopped."""
         due = time.monotonic() - self.saved_at > CHECKPOINT_SECONDS
         if self.config.save_steps:
             due = due or state.global_step % self.config.save_steps == 0
@@ -1902,7 +1898,7 @@ class TrainingEvents:
             control.should_log = True  # comes first, and checks what is saved
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Any, model: Any, **_: Any) -> None:
-        """Logs to console, metrics.jsonl and W&B; raises if the loss or weights are NaN."""
+        """Logs; raises if the loss or weights are NaN."""
         name = "loss" if "loss" in logs else "eval_loss"
         if name not in logs:
             return
@@ -1953,17 +1949,10 @@ class TrainingEvents:
             log(f"note: checkpoint not uploaded to {repo}: {error}")
 
     def on_train_end(self, *_: Any, **__: Any) -> None:
-        """Waits for the last upload, and for W&B."""
         if self.upload_thread.ident:
             log("uploading the last checkpoint")
             self.upload_thread.join(HUB_SECONDS)
             self.upload()
-        if "wandb" in sys.modules and wandb.run:
-            folder = Path(wandb.run.dir).parent
-            try:
-                wandb.finish(exit_code=int(bool(self.stop)))
-            except Exception:
-                log(f"note: `wandb sync --no-skip-online {folder}` sends W&B what it lacks")
 
 
 def training_arguments(config: TrainConfig, plan: dict[str, Any], run: Run) -> Any:
@@ -2073,7 +2062,14 @@ def train_run(config: TrainConfig, run: Run, resume: bool = False) -> tuple[Load
             return loaded, rows.held_out
         save_adapter(loaded, config, run)
         seconds = {"train": round(time.monotonic() - started, 1)}
-        run.update(losses=draw_losses(run), seconds=seconds, peak_memory_gib=peak_memory_gib())
+        metrics = pandas.DataFrame(read_jsonl(run / "metrics.jsonl")).set_index("step")
+        axes = metrics.filter(["loss", "eval_loss"]).interpolate().plot(ylabel="nats per token")
+        with atomic_path(run / "loss.png") as partial:
+            axes.figure.savefig(partial, dpi=120)
+        pyplot.close(axes.figure)
+        losses = metrics["loss"].dropna().round(4).tolist()
+        run.update(losses={"first": losses[0], "last": losses[-1]}, seconds=seconds)
+        run.update(peak_memory_gib=peak_memory_gib())
         log("", "answering the same question before and after")
         [pair] = answer_both(loaded, [prompts.BEFORE_AFTER[config.lang]], config)
         write_jsonl(run / "samples.jsonl", [pair])
@@ -2095,8 +2091,7 @@ def record_rows(run: Run, rows: PreparedData) -> None:
 
 
 def save_adapter(loaded: LoadedModel, config: TrainConfig, run: Run) -> None:
-    """Writes the adapter; deletes what was derived from an earlier one."""
-    # It names the model that was given, not its quantized copy.
+    """Writes the adapter, by the given model's name; deletes what came of an earlier one."""
     loaded.model.peft_config["default"].base_model_name_or_path = config.model
     with atomic_path(run / "adapter") as partial:
         loaded.model.save_pretrained(partial)
@@ -2108,18 +2103,6 @@ def save_adapter(loaded: LoadedModel, config: TrainConfig, run: Run) -> None:
             shutil.rmtree(run / name, ignore_errors=True)
         for path in run.folder.glob("eval[.-]*"):
             path.unlink()
-
-
-def draw_losses(run: Run) -> dict[str, float]:
-    """Draws loss.png from metrics.jsonl; returns the first and the last train loss."""
-    metrics = pandas.DataFrame(read_jsonl(run / "metrics.jsonl"))
-    curves = metrics.set_index("step").filter(["loss", "eval_loss"])
-    axes = curves.interpolate().plot(ylabel="loss (nats per token)", title=run.name)
-    with atomic_path(run / "loss.png") as partial:
-        axes.figure.savefig(partial, dpi=120)
-    pyplot.close(axes.figure)
-    losses = curves["loss"].dropna().round(4).tolist()
-    return {"first": losses[0], "last": losses[-1]}
 
 
 # --------------------------------------------------------------------------------------- evaluation

@@ -16,7 +16,6 @@ import sys
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 from conftest import SAMPLE, SCRIPT, Done
@@ -132,7 +131,6 @@ WRITES = ["repo.content.read", "repo.write"]
 @pytest.mark.parametrize(
     ("auth", "role", "can_push"),
     [
-        (whoami_auth("read"), "read", False),
         (whoami_auth("fineGrained", [("user", "a", WRITES[:1])]), "fineGrained", False),
         (whoami_auth("fineGrained", [("org", "lab", WRITES)]), "fineGrained", True),
         (whoami_auth("oauth"), "browser log-in", True),
@@ -244,9 +242,6 @@ def test_advice_goes_by_class_and_status():
         RuntimeError("PytorchStreamWriter failed"),
     ):
         assert "disk is full" in says(full)
-
-
-def test_advice_on_what_may_be_a_bug_is_none_whatever_its_text():
     for bug in (RuntimeError("bug: HTTP 500 in a text"), KeyError("OSError"), TypeError("no")):
         assert finetune_r1.advice(bug) is None
 
@@ -273,21 +268,6 @@ def test_check_gpu_refuses_a_gpu_that_torch_has_no_code_for(monkeypatch, codes, 
             finetune_r1.check_gpu()
 
 
-def test_windows_gets_one_line(tmp_path):
-    """Imitated: all modules are there already, and the platform and its missing signal are set."""
-    code = f"""
-import runpy, signal, sys
-sys.path.insert(0, {str(SCRIPT.parent)!r})
-import finetune_r1
-sys.platform = "win32"
-del signal.SIGHUP
-sys.argv = ["finetune_r1.py", "doctor"]
-runpy.run_path({str(SCRIPT)!r}, run_name="__main__")
-"""
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-    assert done.returncode == 1 and "WSL" in done.stderr and "Traceback" not in done.stderr
-
-
 @pytest.fixture
 def small_model(tmp_path):
     """A folder with as much of a model as `doctor` looks at."""
@@ -312,16 +292,6 @@ def test_doctor_says_push_is_possible_only_with_a_token_that_may_write(
     places("environment", "HF_TOKEN", value)
     report = finetune_r1.doctor(small_model)
     assert token in str(report["token"]) and report["verdict"] == verdict
-
-
-def test_doctor_names_what_to_fix(places, hub, monkeypatch, tmp_path):
-    monkeypatch.setenv("WANDB_MODE", "disabled")
-    free = SimpleNamespace(free=5 * 2**30)
-    monkeypatch.setattr(finetune_r1.shutil, "disk_usage", lambda path: free)
-    report = finetune_r1.doctor(ModelConfig(model=str(tmp_path / "nothing-1M")))
-    failed = {name for name, found in report.items() if "FAIL" in str(found)}
-    assert failed == {"room", "model", "token"} and report["verdict"] == "not ready"
-    assert all(report[name][1].startswith("fix: ") for name in failed)
 
 
 def test_doctor_ends_with_ready_or_an_exit_code(cli, small_model):
@@ -609,13 +579,10 @@ def test_commands_do_their_work_with_tokens_all_around(commands):
         code = failing.get(name, 0)
         assert done.code == code and "Traceback" not in done.err, f"{name}: {done.err}"
     assert "model-00004-of-00004.safetensors" in commands.hub.repos["model", "writer/model"].files
+    assert "training without W&B" in commands.done["train, refused key"].err
     runs = commands.wandb.runs.values()
-    assert [run.entity for run in runs] == ["dotenv", "dotenv"]
-
-
-def test_train_with_a_key_that_w_and_b_refuses_goes_on_and_names_its_source(commands):
-    said = commands.done["train, refused key"].err
-    assert "training without W&B" in said
+    assert [(run.entity, run.finished) for run in runs] == [("dotenv", True)] * 2
+    assert sorted(run.exitcode for run in runs) == [0, 130]
 
 
 def test_train_sends_telemetry_only_if_the_user_turns_it_on(commands):

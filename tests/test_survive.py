@@ -158,14 +158,6 @@ def test_torn_checkpoint_is_removed_and_costs_no_whole_one(
     assert same(run, undisturbed) and run.record["resumed_at"] == [2]
 
 
-def test_run_whose_steps_are_done_only_answers_and_saves(undisturbed, tmp_path):
-    run = Run(shutil.copytree(undisturbed.folder, tmp_path / "run"))
-    shutil.rmtree(run / "adapter")
-    run.update(status="running")
-    resume(run)
-    assert same(run, undisturbed)
-
-
 def test_poisoned_checkpoint_runs_no_code(stopped, tmp_path):
     class Poison:
         def __reduce__(self):

@@ -2,9 +2,6 @@
 
 import math
 import os
-import re
-import shlex
-import subprocess
 import sys
 import time
 
@@ -55,7 +52,7 @@ def track(run, config=None):
     if not finetune_r1.wandb.run:
         return False
     finetune_r1.wandb.log({"loss": 1.0})
-    finetune_r1.TrainingEvents(run, TrainConfig()).on_train_end()
+    finetune_r1.wandb.finish()  # as at exit
     return True
 
 
@@ -130,22 +127,7 @@ def test_track_in_wandb_that_does_not_start_is_noted_and_training_goes_on(
     assert "training without W&B" in capsys.readouterr().err
 
 
-def test_track_in_wandb_that_falls_silent_says_how_to_send_the_rest(server, run, capsys):
-    finetune_r1.track_in_wandb(TrainConfig(), run)
-    finetune_r1.wandb.log({"loss": 1.0})
-    server.faults.append(Fault("*", "", times=math.inf, delay=STALL))
-    finetune_r1.TrainingEvents(run, TrainConfig()).on_train_end()
-    line = re.search(r"note: `(wandb sync .*)` sends", capsys.readouterr().err)
-    with WandbServer(keys={KEY: "alice"}) as other:
-        sync = [sys.executable, "-m", *shlex.split(line[1])]
-        environment = {**os.environ, "WANDB_BASE_URL": other.url}
-        done = subprocess.run(sync, env=environment, capture_output=True, text=True)
-        assert done.returncode == 0, done.stderr
-        [arrived] = other.runs.values()
-        assert arrived.finished and arrived.history[0]["loss"] == 1.0
-
-
-def test_training_outlives_wandbs_own_process(server, tiny_r1, tmp_path):
+def test_training_outlives_a_silent_wandb_and_the_end_of_its_process(server, tiny_r1, tmp_path):
     settings = ["--max-steps", 8, "--warmup-steps", 0, "--effective-batch", 2]
     settings += ["--logging-steps", 1, "--no-load-in-4bit", "--max-new-tokens", 4]
     rows = ["--dataset", SAMPLE, "--split", "train[:12]", "--max-seq-length", 512]
@@ -159,6 +141,7 @@ def test_training_outlives_wandbs_own_process(server, tiny_r1, tmp_path):
     while not (tmp_path / "run" / "metrics.jsonl").exists():
         assert training.poll() is None and time.monotonic() < deadline, said.read_text()
         time.sleep(0.05)
+    server.faults.append(Fault("*", "", times=math.inf, delay=STALL))
     killed = []
     for process in training.children(recursive=True):
         if "wandb-core" in " ".join(process.cmdline()):
@@ -167,4 +150,3 @@ def test_training_outlives_wandbs_own_process(server, tiny_r1, tmp_path):
     assert killed and training.wait(timeout=MINUTES) == 0, said.read_text()
     run = Run(tmp_path / "run")
     assert run.record["status"] == "finished" and run.adapter
-    assert said.read_text().count("sends W&B what it lacks") == 1

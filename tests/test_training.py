@@ -12,7 +12,6 @@ import accelerate
 import pytest
 from conftest import SAMPLE, add_base, small_config
 from safetensors.torch import load_file
-from servers.wandb_server import WandbServer
 
 import finetune_r1
 from finetune_r1 import GIB, Run, TrainConfig, UserError, read_jsonl
@@ -509,26 +508,3 @@ def test_keep_best_saves_the_weights_with_the_lowest_eval_loss_also_when_resumed
     shutil.rmtree(moved / "adapter")
     finetune_r1.train_run(rough, moved, resume=True)
     assert is_saved(moved)
-
-
-# ----------------------------------------------------------------------------------------- tracking
-
-
-@pytest.mark.slow
-def test_wandb_gets_the_history_of_a_run_trained_by_the_command_line(tiny_r1, cli, tmp_path):
-    options = ["--dataset", SAMPLE, "--split", "train[:12]", "--eval-rows", 2, "--max-steps", 3]
-    options += ["--logging-steps", 1, "--max-new-tokens", 4, "--json"]
-    account = {"WANDB_API_KEY": "k" * 40}
-    with WandbServer(keys={"k" * 40: "alice"}) as server:
-        done = cli("train", "--model", tiny_r1, *options, WANDB_BASE_URL=server.url, **account)
-    assert done.code == 0, done.err
-    [sent] = server.runs.values()
-    assert sent.finished and sent.exitcode == 0
-    history = {}
-    for line in sent.history:
-        if "train/loss" in line:
-            history[line["_step"]] = line["train/loss"]
-    assert history == losses(Run(tmp_path / json.loads(done.out)["run"]))
-    assert list(history) == [1, 2, 3]
-    assert sent.config["lora_r"] == 16
-    assert "k" * 40 not in done.out + done.err
