@@ -152,7 +152,7 @@ HUB_SECONDS = 600
 HUB_TOKENS = ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "HUGGINGFACE_TOKEN")
 WANDB_KEYS = ("WANDB_API_KEY", "wandb")
 
-# Names of weights on the Hub; what belongs to an adapter beside its weights; how our cards are known.
+# Weights on the Hub by name; what belongs to an adapter; how our cards are known.
 TENSORS = (".safetensors", ".bin", ".pt", ".gguf")
 WEIGHTS = (*TENSORS, ".safetensors.index.json", "adapter_config.json")
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja")
@@ -591,6 +591,8 @@ def track_in_wandb(config: TrainConfig, run: Any) -> None:
                 settings={"finish_timeout": 10},  # at exit
             )
             run.update(wandb_id=wandb.run.id)
+            folder = Path(wandb.run.dir).parent
+            log(f"W&B      `wandb sync --no-skip-online {folder}` sends what does not arrive")
     except Exception as error:
         log(f"note: training without W&B (see `doctor`): {error}")
 
@@ -1837,10 +1839,10 @@ def make_plan(model: Any, weights: float, lengths: Any, config: TrainConfig) -> 
     return {**plan, "layers": layers, "run_mb": round(run_bytes / 1e6, 1)}
 
 
-def prepare_training(config: TrainConfig, **options: Any) -> tuple[TrainConfig, PreparedData, Any]:
-    """Settings, rows and tokenizer."""
+def prepare_training(config: TrainConfig, *options: Any) -> tuple[TrainConfig, PreparedData, Any]:
+    """Settings, rows and tokenizer; `options` are those of `tokenized_rows`."""
     check_config(config)
-    rows, tokenizer = tokenized_rows(config, **options)
+    rows, tokenizer = tokenized_rows(config, *options)
     if config.epochs:
         steps = math.ceil(config.epochs * len(rows.used) / config.effective_batch)
         config = dataclasses.replace(config, max_steps=max(1, steps))
@@ -1873,7 +1875,7 @@ class TrainingEvents:
 
     def on_signal(self, number: int, frame: Any) -> None:
         """Lets the step end at a first signal to stop, and quits at a second one."""
-        if self.stop and WORLD == 1:  # torchrun passes on the terminal's: there each comes twice
+        if self.stop and WORLD == 1:  # under torchrun each comes twice
             interrupt(number)
         self.stop.append(number)
         with contextlib.suppress(OSError):  # the terminal may be gone
@@ -1914,7 +1916,7 @@ class TrainingEvents:
         log(f"{line}  {pace:.2f} s/step  {left} left")
         self.logged_step = state.global_step
         self.logged_at = now
-        # Checkpoints hold the history, so a resumed run's file has every step once.
+        # Of the checkpoint too, so that a resumed run has every step once.
         state.log_history[-1]["seconds"] = round(now - self.started_at, 3)
         if RANK == 0:
             write_jsonl(self.run / "metrics.jsonl", state.log_history)
@@ -1925,7 +1927,7 @@ class TrainingEvents:
     def on_save(self, *_: Any, **__: Any) -> None:
         self.saved_at = time.monotonic()
         if self.config.hub_checkpoints and RANK == 0 and not self.upload_thread.is_alive():
-            # A daemon, so that a silent Hub never keeps the process alive.
+            # A daemon, as a silent Hub would keep the process alive.
             self.upload_thread = threading.Thread(target=self.upload, daemon=True)
             self.upload_thread.start()
 
@@ -1989,7 +1991,7 @@ def training_arguments(config: TrainConfig, plan: dict[str, Any], run: Run) -> A
 
 
 def train_steps(loaded: LoadedModel, rows: Any, config: TrainConfig, plan: Any, run: Run) -> None:
-    """Trains from the newest checkpoint, if any, to the last step, or to the best one."""
+    """Trains from the newest checkpoint, if any, to the last step, or the best one."""
 
     class Callback(TrainingEvents, transformers.TrainerCallback):  # type: ignore
         pass
@@ -2033,8 +2035,7 @@ def train_run(config: TrainConfig, run: Run, resume: bool = False) -> tuple[Load
     """Trains a new run or resumes one; returns the model with its adapter and the held-out rows."""
     log(f"run      {run}")
     revisions = run.record.get("model_revisions", {}) if resume else {}
-    revision = revisions.get(config.model)
-    config, rows, tokenizer = prepare_training(config, revision=revision, for_training=True)
+    config, rows, tokenizer = prepare_training(config, revisions.get(config.model), True)
     if WORLD == 1 and len(list(Path("/proc/driver/nvidia/gpus").glob("*"))) > 1:
         log("note: using one GPU; for more: torchrun --nproc-per-node N -- …")
 
@@ -2079,7 +2080,7 @@ def train_run(config: TrainConfig, run: Run, resume: bool = False) -> tuple[Load
 
 
 def record_rows(run: Run, rows: PreparedData) -> None:
-    """Writes what the rows are into the run; raises if a resumed run's differ."""
+    """Writes the rows into the run; raises if a resumed run's differ."""
     if run.record.get("dataset_fingerprint", rows.fingerprint) != rows.fingerprint:
         raise UserError(f"--resume {run}: the rows differ from before.", "start a new run")
     run.update(rows=rows.row_counts, dataset_fingerprint=rows.fingerprint)

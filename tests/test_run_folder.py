@@ -6,7 +6,6 @@ import json
 import shutil
 import subprocess
 import sys
-import time
 
 import pytest
 from conftest import SCRIPT, small_config
@@ -138,18 +137,6 @@ def test_track_status_says_running_and_then_how_it_ended(config, tmp_path, error
             raise error
     assert run.record["status"] == status and run.record["ended"] >= run.record["started"]
     assert ("error" in run.record) == bool(error)
-
-
-def test_runs_are_ordered_by_their_end_across_time_zones(config, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    for name, zone in (("first", "Asia/Tokyo"), ("second", "America/New_York")):
-        with monkeypatch.context() as patch:
-            patch.setenv("TZ", zone)
-            time.tzset()
-            with Run(finetune_r1.RUNS / name).track_status(config, resume=False):
-                pass
-    time.tzset()
-    assert [run.name for run in Run.all("finished")] == ["first", "second"]
 
 
 def test_run_dir_with_something_in_it_is_left_alone(config, tmp_path):

@@ -2,6 +2,9 @@
 
 import math
 import os
+import re
+import shlex
+import subprocess
 import sys
 import time
 
@@ -125,6 +128,21 @@ def test_track_in_wandb_that_does_not_start_is_noted_and_training_goes_on(
     monkeypatch.setenv(variable, value)
     assert not track(run)
     assert "training without W&B" in capsys.readouterr().err
+
+
+def test_track_in_wandb_says_how_to_send_what_a_silent_server_lacks(server, run, capsys):
+    finetune_r1.track_in_wandb(TrainConfig(), run)
+    line = re.search(r"`(wandb sync .*)` sends", capsys.readouterr().err)
+    finetune_r1.wandb.log({"loss": 1.0})
+    server.faults.append(Fault("*", "", times=math.inf, delay=STALL))
+    finetune_r1.wandb.finish()
+    with WandbServer(keys={KEY: "alice"}) as other:
+        sync = [sys.executable, "-m", *shlex.split(line[1])]
+        environment = {**os.environ, "WANDB_BASE_URL": other.url}
+        done = subprocess.run(sync, env=environment, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        [arrived] = other.runs.values()
+        assert arrived.finished and arrived.history[0]["loss"] == 1.0
 
 
 def test_training_outlives_a_silent_wandb_and_the_end_of_its_process(server, tiny_r1, tmp_path):
