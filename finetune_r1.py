@@ -1894,10 +1894,8 @@ class TrainingEvents:
         if stopping:
             control.should_training_stop = True
             self.stop.append(signal.SIGTERM)  # another process may have received it
-        if due or control.should_training_stop:
-            control.should_save = True
-        if control.should_save:
-            control.should_log = True  # comes first, and checks what is saved
+        control.should_save = control.should_save or due or control.should_training_stop
+        control.should_log = control.should_log or control.should_save  # checks what is saved
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Any, model: Any, **_: Any) -> None:
         """Logs; raises if the loss or weights are NaN."""
@@ -1935,7 +1933,6 @@ class TrainingEvents:
         """Uploads the newest checkpoint; a failure never ends the training."""
         repo = self.config.hub_checkpoints
         try:
-            newest = self.run.checkpoints[-1].name
             api = huggingface_hub.HfApi()
             api.create_repo(repo, private=True, exist_ok=True)
             if not api.model_info(repo).private:
@@ -1943,7 +1940,7 @@ class TrainingEvents:
             api.upload_folder(
                 repo_id=repo,
                 folder_path=self.run.folder,
-                allow_patterns=[f"checkpoints/{newest}/*", *HUB_FILES],
+                allow_patterns=[f"checkpoints/{self.run.checkpoints[-1].name}/*", *HUB_FILES],
                 ignore_patterns=["*.bin", "*README.md"],  # a pickle, and an empty card
                 delete_patterns="checkpoints/*",
             )
