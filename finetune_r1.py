@@ -716,11 +716,10 @@ class Run:
 
     @property
     def config(self) -> TrainConfig:
-        path = self / "config.json"
         try:
-            return TrainConfig(**read_json(path))
+            return TrainConfig(**read_json(self / "config.json"))
         except (TypeError, FileNotFoundError) as error:
-            raise UserError(f"{path} is of another version: {error}", "`train` again") from error
+            raise UserError(f"{self}/config.json does not fit: {error}", "`train` again") from error
 
     @property
     def record(self) -> dict[str, Any]:
@@ -755,8 +754,7 @@ class Run:
     @property
     def last_step(self) -> int:
         """The step of the newest checkpoint; 0 without one."""
-        checkpoints = self.checkpoints
-        return int(checkpoints[-1].name.rpartition("-")[2]) if checkpoints else 0
+        return int(self.checkpoints[-1].name.rpartition("-")[2]) if self.checkpoints else 0
 
     def remove_torn_checkpoints(self) -> None:
         """Removes checkpoints that were not written completely."""
@@ -767,10 +765,9 @@ class Run:
     def adapter(self) -> Path:
         """The adapter's folder; raises if it is missing, or not what the training wrote."""
         folder = self / "adapter"
-        hashes = self.record.get("adapter", {})
         if not (folder / "adapter_model.safetensors").is_file():
             raise UserError(f"{self} has no adapter.", self.resume_line)
-        check_hashes(folder, hashes, "restore the file, or `train` again")
+        check_hashes(folder, self.record.get("adapter", {}), "restore it, or `train` again")
         return folder
 
     def check_new(self) -> None:
@@ -804,9 +801,8 @@ class Run:
                 status = "interrupted" if isinstance(error, KeyboardInterrupt) else "failed"
                 ending = {"status": status, "error": f"{type(error).__name__}: {error}"}
                 self.remove_torn_checkpoints()  # on a full disk this makes room for run.json
-                step = self.last_step
-                if step:
-                    log(expand_commands(f"saved up to step {step}; resume with {self.resume_line}"))
+                if self.last_step:
+                    log(expand_commands(f"saved step {self.last_step}: {self.resume_line} resumes"))
                 raise
             finally:
                 self.update(**ending, ended=time.strftime("%FT%T%z", time.gmtime()))

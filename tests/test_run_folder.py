@@ -205,7 +205,7 @@ DAMAGE = {
     ),
     "another version's settings": (
         lambda run: damage_json(run / "config.json", packing=True),
-        "config.json is of another version: .*'packing'",
+        "config.json does not fit: .*'packing'",
     ),
     "no adapter": (
         lambda run: shutil.rmtree(run / "adapter"),
