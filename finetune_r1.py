@@ -113,26 +113,23 @@ yaml = Lazy("yaml")
 VERSION = "0.2.0"
 SCRIPT = shlex.quote(sys.argv[0]) if __name__ == "__main__" else "finetune_r1.py"
 PROGRAM = f"{'uv run' if 'UV' in os.environ else 'python'} {SCRIPT}"  # as it was started
-PROJECT = Path(__file__).resolve().parent
+DATA = Path(__file__).resolve().parent / "data"
 RUNS = Path("runs")
 RANK = int(os.environ.get("RANK", 0))  # set by torchrun
 WORLD = int(os.environ.get("WORLD_SIZE", 1))
 GIB = 1024**3
-HAVE_ADAPTER = ("finished",)
 UNFINISHED = ("running", "interrupted", "failed")
 UNSLOTH = "2026.10.9"  # pinned in pyproject.toml; some of its functions are replaced
-PACKAGES = (
-    "unsloth unsloth_zoo torch transformers trl peft accelerate datasets bitsandbytes wandb".split()
-)
+PACKAGES = "unsloth torch transformers trl peft accelerate datasets bitsandbytes wandb".split()
 # Ctrl-C, what Kaggle and Slurm send, and a closed terminal (which `nohup` has us ignore).
 STOP_SIGNALS = [signal.SIGINT, signal.SIGTERM]
 if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:
     STOP_SIGNALS.append(signal.SIGHUP)
 
 DEMO_MODEL = "HuggingFaceTB/SmolLM2-135M-Instruct"
-DEMO_ROWS = PROJECT / "data" / "medical_sample.jsonl"
-GENERAL_TEXTS = PROJECT / "data" / "general.jsonl"
-REASONING_PROBLEMS = PROJECT / "data" / "reasoning.jsonl"
+DEMO_ROWS = DATA / "medical_sample.jsonl"
+GENERAL_TEXTS = DATA / "general.jsonl"
+REASONING_PROBLEMS = DATA / "reasoning.jsonl"
 RECIPE_COLUMNS = ("Question", "Complex_CoT", "Response")
 # Every tokenizer must round-trip this: white space, accents, Chinese, code, both tags.
 ROUND_TRIP = "BP 90/60,  pulse 120.\n\n\tnaïve 😀 你好,世界。\ndef f(x):\n    return x**2\n<think>\nWhy?\n</think>\nSo"
@@ -154,7 +151,7 @@ HUB_SECONDS = 600
 HUB_TOKENS = ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "HUGGINGFACE_TOKEN")
 WANDB_KEYS = ("WANDB_API_KEY", "wandb")
 
-# Names of weights on the Hub; what belongs to an adapter beside its weights; how our cards are known.
+# Weights on the Hub by name; what belongs to an adapter; how our cards are known.
 TENSORS = (".safetensors", ".bin", ".pt", ".gguf")
 WEIGHTS = (*TENSORS, ".safetensors.index.json", "adapter_config.json")
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja")
@@ -166,24 +163,13 @@ NAME_BASE = "pass the base it was trained on: `save --model PATH`"
 READ_AGAIN_SECONDS = 3  # before a push is verified for the last time
 
 # For GGUF. llama.cpp tells pre-tokenizers by the SHA-256 of what they make of its fixed text.
-PRE_TOKENIZER_TEXT = (
-    "\n \n\n \n\n\n \t \t\t \t\n  \n   \n    \n     \n🚀 (normal) 😶\u200d🌫️ (multiple emojis concatenated) "
-    "✅ 🦙🦙 3 33 333 3333 33333 333333 3333333 33333333 3.3 3..3 3...3 កាន់តែពិសេសអាច😁 ?我想在apple工作"
-    "1314151天～ ------======= нещо на Български ''''''```````\"\"\"\"......!!!!!!?????? I've been 'told he"
-    "'s there, 'RE you sure? 'M not sure I'll make it, 'D you like some tea? We'Ve a'lL"
-)
-PRE_TOKENIZERS = {
-    "0ef9807a4087ebef797fc749390439009c3b9eda9ad1a097abbe738f486c01e5": "llama-bpe",
-    "b3f499bb4255f8ca19fccd664443283318f2fd2414d5e0b040fbdd0cc195d6c5": "deepseek-r1-qwen",
-    "e636dc30a262dcc0d8c323492e32ae2b70728f4df7dfe9737d9f920a282b8aea": "qwen2",
-    "855059429035d75a914d1eda9f10a876752e281a054a7a3d421ef0533e5b6249": "smollm",
-}
+PRE_TOKENIZERS = json.loads((DATA / "pre_tokenizers.json").read_text("utf-8"))
+PRE_TOKENIZER_TEXT = PRE_TOKENIZERS.pop("text")
 ROPES = {"llama": ("default", "llama3"), "qwen2": ("default",)}  # that llama.cpp computes
 
 # -------------------------------------------------------------------------------------------- settings
-# Every hyper-parameter is declared once, as a field of a frozen dataclass with type, default, range and
-# help: Typer options, config.json, the tracker's config and the printed header come from it. The
-# defaults are the published recipe. Parsing and range checks are Typer's.
+# Every hyper-parameter is declared once, as a dataclass field with type, default, range and help:
+# options, config.json and W&B's config come from it. The defaults are the published recipe.
 
 Checkpointing = Literal["auto", "unsloth", "none"]
 SavedAs = Literal["merged-16bit", "gguf"]
@@ -198,14 +184,12 @@ WANDB_PROJECT = "Fine-tune-DeepSeek-R1-Distill-Llama-8B on Medical COT Dataset"
 
 
 def option(default: Any, help: str, *flags: str, **limits: Any) -> Any:
-    """A dataclass field that becomes an option; `flags` replace the default one, `limits` are Typer's."""
+    """A dataclass field that becomes an option; `limits` are Typer's."""
     return field(default=default, metadata={"flags": flags, "help": help, **limits})
 
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """Which model, and how it is loaded."""
-
     model: str = option(BASE_MODEL, "Base model: a Hub name or a local folder.")
     max_seq_length: int = option(2048, "Maximum sequence length in tokens.", min=32, max=131072)
     load_in_4bit: bool = option(True, "Load the base model in 4-bit (nf4).")
@@ -226,7 +210,7 @@ class DataConfig(ModelConfig):
     lang: Lang = option("en", "Language of the prompt and the rows.")
     loss_on: Literal["all", "response"] = option("all", "Loss on the full sequence or completion.")
     eval_rows: int = option(0, "Rows to hold out for evaluation, drawn by --seed.", min=0)
-    seed: int = option(3407, "Seed: held-out rows, data order, LoRA weights, sampling.", min=0)
+    seed: int = option(3407, "Seed, here of the held-out rows.", min=0)
 
     @property
     def columns(self) -> tuple[str, str, str]:
@@ -241,50 +225,37 @@ class SamplingConfig:
     max_new_tokens: int = option(1200, "Maximum new tokens per answer, thought included.", min=1)
     temperature: float | None = option(None, "Sampling temperature; 0 = greedy.", min=0, max=5)
     top_p: float | None = option(None, "Nucleus sampling threshold.", min=0.01, max=1)
-    thinking_budget: int | None = option(
-        None, "Maximum reasoning tokens before `</think>` is forced.", min=1
-    )
-    seed: int = option(3407, "Sampling seed.", min=0)
+    thinking_budget: int | None = option(None, "Force `</think>` after this many tokens.", min=1)
+    seed: int = option(3407, "Seed of all that is random.", min=0)
 
 
 @dataclass(frozen=True)
 class EvalConfig(SamplingConfig):
     """Which rows an evaluation uses; None is the run's own setting."""
 
-    dataset: str | None = option(None, "Evaluate on this dataset (default: the run's).")
-    subset: str | None = option(None, "Dataset configuration (default: the run's).")
-    split: str | None = option(None, "Evaluate on this split (default: the held-out rows).")
-    question_col: str | None = option(None, "Question column (default: the run's).")
-    cot_col: str | None = option(None, "Chain-of-thought column (default: the run's).")
-    response_col: str | None = option(None, "Answer column (default: the run's).")
+    dataset: str | None = option(None, "Evaluate on this dataset, not the run's.")
+    subset: str | None = option(None, "Dataset configuration, if not the run's.")
+    split: str | None = option(None, "Evaluate on this split, not the held-out rows.")
+    question_col: str | None = option(None, "Question column, if not the run's.")
+    cot_col: str | None = option(None, "Chain-of-thought column, if not the run's.")
+    response_col: str | None = option(None, "Answer column, if not the run's.")
     answers: int = option(16, "Rows to generate answers for; losses use all rows.", min=0)
-    seed: int = option(3407, "Seed: sampling and bootstrap intervals.", min=0)
 
 
 @dataclass(frozen=True)
 class TrainConfig(SamplingConfig, DataConfig):
-    """Everything a training run depends on."""
-
     lora_r: int = option(16, "LoRA rank.", min=1, max=1024)
-    lora_alpha: int = option(16, "LoRA scaling numerator (scale = alpha / r).", min=1)
+    lora_alpha: int = option(16, "LoRA scaling: alpha / r.", min=1)
     lora_dropout: float = option(0.0, "LoRA dropout.", min=0.0, max=0.9)
-    use_rslora: bool = option(False, "Rank-stabilized LoRA (scale = alpha / sqrt(r)).")
+    use_rslora: bool = option(False, "Rank-stabilized scaling: alpha / sqrt(r).")
     target_modules: str = option(LORA_TARGETS, "Layers to adapt, comma-separated, or all-linear.")
-    effective_batch: int = option(
-        8, "Effective batch size (micro-batch × accumulation × GPUs).", min=1
-    )
-    micro_batch: int | None = option(
-        None, "Per-device micro-batch (default: largest that fits).", min=1
-    )
-    gradient_checkpointing: Checkpointing = option(
-        "auto", "Activation checkpointing: as needed, all layers, or off."
-    )
+    effective_batch: int = option(8, "Micro-batch × accumulation × GPUs.", min=1)
+    micro_batch: int | None = option(None, "Per-device batch (default: what fits).", min=1)
+    gradient_checkpointing: Checkpointing = option("auto", "As needed, all layers, or off.")
     max_steps: int = option(60, "Optimizer steps.", min=1)
     epochs: float | None = option(None, "Number of epochs (replaces --max-steps).", min=0.01)
     warmup_steps: int = option(5, "Warmup steps, at most half of all.", min=0)
-    warmup_ratio: float | None = option(
-        None, "Warmup as a fraction of total steps.", min=0, max=0.5
-    )
+    warmup_ratio: float | None = option(None, "Warmup as a share of all steps.", min=0, max=0.5)
     learning_rate: float = option(2e-4, "Peak learning rate.", min=0.0, max=1.0)
     lr_scheduler_type: Schedule = option("linear", "Learning-rate schedule.")
     optim: Optimizer = option("adamw_8bit", "Optimizer, as transformers names it.", metavar="NAME")
@@ -294,12 +265,9 @@ class TrainConfig(SamplingConfig, DataConfig):
     keep_best: bool = option(False, "Restore the lowest held-out loss's weights.", "--keep-best")
     save_steps: int | None = option(None, "Checkpoint every N steps, and every 5 minutes.", min=1)
     keep_checkpoints: int = option(2, "Checkpoints to keep.", min=1)
-    hub_checkpoints: str | None = option(
-        None, "Also upload the latest checkpoint to this private Hub repo."
-    )
+    hub_checkpoints: str | None = option(None, "Also keep the latest in this private Hub repo.")
     wandb: bool = option(True, "Log to Weights & Biases if logged in.")
     wandb_project: str = option(WANDB_PROJECT, "Weights & Biases project.", envvar="WANDB_PROJECT")
-    seed: int = option(3407, "Seed: held-out rows, data order, LoRA weights, sampling.", min=0)
 
 
 # The field at which each heading of `train --help` begins.
@@ -355,36 +323,25 @@ DEMO: dict[str, Any] = {
 
 
 def check_config(config: TrainConfig) -> None:
-    """Validates the settings against each other; raises with all problems at once."""
-    problems = []
-    batch = config.effective_batch // WORLD
-    if config.effective_batch % WORLD:
-        problems.append(
-            f"--effective-batch {config.effective_batch} must be a multiple of {WORLD} (processes), "
-            f"e.g. {(batch + 1) * WORLD}"
-        )
-    elif batch % (config.micro_batch or 1):
-        divisors = ", ".join(str(size) for size in range(1, batch + 1) if batch % size == 0)
-        problems.append(
-            f"--micro-batch {config.micro_batch} must divide the per-process batch of {batch} "
-            f"({divisors})"
-        )
+    """Raises if settings contradict each other."""
+    batch = config.effective_batch
+    if batch % WORLD:
+        raise UserError(f"--effective-batch {batch} must be a multiple of {WORLD}.", "use another")
+    if batch // WORLD % (config.micro_batch or 1):
+        raise UserError("--micro-batch must divide --effective-batch per GPU.", "omit it")
     if config.keep_best and not config.eval_rows:
-        problems.append("--keep-best needs held-out rows: add --eval-rows")
+        raise UserError("--keep-best needs held-out rows.", "add --eval-rows")
     repo = config.hub_checkpoints
     if repo and not (is_hub_name(repo) and export_hub_token()):
-        problems.append(f"--hub-checkpoints {repo} must be OWNER/NAME, with a token to write")
-    if problems:
-        raise UserError("; ".join(problems), hint="see `train --help`")
+        raise UserError(f"--hub-checkpoints {repo} needs OWNER/NAME and a token.", "`login`")
 
 
 def changed_settings(config: Any) -> str:
     """The settings that differ from the published recipe, as text; all of them with --verbose."""
     shown = []
-    for entry in dataclasses.fields(config):
-        value = getattr(config, entry.name)
-        if Console.verbose or value != entry.default:
-            shown.append(f"{entry.name}={value}")
+    for name, value in dataclasses.asdict(config).items():
+        if Console.verbose or value != getattr(type(config), name):
+            shown.append(f"{name}={value}")
     return "  ".join(shown) or "the published recipe"
 
 
@@ -547,14 +504,9 @@ def friendly_errors() -> Iterator[None]:
 
 
 # ---------------------------------------------------------------------------------------------- log-in
-# Finds tokens and their owners. A secret is never an option, nor shown. The libraries store and verify.
+# Finds tokens and their owners. A secret is no option and never shown. Libraries store and verify.
 
-
-class Secret(NamedTuple):
-    """A token or key, and the place it came from, which alone is shown."""
-
-    value: str
-    source: str
+Secret = collections.namedtuple("Secret", "value source")  # of which the source alone is shown
 
 
 def make_secret(text: str | None, source: str) -> Secret | None:
@@ -564,32 +516,29 @@ def make_secret(text: str | None, source: str) -> Secret | None:
 
 
 @functools.cache
-def load_dotenv() -> set[str]:
-    """Sets the variables of `.env` that the environment lacks; returns their names."""
-    names = set()
+def load_dotenv() -> None:
+    """Sets the variables of `.env` that the environment lacks; W&B is to wait for seconds."""
     for name, value in dotenv.dotenv_values(dotenv.find_dotenv(usecwd=True)).items():
         if value and not os.environ.get(name, "").strip():
             os.environ[name] = value
-            names.add(name)
     if os.environ.get("WANDB_DISABLED", "").lower() in ("1", "on", "yes", "true"):
         os.environ["WANDB_MODE"] = "disabled"  # wandb ignores the Trainer's variable
-    return names
+    os.environ.setdefault("WANDB_X_GRAPHQL_RETRY_MAX", "1")  # else a dead server costs minutes
+    os.environ.setdefault("WANDB_X_GRAPHQL_RETRY_WAIT_MAX_SECONDS", "1")
+    os.environ.setdefault("WANDB_HTTP_TIMEOUT", "3")
 
 
 def find_secret(names: Sequence[str]) -> Secret | None:
     """A secret from the environment, .env or Kaggle, exported as the first of `names`."""
-    from_dotenv = load_dotenv()
+    load_dotenv()
     secret = None
     for name in names:
-        place = ".env" if name in from_dotenv else "the environment"
-        secret = secret or make_secret(os.environ.pop(name, None), f"{name} in {place}")
-    if secret is None and importlib.util.find_spec("kaggle_secrets"):
-        for name in names:
-            with contextlib.suppress(Exception):  # the client has classes of its own
+        secret = secret or make_secret(os.environ.pop(name, None), f"{name} (environment or .env)")
+    for name in names:
+        with contextlib.suppress(Exception):  # not on Kaggle, or not attached
+            if not secret:
                 value = kaggle_secrets.UserSecretsClient().get_secret(name)
-                secret = secret or make_secret(value, f"{name} in Kaggle's secrets")
-        if secret is None:
-            log(f"note: no {names[0]}: attach it under Add-ons > Secrets")
+                secret = make_secret(value, f"{name} (Kaggle's secrets)")
     if secret:
         os.environ[names[0]] = secret.value
     return secret
@@ -597,17 +546,14 @@ def find_secret(names: Sequence[str]) -> Secret | None:
 
 @functools.cache
 def export_hub_token() -> Secret | None:
-    """The Hugging Face token, exported as HF_TOKEN; None without one."""
-    secret = find_secret(HUB_TOKENS)
-    return secret or make_secret(huggingface_hub.get_token(), "an earlier log-in")
+    """The Hugging Face token, exported as HF_TOKEN."""
+    return find_secret(HUB_TOKENS) or make_secret(huggingface_hub.get_token(), "an earlier log-in")
 
 
 def hub_account(secret: Secret | None) -> dict[str, Any]:
-    """Whose token it is, and whether it may push; raises without one, or if it is refused."""
+    """Whose token it is, and whether it may push; raises if it is missing or refused."""
     if secret is None:
-        raise UserError(
-            "no Hugging Face token found.", hint="set HF_TOKEN, or `login` on a terminal"
-        )
+        raise UserError("no Hugging Face token found.", "set HF_TOKEN, or `login` on a terminal")
     account = huggingface_hub.whoami(secret.value)
     token = account.get("auth", {}).get("accessToken", {})
     role = token.get("role", "browser log-in")
@@ -616,84 +562,53 @@ def hub_account(secret: Secret | None) -> dict[str, Any]:
 
 
 def wandb_account(to_store: Secret | None = None) -> dict[str, Any]:
-    """Who is logged in at W&B, if anyone, and whence; a key to store goes into ~/.netrc."""
+    """Who is logged in at W&B, if anyone; `to_store` goes into ~/.netrc."""
     key = to_store or find_secret(WANDB_KEYS) or Secret("", "an earlier log-in")
     try:
-        # By default W&B asks a dead server for two minutes.
-        wandb.setup(wandb.Settings(x_graphql_retry_max=1, x_graphql_timeout_seconds=2))
         if wandb.login(key=to_store and to_store.value, prompt=False, verify=True):
             return {"name": wandb.Api().viewer.username, "source": key.source}
     except Exception as error:  # wandb has several unrelated classes
-        message = f"W&B did not accept the key from {key.source}: {error}"
-        raise UserError(message, hint="`login` with another, or set WANDB_MODE=offline") from error
+        raise UserError(f"W&B, {key.source}: {error}", "`login`, or WANDB_MODE=offline") from error
     return {"name": None, "source": "not logged in (optional)"}
 
 
-@contextlib.contextmanager
-def track_in_wandb(config: TrainConfig, run: Any) -> Iterator[bool]:
-    """Yields whether W&B tracks the training in this block, which no fault of W&B ends."""
-    tracked = RANK == 0 and config.wandb
+def track_in_wandb(config: TrainConfig, run: Any) -> None:
+    """Has W&B track the training, if one is logged in there; no fault of W&B ends it."""
+    if RANK or not config.wandb:
+        return
+    find_secret(WANDB_KEYS)
+    known = run.record.get("wandb_id")
     try:
-        if tracked:
-            find_secret(WANDB_KEYS)
-            offline = os.environ.get("WANDB_MODE") in ("offline", "dryrun")
-            tracked = offline or wandb.login(prompt=False, verify=False)  # False without a key
-        if tracked:
-            # Arguments would override W&B's variables; WANDB_PROJECT is in the settings.
-            wandb.init(
-                config=dataclasses.asdict(config),
+        tracked = wandb.login(prompt=False, verify=False)  # False without a key, and offline
+        if tracked or os.environ.get("WANDB_MODE") == "offline":
+            wandb.init(  # whose arguments overrule variables
+                config=vars(config),
                 project=config.wandb_project,
                 name=os.environ.get("WANDB_NAME", run.name),
-                dir=os.environ.get("WANDB_DIR", run.folder),
-                id=os.environ.get("WANDB_RUN_ID", run.record.get("wandb_id")),
-                resume="allow",
-                settings={"init_timeout": 20, "finish_timeout": 10, "finish_timeout_raises": True},
+                id=os.environ.get("WANDB_RUN_ID", known),
+                resume="allow" if known else None,
+                settings={"finish_timeout": 10},  # at exit
             )
             run.update(wandb_id=wandb.run.id)
+            folder = Path(wandb.run.dir).parent
+            log(f"W&B      `wandb sync --no-skip-online {folder}` sends what does not arrive")
     except Exception as error:
         log(f"note: training without W&B (see `doctor`): {error}")
-        tracked = False
-    try:
-        yield tracked
-    finally:
-        if tracked:
-            folder = shlex.quote(str(Path(wandb.run.dir).parent))
-            try:
-                wandb.finish(exit_code=int(sys.exc_info()[0] is not None))
-            except (Exception, KeyboardInterrupt):
-                sync = f"`wandb sync --no-skip-online {folder}`"
-                log(f"note: W&B lacks part of the run; {sync} sends it")
-                with contextlib.suppress(BaseException):  # at exit it would print a traceback
-                    wandb.teardown()
 
 
 # ------------------------------------------------------------------------------------------ run folder
-# Everything about one training is in one folder. Files are written whole or not at all, and a lock keeps
-# a second process out. Hashes in run.json say whether weights are still those that were written.
+# Everything about one training is in one folder. Files are written whole or not at all, and a lock
+# keeps a second process out. Hashes in run.json say whether weights are still what was written.
 
 
 @contextlib.contextmanager
 def atomic_path(path: Path) -> Iterator[Path]:
-    """Yields a temporary path that replaces `path` if the block succeeds, and is removed otherwise."""
-    partial = path.with_name(f".{path.name}.partial-{os.getpid()}")
+    """Yields a temporary path that replaces `path` if the block succeeds, and is removed if not."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    for other in path.parent.iterdir():  # what a killed process left
-        prefix, _, process = other.name.rpartition("-")
-        if prefix == f".{path.name}.partial" and not psutil.pid_exists(int(process)):
-            remove(other)
-    try:
+    with tempfile.TemporaryDirectory(prefix=".partial-", dir=path.parent) as folder:
+        partial = Path(folder, path.name)
         yield partial
         partial.replace(path)
-    finally:
-        remove(partial)
-
-
-def remove(path: Path) -> None:
-    """Deletes a file or a folder, if it exists."""
-    if path.is_dir() and not path.is_symlink():
-        shutil.rmtree(path)
-    else:
-        path.unlink(missing_ok=True)
 
 
 def write_text(path: Path, text: str) -> None:
@@ -714,14 +629,11 @@ def write_jsonl(path: Path, rows: Iterable[dict[str, Any]]) -> None:
 
 def read_json(path: Path) -> dict[str, Any]:
     """The object in a JSON file; raises UserError if it holds anything else."""
-    try:
+    with contextlib.suppress(ValueError):
         value = json.loads(path.read_text(encoding="utf-8"))
         if isinstance(value, dict):
             return value
-        reason: object = f"it holds a {type(value).__name__}"
-    except ValueError as error:
-        reason = error
-    raise UserError(f"{path} is damaged: {reason}", hint="restore the file, or make it again")
+    raise UserError(f"{path} is damaged: no JSON object.", "restore the file, or make it again")
 
 
 def read_jsonl(path: Path) -> list[Any]:
@@ -733,22 +645,20 @@ def read_jsonl(path: Path) -> list[Any]:
 def check_output(output: Path | None) -> None:
     """Raises if --output exists: nothing is overwritten."""
     if output and output.exists():
-        raise UserError(f"--output {output} already exists.", hint="choose another path")
+        raise UserError(f"--output {output} already exists.", "choose another path")
 
 
 def check_room(needs: dict[Path, int], hint: str) -> None:
-    """Raises if writes exceed free space; `needs` has bytes by path, summed per file system."""
-    wanted: dict[int, int] = {}
-    for path, size in needs.items():
-        folder = path.absolute()
-        while not folder.exists():
-            folder = folder.parent
+    """Raises if writes exceed free space; `needs` has bytes by folder, summed per file system."""
+    wanted: dict[int, int] = collections.Counter()
+    for folder, size in needs.items():
+        folder.mkdir(parents=True, exist_ok=True)
         disk = folder.stat().st_dev
+        wanted[disk] += size
         free = shutil.disk_usage(folder).free
-        wanted[disk] = wanted.get(disk, 0) + size
         if wanted[disk] > free:
-            needed = f"{format_size(wanted[disk])} needed, {format_size(free)} free"
-            raise UserError(f"not enough disk space at {folder}: {needed}.", hint=hint)
+            sizes = f"{format_size(wanted[disk])} needed, {format_size(free)} free"
+            raise UserError(f"not enough disk space at {folder}: {sizes}.", hint)
 
 
 def file_hash(path: Path) -> str:
@@ -762,12 +672,7 @@ def check_hashes(folder: Path, hashes: dict[str, str], hint: str) -> None:
     for name, digest in hashes.items():
         path = folder / name
         if not path.is_file() or file_hash(path) != digest:
-            raise UserError(f"{path} is missing, or was changed since it was written.", hint=hint)
-
-
-def utc_now() -> str:
-    """The time in UTC; runs are ordered by it."""
-    return time.strftime("%Y-%m-%dT%H:%M:%S%z", time.gmtime())
+            raise UserError(f"{path} is missing, or was changed since it was written.", hint)
 
 
 class Run:
@@ -798,30 +703,25 @@ class Run:
     @classmethod
     def find(cls, folder: Path | None) -> Self:
         """The named run, or the newest finished one under runs/."""
-        if folder:
-            for place in (folder, RUNS / folder):
-                if (place / "run.json").is_file():
-                    return cls(place)
-            raise UserError(f"{folder} is not a run folder: it has no run.json.", hint="see `runs`")
-        finished = cls.all("finished")
-        if not finished:
-            hint = "make one with `train` or `demo`, or name one with --run DIR"
-            raise UserError(f"no finished run under {RUNS}/.", hint=hint)
-        return finished[-1]
+        if not folder:
+            finished = cls.all("finished")
+            if not finished:
+                raise UserError(f"no finished run under {RUNS}/.", "`train`, or name one by --run")
+            return finished[-1]
+        for place in (folder, RUNS / folder):
+            if (place / "run.json").is_file():
+                return cls(place)
+        raise UserError(f"{folder} is not a run folder: it has no run.json.", "see `runs`")
 
     @property
     def config(self) -> TrainConfig:
-        """The settings in config.json."""
         try:
             return TrainConfig(**read_json(self / "config.json"))
         except (TypeError, FileNotFoundError) as error:
-            hint = "use the version of finetune_r1 in run.json, or `train` again"
-            message = f"{self / 'config.json'} does not fit this version: {error}"
-            raise UserError(message, hint=hint) from error
+            raise UserError(f"{self}/config.json does not fit: {error}", "`train` again") from error
 
     @property
     def record(self) -> dict[str, Any]:
-        """The content of run.json."""
         return {"status": "unknown", "started": "", **read_json(self / "run.json")}
 
     def update(self, **entries: Any) -> None:
@@ -835,47 +735,44 @@ class Run:
         self.folder.mkdir(parents=True, exist_ok=True)
         try:
             with filelock.FileLock(self / ".lock", timeout=0, is_singleton=True):
+                for path in self.folder.glob(".partial-*"):  # what a killed process left
+                    shutil.rmtree(path)
                 yield
         except filelock.Timeout as error:
-            hint = "wait for it, or use another folder"
-            raise UserError(f"{self} is locked by another process.", hint=hint) from error
+            raise UserError(f"{self} is locked by another process.", "wait for it") from error
 
     @property
     def checkpoints(self) -> list[Path]:
         """Complete checkpoints, oldest first; the Trainer writes trainer_state.json last."""
         complete = []
-        for path in (self / "checkpoints").glob("checkpoint-*"):
-            with contextlib.suppress(UserError, FileNotFoundError):
-                complete.append((read_json(path / "trainer_state.json")["global_step"], path))
+        for path in self.folder.glob("checkpoints/checkpoint-*/trainer_state.json"):
+            with contextlib.suppress(UserError):
+                complete.append((read_json(path)["global_step"], path.parent))
         return [path for _, path in sorted(complete)]
 
     @property
     def last_step(self) -> int:
         """The step of the newest checkpoint; 0 without one."""
-        checkpoints = self.checkpoints
-        return int(checkpoints[-1].name.rpartition("-")[2]) if checkpoints else 0
+        return int(self.checkpoints[-1].name.rpartition("-")[2]) if self.checkpoints else 0
 
     def remove_torn_checkpoints(self) -> None:
         """Removes checkpoints that were not written completely."""
-        for path in set((self / "checkpoints").glob("*")).difference(self.checkpoints):
-            remove(path)
+        for path in set(self.folder.glob("checkpoints/checkpoint-*")).difference(self.checkpoints):
+            shutil.rmtree(path)
 
     @property
     def adapter(self) -> Path:
         """The adapter's folder; raises if it is missing, or not what the training wrote."""
         folder = self / "adapter"
-        record = self.record
         if not (folder / "adapter_model.safetensors").is_file():
-            message = f"{self} has no adapter (status: {record['status']})."
-            raise UserError(message, hint=self.resume_line)
-        check_hashes(folder, record.get("adapter", {}), hint="restore the file, or `train` again")
+            raise UserError(f"{self} has no adapter.", self.resume_line)
+        check_hashes(folder, self.record.get("adapter", {}), "restore it, or `train` again")
         return folder
 
     def check_new(self) -> None:
         """Raises unless the folder is new or empty."""
         if self.folder.exists() and set(self.folder.iterdir()) - {self / ".lock"}:
-            hint = f"choose a new folder, or {self.resume_line}"
-            raise UserError(f"--run-dir {self} is not empty.", hint=hint)
+            raise UserError(f"{self} is not empty.", f"choose a new folder, or {self.resume_line}")
 
     @contextlib.contextmanager
     def track_status(self, config: TrainConfig, resume: bool) -> Iterator[None]:
@@ -886,31 +783,28 @@ class Run:
         if not resume:
             self.check_new()
         with self.lock():
-            record = {"started": utc_now()}
+            self.remove_torn_checkpoints()
+            record: dict[str, Any] = {"started": time.strftime("%FT%T%z", time.gmtime())}
             if resume:
                 record = self.record
                 record["resumed_at"] = [*record.get("resumed_at", ()), self.last_step]
-            for name in ("error", "ended"):
-                record.pop(name, None)
-            record["status"] = "running"
-            record["versions"] = versions()
+                record.pop("error", None)
+            record.update(status="running", versions=versions())
             record["command"] = [Path(sys.argv[0]).name, *sys.argv[1:]]
-            self.remove_torn_checkpoints()
             write_json(self / "config.json", dataclasses.asdict(config))
             write_json(self / "run.json", record)
-            status = "finished"
+            ending = {"status": "finished"}
             try:
                 yield
             except BaseException as error:
                 status = "interrupted" if isinstance(error, KeyboardInterrupt) else "failed"
+                ending = {"status": status, "error": f"{type(error).__name__}: {error}"}
                 self.remove_torn_checkpoints()  # on a full disk this makes room for run.json
-                self.update(error=f"{type(error).__name__}: {error}")
                 if self.last_step:
-                    resume_line = expand_commands(self.resume_line)
-                    log(f"saved up to step {self.last_step}; continue with {resume_line}")
+                    log(expand_commands(f"saved step {self.last_step}: {self.resume_line} resumes"))
                 raise
             finally:
-                self.update(status=status, ended=utc_now())
+                self.update(**ending, ended=time.strftime("%FT%T%z", time.gmtime()))
 
 
 # ------------------------------------------------------------------------------------------------ rows
@@ -1862,16 +1756,13 @@ def answer_printer(tokenizer: Any) -> Any:
 
 
 # -------------------------------------------------------------------------------------------- training
-# Fine-tunes a LoRA adapter: the fastest step that fits in memory, a checkpoint at every stop, resumed bit
-# for bit on a CPU, no NaN saved. TRL, transformers and Accelerate do loop, optimizer, best checkpoint and
-# DDP; Unsloth makes the layers fast.
+# Fine-tunes a LoRA adapter: the fastest step that fits in memory, a checkpoint at every stop,
+# resumed bit for bit on a CPU, no NaN saved. TRL, transformers and Accelerate have loop and DDP.
 
 
 def processes() -> Any:
     """Initialises torch.distributed (NCCL on GPUs, gloo on CPUs); None for one process."""
-    if WORLD == 1:
-        return None
-    return accelerate.PartialState(cpu=not torch.cuda.is_available())
+    return accelerate.PartialState(cpu=not torch.cuda.is_available()) if WORLD > 1 else None
 
 
 def broadcast(value: Any) -> Any:
@@ -1881,36 +1772,36 @@ def broadcast(value: Any) -> Any:
 
 def adapter_sizes(model: Any, config: TrainConfig) -> dict[str, int]:
     """LoRA parameters by name of layer; raises for --target-modules that `model` lacks."""
-    sizes: dict[str, int] = {}
+    sizes: dict[str, int] = collections.Counter()
     for path, layer in model.named_modules():
         if isinstance(layer, torch.nn.Linear) and layer is not model.get_output_embeddings():
             name = path.rpartition(".")[2]
-            added = config.lora_r * (layer.in_features + layer.out_features)
-            sizes[name] = sizes.get(name, 0) + added
+            sizes[name] += config.lora_r * (layer.in_features + layer.out_features)
     if config.target_modules == "all-linear":
         return sizes
-    names = config.target_modules.replace(" ", "").split(",")
-    for name in names:
+    chosen = {}
+    for name in config.target_modules.replace(" ", "").split(","):
         if name not in sizes:
             raise UserError(f"--target-modules: no layer {name}.", f"use {', '.join(sizes)}")
-    return {name: sizes[name] for name in names}
+        chosen[name] = sizes[name]
+    return chosen
 
 
 def make_plan(model: Any, weights: float, lengths: Any, config: TrainConfig) -> dict[str, Any]:
     """The fastest micro-batch and checkpointing that fit, else the smallest.
 
-    `model` has no adapter yet and takes `weights` bytes; `lengths` are the rows' tokens.
+    `model` takes `weights` bytes and has no adapter; `lengths` are the rows' tokens.
     """
     shape = model.config
     layers = shape.num_hidden_layers
     parameters = sum(adapter_sizes(model, config).values())
     optimizer = 2 if "8bit" in config.optim else 8
-    checkpoints = config.keep_checkpoints + config.keep_best + 2
     limit = memory_limit(config)
     resident = weights + parameters * (4 + 4 + optimizer) + WORKSPACE
     in_layer = 2 * (3 * shape.intermediate_size + 3.3 * shape.hidden_size)  # bytes, as measured
     in_loss = 0
-    if not torch.cuda.is_available():  # float32, and logits, which Unsloth avoids on a GPU
+    on_gpu = torch.cuda.is_available()
+    if not on_gpu:  # float32, and logits, which Unsloth avoids on a GPU
         in_layer *= 2
         in_loss = 12 * shape.vocab_size
     elif is_old_gpu():  # keys and values are repeated for all heads
@@ -1920,7 +1811,7 @@ def make_plan(model: Any, weights: float, lengths: Any, config: TrainConfig) -> 
     batch = config.effective_batch // WORLD
     tokens = sum(lengths) / len(lengths) * batch
     drawn = random.Random(config.seed).sample(lengths, len(lengths))
-    best: dict[str, Any] = {}
+    plan: dict[str, Any] = {}
     lowest_cost = math.inf
     for size in [config.micro_batch] if config.micro_batch else range(1, batch + 1):
         if batch % size:
@@ -1928,44 +1819,25 @@ def make_plan(model: Any, weights: float, lengths: Any, config: TrainConfig) -> 
         at_once = max(sum(drawn[i : i + size]) for i in range(0, len(drawn), size))
         kept = int(((limit - resident) / at_once - in_loss) / in_layer) - 1
         kept = min(layers, max(0, kept))
-        if not torch.cuda.is_available() and kept < layers:
+        if not on_gpu and kept < layers:
             kept = 0  # Unsloth on a CPU recomputes all layers or none
         kept = {"none": layers, "unsloth": 0}.get(config.gradient_checkpointing, kept)
         peak = resident + at_once * (in_layer * (kept + 1) + in_loss)
         cost = batch / size * MICRO_BATCH_TOKENS + tokens * (1 + RECOMPUTE * (1 - kept / layers))
-        if not best or (peak <= limit and cost < lowest_cost):
+        if not plan or (peak <= limit and cost < lowest_cost):
             lowest_cost = cost
-            best = {
-                "steps": config.max_steps,
-                "effective_batch": config.effective_batch,
-                "processes": WORLD,
-                "micro_batch": size,
-                "accumulation": batch // size,
-                "layers": layers,
-                "checkpointed_layers": layers - kept,
-                "estimated_peak_gib": round(peak / GIB, 1),
-                "run_mb": round(parameters * (4 + optimizer) * checkpoints / 1e6, 1),
-            }
-    return best
+            plan = {"micro_batch": size, "accumulation": batch // size}
+            plan["checkpointed_layers"] = layers - kept
+            plan["estimated_peak_gib"] = round(peak / GIB, 1)
+    run_bytes = parameters * (4 + optimizer) * (config.keep_checkpoints + config.keep_best + 2)
+    plan.update(steps=config.max_steps, effective_batch=config.effective_batch, processes=WORLD)
+    return {**plan, "layers": layers, "run_mb": round(run_bytes / 1e6, 1)}
 
 
-def describe_plan(plan: dict[str, Any]) -> str:
-    """The plan in field words."""
-    processes = f" × {plan['processes']} processes" if plan["processes"] > 1 else ""
-    checkpointing = "off"
-    if plan["checkpointed_layers"]:
-        checkpointing = f"on ({plan['checkpointed_layers']}/{plan['layers']} layers)"
-    return (
-        f"{plan['steps']} steps of {plan['effective_batch']} rows (micro-batch {plan['micro_batch']} × "
-        f"accumulation {plan['accumulation']}{processes}), activation checkpointing {checkpointing}, "
-        f"estimated peak {plan['estimated_peak_gib']} GiB"
-    )
-
-
-def prepare_training(config: TrainConfig, **options: Any) -> tuple[TrainConfig, PreparedData, Any]:
+def prepare_training(config: TrainConfig, *options: Any) -> tuple[TrainConfig, PreparedData, Any]:
     """Settings, rows and tokenizer; `options` are those of `tokenized_rows`."""
     check_config(config)
-    rows, tokenizer = tokenized_rows(config, **options)
+    rows, tokenizer = tokenized_rows(config, *options)
     if config.epochs:
         steps = math.ceil(config.epochs * len(rows.used) / config.effective_batch)
         config = dataclasses.replace(config, max_steps=max(1, steps))
@@ -1981,13 +1853,12 @@ def estimate_cost(config: TrainConfig) -> dict[str, Any]:
     weights = model.num_parameters() * (FOUR_BIT if config.load_in_4bit else 2)
     plan = make_plan(model, weights, rows.used["tokens"][:], config)
     download = format_size(weights_size(four_bit_name(config))[1])
-    free = format_size(shutil.disk_usage(".").free)
-    counts = prompts.describe_counts(rows.row_counts)
-    return {"rows": counts, "plan": plan, "disk": f"{download} to download, {free} free"}
+    disk = f"{download} to download, {format_size(shutil.disk_usage('.').free)} free"
+    return {"rows": prompts.describe_counts(rows.row_counts), "plan": plan, "disk": disk}
 
 
 class TrainingEvents:
-    """A callback's methods (see train_steps): logs, checks, checkpoints, stops."""
+    """A Trainer's callback: logs, checks, checkpoints, stops."""
 
     def __init__(self, run: Run, config: TrainConfig):
         self.run = run
@@ -1995,38 +1866,34 @@ class TrainingEvents:
         self.stop: list[int] = []
         self.logged_step = run.last_step
         self.started_at = self.logged_at = self.saved_at = time.monotonic()
-        self.skipped = 0
-        self.upload_thread: Any = None
+        self.upload_thread = threading.Thread()
 
     def on_signal(self, number: int, frame: Any) -> None:
         """Lets the step end at a first signal to stop, and quits at a second one."""
-        if self.stop and WORLD == 1:  # torchrun passes on the terminal's: there each comes twice
+        if self.stop and WORLD == 1:  # under torchrun each comes twice
             interrupt(number)
         self.stop.append(number)
         with contextlib.suppress(OSError):  # the terminal may be gone
             os.write(2, b"\nstopping after this step; press Ctrl-C again to quit immediately\n")
 
-    def on_step_end(self, args: Any, state: Any, control: Any, **trained: Any) -> None:
-        """Saves every five minutes, at --save-steps, at the end and after a signal to stop."""
-        self.skipped += getattr(trained["optimizer"], "step_was_skipped", False)
+    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        """Saves every five minutes, at --save-steps, at the end and when stopped."""
         due = time.monotonic() - self.saved_at > CHECKPOINT_SECONDS
-        if self.config.save_steps and state.global_step % self.config.save_steps == 0:
-            due = True
+        if self.config.save_steps:
+            due = due or state.global_step % self.config.save_steps == 0
         stopping = bool(self.stop)
         if WORLD > 1:  # what one process decides, all do
             flags = torch.tensor([due, stopping], dtype=torch.int32, device=args.device)
             torch.distributed.all_reduce(flags, torch.distributed.ReduceOp.MAX)
-            due, stopping = map(bool, flags.tolist())
+            due, stopping = flags.tolist()
         if stopping:
             control.should_training_stop = True
             self.stop.append(signal.SIGTERM)  # another process may have received it
-        if due or control.should_training_stop:
-            control.should_save = True
-        if control.should_save:
-            control.should_log = True  # comes first, and checks what is saved
+        control.should_save = control.should_save or due or control.should_training_stop
+        control.should_log = control.should_log or control.should_save  # checks what is saved
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Any, model: Any, **_: Any) -> None:
-        """Logs to console, metrics.jsonl and W&B; raises if the loss or weights are NaN."""
+        """Logs; raises if the loss or weights are NaN."""
         name = "loss" if "loss" in logs else "eval_loss"
         if name not in logs:
             return
@@ -2035,14 +1902,14 @@ class TrainingEvents:
         finite = torch.stack([each.isfinite().all() for each in trained]).all()  # one GPU sync
         if not finite or not 0 < logs[name] < math.inf:
             hint = "inspect the rows with `format`, or lower --learning-rate"
-            raise UserError(f"{line}: zero or non-finite loss or weights.", hint=hint)
+            raise UserError(f"{line}: zero or non-finite loss or weights.", hint)
         now = time.monotonic()
         pace = (now - self.logged_at) / max(1, state.global_step - self.logged_step)
         left = format_duration(pace * (state.max_steps - state.global_step))
         log(f"{line}  {pace:.2f} s/step  {left} left")
         self.logged_step = state.global_step
         self.logged_at = now
-        # Checkpoints hold the history, so a resumed run's file has every step once.
+        # Of the checkpoint too, so that a resumed run has every step once.
         state.log_history[-1]["seconds"] = round(now - self.started_at, 3)
         if RANK == 0:
             write_jsonl(self.run / "metrics.jsonl", state.log_history)
@@ -2052,9 +1919,8 @@ class TrainingEvents:
 
     def on_save(self, *_: Any, **__: Any) -> None:
         self.saved_at = time.monotonic()
-        busy = self.upload_thread and self.upload_thread.is_alive()
-        if self.config.hub_checkpoints and RANK == 0 and not busy:
-            # A daemon, so that a silent Hub never keeps the process alive.
+        if self.config.hub_checkpoints and RANK == 0 and not self.upload_thread.is_alive():
+            # A daemon, as a silent Hub would keep the process alive.
             self.upload_thread = threading.Thread(target=self.upload, daemon=True)
             self.upload_thread.start()
 
@@ -2062,7 +1928,6 @@ class TrainingEvents:
         """Uploads the newest checkpoint; a failure never ends the training."""
         repo = self.config.hub_checkpoints
         try:
-            newest = self.run.checkpoints[-1].name
             api = huggingface_hub.HfApi()
             api.create_repo(repo, private=True, exist_ok=True)
             if not api.model_info(repo).private:
@@ -2070,7 +1935,7 @@ class TrainingEvents:
             api.upload_folder(
                 repo_id=repo,
                 folder_path=self.run.folder,
-                allow_patterns=[f"checkpoints/{newest}/*", *HUB_FILES],
+                allow_patterns=[f"checkpoints/{self.run.checkpoints[-1].name}/*", *HUB_FILES],
                 ignore_patterns=["*.bin", "*README.md"],  # a pickle, and an empty card
                 delete_patterns="checkpoints/*",
             )
@@ -2078,9 +1943,7 @@ class TrainingEvents:
             log(f"note: checkpoint not uploaded to {repo}: {error}")
 
     def on_train_end(self, *_: Any, **__: Any) -> None:
-        if self.skipped:
-            log(f"{self.skipped} steps skipped by the fp16 GradScaler (inf/NaN gradients)")
-        if self.upload_thread:
+        if self.upload_thread.ident:
             log("uploading the last checkpoint")
             self.upload_thread.join(HUB_SECONDS)
             self.upload()
@@ -2119,10 +1982,8 @@ def training_arguments(config: TrainConfig, plan: dict[str, Any], run: Run) -> A
     )
 
 
-def train_steps(
-    loaded: LoadedModel, rows: PreparedData, config: TrainConfig, plan: dict[str, Any], run: Run
-) -> None:
-    """Trains from the newest checkpoint, if any, to the last step, or to the best one."""
+def train_steps(loaded: LoadedModel, rows: Any, config: TrainConfig, plan: Any, run: Run) -> None:
+    """Trains from the newest checkpoint, if any, to the last step, or the best one."""
 
     class Callback(TrainingEvents, transformers.TrainerCallback):  # type: ignore
         pass
@@ -2146,7 +2007,6 @@ def train_steps(
         except torch.OutOfMemoryError:
             if WORLD > 1 or plan["micro_batch"] == 1:
                 raise
-        # Retry from the last good step.
         if trainer.state.global_step > run.last_step:
             trainer._save_checkpoint(trainer.model, None)
         batch = plan["micro_batch"] * plan["accumulation"]
@@ -2165,25 +2025,22 @@ def train_steps(
 
 def train_run(config: TrainConfig, run: Run, resume: bool = False) -> tuple[LoadedModel, Any]:
     """Trains a new run or resumes one; returns the model with its adapter and the held-out rows."""
+    log(f"run      {run}")
     revisions = run.record.get("model_revisions", {}) if resume else {}
-    log(f"run      {str(run)}")
-    revision = revisions.get(config.model)
-    config, rows, tokenizer = prepare_training(config, revision=revision, for_training=True)
-    gpus = len(list(Path("/proc/driver/nvidia/gpus").glob("*")))
-    if WORLD == 1 and gpus > 1:
-        log(f"note: using 1 of {gpus} GPUs; for all: torchrun --nproc-per-node {gpus} -- …")
+    config, rows, tokenizer = prepare_training(config, revisions.get(config.model), True)
+    if WORLD == 1 and len(list(Path("/proc/driver/nvidia/gpus").glob("*"))) > 1:
+        log("note: using one GPU; for more: torchrun --nproc-per-node N -- …")
 
-    with run.track_status(config, resume), track_in_wandb(config, run):
-        record_rows(run, config, rows)
-
-        log("loading the model")
+    with run.track_status(config, resume):
+        if RANK == 0:
+            record_rows(run, rows)
+        track_in_wandb(config, run)
         loaded = LoadedModel.load(config, config.lang, revisions, tokenizer, for_training=True)
         weights = torch.cuda.memory_allocated() or loaded.model.get_memory_footprint()
         plan = broadcast(make_plan(loaded.model, weights, rows.used["tokens"][:], config))
-        log(f"plan     {describe_plan(plan)}")
+        log("plan     " + "  ".join(f"{name}={value}" for name, value in plan.items()))
         check_room({run.folder: int(plan["run_mb"] * 1e6)}, "name a --run-dir elsewhere")
-        job = {name: os.environ[name] for name in ("JOB_ID", "ACCELERATOR") if name in os.environ}
-        run.update(model_revisions=loaded.revisions, device=device_name(), plan=plan, **job)
+        run.update(model_revisions=loaded.revisions, device=device_name(), plan=plan)
         loaded.add_adapter(config, plan["layers"] - plan["checkpointed_layers"])
 
         started = time.monotonic()
@@ -2198,9 +2055,14 @@ def train_run(config: TrainConfig, run: Run, resume: bool = False) -> tuple[Load
             return loaded, rows.held_out
         save_adapter(loaded, config, run)
         seconds = {"train": round(time.monotonic() - started, 1)}
-        run.update(losses=draw_losses(run), seconds=seconds, peak_memory_gib=peak_memory_gib())
-
-        # The same question before and after, and the card.
+        metrics = pandas.DataFrame(read_jsonl(run / "metrics.jsonl")).set_index("step")
+        axes = metrics.filter(["loss", "eval_loss"]).interpolate().plot(ylabel="nats per token")
+        with atomic_path(run / "loss.png") as partial:
+            axes.figure.savefig(partial, dpi=120)
+        pyplot.close(axes.figure)
+        losses = metrics["loss"].dropna().round(4).tolist()
+        run.update(losses={"first": losses[0], "last": losses[-1]}, seconds=seconds)
+        run.update(peak_memory_gib=peak_memory_gib())
         log("", "answering the same question before and after")
         [pair] = answer_both(loaded, [prompts.BEFORE_AFTER[config.lang]], config)
         write_jsonl(run / "samples.jsonl", [pair])
@@ -2209,47 +2071,31 @@ def train_run(config: TrainConfig, run: Run, resume: bool = False) -> tuple[Load
     return loaded, rows.held_out
 
 
-def record_rows(run: Run, config: TrainConfig, rows: PreparedData) -> None:
-    """Writes what the rows are into the run; raises if a resumed run's differ."""
-    if RANK:
-        return
-    known = run.record.get("dataset_fingerprint", rows.fingerprint)
-    if known != rows.fingerprint:
-        hint = "pass the rows it was trained on, or start a new run"
-        raise UserError(f"--resume {run}: the rows differ from before.", hint=hint)
+def record_rows(run: Run, rows: PreparedData) -> None:
+    """Writes the rows into the run; raises if a resumed run's differ."""
+    if run.record.get("dataset_fingerprint", rows.fingerprint) != rows.fingerprint:
+        raise UserError(f"--resume {run}: the rows differ from before.", "start a new run")
     run.update(rows=rows.row_counts, dataset_fingerprint=rows.fingerprint)
     names = dict(zip(("question", "thought", "answer"), RECIPE_COLUMNS, strict=True))
     held_out = rows.held_out.select_columns(list(names)).rename_columns(names)
     write_jsonl(run / "held_out.jsonl", held_out)
-    hashes = sorted(question_hash(question) for question in rows.used["question"])
+    hashes = sorted(map(question_hash, rows.used["question"]))
     write_json(run / "trained.json", {"questions": hashes})
 
 
 def save_adapter(loaded: LoadedModel, config: TrainConfig, run: Run) -> None:
-    """Writes the adapter; deletes what was derived from an earlier one."""
-    # It names the model that was given, not its quantized copy.
+    """Writes the adapter, by the given model's name; deletes what came of an earlier one."""
     loaded.model.peft_config["default"].base_model_name_or_path = config.model
     with atomic_path(run / "adapter") as partial:
         loaded.model.save_pretrained(partial)
         save_tokenizer(loaded.tokenizer, partial, loaded.lang)
-        remove(partial / "README.md")  # PEFT's empty form
+        (partial / "README.md").unlink()  # PEFT's empty form
         hashes = {path.name: file_hash(path) for path in partial.iterdir()}
         run.update(adapter=hashes, saved={})
-        for pattern in ("adapter", "merged", "gguf", "eval.*", "eval-*"):
-            for path in run.folder.glob(pattern):
-                remove(path)
-
-
-def draw_losses(run: Run) -> dict[str, float]:
-    """Draws loss.png from metrics.jsonl; returns the first and the last train loss."""
-    metrics = pandas.DataFrame(read_jsonl(run / "metrics.jsonl"))
-    curves = metrics.set_index("step").filter(["loss", "eval_loss"])
-    axes = curves.interpolate().plot(ylabel="loss (nats per token)", title=run.name)
-    with atomic_path(run / "loss.png") as partial:
-        axes.figure.savefig(partial, dpi=120, format="png")
-    pyplot.close(axes.figure)
-    losses = curves["loss"].dropna().round(4).tolist()
-    return {"first": losses[0], "last": losses[-1]}
+        for name in ("adapter", "merged", "gguf"):
+            shutil.rmtree(run / name, ignore_errors=True)
+        for path in run.folder.glob("eval[.-]*"):
+            path.unlink()
 
 
 # --------------------------------------------------------------------------------------- evaluation
@@ -2486,7 +2332,7 @@ def merged_weights(run: Run, output: Any = None, model: Any = None, scratch: Any
     if scratch and size > shutil.disk_usage(run.folder).free:  # Kaggle
         output = scratch / "merged"
     folder: Path = output or run / "merged"
-    needs = {folder: size, Path(hub_constants.HF_HUB_CACHE): missing}
+    needs = {folder.parent: size, Path(hub_constants.HF_HUB_CACHE): missing}
     check_room(needs, "`push --adapter-only`, or set --output and HF_HOME elsewhere")
     log(f"merging in {folder}: {format_size(missing)} to download, {format_size(size)} to write")
     with run.lock(), atomic_path(folder) as partial:

@@ -277,14 +277,26 @@ def r1_tokenizer(tiny_r1):
     return finetune_r1.load_tokenizer(tiny_r1)
 
 
+def small_config(model, **changes):
+    """Settings of a training of seconds."""
+    import finetune_r1
+
+    settings = {
+        **{"model": str(model), "dataset": str(SAMPLE), "split": "train[:24]", "wandb": False},
+        **{"max_seq_length": 768, "max_steps": 6, "effective_batch": 4, "micro_batch": 2},
+        **{"warmup_steps": 1, "learning_rate": 1e-2, "logging_steps": 1, "max_new_tokens": 4},
+    }
+    return finetune_r1.TrainConfig(**{**settings, **changes})
+
+
 @pytest.fixture(scope="session")
 def tiny_run(tiny_r1, tmp_path_factory):
     """The folder of a finished 4-bit run of the model above."""
     import finetune_r1
 
-    config = finetune_r1.TrainConfig(
-        model=str(tiny_r1), dataset=str(SAMPLE), split="train[:8]", max_seq_length=768, max_steps=3,
-        effective_batch=2, warmup_steps=0, learning_rate=1e-2, max_new_tokens=4, wandb=False,
+    config = small_config(
+        tiny_r1, split="train[:8]", max_steps=3, effective_batch=2, micro_batch=None, warmup_steps=0,
+        logging_steps=10,
     )  # fmt: skip
     folder = tmp_path_factory.mktemp("runs") / "run"
     loaded, _ = finetune_r1.train_run(config, finetune_r1.Run(folder))

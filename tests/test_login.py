@@ -16,7 +16,6 @@ import sys
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 from conftest import SAMPLE, SCRIPT, Done
@@ -89,12 +88,9 @@ def places(tmp_path, monkeypatch):
 
 SOURCES = """
                                                    ->
-environment HUGGINGFACE_TOKEN="hf_a"               -> hf_a HUGGINGFACE_TOKEN in the environment
-environment HF_TOKEN=hf_a | .env HF_TOKEN=hf_b     -> hf_a HF_TOKEN in the environment
-environment HF_TOKEN= | .env HF_TOKEN=hf_b         -> hf_b HF_TOKEN in .env
-.env export HF_TOKEN='hf_b' # mine                 -> hf_b HF_TOKEN in .env
-kaggle HUGGINGFACE_TOKEN="hf_c" | stored file=hf_d -> hf_c HUGGINGFACE_TOKEN in Kaggle's secrets
-kaggle unrelated=x | stored file=hf_d              -> hf_d an earlier log-in
+environment HF_TOKEN=hf_a | .env HF_TOKEN=hf_b     -> hf_a HF_TOKEN (environment or .env)
+environment HF_TOKEN= | .env HF_TOKEN='hf_b' # me  -> hf_b HF_TOKEN (environment or .env)
+kaggle HUGGINGFACE_TOKEN="hf_c" | stored file=hf_d -> hf_c HUGGINGFACE_TOKEN (Kaggle's secrets)
 environment HF_TOKEN=' ' | stored file=hf_d        -> hf_d an earlier log-in
 """.strip("\n")
 
@@ -112,21 +108,19 @@ def test_export_hub_token_takes_the_first_source_that_has_a_token(places, line):
         assert os.environ["HF_TOKEN"] == found, "for the libraries"
 
 
-def test_find_secret_without_kaggles_secrets_notes_why(places, capsys):
-    places("kaggle", "unrelated", "x")
-    assert finetune_r1.find_secret(finetune_r1.WANDB_KEYS) is None
-    note = capsys.readouterr().err
-    assert "WANDB_API_KEY" in note and "Add-ons > Secrets" in note
-
-
-@pytest.mark.parametrize("around", ["{}", ' "{}"\r\n', "“{}”", "\ufeff{}", "Bearer {}", "`{}`,"])
+@pytest.mark.parametrize("around", [' "{}"\r\n', "“{}”", "Bearer {}"])
 def test_make_secret_strips_what_is_copied_along(around):
     assert finetune_r1.make_secret(around.format("hf_abcd-ef"), "here") == ("hf_abcd-ef", "here")
 
 
 def test_env_example_as_it_is_sets_nothing(places):
     Path(".env").write_text((SCRIPT.parent / ".env.example").read_text() + "WANDB_MODE=\n")
-    assert finetune_r1.load_dotenv() == set()
+    before = dict(os.environ)
+    finetune_r1.load_dotenv()
+    assert {name for name in os.environ if name not in before} <= {
+        *("WANDB_X_GRAPHQL_RETRY_MAX", "WANDB_X_GRAPHQL_RETRY_WAIT_MAX_SECONDS"),
+        "WANDB_HTTP_TIMEOUT",
+    }
 
 
 # --------------------------------------------------------------------------------- whose it is
@@ -137,7 +131,6 @@ WRITES = ["repo.content.read", "repo.write"]
 @pytest.mark.parametrize(
     ("auth", "role", "can_push"),
     [
-        (whoami_auth("read"), "read", False),
         (whoami_auth("fineGrained", [("user", "a", WRITES[:1])]), "fineGrained", False),
         (whoami_auth("fineGrained", [("org", "lab", WRITES)]), "fineGrained", True),
         (whoami_auth("oauth"), "browser log-in", True),
@@ -208,22 +201,11 @@ def test_hub_client_sets_limits_where_the_library_sets_none(patient_hub, monkeyp
     assert ("POST", 100) in limits and {None}.isdisjoint(limit for _, limit in limits)
 
 
-@pytest.mark.parametrize(
-    ("variable", "value"),
-    [
-        ("ALL_PROXY", "nothing://u:password@127.0.0.1:1"),
-        ("https_proxy", "http://127.0.0.1:port"),
-        ("SSL_CERT_FILE", "/no/such/file.pem"),
-    ],
-)
-def test_hub_client_that_cannot_be_built_is_a_user_error(monkeypatch, variable, value):
-    monkeypatch.setenv(variable, value)
+def test_hub_client_that_cannot_be_built_is_a_user_error_and_socks_is_built(monkeypatch):
+    monkeypatch.setenv("ALL_PROXY", "nothing://u:password@127.0.0.1:1")
     with pytest.raises(UserError, match="cannot set up HTTP") as caught:
         finetune_r1.hub_client()
     assert "password" not in str(caught.value)
-
-
-def test_hub_client_takes_a_socks_proxy(monkeypatch):
     pytest.importorskip("socksio")
     monkeypatch.setenv("ALL_PROXY", "socks5h://127.0.0.1:1080")
     finetune_r1.hub_client().close()
@@ -260,9 +242,6 @@ def test_advice_goes_by_class_and_status():
         RuntimeError("PytorchStreamWriter failed"),
     ):
         assert "disk is full" in says(full)
-
-
-def test_advice_on_what_may_be_a_bug_is_none_whatever_its_text():
     for bug in (RuntimeError("bug: HTTP 500 in a text"), KeyError("OSError"), TypeError("no")):
         assert finetune_r1.advice(bug) is None
 
@@ -274,7 +253,6 @@ def test_advice_on_what_may_be_a_bug_is_none_whatever_its_text():
     ("codes", "runs", "refused"),
     [
         (["sm_75", "sm_80", "sm_90"], [(7, 5), (8, 0), (8, 6), (9, 0)], [(6, 0), (7, 0), (10, 0)]),
-        (["sm_90a"], [(9, 0)], [(8, 9), (12, 0)]),
         (["sm_100f"], [(10, 0), (10, 3)], [(12, 0)]),
         (["sm_75", "compute_80"], [(7, 5), (8, 0), (12, 0)], [(6, 1)]),
     ],
@@ -290,21 +268,6 @@ def test_check_gpu_refuses_a_gpu_that_torch_has_no_code_for(monkeypatch, codes, 
             finetune_r1.check_gpu()
 
 
-def test_windows_gets_one_line(tmp_path):
-    """Imitated: all modules are there already, and the platform and its missing signal are set."""
-    code = f"""
-import runpy, signal, sys
-sys.path.insert(0, {str(SCRIPT.parent)!r})
-import finetune_r1
-sys.platform = "win32"
-del signal.SIGHUP
-sys.argv = ["finetune_r1.py", "doctor"]
-runpy.run_path({str(SCRIPT)!r}, run_name="__main__")
-"""
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-    assert done.returncode == 1 and "WSL" in done.stderr and "Traceback" not in done.stderr
-
-
 @pytest.fixture
 def small_model(tmp_path):
     """A folder with as much of a model as `doctor` looks at."""
@@ -317,7 +280,6 @@ def small_model(tmp_path):
 @pytest.mark.parametrize(
     ("value", "token", "verdict"),
     [
-        ("", "no Hugging Face token", "ready to train, not to push"),
         ("hf_readtoken", "alice", "ready to train, not to push"),
         ("hf_writetoken", "alice", "ready to train and push"),
         ("hf_unknown", "Invalid user token", "ready to train, not to push"),
@@ -330,16 +292,6 @@ def test_doctor_says_push_is_possible_only_with_a_token_that_may_write(
     places("environment", "HF_TOKEN", value)
     report = finetune_r1.doctor(small_model)
     assert token in str(report["token"]) and report["verdict"] == verdict
-
-
-def test_doctor_names_what_to_fix(places, hub, monkeypatch, tmp_path):
-    monkeypatch.setenv("WANDB_MODE", "disabled")
-    free = SimpleNamespace(free=5 * 2**30)
-    monkeypatch.setattr(finetune_r1.shutil, "disk_usage", lambda path: free)
-    report = finetune_r1.doctor(ModelConfig(model=str(tmp_path / "nothing-1M")))
-    failed = {name for name, found in report.items() if "FAIL" in str(found)}
-    assert failed == {"room", "model", "token"} and report["verdict"] == "not ready"
-    assert all(report[name][1].startswith("fix: ") for name in failed)
 
 
 def test_doctor_ends_with_ready_or_an_exit_code(cli, small_model):
@@ -426,8 +378,8 @@ def test_login_stores_both_beside_what_was_there(machine):
     machine.netrc.write_text(others)
     given = {"HF_TOKEN": f'"{token("writer")}"', "WANDB_API_KEY": f" {key('writer')}\n"}
     first = json.loads(machine.login(**given).out)
-    assert first["hugging_face"]["source"] == "HF_TOKEN in the environment"
-    assert first["wandb"] == {"name": "writer", "source": "WANDB_API_KEY in the environment"}
+    assert first["hugging_face"]["source"] == "HF_TOKEN (environment or .env)"
+    assert first["wandb"] == {"name": "writer", "source": "WANDB_API_KEY (environment or .env)"}
     assert others in machine.netrc.read_text() and machine.hub_token.read_text() == token("writer")
     files = [path for path in machine.home.parent.rglob("*") if path.is_file()]
     holders = {path.name for path in files if MARK.encode() in path.read_bytes()}
@@ -452,13 +404,13 @@ def test_login_keeps_nothing_that_is_missing_or_refused(machine):
     missing = machine.login(WANDB_MODE="disabled")
     assert missing.code == 1 and "set HF_TOKEN" in missing.err
     refused = machine.login(HF_TOKEN=token("stranger"))
-    assert refused.code == 1 and "HF_TOKEN in the environment" in refused.err
+    assert refused.code == 1 and "HF_TOKEN (environment" in refused.err
     assert "Invalid user token" in refused.err and not machine.hub_token.exists()
     writer = {"HF_TOKEN": token("writer"), "WANDB_API_KEY": key("writer")}
     dead = {"WANDB_BASE_URL": "http://127.0.0.1:9"}
     for fault in ({"WANDB_API_KEY": key("stranger")}, {"WANDB_API_KEY": key("")[:39]}, dead):
         done = machine.login(**{**writer, **fault})
-        assert done.code == 1 and "the key from WANDB_API_KEY in the environment" in done.err
+        assert done.code == 1 and "W&B, WANDB_API_KEY (environment" in done.err
     assert not machine.netrc.exists()
 
 
@@ -627,13 +579,10 @@ def test_commands_do_their_work_with_tokens_all_around(commands):
         code = failing.get(name, 0)
         assert done.code == code and "Traceback" not in done.err, f"{name}: {done.err}"
     assert "model-00004-of-00004.safetensors" in commands.hub.repos["model", "writer/model"].files
+    assert "training without W&B" in commands.done["train, refused key"].err
     runs = commands.wandb.runs.values()
-    assert [run.entity for run in runs] == ["dotenv", "dotenv"]
-
-
-def test_train_with_a_key_that_w_and_b_refuses_goes_on_and_names_its_source(commands):
-    said = commands.done["train, refused key"].err
-    assert "training without W&B" in said
+    assert [(run.entity, run.finished) for run in runs] == [("dotenv", True)] * 2
+    assert sorted(run.exitcode for run in runs) == [0, 130]
 
 
 def test_train_sends_telemetry_only_if_the_user_turns_it_on(commands):

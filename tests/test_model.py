@@ -352,7 +352,7 @@ def test_resume_after_a_new_commit_of_the_base_takes_the_old_one(lines, hub, tmp
 
 
 def test_unsloth_constant_is_the_pinned_version():
-    text = (finetune_r1.PROJECT / "pyproject.toml").read_text()
+    text = (finetune_r1.DATA.parent / "pyproject.toml").read_text()
     assert f"unsloth=={finetune_r1.UNSLOTH}" in tomllib.loads(text)["project"]["dependencies"]
 
 

@@ -3,39 +3,22 @@
 import contextlib
 import dataclasses
 import json
-import os
 import shutil
 import subprocess
 import sys
-import time
 
 import pytest
-from conftest import SAMPLE, SCRIPT
+from conftest import SCRIPT, small_config
 
 import finetune_r1
 import prompts
-from finetune_r1 import Run, TrainConfig, UserError, read_json, read_jsonl
+from finetune_r1 import Run, UserError, read_json, read_jsonl
 
 
 @pytest.fixture(scope="module")
 def config(tiny_r1):
-    return TrainConfig(
-        model=str(tiny_r1),
-        dataset=str(SAMPLE),
-        split="train[:24]",
-        eval_rows=4,
-        max_seq_length=768,
-        max_steps=7,
-        effective_batch=4,
-        micro_batch=2,
-        warmup_steps=1,
-        learning_rate=2e-2,
-        logging_steps=2,
-        eval_steps=3,
-        save_steps=2,
-        max_new_tokens=8,
-        wandb=False,
-    )
+    settings = {"eval_rows": 4, "max_steps": 7, "learning_rate": 2e-2, "logging_steps": 2}
+    return small_config(tiny_r1, **settings, eval_steps=3, save_steps=2, max_new_tokens=8)
 
 
 @pytest.fixture(scope="module")
@@ -51,15 +34,13 @@ def run(finished, tmp_path):
     return Run(shutil.copytree(finished.folder, tmp_path / "run"))
 
 
-def test_training_writes_whole_files_and_keeps_adapter_apart(finished):
+def test_training_leaves_whole_files_record_metrics_and_samples(finished, config):
     names = {path.name for path in finished.folder.iterdir()}
     assert names >= {"run.json", "config.json", "metrics.jsonl", "loss.png", "samples.jsonl"}
     assert names >= {"held_out.jsonl", "trained.json", "adapter", "README.md"}
     assert not [path for path in finished.folder.rglob("*") if "partial" in path.name]
     assert not list((finished / "adapter").glob("model*")), "adapter and weights never mix"
 
-
-def test_training_records_status_rows_plan_and_losses(finished, config):
     record = finished.record
     assert record["status"] == "finished" and finished.config == config
     rows = {"read": 24, "used": 20, "held_out": 4, "shortened": 0, "dropped": {}}
@@ -68,18 +49,11 @@ def test_training_records_status_rows_plan_and_losses(finished, config):
     assert plan["effective_batch"] == plan["micro_batch"] * plan["accumulation"] == 4
     assert record["versions"]["unsloth"] and record["seconds"]["train"] > 0
     assert record["losses"]["last"] < record["losses"]["first"] - 0.1, "it learned something"
-    settings = read_json(finished / "adapter" / "adapter_config.json")
-    assert settings["base_model_name_or_path"] == config.model
 
-
-def test_metrics_have_each_logged_step_once_and_eval_losses(finished):
     lines = read_jsonl(finished / "metrics.jsonl")
     assert [line["step"] for line in lines if "loss" in line] == [1, 2, 4, 6, 7]
     held_out = {line["step"]: line["eval_loss"] for line in lines if "eval_loss" in line}
     assert list(held_out)[:3] == [0, 3, 6] and held_out[6] < held_out[0]
-
-
-def test_samples_hold_the_recipes_question_before_and_after(finished):
     [pair] = read_jsonl(finished / "samples.jsonl")
     assert pair["question"] == prompts.BEFORE_AFTER["en"]
     for side in ("base", "tuned"):
@@ -141,13 +115,13 @@ def test_checkpoints_keep_the_newest_with_all_that_resuming_takes(finished):
         assert wanted <= {file.name for file in path.iterdir()}
 
 
-@pytest.mark.parametrize("state", ["missing", "empty", "torn"])
+@pytest.mark.parametrize("state", ["missing", "torn"])
 def test_checkpoint_without_its_last_file_does_not_count(run, state):
     path = run / "checkpoints" / "checkpoint-7" / "trainer_state.json"
     text = path.read_text()
     path.unlink()
     if state != "missing":
-        path.write_text(text[: len(text) // 2] if state == "torn" else "")
+        path.write_text(text[: len(text) // 2])
     assert [path.name for path in run.checkpoints] == ["checkpoint-6"] and run.last_step == 6
 
 
@@ -163,18 +137,6 @@ def test_track_status_says_running_and_then_how_it_ended(config, tmp_path, error
             raise error
     assert run.record["status"] == status and run.record["ended"] >= run.record["started"]
     assert ("error" in run.record) == bool(error)
-
-
-def test_runs_are_ordered_by_their_end_across_time_zones(config, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    for name, zone in (("first", "Asia/Tokyo"), ("second", "America/New_York")):
-        with monkeypatch.context() as patch:
-            patch.setenv("TZ", zone)
-            time.tzset()
-            with Run(finetune_r1.RUNS / name).track_status(config, resume=False):
-                pass
-    time.tzset()
-    assert [run.name for run in Run.all("finished")] == ["first", "second"]
 
 
 def test_run_dir_with_something_in_it_is_left_alone(config, tmp_path):
@@ -212,14 +174,15 @@ def test_atomic_path_failing_half_way_keeps_the_old_file(tmp_path):
     assert {path.name: path.read_text() for path in tmp_path.iterdir()} == {"card": "old"}
 
 
-def test_atomic_path_removes_what_a_killed_process_left_only(tmp_path):
-    dead = subprocess.Popen(["true"])
-    dead.wait()
-    living = f".a[1].json.partial-{os.getppid()}"
-    (tmp_path / f".a[1].json.partial-{dead.pid}").mkdir()
-    (tmp_path / living).touch()
-    finetune_r1.write_text(tmp_path / "a[1].json", "{}")
-    assert {path.name for path in tmp_path.iterdir()} == {"a[1].json", living}
+def test_lock_removes_what_a_killed_process_left(tmp_path):
+    code = (
+        "import os, sys, finetune_r1 as f\n"
+        "with f.atomic_path(f.Path(sys.argv[1], 'merged')) as partial: partial.mkdir(); os._exit(9)"
+    )
+    subprocess.run([sys.executable, "-c", code, tmp_path], cwd=SCRIPT.parent)
+    assert len(list(tmp_path.iterdir())) == 1
+    with Run(tmp_path).lock():
+        assert [path.name for path in tmp_path.iterdir()] == [".lock"]
 
 
 # --------------------------------------------------------------------------------------- damage
@@ -236,21 +199,17 @@ DAMAGE = {
         lambda run: damage_json(run / "adapter" / "adapter_config.json", r=64),
         "adapter_config.json is missing, or was changed",
     ),
-    "an array for an object": (
-        lambda run: (run / "adapter" / "adapter_config.json").write_text("[]"),
-        "adapter_config.json is missing, or was changed",
-    ),
     "a flipped bit": (
         lambda run: flip_bit(run / "adapter" / "adapter_model.safetensors"),
         "adapter_model.safetensors is missing, or was changed",
     ),
     "another version's settings": (
         lambda run: damage_json(run / "config.json", packing=True),
-        "config.json does not fit this version: .*'packing'",
+        "config.json does not fit: .*'packing'",
     ),
     "no adapter": (
         lambda run: shutil.rmtree(run / "adapter"),
-        r"has no adapter \(status: finished\)",
+        "has no adapter",
     ),
     "a torn run.json": (
         lambda run: (run / "run.json").write_text('{"status": "fin'),

@@ -12,35 +12,19 @@ import sys
 from pathlib import Path
 
 import pytest
-from conftest import SAMPLE, SCRIPT
+from conftest import SAMPLE, SCRIPT, small_config
 from safetensors.torch import load_file
 from servers.base import Fault
 
 import finetune_r1
-from finetune_r1 import Run, TrainConfig, UserError, read_jsonl
+from finetune_r1 import Run, UserError, read_jsonl
 
 
 @pytest.fixture(scope="module")
 def config(tiny_r1):
     """Three steps are an epoch, and two micro-batches a step."""
-    return TrainConfig(
-        model=str(tiny_r1),
-        dataset=str(SAMPLE),
-        split="train[:10]",
-        eval_rows=4,
-        eval_steps=100,
-        max_seq_length=768,
-        max_steps=6,
-        warmup_steps=1,
-        effective_batch=2,
-        micro_batch=1,
-        learning_rate=1e-2,
-        logging_steps=1,
-        save_steps=2,
-        load_in_4bit=False,
-        max_new_tokens=4,
-        wandb=False,
-    )
+    settings = {"eval_rows": 4, "eval_steps": 100, "effective_batch": 2, "micro_batch": 1}
+    return small_config(tiny_r1, split="train[:10]", save_steps=2, load_in_4bit=False, **settings)
 
 
 @pytest.fixture(scope="module")
@@ -155,12 +139,11 @@ def stopped(interrupted, tmp_path):
 # ------------------------------------------------------------------------------------------ kill -9
 
 
-@pytest.mark.parametrize("step", [1, 5])
-def test_killed_run_resumed_equals_the_undisturbed_one_bit_for_bit(killed, undisturbed, step):
-    run = killed(step)
-    assert run.record["status"] == "running" and run.last_step == step - 1
+def test_killed_run_resumed_equals_the_undisturbed_one_bit_for_bit(killed, undisturbed):
+    run = killed(5)
+    assert run.record["status"] == "running" and run.last_step == 4
     resume(run)
-    assert same(run, undisturbed) and run.record["resumed_at"] == [step - 1]
+    assert same(run, undisturbed) and run.record["resumed_at"] == [4]
 
 
 def test_torn_checkpoint_is_removed_and_costs_no_whole_one(
@@ -173,14 +156,6 @@ def test_torn_checkpoint_is_removed_and_costs_no_whole_one(
     monkeypatch.setattr(finetune_r1, "CHECKPOINT_SECONDS", 0)
     resume(run)
     assert same(run, undisturbed) and run.record["resumed_at"] == [2]
-
-
-def test_run_whose_steps_are_done_only_answers_and_saves(undisturbed, tmp_path):
-    run = Run(shutil.copytree(undisturbed.folder, tmp_path / "run"))
-    shutil.rmtree(run / "adapter")
-    run.update(status="running")
-    resume(run)
-    assert same(run, undisturbed)
 
 
 def test_poisoned_checkpoint_runs_no_code(stopped, tmp_path):
@@ -239,9 +214,7 @@ def test_newest_run_with_a_checkpoint_is_the_default(stopped, run_cli):
     ("changed", "said"),
     [
         ({"lora_r": 8}, "--lora-r was 16"),
-        ({"learning_rate": 1e-3}, "--learning-rate was 0.01"),
         ({"model": "some/other"}, "--model was"),
-        ({"max_steps": 8}, "--max-steps was 6"),
     ],
 )
 def test_resume_with_different_settings_is_refused_by_name(interrupted, config, changed, said):
@@ -268,11 +241,7 @@ def test_resume_with_other_rows_is_refused(stopped, config, tmp_path):
 # --------------------------------------------------------------------------- signals and full disks
 
 
-# Ctrl-C, what Kaggle and Slurm send, and a terminal that is closed.
-SIGNALS = [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGHUP, 129)]
-
-
-@pytest.mark.parametrize(("number", "code"), SIGNALS)
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGHUP, 129)])
 def test_signal_ends_the_step_and_leaves_a_checkpoint(
     config, undisturbed, tmp_path, in_step, number, code
 ):
@@ -385,7 +354,9 @@ def test_hub_checkpoint_is_resumed_on_another_machine_bit_for_bit(
     assert lacks.code == 1 and f"{model} not found" in lacks.err and "--model PATH" in lacks.err
     lacks = run_cli(["train", "--resume", "--model", tiny_r1])
     assert lacks.code == 1 and str(rows) in lacks.err
-    done = run_cli(["train", "--resume", "runs/alice--kept", "--model", tiny_r1, "--dataset", SAMPLE])
+    done = run_cli(
+        ["train", "--resume", "runs/alice--kept", "--model", tiny_r1, "--dataset", SAMPLE]
+    )
     assert done.code == 0, done.err
     resumed = Run(tmp_path / "runs" / "alice--kept")
     assert "resuming runs/alice--kept after step 4" in done.err and same(resumed, undisturbed)
@@ -396,7 +367,6 @@ def test_hub_checkpoint_is_resumed_on_another_machine_bit_for_bit(
 
 TROUBLE = {
     "down": Fault("*", "", "drop", times=math.inf),
-    "5xx at the commit": Fault("POST", "/commit/", 500, times=math.inf),
     "too many requests": Fault("POST", "", 429, times=math.inf, headers={"Retry-After": "1"}),
 }
 
@@ -415,16 +385,14 @@ def test_hub_in_trouble_is_noted_and_has_the_newest_checkpoint_when_it_is_back(
     assert uploaded_steps(hub) == {"checkpoint-6"}
 
 
-@pytest.mark.parametrize("trouble", ["public", "down to the end", "no commit"])
+@pytest.mark.parametrize("trouble", ["public", "down to the end"])
 def test_hub_checkpoints_that_fail_for_any_reason_never_end_the_training(
-    config, undisturbed, hub, tmp_path, capsys, monkeypatch, trouble
+    config, undisturbed, hub, tmp_path, capsys, trouble
 ):
     if trouble == "public":
         hub.add_repo("model", REPO, {"config.json": b"{}"})
-    elif trouble == "down to the end":
-        hub.faults.append(Fault("POST", "", 503, times=math.inf))
     else:
-        monkeypatch.setattr(finetune_r1, "HUB_FILES", 7)  # a bug of ours
+        hub.faults.append(Fault("POST", "", 503, times=math.inf))
     run = Run(tmp_path / "run")
     finetune_r1.train_run(dataclasses.replace(config, hub_checkpoints=REPO), run)
     assert run.record["status"] == "finished" and same(run, undisturbed)

@@ -7,13 +7,11 @@ import dataclasses
 import json
 import shutil
 from pathlib import Path
-from types import SimpleNamespace
 
 import accelerate
 import pytest
-from conftest import SAMPLE, add_base
+from conftest import SAMPLE, add_base, small_config
 from safetensors.torch import load_file
-from servers.wandb_server import WandbServer
 
 import finetune_r1
 from finetune_r1 import GIB, Run, TrainConfig, UserError, read_jsonl
@@ -21,21 +19,7 @@ from finetune_r1 import GIB, Run, TrainConfig, UserError, read_jsonl
 
 @pytest.fixture(scope="module")
 def config(tiny_r1):
-    return TrainConfig(
-        model=str(tiny_r1),
-        dataset=str(SAMPLE),
-        split="train[:24]",
-        max_seq_length=768,
-        max_steps=6,
-        effective_batch=4,
-        micro_batch=2,
-        warmup_steps=1,
-        learning_rate=1e-2,
-        logging_steps=1,
-        save_steps=2,
-        max_new_tokens=4,
-        wandb=False,
-    )
+    return small_config(tiny_r1, save_steps=2)
 
 
 @pytest.fixture(scope="module")
@@ -98,12 +82,8 @@ def settled(run_cli, tmp_path, monkeypatch):
             {"epochs": None, "max_steps": 9, "lora_r": 8, "effective_batch": 16},
         ),
         (
-            "--recipe thorough --config mine.yaml --learning-rate 5e-4",
-            {"epochs": None, "max_steps": 7, "learning_rate": 5e-4, "lora_r": 32},
-        ),
-        (
-            "--config mine.yaml --recipe thorough",
-            {"epochs": None, "max_steps": 7, "learning_rate": 1e-3, "lora_r": 32},
+            "--config mine.yaml --recipe thorough --lora-alpha 5",
+            {"epochs": None, "max_steps": 7, "learning_rate": 1e-3, "lora_r": 32, "lora_alpha": 5},
         ),
         ("--config lists.yaml", {"target_modules": "q_proj,v_proj"}),
         ("--config config.json", dataclasses.asdict(dataclasses.replace(TrainConfig(), lora_r=4))),
@@ -115,11 +95,7 @@ def test_settings_flags_win_over_the_file_and_the_file_over_the_recipe(settled, 
 
 @pytest.mark.parametrize(
     ("text", "said"),
-    [
-        ("lora-rank: 4", "lora_rank"),
-        ("- lora_r", "no file of settings"),
-        ("lora_r: many", "--lora-r"),
-    ],
+    [("lora-rank: 4", "lora_rank"), ("- lora_r", "no file of settings"), ("lora_r: a", "--lora-r")],
 )
 def test_settings_file_with_a_mistake_is_refused_by_name(run_cli, tmp_path, text, said):
     (tmp_path / "mine.yaml").write_text(text)
@@ -131,7 +107,6 @@ def test_settings_file_with_a_mistake_is_refused_by_name(run_cli, tmp_path, text
     ("settings", "steps", "warmup"),
     [
         ({"epochs": 2, "warmup_ratio": 0.05}, 12, 1),
-        ({"max_steps": 60}, 60, 5),
         ({"max_steps": 3}, 3, 1),
         ({"max_steps": 40, "warmup_ratio": 0.25, "warmup_steps": 1}, 40, 10),
     ],
@@ -184,10 +159,8 @@ REAL_LENGTHS = [512, 540, 600, 660, 700, 750, 777, 800, 850, 900, 950, 1101] * 4
 # Micro-batch, layers kept, and GiB allocated at most: an H200, the 8B's shape, 4-bit, real rows.
 MEASURED = [
     (8, 0, 7.14),
-    (8, 16, 18.07),
     (8, 32, 29.55),
     (4, 16, 12.53),
-    (4, 32, 18.74),
     (2, 32, 13.39),
     (1, 0, 6.34),
 ]
@@ -210,7 +183,6 @@ def test_plan_peak_on_a_gpu_is_within_15_percent_of_what_was_measured(
 # Rows at once by their lengths, checkpointing, and GiB resident at most: two cores of an AMD EPYC.
 ON_A_CPU = [
     ([605, 623], "none", 2.82),
-    ([966, 1021], "none", 3.72),
     ([931], "none", 2.33),
     ([776, 786, 795, 798], "none", 5.05),
     ([776, 786, 795, 798], "unsloth", 2.67),
@@ -235,7 +207,6 @@ def test_plan_peak_on_a_cpu_is_within_15_percent_of_what_was_measured(
         (130, 8, {32}),
         (23.5, 8, range(18, 26)),
         (14.5, 8, range(7, 13)),
-        (7.5, 8, {0}),
         (6.35, 1, {0}),
         (3, 1, {0}),  # nothing fits: the smallest peak
     ],
@@ -267,6 +238,21 @@ def test_plan_below_compute_capability_8_leaves_room(planned):
     limit = 0.92 * 14.5
     peak = planned(R1_SHAPE, 6.2, limit, REAL_LENGTHS, TrainConfig(), old=True)
     assert 6.2 + (peak["estimated_peak_gib"] - 6.2) * 8.2 / 7.1 <= 13.8
+
+
+def test_make_plan_on_a_cpu_recomputes_all_layers_or_none(tiny_r1, monkeypatch):
+    model = finetune_r1.load_meta_model(tiny_r1)
+    config = TrainConfig(model=str(tiny_r1), micro_batch=1)
+
+    def checkpointed(limit):
+        monkeypatch.setattr(finetune_r1, "memory_limit", lambda config: limit)
+        return finetune_r1.make_plan(model, 1e8, [700] * 20, config)["checkpointed_layers"]
+
+    short, enough = 1e8, 1e11  # bytes; between them is the least that keeps all activations
+    while enough - short > 1:
+        middle = (short + enough) / 2
+        short, enough = (short, middle) if checkpointed(middle) == 0 else (middle, enough)
+    assert checkpointed(short) == model.config.num_hidden_layers == 2
 
 
 # ---------------------------------------------------------------------------- what is refused early
@@ -318,9 +304,17 @@ def test_disk_without_room_for_checkpoints_is_refused_before_training(
     assert not run.checkpoints and run.record["status"] == "failed"
 
 
-def test_keep_best_without_held_out_rows_is_refused():
-    with pytest.raises(UserError, match="--keep-best"):
-        finetune_r1.check_config(TrainConfig(keep_best=True))
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        ({"keep_best": True}, "--keep-best needs held-out rows"),
+        ({"micro_batch": 3}, "--micro-batch must divide"),
+        ({"hub_checkpoints": "no-owner"}, "needs OWNER/NAME"),
+    ],
+)
+def test_settings_that_contradict_each_other_are_refused(settings, said):
+    with pytest.raises(UserError, match=said):
+        finetune_r1.check_config(TrainConfig(**settings))
 
 
 # ---------------------------------------------------------------------------------- what is trained
@@ -487,19 +481,6 @@ def test_nan_weights_are_never_a_checkpoint(config, unsloth, tmp_path, monkeypat
     assert not run.checkpoints and not (run / "adapter").exists()
 
 
-def test_steps_that_fp16_skipped_are_counted(config, tmp_path, capsys):
-    events = finetune_r1.TrainingEvents(Run(tmp_path), config)
-    state, control = (
-        SimpleNamespace(global_step=1),
-        SimpleNamespace(should_training_stop=False, should_save=False),
-    )
-    for skipped in (True, False, True):
-        optimizer = SimpleNamespace(step_was_skipped=skipped)
-        events.on_step_end(None, state, control, optimizer=optimizer)
-    events.on_train_end()
-    assert "2 steps skipped by the fp16 GradScaler" in capsys.readouterr().err
-
-
 # ------------------------------------------------------------------------------ the best checkpoint
 
 
@@ -507,17 +488,9 @@ def test_keep_best_saves_the_weights_with_the_lowest_eval_loss_also_when_resumed
     config, unsloth, tmp_path
 ):
     """Such a learning rate makes the second step a bad one."""
-    rough = dataclasses.replace(
-        config,
-        eval_rows=3,
-        eval_steps=1,
-        save_steps=1,
-        keep_checkpoints=1,
-        keep_best=True,
-        learning_rate=30.0,
-        max_steps=2,
-        lr_scheduler_type="constant",
-    )
+    settings = {"eval_rows": 3, "eval_steps": 1, "save_steps": 1, "keep_checkpoints": 1}
+    settings.update(learning_rate=30.0, max_steps=2, lr_scheduler_type="constant")
+    rough = dataclasses.replace(config, **settings, keep_best=True)
     run = Run(tmp_path / "run")
     finetune_r1.train_run(rough, run)
     eval_losses = losses(run, "eval_loss")
@@ -535,41 +508,3 @@ def test_keep_best_saves_the_weights_with_the_lowest_eval_loss_also_when_resumed
     shutil.rmtree(moved / "adapter")
     finetune_r1.train_run(rough, moved, resume=True)
     assert is_saved(moved)
-
-
-# ----------------------------------------------------------------------------------------- tracking
-
-
-@pytest.mark.slow
-def test_wandb_gets_the_history_of_a_run_trained_by_the_command_line(tiny_r1, cli, tmp_path):
-    options = ["--dataset", SAMPLE, "--split", "train[:12]", "--eval-rows", 2, "--max-steps", 3]
-    options += ["--logging-steps", 1, "--max-new-tokens", 4, "--json"]
-    account = {"WANDB_API_KEY": "k" * 40}
-    with WandbServer(keys={"k" * 40: "alice"}) as server:
-        done = cli("train", "--model", tiny_r1, *options, WANDB_BASE_URL=server.url, **account)
-    assert done.code == 0, done.err
-    [sent] = server.runs.values()
-    assert sent.finished and sent.exitcode == 0
-    history = {}
-    for line in sent.history:
-        if "train/loss" in line:
-            history[line["_step"]] = line["train/loss"]
-    assert history == losses(Run(tmp_path / json.loads(done.out)["run"]))
-    assert list(history) == [1, 2, 3]
-    assert sent.config["lora_r"] == 16
-    assert "k" * 40 not in done.out + done.err
-
-
-def test_make_plan_on_a_cpu_recomputes_all_layers_or_none(tiny_r1, monkeypatch):
-    model = finetune_r1.load_meta_model(tiny_r1)
-    config = TrainConfig(model=str(tiny_r1), micro_batch=1)
-
-    def checkpointed(limit):
-        monkeypatch.setattr(finetune_r1, "memory_limit", lambda config: limit)
-        return finetune_r1.make_plan(model, 1e8, [700] * 20, config)["checkpointed_layers"]
-
-    short, enough = 1e8, 1e11  # bytes; between them is the least that keeps all activations
-    while enough - short > 1:
-        middle = (short + enough) / 2
-        short, enough = (short, middle) if checkpointed(middle) == 0 else (middle, enough)
-    assert checkpointed(short) == model.config.num_hidden_layers == 2

@@ -402,7 +402,7 @@ def pushes(harness: Harness, times: int) -> None:
 
 
 def tracked(harness: Harness, times: int) -> None:
-    """Whatever W&B does, a training ends and says what W&B lacks, or is refused before it begins."""
+    """Whatever W&B does, a training ends well, and says how W&B gets what it lacks."""
     os.chdir(harness.scratch)
     key = "a" * 40
     os.environ |= {"WANDB_API_KEY": key, "WANDB_MODE": "online"}
@@ -423,7 +423,7 @@ def tracked(harness: Harness, times: int) -> None:
         harness.counts[f"exit code {code}, {'all' if arrived else 'not all'} at W&B"] += 1
         if code == 0:
             finished = run.record["status"] == "finished" and run.adapter.is_dir()
-            noted = "W&B lacks" in said or "without W&B" in said
+            noted = "wandb sync" in said or "without W&B" in said
             good = finished and (arrived or noted)
         else:
             good = explains(code, said) and "step 00001" not in said
