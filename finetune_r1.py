@@ -17,7 +17,6 @@ model, generation, training, evaluation, saving, GGUF, pushing, commands. Result
 everything else to stderr.
 """
 
-import atexit
 import collections
 import contextlib
 import copy
@@ -52,6 +51,7 @@ from concurrent import futures
 from dataclasses import dataclass, field
 from importlib import metadata
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Annotated, Any, Literal, NamedTuple, Self
 
 import prompts
@@ -938,11 +938,9 @@ def read_json_records(path: Path) -> list[Any]:
     while position < len(text):
         value, position = json.JSONDecoder().raw_decode(text, position)
         records += value if isinstance(value, list) else [value]
-        while text[position : position + 1].isspace():
-            position += 1
-    for number, record in enumerate(records, 1):
-        if not isinstance(record, dict):
-            raise ValueError(f"record {number} is {type(record).__name__}, not an object")
+        position = json.decoder.WHITESPACE.match(text, position).end()
+    if not all(isinstance(record, dict) for record in records):
+        raise ValueError("a record is not a JSON object")
     return records
 
 
@@ -959,41 +957,36 @@ def read_csv_records(path: Path) -> list[Any]:
                 raise ValueError("more or fewer fields than the header, or a name in it twice")
             records.append(record)
     except (csv.Error, ValueError) as error:
-        where = f"line {reader.reader.line_num}: {error}"
-        raise ValueError(f"{where} (quote fields that hold {separator!r} or quotes)") from None
+        raise ValueError(f"line {reader.reader.line_num}: {error}; quote {separator!r} in fields")
     return records
 
 
-READERS = {
-    ".jsonl": read_json_records,
-    ".json": read_json_records,
-    ".csv": read_csv_records,
-    ".tsv": read_csv_records,
-    ".parquet": lambda path: parquet.read_table(path).to_pylist(),
-}
+FORMATS = (".jsonl", ".json", ".csv", ".tsv", ".parquet")
 
 
 def read_files(path: Path) -> dict[str, Any]:
     """A table for each split; a file's name tells its split, as in `datasets`."""
     records: dict[str, list[Any]] = {}
-    unread = []
     for file in sorted(path.rglob("*")) if path.is_dir() else [path]:
         inside = str(file.relative_to(path))
         if file.is_dir() or re.search(r"(^|/)\.\w", inside):  # such as .cache
             continue
-        if file.suffix.lower() not in READERS:
-            unread.append(file.name)
+        suffix = file.suffix.lower()
+        if suffix not in FORMATS:
+            log(f"note: {file} is not read")
             continue
-        split = "train"
         words = re.split(r"[\W\d_]+", inside.lower())
+        split = "train"
         for name, keywords in datasets.data_files.SPLIT_KEYWORDS.items():
             if set(words).intersection(keywords):
                 split = str(name)
-        records.setdefault(split, []).extend(READERS[file.suffix.lower()](file))
-    if unread:
-        log(f"note: not read in {path}: {', '.join(unread)}")
+        if suffix == ".parquet":
+            rows = parquet.read_table(file).to_pylist()
+        else:
+            rows = read_csv_records(file) if suffix in (".csv", ".tsv") else read_json_records(file)
+        records.setdefault(split, []).extend(rows)
     if not records:
-        raise UserError(f"--dataset {path}: nothing to read.", f"use {', '.join(READERS)}")
+        raise UserError(f"--dataset {path}: nothing to read.", f"use {', '.join(FORMATS)}")
     tables = {}
     for split, rows in records.items():
         names = dict.fromkeys(name for row in rows for name in row)
@@ -1005,13 +998,12 @@ def read_files(path: Path) -> dict[str, Any]:
 def load_source(config: DataConfig) -> Any:
     """The rows of a Hub dataset, a downloaded repository, a `save_to_disk` folder, or files."""
     path = Path(config.dataset)
-    if not path.exists() and (path.suffix.lower() in READERS or not is_hub_name(config.dataset)):
+    if not path.exists() and (path.suffix.lower() in FORMATS or not is_hub_name(config.dataset)):
         raise UserError(f"--dataset {path} not found.", "check the path, or use OWNER/NAME")
     card = path / "README.md"
-    metadata = huggingface_hub.metadata_load(card) if card.is_file() else None
-    if not path.exists() or (metadata and metadata.get("configs")):
+    wanted = config.subset or config.lang
+    if not path.exists() or (card.is_file() and "\nconfigs:" in card.read_text("utf-8")):
         export_hub_token()
-        wanted = config.subset or config.lang
         try:
             return datasets.load_dataset(config.dataset, wanted, split=config.split)
         except ValueError:
@@ -1021,37 +1013,16 @@ def load_source(config: DataConfig) -> Any:
     if (path / "state.json").is_file() or (path / "dataset_dict.json").is_file():
         saved = datasets.load_from_disk(str(path))
         tables = saved if isinstance(saved, dict) else {"train": saved}
+    elif config.subset or (path / wanted).is_dir():
+        tables = read_files(path / wanted)
     else:
-        subset = path / (config.subset or config.lang)
-        tables = read_files(subset if config.subset or subset.is_dir() else path)
+        tables = read_files(path)
     # The split is in the notation of `datasets`, such as train[:500]+test.
     sizes = {name: len(table) for name, table in tables.items()}
     chosen = []
     for part in datasets.ReadInstruction.from_spec(config.split).to_absolute(sizes):
-        positions = range(part.from_, max(part.from_, part.to))
-        chosen.append(tables[part.splitname].select(positions))
+        chosen.append(tables[part.splitname].select(list(range(part.from_, part.to))))
     return datasets.concatenate_datasets(chosen)
-
-
-def data_error(error: BaseException | None, source: str) -> UserError:
-    """An error of a dataset's reader, with a hint by the class of it or of its causes."""
-    texts = []
-    hints = []
-    while error:
-        texts.append(str(error).strip().partition("\n")[0])
-        names = {kind.__name__ for kind in type(error).__mro__}
-        hint = advice(error)
-        if "DatasetNotFoundError" in names or http_status(error) == 403:
-            hints.append("check the name; a private or gated one needs `login`")
-        elif "CastError" in names:
-            hints.append("its files have different columns: choose by --subset")
-        elif hint and isinstance(error, OSError) and error.errno:
-            hints.append(f"{hint} (the cache is {hub_constants.HF_HOME}; HF_HOME moves it)")
-        elif hint and "DatasetsError" not in names:
-            hints.append(hint)
-        error = error.__cause__
-    hints.append("check --split and --subset, or use a repaired copy as JSONL")
-    return UserError(f"{source}: {'; '.join(filter(None, texts))}", hints[0])
 
 
 def read_records(config: DataConfig) -> Any:
@@ -1064,26 +1035,32 @@ def read_records(config: DataConfig) -> Any:
     except UserError:
         raise
     except Exception as error:
-        raise data_error(error, source) from error
+        # `datasets` wraps the error that tells what to do.
+        message = source
+        hint = None
+        cause: BaseException | None = error
+        while cause:
+            message += ": " + str(cause).strip().partition("\n")[0]
+            kinds = str(type(cause).__mro__)
+            if "DatasetNotFoundError" in kinds or http_status(cause) == 403:
+                hint = hint or "check the name; a private or gated one needs `login`"
+            elif "CastError" in kinds:
+                hint = hint or "its files have different columns: choose by --subset"
+            elif not hint and "DatasetsError" not in kinds:
+                hint = advice(cause)
+                if hint and isinstance(cause, OSError) and cause.errno:
+                    hint += f" (HF_HOME is {hub_constants.HF_HOME})"
+            cause = cause.__cause__
+        hint = hint or "check --split and --subset, or use a repaired copy as JSONL"
+        raise UserError(message, hint) from error
     if not len(records):
         raise UserError(f"{source}: no rows.", "widen --split")
     return records
 
 
-def check_columns(records: Any, config: DataConfig) -> None:
-    """Raises if a named column is missing."""
-    names = records.column_names
-    if not set(config.columns).issubset(names):
-        raise UserError(
-            f"--dataset {config.dataset} has {', '.join(names)}, not {', '.join(config.columns)}.",
-            "pass --question-col, --cot-col and --response-col; the last two may be one",
-        )
-
-
-def fingerprint(*parts: Any) -> str:
+def fingerprint(content: Any) -> str:
     """Equal for equal content, on any machine."""
-    text = "".join(json.dumps(part, default=str) for part in parts)
-    return hashlib.sha256(text.encode()).hexdigest()[:16]
+    return hashlib.sha256(json.dumps(content, default=str).encode()).hexdigest()[:16]
 
 
 def question_hash(question: str) -> str:
@@ -1091,63 +1068,51 @@ def question_hash(question: str) -> str:
     return fingerprint(prompts.same_question(question))
 
 
-def trained_questions(run: Run) -> set[str]:
-    """The hashes of a run's training questions."""
-    return set(read_json(run / "trained.json")["questions"])
-
-
-def tokenize(records: Any, tokenizer: Any, config: DataConfig) -> list[prompts.Row]:
-    """A row for each record; its status says whether and why it is dropped."""
-    special = prompts.special_tokens(tokenizer)
-    rows = [prompts.read_record(record, config.columns, special) for record in records]
-    usable = [i for i, row in enumerate(rows) if row.status == "used"]
-    for start in range(0, len(usable), 1000):  # more at once would take gigabytes
-        batch = usable[start : start + 1000]
-        encoded = prompts.encode([rows[i] for i in batch], tokenizer, config.lang)
-        for i, row in zip(batch, encoded, strict=True):
-            if row.status == "used" and row.tokens > config.max_seq_length:
-                row = prompts.shorten(row, tokenizer, config.lang, config.max_seq_length)
-            rows[i] = row
-    return rows
-
-
 def prepare_rows(records: Any, tokenizer: Any, config: DataConfig) -> PreparedData:
     """Turns records into rows of tokens, and draws those held out."""
+    names = ", ".join(records.column_names)
+    if not set(config.columns).issubset(records.column_names):
+        message = f"--dataset {config.dataset} has {names}, not {', '.join(config.columns)}."
+        raise UserError(message, "pass --question-col, --cot-col and --response-col")
     records = records.select_columns(sorted(set(config.columns)))
-    rows = tokenize(records, tokenizer, config)
-    # Of rows with one question the first counts, so that none is both trained on and held out.
-    dropped: dict[str, list[int]] = {}
+    special = prompts.special_tokens(tokenizer)
+    dropped: dict[str, list[int]] = collections.defaultdict(list)
     kept: dict[str, prompts.Row] = {}
-    for position, row in enumerate(rows):
-        reason = row.status
-        if reason in ("used", "shortened"):
-            reason = "duplicate question"
-            if kept.setdefault(prompts.same_question(row.question), row) is row:
-                continue
-        dropped.setdefault(reason, []).append(position)
-    usable = list(kept.values())
-    eval_rows = min(config.eval_rows, len(usable))
-    chosen = sorted(random.Random(config.seed).sample(range(len(usable)), eval_rows))
-    others = sorted(set(range(len(usable))).difference(chosen))
+    for position, record in enumerate(records):
+        row = prompts.read_record(record, config.columns, special)
+        if row.status == "used":
+            [row] = prompts.encode([row], tokenizer, config.lang)
+        if row.status == "used" and row.tokens > config.max_seq_length:
+            row = prompts.shorten(row, tokenizer, config.lang, config.max_seq_length)
+        question = prompts.same_question(row.question)
+        if row.status not in ("used", "shortened"):
+            dropped[row.status].append(position)
+        elif question in kept:  # the first counts, so that none is both trained on and held out
+            dropped["duplicate question"].append(position)
+        else:
+            kept[question] = row
+    eval_rows = min(config.eval_rows, len(kept))
+    chosen = sorted(random.Random(config.seed).sample(range(len(kept)), eval_rows))
+    others = sorted(set(range(len(kept))).difference(chosen))
+    table = []
+    for row in kept.values():
+        mask = [0] * row.prompt_tokens + [1] * (row.tokens - row.prompt_tokens)
+        table.append({**row._asdict(), "completion_mask": mask})
     row_counts = {
-        "read": len(rows),
+        "read": len(records),
         "used": len(others),
         "held_out": eval_rows,
-        "shortened": sum(row.status == "shortened" for row in usable),
+        "shortened": sum(row.status == "shortened" for row in kept.values()),
         "dropped": {reason: len(positions) for reason, positions in dropped.items()},
-        "notes": dict(collections.Counter(note for row in usable for note in row.notes)),
+        "notes": dict(collections.Counter(note for row in kept.values() for note in row.notes)),
     }
     if not others:
-        raise UserError(
-            f"--dataset {config.dataset}: {prompts.describe_counts(row_counts)}.",
-            "widen --split, name other columns, or fix the rows",
-        )
-    table = pandas.DataFrame(usable).to_dict("list")
-    masks = [[0] * row.prompt_tokens + [1] * (row.tokens - row.prompt_tokens) for row in usable]
-    tables = datasets.Dataset.from_dict({**table, "completion_mask": masks})
-    used = tables.select(others)
-    held_out = tables.select(chosen)
-    return PreparedData(tables, used, held_out, dropped, row_counts, fingerprint(*records))
+        message = f"--dataset {config.dataset}: {prompts.describe_counts(row_counts)}."
+        raise UserError(message, "widen --split, name other columns, or fix the rows")
+    usable = datasets.Dataset.from_list(table)
+    used = usable.select(others)
+    held_out = usable.select(chosen)
+    return PreparedData(usable, used, held_out, dropped, row_counts, fingerprint(list(records)))
 
 
 # ----------------------------------------------------------------------------------------------- model
@@ -1165,34 +1130,17 @@ def is_hub_name(name: str) -> bool:
 
 
 def local_model(name: str) -> Path | None:
-    """The folder that --model names, or None for a name on the Hub; raises if it is no model."""
+    """The folder of a base model, or None for a name on the Hub; raises if it is no model."""
     folder = Path(name).expanduser()
+    if not folder.is_dir() and is_hub_name(name):
+        return None
     if not folder.is_dir():
-        if is_hub_name(name):
-            return None
-        hint = "check the path; if the base model has moved, say where it is with --model PATH"
-        raise UserError(f"--model {name} not found: no folder, and not OWNER/NAME.", hint=hint)
-    is_adapter = (folder / "adapter_config.json").is_file()
-    if is_adapter and not (folder / "config.json").is_file():
-        hint = "pass its base model; for a run's adapter, `infer --run RUN`"
-        raise UserError(f"--model {name} is a LoRA adapter, not a model.", hint=hint)
-    if is_adapter:  # transformers would apply the adapter on top of the merged weights
-        hint = "move adapter_config.json and adapter_model.safetensors to another folder"
-        raise UserError(f"--model {name} holds a model and an adapter.", hint=hint)
+        raise UserError(f"base model {name} not found.", "say where it is now: --model PATH")
+    if (folder / "adapter_config.json").is_file():  # transformers would load it on top
+        raise UserError(f"--model {name} holds a LoRA adapter.", "pass its base, or `infer --run`")
     if not (folder / "config.json").is_file():
-        hint = "pass a folder written by save_pretrained"
-        raise UserError(f"--model {name} has no config.json.", hint=hint)
+        raise UserError(f"--model {name} has no config.json.", "use what save_pretrained wrote")
     return folder.resolve()
-
-
-def resolve_base(run: Run, model: str | None = None) -> str:
-    """Where a run's base model is: --model if given, else what the run was trained on."""
-    name = model or run.config.model
-    if not model and Path(name).is_absolute() and not Path(name).is_dir():
-        hint = "say where it is now with --model PATH"
-        raise UserError(f"the base model of {run} is not at {name}.", hint=hint)
-    folder = local_model(name)
-    return str(folder) if folder else name
 
 
 def check_gpu() -> None:
@@ -1206,83 +1154,69 @@ def check_gpu() -> None:
         major, minor = divmod(int(number), 10)
         if (major, minor) <= gpu and (major == gpu[0] or kind == "compute"):
             return
-    raise UserError(
-        f"torch has code for {', '.join(codes)}, not for compute capability {gpu}.",
-        hint="choose another GPU (on Kaggle: T4 x2) or another torch build",
-    )
+    message = f"torch has code for {', '.join(codes)}, not for compute capability {gpu}."
+    raise UserError(message, "choose another GPU (on Kaggle: T4 x2) or another torch build")
 
 
 def check_model(config: ModelConfig, revision: str | None = None) -> None:
     """Raises, before the heavy imports, for a model that is missing or that this machine can't run."""
-    folder = local_model(config.model)
+    name = config.model
     check_gpu()
-    billions = 0.0
+    folder = local_model(name)
+    sizes = re.findall(r"(\d+(?:\.\d+)?)b(?![a-z])", name.lower())
+    billions = max(map(float, sizes), default=0.0)
     if folder:
-        billions = sum(file.stat().st_size for file in folder.glob("*.safetensors")) / 2e9
-    else:
-        sizes = re.findall(r"(\d+(?:\.\d+)?)b(?![a-z])", config.model.lower())
-        billions = max(map(float, sizes), default=0.0)
+        billions = weights_size(str(folder))[0] / 2e9
     if billions > CPU_BILLIONS and not torch.cuda.is_available():
-        hint = f"see the whole job with `demo`, or use a --model of up to {CPU_BILLIONS} billion"
-        message = (
-            f"--model {config.model} has some {billions:.1f} billion parameters: it needs a GPU."
-        )
-        raise UserError(message, hint=hint)
-    download_model(config.model, weights=False, revision=revision)
+        message = f"--model {name} has some {billions:.1f} billion parameters: it needs a GPU."
+        raise UserError(message, f"see `demo`, or use a --model of up to {CPU_BILLIONS} billion")
+    download_model(name, weights=False, revision=revision)
 
 
 def download_model(name: str, weights: bool = True, revision: str | None = None) -> Path:
-    """The folder with a model's files: `name` if it is a folder, else its snapshot in the Hub's cache.
-
-    Without `weights` only the small files. Only safetensors: .bin files are pickles, which can run code.
-    """
+    """A model's folder, downloaded if `name` is on the Hub; without `weights` only small files."""
     folder = local_model(name)
     if folder is None:
         export_hub_token()
-        patterns = ["*.json", "*.jinja", "README.md"] + ["model*.safetensors"] * weights
-        folder = Path(
-            huggingface_hub.snapshot_download(
-                name, revision=revision, allow_patterns=patterns, ignore_patterns="*/*"
-            )
-        )
+        wanted = ["*.json", "*.jinja", "README.md"]
+        if weights:
+            wanted.append("model*.safetensors")  # .bin files are pickles, which can run code
+        path = huggingface_hub.snapshot_download(name, revision=revision, allow_patterns=wanted)
+        folder = Path(path)
     if weights and not any(folder.glob("model*.safetensors")):
-        raise UserError(f"--model {name} has no .safetensors weights.", hint="use one that has")
+        raise UserError(f"--model {name} has no .safetensors weights.", "use one that has")
     return folder
 
 
 def four_bit_name(config: ModelConfig) -> str:
-    """The model whose weights are loaded: Unsloth's ready 4-bit repository where there is one.
-
-    Unsloth's table is run as a file, as importing it would import all of Unsloth.
-    """
+    """The model whose weights are loaded: Unsloth's ready 4-bit repository where there is one."""
     name = config.model
     if not config.load_in_4bit or Path(name).is_dir() or name.endswith("-bnb-4bit"):
         return name
-    package: Any = importlib.util.find_spec("unsloth")
-    mapper = runpy.run_path(str(Path(package.origin).parent / "models" / "mapper.py"))
-    return str(mapper["FLOAT_TO_INT_MAPPER"].get(name.lower(), name))
+    # Its table is run as a file, as importing it would import all of Unsloth.
+    path = metadata.distribution("unsloth").locate_file("unsloth/models/mapper.py")
+    table = runpy.run_path(str(path))["FLOAT_TO_INT_MAPPER"]
+    return str(table.get(name.lower(), name))
 
 
 def load_tokenizer(folder: Path) -> Any:
-    """The tokenizer in tokenizer.json; raises unless a fixed text round-trips.
-
-    The class named in tokenizer_config.json is ignored: R1's distillations name LlamaTokenizerFast over a
-    byte-level tokenizer.json, with which transformers 5 loses white space and Chinese (issue 45488).
-    """
+    """The tokenizer in tokenizer.json; raises unless decode(encode(text)) == text for a fixed text."""
+    # Not of the class that R1's distillations name: LlamaTokenizerFast over a byte-level
+    # tokenizer.json loses white space and Chinese in transformers 5 (issue 45488).
     tokenizer = None
     if (folder / "tokenizer.json").is_file():
         tokenizer = transformers.PreTrainedTokenizerFast.from_pretrained(folder)
     if tokenizer is None or tokenizer.eos_token is None:
-        raise UserError(f"{folder} has no tokenizer.json with EOS.", hint="use another --model")
-    if tokenizer.pad_token is None:
-        tokenizer.pad_token = (
-            tokenizer.eos_token
-        )  # TRL masks padding by position: EOS keeps its label
+        raise UserError(f"{folder} has no tokenizer.json with EOS.", "use another --model")
+    if tokenizer.pad_token is None:  # TRL masks padding by position, so EOS keeps its label
+        tokenizer.pad_token = tokenizer.eos_token
     tokenizer.padding_side = "left"
     settings = folder / "tokenizer_config.json"
     if settings.is_file() and read_json(settings).get("add_bos_token") and not has_bos(tokenizer):
         prepend_bos(tokenizer)  # R1-Distill-Qwen leaves that to transformers 4's class
-    check_round_trip(tokenizer, folder)
+    ids = tokenizer.encode(ROUND_TRIP, add_special_tokens=False)
+    if tokenizer.decode(ids) != ROUND_TRIP:
+        raise UserError(f"{folder}: its tokenizer loses text.", "use another --model")
     return tokenizer
 
 
@@ -1299,27 +1233,12 @@ def prepend_bos(tokenizer: Any) -> None:
     tokenizer.backend_tokenizer.post_processor = template
 
 
-def check_round_trip(tokenizer: Any, folder: Path) -> None:
-    """Raises unless decode(encode(text)) == text for a fixed text."""
-    ids = tokenizer.encode(ROUND_TRIP, add_special_tokens=False)
-    decoded = tokenizer.decode(ids, skip_special_tokens=False)
-    if decoded != ROUND_TRIP:
-        message = (
-            f"the tokenizer in {folder} loses text: {ROUND_TRIP[:30]!r} became {decoded[:30]!r}."
-        )
-        raise UserError(message, hint="use another --model")
-
-
 def save_tokenizer(tokenizer: Any, folder: Path, lang: Lang | None = None) -> None:
-    """Saves a tokenizer for transformers 4 and 5, vLLM and Ollama alike, and reads it back.
-
-    With `lang` its chat template becomes the training prompt.
-    """
+    """Saves a tokenizer, with `lang` with the training prompt as chat template; reads it back."""
     adds_bos = has_bos(tokenizer)  # also undoes padding, which would be saved
     if lang:
         tokenizer.chat_template = prompts.build_chat_template(adds_bos, lang)
     tokenizer.save_pretrained(folder)
-
     # transformers 5 writes what 4 fails with, and drops what it and Ollama read.
     settings = read_json(folder / "tokenizer_config.json")
     for name in ("auto_map", "backend", "from_slow", "is_local", "local_files_only"):
@@ -1329,55 +1248,37 @@ def save_tokenizer(tokenizer: Any, folder: Path, lang: Lang | None = None) -> No
     settings["add_bos_token"] = adds_bos
     settings["add_eos_token"] = False
     settings["model_input_names"] = ["input_ids", "attention_mask"]
-    if tokenizer.chat_template:
-        settings["chat_template"] = tokenizer.chat_template
+    settings["chat_template"] = tokenizer.chat_template
     write_json(folder / "tokenizer_config.json", settings)
 
     saved = transformers.AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
-    batch = [prompts.build_prompt(ROUND_TRIP, lang or "en"), "Why?"]
+    batch = [ROUND_TRIP, "Why?"]
     expected = tokenizer(batch, padding=True, padding_side="left")["input_ids"]
-    same = saved(batch, padding=True)["input_ids"] == expected
-    if lang:
-        chat = [{"role": "user", "content": ROUND_TRIP}]
-        ids = saved.apply_chat_template(chat, add_generation_prompt=True, return_dict=False)
-        same = same and ids == expected[0]
-    if not same:
-        message = f"the tokenizer in {folder} encodes text differently when loaded."
-        raise UserError(message, hint="please report it")
+    if saved(batch, padding=True)["input_ids"] != expected:
+        raise UserError(f"{folder}: the tokenizer changed when saved.", "use another --model")
 
 
 def save_config(folder: Path) -> None:
-    """Adds the names that transformers 4 and Ollama look for to config.json.
-
-    Without them they silently take a rope theta of 10000 and no scaling.
-    """
+    """Adds what transformers 4 and Ollama read; without it they take a rope theta of 10000."""
     settings = read_json(folder / "config.json")
     scaling = dict(settings.get("rope_parameters") or {})
     if "rope_theta" in scaling:  # Gemma 3 has settings for each kind of layer, with no older name
         settings["rope_theta"] = scaling.pop("rope_theta")
-        settings["rope_scaling"] = scaling
-        if scaling["rope_type"] == "default":
-            settings["rope_scaling"] = None
+        settings["rope_scaling"] = None if scaling["rope_type"] == "default" else scaling
     settings["torch_dtype"] = settings["dtype"]
     settings.pop("auto_map", None)  # the code that it names is not saved
     write_json(folder / "config.json", settings)
 
 
 def import_unsloth(for_training: bool = False) -> Any:
-    """Unsloth's FastLanguageModel; it has to be imported before trl, transformers and peft.
-
-    On a GPU, unless it is for training, Unsloth is told that there may be none: it then skips patching
-    TRL's trainers, which takes 7 s.
-    """
+    """Unsloth's FastLanguageModel; it has to be imported before trl, transformers and peft."""
     if "unsloth" not in sys.modules:
-        gc.disable()  # or garbage is collected a dozen times, over all imported modules
         if not for_training and torch.cuda.is_available():
-            os.environ["UNSLOTH_ALLOW_CPU"] = "1"
+            os.environ["UNSLOTH_ALLOW_CPU"] = "1"  # it then skips patching TRL, which takes 7 s
+        gc.disable()  # collections while importing take a quarter of the time
         importlib.import_module("unsloth")
-        os.environ.pop("UNSLOTH_ALLOW_CPU", None)
-        gc.freeze()
         gc.enable()
-        atexit.register(gc.unfreeze)  # or triton reports leaks at exit
+        os.environ.pop("UNSLOTH_ALLOW_CPU", None)
     transformers.utils.logging.disable_progress_bar()
     datasets.disable_progress_bars()
     if RANK or not Console.verbose:
@@ -1405,18 +1306,19 @@ def memory_limit(config: ModelConfig) -> float:
     return float(0.92 * min(free, (config.gpu_memory_gib or math.inf) * GIB))
 
 
-def peak_memory_gib() -> float:
-    """Peak GPU memory reserved; without a GPU peak resident memory (Linux counts it in KiB)."""
-    peak = importlib.import_module("resource").getrusage(0).ru_maxrss * 1024
+def peak_memory() -> dict[str, float]:
+    """Peak GPU memory allocated and reserved, in GiB; without a GPU peak resident memory."""
     if torch.cuda.is_available():
-        peak = torch.cuda.max_memory_reserved()
-    return float(round(peak / GIB, 2))
+        allocated = torch.cuda.max_memory_allocated() / GIB
+        reserved = torch.cuda.max_memory_reserved() / GIB
+        return {"peak_memory_gib": round(allocated, 2), "reserved_gib": round(reserved, 2)}
+    resident = importlib.import_module("resource").getrusage(0).ru_maxrss / 1024**2  # from KiB
+    return {"peak_memory_gib": round(resident, 2)}
 
 
 def device_name() -> str:
-    """The GPU's name, or the CPU's threads."""
-    on_gpu = torch.cuda.is_available()
-    return torch.cuda.get_device_name() if on_gpu else f"CPU, {torch.get_num_threads()} threads"
+    """The GPU's name, or CPU."""
+    return torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"
 
 
 def head_size(shape: Any) -> int:
@@ -1433,56 +1335,41 @@ def load_meta_model(folder: Path) -> Any:
 
 
 def load_adapter(model: Any, folder: Path) -> None:
-    """Loads adapter weights into a PEFT model; raises unless all fit and are finite."""
+    """Loads adapter weights into a PEFT model; raises unless all fit."""
     weights = peft.load_peft_weights(str(folder), "cpu")
     expected = peft.get_peft_model_state_dict(model)
-    fits = weights.keys() == expected.keys()
-    for name in expected if fits else ():
-        fits = fits and weights[name].shape == expected[name].shape
-        fits = fits and bool(weights[name].isfinite().all())
-    if not fits:
-        hint = "check --model: it must be the model that the run was trained on"
-        raise UserError(f"the adapter in {folder} does not fit, or is not finite.", hint=hint)
+    shapes = {name: weight.shape for name, weight in weights.items()}
+    if shapes != {name: weight.shape for name, weight in expected.items()}:
+        raise UserError(f"the adapter in {folder} does not fit.", "check --model, its base")
     peft.set_peft_model_state_dict(model, weights)
 
 
+@dataclass
 class LoadedModel:
     """A model in memory with its tokenizer, and the language of its prompt."""
 
-    def __init__(self, model: Any, tokenizer: Any, lang: Lang, config: ModelConfig):
-        self.model = model
-        self.tokenizer = tokenizer
-        self.lang = lang
-        self.base_template = tokenizer.chat_template  # the saved tokenizer gets another one
-        self.memory_limit = memory_limit(config)
-        self.revisions: dict[str, str] = {}  # commits on the Hub, by model name
+    model: Any
+    tokenizer: Any
+    lang: Lang
+    base_template: str | None  # the tokenizer that is saved gets another chat template
+    memory_limit: float
+    revisions: dict[str, str]  # commits on the Hub, by model name
 
     @classmethod
-    def load(
-        cls,
-        config: ModelConfig,
-        lang: Lang = "en",
-        revisions: dict[str, str] | None = None,
-        tokenizer: Any = None,
-        for_training: bool = False,
-    ) -> Self:
-        """Loads with Unsloth, from a folder, so that it asks neither the Hub nor GitHub.
-
-        `revisions` pins commits, where a run was trained on them; a tokenizer can be passed in.
-        """
+    def load(cls, config: ModelConfig, revisions: dict[str, str] | None = None) -> Self:
+        """Loads with Unsloth, by name at the commits in `revisions`, if any."""
         pinned = revisions or {}
         check_model(config, pinned.get(config.model))
         processes()  # with torchrun, each process takes its own GPU
         if config.gpu_memory_gib and torch.cuda.is_available():
             total = torch.cuda.get_device_properties(0).total_memory / GIB
             torch.cuda.set_per_process_memory_fraction(min(1.0, config.gpu_memory_gib / total))
-        fast_model = import_unsloth(for_training)
-
+        fast_model = import_unsloth()  # before transformers
         # Tokenizer and config of the model that was named, weights of its 4-bit repository.
         weights = four_bit_name(config)
         named_folder = download_model(config.model, False, pinned.get(config.model))
         folder = download_model(weights, revision=pinned.get(weights))
-        tokenizer = tokenizer or load_tokenizer(named_folder)
+        tokenizer = load_tokenizer(named_folder)
         patch_unsloth(tokenizer)
         model, _ = fast_model.from_pretrained(
             model_name=str(folder),
@@ -1494,21 +1381,22 @@ class LoadedModel:
             trust_remote_code=False,
         )
         model.config.pad_token_id = tokenizer.pad_token_id
-        model.generation_config.pad_token_id = tokenizer.pad_token_id
+        ids = {"pad_token_id": tokenizer.pad_token_id, "eos_token_id": tokenizer.eos_token_id}
+        model.generation_config.update(max_length=None, top_k=None, use_cache=True, **ids)
         make_head_contiguous(model)
-
-        loaded = cls(model, tokenizer, lang, config)
+        commits = {}
         for name, place in ((config.model, named_folder), (weights, folder)):
             if place.parent.name == "snapshots":  # the Hub's cache names the folder by its commit
-                loaded.revisions[name] = place.name
-        return loaded
+                commits[name] = place.name
+        lang = getattr(config, "lang", "en")
+        return cls(model, tokenizer, lang, tokenizer.chat_template, memory_limit(config), commits)
 
     @classmethod
     def load_run(cls, run: Run, base: bool = False, model: str | None = None) -> Self:
         """Loads a run's base at the commit it was trained on (or from --model), and its adapter."""
         adapter = None if base else run.adapter
-        config = dataclasses.replace(run.config, model=resolve_base(run, model))
-        loaded = cls.load(config, config.lang, run.record.get("model_revisions"))
+        config = dataclasses.replace(run.config, model=model or run.config.model)
+        loaded = cls.load(config, run.record.get("model_revisions"))
         if adapter:
             loaded.add_adapter(config, kept_layers=loaded.model.config.num_hidden_layers)
             load_adapter(loaded.model, adapter)
@@ -1517,9 +1405,7 @@ class LoadedModel:
     def add_adapter(self, config: TrainConfig, kept_layers: int) -> None:
         """Adds an untrained LoRA adapter; all but `kept_layers` layers recompute their activations."""
         recompute = kept_layers < self.model.config.num_hidden_layers
-        options: dict[str, Any] = {}
-        if recompute and kept_layers:
-            options["checkpoint_skip_layers"] = kept_layers
+        options = {"checkpoint_skip_layers": kept_layers} if recompute and kept_layers else {}
         self.model = import_unsloth().get_peft_model(
             self.model,
             target_modules=list(adapter_sizes(self.model, config)),
@@ -1558,10 +1444,7 @@ def patch_unsloth(tokenizer: Any) -> None:
 
 
 def make_contiguous(norm: Callable[..., Any]) -> Callable[..., Any]:
-    """A norm with a contiguous result of shape (rows, 1, size).
-
-    Unsloth's keeps its input's strides; torch then multiplies row by row, reading all weights each time.
-    """
+    """A norm with a contiguous result, or torch multiplies row by row, reading all weights for each."""
 
     def contiguous_norm(*inputs: Any, **options: Any) -> Any:
         return norm(*inputs, **options).contiguous()
@@ -1581,10 +1464,8 @@ def make_head_contiguous(model: Any) -> None:
 def attend_to_cache(
     attention: Any, query: Any, length: int, mask: Any, rows: int, _: bool
 ) -> tuple[Any]:
-    """Single-token GQA over the preallocated KV cache, with static shapes.
-
-    `query` is (rows, heads, 1, size), the cache (places, rows, kv_heads, size); `mask` is WholeStep's.
-    """
+    """Single-token GQA over the preallocated KV cache, with static shapes."""
+    # query is (rows, heads, 1, size), the cache (places, rows, kv_heads, size), mask WholeStep's.
     keys = attention.paged_attention_K.flatten(1, 2).transpose(0, 1)
     values = attention.paged_attention_V.flatten(1, 2).transpose(0, 1)
     kv_rows, places, size = keys.shape
@@ -1641,10 +1522,8 @@ def own_sampling(settings: dict[str, Any]) -> dict[str, float]:
     """Temperature (0 if greedy) and top_p of a generation_config.json."""
     if not settings.get("do_sample"):
         return {"temperature": 0.0}
-    return {
-        "temperature": settings.get("temperature") or 1.0,
-        "top_p": settings.get("top_p") or 1.0,
-    }
+    top_p = settings.get("top_p") or 1.0
+    return {"temperature": settings.get("temperature") or 1.0, "top_p": top_p}
 
 
 def render_prompts(loaded: LoadedModel, questions: Sequence[str], chat: bool = False) -> list[str]:
@@ -1670,15 +1549,10 @@ def question_problem(loaded: LoadedModel, question: str) -> str | None:
 
 
 def batch_size(loaded: LoadedModel, questions: Sequence[str], config: SamplingConfig) -> int:
-    """How many answers fit in memory at once; dequantizes a 4-bit model for a batch if there is room.
-
-    On a CPU at most 16: an interruption loses the batch.
-    """
+    """How many answers fit in memory; dequantizes a 4-bit model for a batch if there is room."""
     model = loaded.model
     shape = model.config
-    longest = max(
-        len(ids) for ids in loaded.tokenizer(render_prompts(loaded, questions))["input_ids"]
-    )
+    longest = max(map(len, loaded.tokenizer(render_prompts(loaded, questions))["input_ids"]))
     # KV-cache bytes per token: K and V in 16-bit; x1.25 growth, x2 live batches.
     per_token = 2 * 2 * shape.num_hidden_layers * shape.num_key_value_heads * head_size(shape)
     per_answer = 2 * 1.25 * (longest + config.max_new_tokens) * per_token
@@ -1689,7 +1563,24 @@ def batch_size(loaded: LoadedModel, questions: Sequence[str], config: SamplingCo
         model.dequantize()
     room = loaded.memory_limit - model.get_memory_footprint()
     fits = 2 ** int(math.log2(max(1, room / per_answer)))
-    return min(MAX_BATCH if torch.cuda.is_available() else 16, fits)
+    return min(MAX_BATCH if torch.cuda.is_available() else 16, fits)  # Ctrl-C loses a batch
+
+
+def sampling_options(loaded: LoadedModel, config: SamplingConfig, length: int) -> dict[str, Any]:
+    """Arguments of `generate` for prompts of `length` tokens: the user's, else the model's own."""
+    own = own_sampling(loaded.model.generation_config.to_dict())
+    options: dict[str, Any] = {"top_p": 1.0, **own, "max_new_tokens": config.max_new_tokens}
+    if config.temperature is not None:
+        options["temperature"] = config.temperature
+    if config.top_p:
+        options["top_p"] = config.top_p
+    options["do_sample"] = options["temperature"] > 0
+    budget = config.thinking_budget
+    if budget:
+        if config.max_new_tokens <= budget + 12:
+            raise UserError(f"--thinking-budget {budget} leaves no room.", "lower it")
+        options["logits_processor"] = [thinking_limit(loaded.tokenizer, length, budget)]
+    return options
 
 
 def generate(
@@ -1699,18 +1590,13 @@ def generate(
     streamer: Any = None,
     chat: bool = False,
 ) -> list[dict[str, Any]]:
-    """Answers questions; with `chat` the prompt is the base model's own chat template.
-
-    An answer has question, thought, answer, closed (thought), finish_reason ("stop" | "length"), tokens,
-    and the seconds of its batch.
-    """
+    """Answers questions; with `chat` the prompt is the base model's own chat template."""
     for question in questions:
         problem = question_problem(loaded, question)
         if problem:
-            raise UserError(f"the question {question[:40]!r} {problem}.", hint="rephrase it")
-    model = loaded.model
+            raise UserError(f"the question {question[:40]!r} {problem}.", "rephrase it")
     tokenizer = loaded.tokenizer
-    import_unsloth().for_inference(model)
+    import_unsloth().for_inference(loaded.model)
     transformers.set_seed(config.seed)
     answers: list[dict[str, Any]] = []
     size = batch_size(loaded, questions, config) if questions else 1
@@ -1718,69 +1604,28 @@ def generate(
         batch = questions[start : start + size]
         texts = render_prompts(loaded, batch, chat)
         inputs = tokenizer(texts, return_tensors="pt", padding=True, add_special_tokens=False)
-        prompt_tokens = inputs["input_ids"].shape[1]
+        length = inputs["input_ids"].shape[1]
+        options = sampling_options(loaded, config, length)
         label = f"answers {start + 1}-{start + len(batch)} of {len(questions)}, tokens"
+        options["streamer"] = streamer or token_counter(label, config.max_new_tokens)
         started = time.perf_counter()
         with torch.inference_mode():  # a tenth faster on a CPU
-            output = model.generate(
-                **inputs.to(model.device),
-                **sampling_options(loaded, config, prompt_tokens),
-                streamer=streamer or TokenCounter(label, config.max_new_tokens),
-                use_cache=True,
-                max_length=None,
-                max_new_tokens=config.max_new_tokens,
-                eos_token_id=tokenizer.eos_token_id,
-                pad_token_id=tokenizer.pad_token_id,
-            )
+            output = loaded.model.generate(**inputs.to(loaded.model.device), **options)
         seconds = round(time.perf_counter() - started, 2)
         thinks = texts[0].rstrip().endswith(prompts.THINK_OPEN)
-        for question, ids in zip(batch, output[:, prompt_tokens:].tolist(), strict=True):
-            answer = parse_answer(tokenizer, ids, thinks)
-            answers.append({"question": question, **answer, "seconds": seconds})
+        for question, ids in zip(batch, output[:, length:].tolist(), strict=True):
+            ending = "length"
+            if tokenizer.eos_token_id in ids:
+                ids = ids[: ids.index(tokenizer.eos_token_id)]
+                ending = "stop"
+            thought, said, closed = prompts.split_response(tokenizer.decode(ids), thinks)
+            answer = {"question": question, "thought": thought, "answer": said, "closed": closed}
+            answer.update(finish_reason=ending, tokens=len(ids), seconds=seconds)
+            answers.append(answer)
     return answers
 
 
-def sampling_options(
-    loaded: LoadedModel, config: SamplingConfig, prompt_tokens: int
-) -> dict[str, Any]:
-    """The arguments of transformers' `generate`: the user's settings, else the model's own."""
-    options: dict[str, Any] = own_sampling(loaded.model.generation_config.to_dict())
-    if config.temperature is not None:
-        options["temperature"] = config.temperature
-    options["top_p"] = config.top_p or options.get("top_p", 1.0)
-    options["top_k"] = None
-    options["do_sample"] = options["temperature"] > 0
-    if not options["do_sample"]:
-        options["temperature"] = options["top_p"] = None
-    budget = config.thinking_budget
-    if budget:
-        if config.max_new_tokens <= budget + 12:
-            hint = f"set --max-new-tokens above {budget + 12}"
-            raise UserError(f"--thinking-budget {budget} leaves no room to answer.", hint=hint)
-        options["logits_processor"] = [ThinkingBudget(loaded.tokenizer, prompt_tokens, budget)]
-    return options
-
-
-def parse_answer(tokenizer: Any, ids: list[int], thinks: bool) -> dict[str, Any]:
-    """Thought, answer, closed, finish_reason and tokens of one generated answer."""
-    finish_reason = "length"
-    if tokenizer.eos_token_id in ids:
-        ids = ids[: ids.index(tokenizer.eos_token_id)]
-        finish_reason = "stop"
-    text = tokenizer.decode(ids, skip_special_tokens=False)
-    thought, answer, closed = prompts.split_response(text, thinks)
-    return {
-        "thought": thought,
-        "answer": answer,
-        "closed": closed,
-        "finish_reason": finish_reason,
-        "tokens": len(ids),
-    }
-
-
-def answer_both(
-    loaded: LoadedModel, questions: Sequence[str], config: SamplingConfig
-) -> list[dict[str, Any]]:
+def answer_both(loaded: LoadedModel, questions: list[str], config: SamplingConfig) -> list[Any]:
     """Base and fine-tuned answers to the same questions and prompt, from the one model in memory."""
     with loaded.model.disable_adapter():
         before = generate(loaded, questions, config)
@@ -1791,48 +1636,34 @@ def answer_both(
     return pairs
 
 
-class ThinkingBudget:
-    """A logits processor: suppresses EOS inside <think>; forces </think> after `budget` tokens."""
+def thinking_limit(tokenizer: Any, length: int, budget: int) -> Callable[[Any, Any], Any]:
+    """A logits processor: no EOS inside <think>, and </think> `budget` tokens after the prompt."""
+    closing = tokenizer(f"\n{prompts.THINK_CLOSE}\n", add_special_tokens=False)["input_ids"]
+    closed: set[int] = set()
 
-    def __init__(self, tokenizer: Any, prompt_tokens: int, budget: int):
-        self.tokenizer = tokenizer
-        self.prompt_tokens = prompt_tokens
-        self.budget = budget
-        closing = f"\n{prompts.THINK_CLOSE}\n"
-        self.closing = tokenizer(closing, add_special_tokens=False)["input_ids"]
-        self.thinking: Any = None  # which rows have not closed their thought
-
-    def __call__(self, ids: Any, scores: Any) -> Any:
-        """Scores of shape (rows, vocabulary), after the tokens `ids` of shape (rows, tokens)."""
-        if self.thinking is None:
-            self.thinking = torch.ones(len(ids), dtype=torch.bool, device=scores.device)
-        late = ids.shape[1] - self.prompt_tokens - self.budget
+    def process(ids: Any, scores: Any) -> Any:
+        # Scores of shape (rows, vocabulary), after the tokens `ids` of shape (rows, tokens).
+        late = ids.shape[1] - length - budget
         if late <= 0:
-            tail = ids[:, self.prompt_tokens :][:, -len(self.closing) - 4 :]
-            for row, text in enumerate(self.tokenizer.batch_decode(tail)):
+            tail = ids[:, length:][:, -len(closing) - 4 :]
+            for row, text in enumerate(tokenizer.batch_decode(tail)):
                 if prompts.THINK_CLOSE in text:
-                    self.thinking[row] = False
-        if 0 <= late < len(self.closing):
-            scores[self.thinking] = -math.inf
-            scores[self.thinking, self.closing[late]] = 0.0
-        elif late <= len(self.closing):
-            scores[self.thinking, self.tokenizer.eos_token_id] = -math.inf
+                    closed.add(row)
+        thinking = [row for row in range(len(ids)) if row not in closed]
+        if late < len(closing):
+            scores[thinking, tokenizer.eos_token_id] = -math.inf
+        if 0 <= late < len(closing):
+            scores[thinking] = -math.inf
+            scores[thinking, closing[late]] = 0.0
         return scores
 
+    return process
 
-class TokenCounter:
+
+def token_counter(label: str, tokens: int) -> Any:
     """A streamer that shows how many tokens of a batch have been generated."""
-
-    def __init__(self, label: str, tokens: int):
-        self.bar = progress(range(tokens), label)
-
-    def put(self, tokens: Any) -> None:
-        """Counts one token per answer; the first call has the prompts."""
-        self.bar.update(1)
-
-    def end(self) -> None:
-        """Removes the bar."""
-        self.bar.close()
+    bar = progress(range(tokens), label)
+    return SimpleNamespace(put=lambda _: bar.update(1), end=bar.close)
 
 
 def answer_printer(tokenizer: Any) -> Any:
@@ -2169,7 +2000,7 @@ def train_run(config: TrainConfig, run: Run, resume: bool = False) -> tuple[Load
     revisions = run.record.get("model_revisions", {}) if resume else {}
     log(f"run      {str(run)}")
     revision = revisions.get(config.model)
-    config, rows, tokenizer = prepare_training(config, revision=revision, for_training=True)
+    config, rows, _ = prepare_training(config, revision=revision, for_training=True)
     gpus = len(list(Path("/proc/driver/nvidia/gpus").glob("*")))
     if WORLD == 1 and gpus > 1:
         log(f"note: using 1 of {gpus} GPUs; for all: torchrun --nproc-per-node {gpus} -- …")
@@ -2178,7 +2009,7 @@ def train_run(config: TrainConfig, run: Run, resume: bool = False) -> tuple[Load
         record_rows(run, config, rows)
 
         log("loading the model")
-        loaded = LoadedModel.load(config, config.lang, revisions, tokenizer, for_training=True)
+        loaded = LoadedModel.load(config, revisions)
         weights = torch.cuda.memory_allocated() or loaded.model.get_memory_footprint()
         plan = broadcast(make_plan(loaded.model, weights, rows.used["tokens"][:], config))
         log(f"plan     {describe_plan(plan)}")
@@ -2199,7 +2030,7 @@ def train_run(config: TrainConfig, run: Run, resume: bool = False) -> tuple[Load
             return loaded, rows.held_out
         save_adapter(loaded, config, run)
         seconds = {"train": round(time.monotonic() - started, 1)}
-        run.update(losses=draw_losses(run), seconds=seconds, peak_memory_gib=peak_memory_gib())
+        run.update(losses=draw_losses(run), seconds=seconds, **peak_memory())
 
         # The same question before and after, and the card.
         log("", "answering the same question before and after")
@@ -2516,7 +2347,7 @@ def merged_weights(
         check_hashes(found, run.record["saved"]["hashes"], f"remove {found} and `save` again")
         return found
     adapter = run.adapter
-    base = resolve_base(run, model)
+    base = model or run.config.model
     if not Path(base).is_dir():  # the 16-bit model
         base = base.removesuffix("-bnb-4bit").removesuffix("-unsloth")
     revision = run.record.get("model_revisions", {}).get(base)
@@ -3279,7 +3110,7 @@ def load(config: ModelConfig) -> dict[str, Any]:
         "device": device_name(),
         "dtype": str(loaded.model.dtype).removeprefix("torch."),
         "weights_gib": round(loaded.model.get_memory_footprint() / GIB, 2),
-        "peak_memory_gib": peak_memory_gib(),
+        **peak_memory(),
         "seconds": seconds,
         "sample": sample["thought"],
     }
@@ -3332,7 +3163,6 @@ def tokenized_rows(
     if for_training:
         check_model(config, revision)
     records = read_records(config)
-    check_columns(records, config)
     if for_training:  # Unsloth comes before transformers
         import_unsloth(for_training=True)
     tokenizer = load_tokenizer(download_model(config.model, weights=False, revision=revision))
@@ -3673,7 +3503,7 @@ def eval_(config: EvalConfig, run: RunOption = None, model: BaseOption = None) -
         name, asked = evaluation_rows(found, config)
         records = read_records(asked)
         import_unsloth()
-        trained = trained_questions(found)
+        trained = set(read_json(found / "trained.json")["questions"])
         choices, rows = [], []
         pairs = [pair for pair in prompts.CHOICE_COLUMNS if {*pair} <= {*records.column_names}]
         if pairs:
@@ -3687,7 +3517,6 @@ def eval_(config: EvalConfig, run: RunOption = None, model: BaseOption = None) -
                 if question_hash(choice.question) not in trained:
                     choices.append(choice)
         else:
-            check_columns(records, asked)
             usable = prepare_rows(records, load_tokenizer(found.adapter), asked).usable
             rows = usable.filter(lambda row: question_hash(row["question"]) not in trained)
         new = len(choices or rows)

@@ -137,7 +137,7 @@ def test_large_file_may_change_its_other_columns_half_way(tmp_path, name):
 
 BROKEN = {
     "cut.jsonl": (LINE * 2 + '{"Question": "Wh', "line 3", "copy"),
-    "numbers.jsonl": ("7\n", "record 1 is int", "copy"),
+    "numbers.jsonl": ("7\n", "not a JSON object", "copy"),
     "latin.jsonl": ((LINE + '{"Question": "naïve"}').encode("latin-1"), "can't decode", "UTF-8"),
     "utf16.csv": ((HEAD + "a,b,c\n").encode("utf-16"), "can't decode", "UTF-8"),
     "pair.jsonl": (json.dumps({**GOOD, "Response": "\ud83d!"}), "surrogates", "copy"),
@@ -177,7 +177,7 @@ def test_folder_reads_every_format_in_the_order_of_names_and_says_what_it_left(t
     (tmp_path / "notes.txt").write_text("no row")
     write_repository(tmp_path, {".cache/a.jsonl": b"no row"})
     assert questions(tmp_path) == ["Why 0?", "Why 1?", "How?", "Where?"]
-    assert f"not read in {tmp_path}: notes.txt" in capsys.readouterr().err
+    assert f"{tmp_path / 'notes.txt'} is not read" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("name", ["rows", "rows [1]*", "rows.jsonl"])
@@ -410,12 +410,9 @@ def test_held_out_rows_are_chosen_by_seed_and_never_trained_on(prepare):
     assert first.used.to_list() == again.used.to_list() and first.fingerprint == again.fingerprint
 
 
-def test_trained_question_is_known_again_in_another_spelling(tmp_path):
-    known = ["Why is a fever of 38.5 °C no danger?", "为什么?"]
-    questions = list(map(finetune_r1.question_hash, known))
-    finetune_r1.write_json(tmp_path / "trained.json", {"questions": questions})
-    trained = finetune_r1.trained_questions(finetune_r1.Run(tmp_path))
-    for question in [*known, "why is a FEVER of 38.5 °C no danger", "为什么？"]:
+def test_trained_question_is_known_again_in_another_spelling():
+    trained = [finetune_r1.question_hash(f"Why is a fever of {n} °C no danger?") for n in (38.5, 37)]
+    for question in ["Why is a fever of 37 °C no danger?", "why is a FEVER of 38.5 °C no danger"]:
         assert finetune_r1.question_hash(question) in trained
     assert finetune_r1.question_hash("Why is a fever of 385 °C no danger?") not in trained
 
