@@ -926,8 +926,8 @@ class PreparedData(NamedTuple):
     used: Any
     held_out: Any
     dropped: dict[str, list[int]]  # positions of records, by reason
-    row_counts: dict[str, Any]  # numbers of records, by what became of them
-    fingerprint: str  # equal for equal records
+    row_counts: dict[str, Any]
+    fingerprint: str
 
 
 def read_json_records(path: Path) -> list[Any]:
@@ -1031,28 +1031,26 @@ def read_records(config: DataConfig) -> Any:
     source = f"--dataset {config.dataset} --split {config.split}"
     try:
         records = load_source(config)
-        records.data.validate(full=True)  # `datasets` accepts text that is not UTF-8
+        records.data.validate(full=True)  # raises if text is not UTF-8
     except UserError:
         raise
     except Exception as error:
-        # `datasets` wraps the error that tells what to do.
-        message = source
+        text = source
         hint = None
         cause: BaseException | None = error
-        while cause:
-            message += ": " + str(cause).strip().partition("\n")[0]
+        while cause:  # `datasets` wraps the error that tells what to do
+            text += ": " + str(cause).strip().partition("\n")[0]
             kinds = str(type(cause).__mro__)
             if "DatasetNotFoundError" in kinds or http_status(cause) == 403:
-                hint = hint or "check the name; a private or gated one needs `login`"
+                hint = hint or "check the name; a private one needs `login`"
             elif "CastError" in kinds:
-                hint = hint or "its files have different columns: choose by --subset"
+                hint = hint or "the files have different columns: pass --subset"
             elif not hint and "DatasetsError" not in kinds:
                 hint = advice(cause)
                 if hint and isinstance(cause, OSError) and cause.errno:
                     hint += f" (HF_HOME is {hub_constants.HF_HOME})"
             cause = cause.__cause__
-        hint = hint or "check --split and --subset, or use a repaired copy as JSONL"
-        raise UserError(message, hint) from error
+        raise UserError(text, hint or "check --split and --subset, or use a JSONL copy") from error
     if not len(records):
         raise UserError(f"{source}: no rows.", "widen --split")
     return records
@@ -1070,9 +1068,9 @@ def question_hash(question: str) -> str:
 
 def prepare_rows(records: Any, tokenizer: Any, config: DataConfig) -> PreparedData:
     """Turns records into rows of tokens, and draws those held out."""
-    names = ", ".join(records.column_names)
-    if not set(config.columns).issubset(records.column_names):
-        message = f"--dataset {config.dataset} has {names}, not {', '.join(config.columns)}."
+    names = records.column_names
+    if not set(config.columns).issubset(names):
+        message = f"--dataset has {', '.join(names)}, not {', '.join(config.columns)}."
         raise UserError(message, "pass --question-col, --cot-col and --response-col")
     records = records.select_columns(sorted(set(config.columns)))
     special = prompts.special_tokens(tokenizer)
@@ -1107,7 +1105,7 @@ def prepare_rows(records: Any, tokenizer: Any, config: DataConfig) -> PreparedDa
         "notes": dict(collections.Counter(note for row in kept.values() for note in row.notes)),
     }
     if not others:
-        message = f"--dataset {config.dataset}: {prompts.describe_counts(row_counts)}."
+        message = f"nothing to train on: {prompts.describe_counts(row_counts)}."
         raise UserError(message, "widen --split, name other columns, or fix the rows")
     usable = datasets.Dataset.from_list(table)
     used = usable.select(others)
@@ -1168,9 +1166,9 @@ def check_model(config: ModelConfig, revision: str | None = None) -> None:
     if folder:
         billions = weights_size(str(folder))[0] / 2e9
     if billions > CPU_BILLIONS and not torch.cuda.is_available():
-        message = f"--model {name} has some {billions:.1f} billion parameters: it needs a GPU."
-        raise UserError(message, f"see `demo`, or use a --model of up to {CPU_BILLIONS} billion")
-    download_model(name, weights=False, revision=revision)
+        message = f"--model {name} has {billions:.1f} billion parameters: it needs a GPU."
+        raise UserError(message, f"see `demo`, or use one of up to {CPU_BILLIONS} billion")
+    download_model(name, False, revision)
 
 
 def download_model(name: str, weights: bool = True, revision: str | None = None) -> Path:
@@ -1189,18 +1187,18 @@ def download_model(name: str, weights: bool = True, revision: str | None = None)
 
 
 def four_bit_name(config: ModelConfig) -> str:
-    """The model whose weights are loaded: Unsloth's ready 4-bit repository where there is one."""
+    """The model whose weights are loaded: Unsloth's 4-bit repository where there is one."""
     name = config.model
     if not config.load_in_4bit or Path(name).is_dir() or name.endswith("-bnb-4bit"):
         return name
-    # Its table is run as a file, as importing it would import all of Unsloth.
+    # Its table is run as a file: importing it would import all of Unsloth.
     path = metadata.distribution("unsloth").locate_file("unsloth/models/mapper.py")
     table = runpy.run_path(str(path))["FLOAT_TO_INT_MAPPER"]
     return str(table.get(name.lower(), name))
 
 
 def load_tokenizer(folder: Path) -> Any:
-    """The tokenizer in tokenizer.json; raises unless decode(encode(text)) == text for a fixed text."""
+    """The tokenizer in tokenizer.json; raises unless a fixed text round-trips."""
     # Not of the class that R1's distillations name: LlamaTokenizerFast over a byte-level
     # tokenizer.json loses white space and Chinese in transformers 5 (issue 45488).
     tokenizer = None
@@ -1222,8 +1220,7 @@ def load_tokenizer(folder: Path) -> Any:
 
 def has_bos(tokenizer: Any) -> bool:
     """Whether encoded text starts with BOS."""
-    bos = tokenizer.bos_token_id
-    return bos is not None and tokenizer("")["input_ids"] == [bos]
+    return bool(tokenizer("")["input_ids"] == [tokenizer.bos_token_id])
 
 
 def prepend_bos(tokenizer: Any) -> None:
@@ -1234,12 +1231,12 @@ def prepend_bos(tokenizer: Any) -> None:
 
 
 def save_tokenizer(tokenizer: Any, folder: Path, lang: Lang | None = None) -> None:
-    """Saves a tokenizer, with `lang` with the training prompt as chat template; reads it back."""
+    """Saves a tokenizer for transformers 4 and 5 and Ollama; `lang` makes the prompt its template."""
     adds_bos = has_bos(tokenizer)  # also undoes padding, which would be saved
     if lang:
         tokenizer.chat_template = prompts.build_chat_template(adds_bos, lang)
     tokenizer.save_pretrained(folder)
-    # transformers 5 writes what 4 fails with, and drops what it and Ollama read.
+    # transformers 5 writes what 4 fails with, and leaves out what others read.
     settings = read_json(folder / "tokenizer_config.json")
     for name in ("auto_map", "backend", "from_slow", "is_local", "local_files_only"):
         settings.pop(name, None)
@@ -1250,12 +1247,6 @@ def save_tokenizer(tokenizer: Any, folder: Path, lang: Lang | None = None) -> No
     settings["model_input_names"] = ["input_ids", "attention_mask"]
     settings["chat_template"] = tokenizer.chat_template
     write_json(folder / "tokenizer_config.json", settings)
-
-    saved = transformers.AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
-    batch = [ROUND_TRIP, "Why?"]
-    expected = tokenizer(batch, padding=True, padding_side="left")["input_ids"]
-    if saved(batch, padding=True)["input_ids"] != expected:
-        raise UserError(f"{folder}: the tokenizer changed when saved.", "use another --model")
 
 
 def save_config(folder: Path) -> None:
@@ -1287,19 +1278,12 @@ def import_unsloth(for_training: bool = False) -> Any:
 
 
 def is_old_gpu() -> bool:
-    """Whether the GPU predates Ampere (compute capability below 8.0), such as a T4."""
+    """Whether the GPU predates Ampere (compute capability 8.0), such as a T4: no bfloat16."""
     return bool(torch.cuda.is_available() and torch.cuda.get_device_capability()[0] < 8)
 
 
-def compute_dtype(config: ModelConfig) -> str:
-    """--dtype, with auto resolved: bfloat16, or float16 on GPUs that predate Ampere."""
-    if config.dtype != "auto":
-        return config.dtype
-    return "float16" if is_old_gpu() else "bfloat16"
-
-
 def memory_limit(config: ModelConfig) -> float:
-    """Bytes a run may use: 92% of what is free or allowed on the GPU; half of the RAM without one."""
+    """Bytes a run may use: 92% of what is free or allowed on the GPU, or half of the RAM."""
     if not torch.cuda.is_available():
         return 0.5 * float(psutil.virtual_memory().total)
     free = torch.cuda.mem_get_info()[0] + torch.cuda.memory_reserved()
@@ -1307,7 +1291,7 @@ def memory_limit(config: ModelConfig) -> float:
 
 
 def peak_memory() -> dict[str, float]:
-    """Peak GPU memory allocated and reserved, in GiB; without a GPU peak resident memory."""
+    """Peak GPU memory allocated and reserved, or peak resident memory, in GiB."""
     if torch.cuda.is_available():
         allocated = torch.cuda.max_memory_allocated() / GIB
         reserved = torch.cuda.max_memory_reserved() / GIB
@@ -1381,8 +1365,8 @@ class LoadedModel:
             trust_remote_code=False,
         )
         model.config.pad_token_id = tokenizer.pad_token_id
-        ids = {"pad_token_id": tokenizer.pad_token_id, "eos_token_id": tokenizer.eos_token_id}
-        model.generation_config.update(max_length=None, top_k=None, use_cache=True, **ids)
+        model.generation_config.pad_token_id = tokenizer.pad_token_id
+        model.generation_config.update(max_length=None, top_k=None, use_cache=True)
         make_head_contiguous(model)
         commits = {}
         for name, place in ((config.model, named_folder), (weights, folder)):
@@ -1393,7 +1377,7 @@ class LoadedModel:
 
     @classmethod
     def load_run(cls, run: Run, base: bool = False, model: str | None = None) -> Self:
-        """Loads a run's base at the commit it was trained on (or from --model), and its adapter."""
+        """Loads a run's base, from --model or at the commit it was trained on, and its adapter."""
         adapter = None if base else run.adapter
         config = dataclasses.replace(run.config, model=model or run.config.model)
         loaded = cls.load(config, run.record.get("model_revisions"))
@@ -1403,7 +1387,7 @@ class LoadedModel:
         return loaded
 
     def add_adapter(self, config: TrainConfig, kept_layers: int) -> None:
-        """Adds an untrained LoRA adapter; all but `kept_layers` layers recompute their activations."""
+        """Adds an untrained adapter; all but `kept_layers` layers recompute their activations."""
         recompute = kept_layers < self.model.config.num_hidden_layers
         options = {"checkpoint_skip_layers": kept_layers} if recompute and kept_layers else {}
         self.model = import_unsloth().get_peft_model(
@@ -1542,9 +1526,9 @@ def question_problem(loaded: LoadedModel, question: str) -> str | None:
     marker = prompts.find_marker(question, prompts.special_tokens(loaded.tokenizer))
     if marker:
         return f"contains {marker}, which the model reads as a control token"
-    tokens = len(loaded.tokenizer(prompts.build_prompt(question, loaded.lang))["input_ids"])
-    if tokens > loaded.model.max_seq_length:  # Unsloth would cut off its end
-        return f"has {tokens} tokens with the prompt, more than {loaded.model.max_seq_length}"
+    ids = loaded.tokenizer(prompts.build_prompt(question, loaded.lang))["input_ids"]
+    if len(ids) > loaded.model.max_seq_length:  # Unsloth would cut off its end
+        return f"has more than {loaded.model.max_seq_length} tokens with the prompt"
     return None
 
 
@@ -1552,24 +1536,25 @@ def batch_size(loaded: LoadedModel, questions: Sequence[str], config: SamplingCo
     """How many answers fit in memory; dequantizes a 4-bit model for a batch if there is room."""
     model = loaded.model
     shape = model.config
+    limit = loaded.memory_limit
     longest = max(map(len, loaded.tokenizer(render_prompts(loaded, questions))["input_ids"]))
     # KV-cache bytes per token: K and V in 16-bit; x1.25 growth, x2 live batches.
     per_token = 2 * 2 * shape.num_hidden_layers * shape.num_key_value_heads * head_size(shape)
     per_answer = 2 * 1.25 * (longest + config.max_new_tokens) * per_token
-    # In 16-bit the numbers are the same, and a batch needs no dequantizing at every step.
+    # In 16-bit the numbers are the same, and no step has to dequantize.
     in_16_bit = 2 * model.num_parameters() + min(32, len(questions)) * per_answer
-    is_quantized = getattr(model, "hf_quantizer", None) is not None
-    if len(questions) > 1 and is_quantized and loaded.memory_limit > in_16_bit:
+    if len(questions) > 1 and getattr(model, "hf_quantizer", None) and limit > in_16_bit:
         model.dequantize()
-    room = loaded.memory_limit - model.get_memory_footprint()
-    fits = 2 ** int(math.log2(max(1, room / per_answer)))
-    return min(MAX_BATCH if torch.cuda.is_available() else 16, fits)  # Ctrl-C loses a batch
+    fits = max(1, (limit - model.get_memory_footprint()) / per_answer)
+    most = MAX_BATCH if torch.cuda.is_available() else 16  # Ctrl-C loses a batch
+    return min(most, 2 ** int(math.log2(fits)))
 
 
 def sampling_options(loaded: LoadedModel, config: SamplingConfig, length: int) -> dict[str, Any]:
-    """Arguments of `generate` for prompts of `length` tokens: the user's, else the model's own."""
+    """Arguments for transformers: the user's, else the model's own. Prompts have `length` tokens."""
     own = own_sampling(loaded.model.generation_config.to_dict())
     options: dict[str, Any] = {"top_p": 1.0, **own, "max_new_tokens": config.max_new_tokens}
+    options["eos_token_id"] = loaded.tokenizer.eos_token_id
     if config.temperature is not None:
         options["temperature"] = config.temperature
     if config.top_p:
@@ -1636,7 +1621,7 @@ def answer_both(loaded: LoadedModel, questions: list[str], config: SamplingConfi
     return pairs
 
 
-def thinking_limit(tokenizer: Any, length: int, budget: int) -> Callable[[Any, Any], Any]:
+def thinking_limit(tokenizer: Any, length: int, budget: int) -> Any:
     """A logits processor: no EOS inside <think>, and </think> `budget` tokens after the prompt."""
     closing = tokenizer(f"\n{prompts.THINK_CLOSE}\n", add_special_tokens=False)["input_ids"]
     closed: set[int] = set()
@@ -1650,9 +1635,9 @@ def thinking_limit(tokenizer: Any, length: int, budget: int) -> Callable[[Any, A
                 if prompts.THINK_CLOSE in text:
                     closed.add(row)
         thinking = [row for row in range(len(ids)) if row not in closed]
-        if late < len(closing):
+        if late < 0:
             scores[thinking, tokenizer.eos_token_id] = -math.inf
-        if 0 <= late < len(closing):
+        elif late < len(closing):
             scores[thinking] = -math.inf
             scores[thinking, closing[late]] = 0.0
         return scores
@@ -1668,27 +1653,26 @@ def token_counter(label: str, tokens: int) -> Any:
 
 def answer_printer(tokenizer: Any) -> Any:
     """A TextStreamer: the thought dimmed on stderr, the answer on stdout."""
-    labelled = not sys.stderr.isatty()  # in a notebook both end up in one cell
 
     class AnswerPrinter(transformers.TextStreamer):
-        answering = False
         thinking = False
+        answering = False
 
         def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
+            end = "\n" if stream_end else ""
             text = text.replace(self.tokenizer.eos_token, "")
-            if not self.answering:
-                thought, tag, text = text.partition(prompts.THINK_CLOSE)
-                if labelled and not self.thinking:
-                    log("thought:")
-                self.thinking = True
-                log(thought, end="\n" if tag or stream_end else "", faint=True)
-                if not tag:
-                    return
+            if self.answering:
+                print_result(text, end)
+                return
+            if not self.thinking:
+                log("thought:")
+            self.thinking = True
+            thought, tag, answer = text.partition(prompts.THINK_CLOSE)
+            log(thought, end="\n" if tag else end, faint=True)
+            if tag:
+                log("answer:")
+                print_result(answer.lstrip(), end)
                 self.answering = True
-                if labelled:
-                    log("answer:")
-                text = text.lstrip()
-            print_result(text, end="\n" if stream_end else "")
 
     return AnswerPrinter(tokenizer, skip_prompt=True, skip_special_tokens=False)
 
@@ -1932,8 +1916,8 @@ def training_arguments(config: TrainConfig, plan: dict[str, Any], run: Run) -> A
         per_device_train_batch_size=plan["micro_batch"],
         gradient_accumulation_steps=plan["accumulation"],
         gradient_checkpointing=plan["checkpointed_layers"] > 0,
-        bf16=compute_dtype(config) == "bfloat16",
-        fp16=compute_dtype(config) == "float16",
+        bf16=config.dtype == "bfloat16" or (config.dtype == "auto" and not is_old_gpu()),
+        fp16=config.dtype == "float16" or (config.dtype == "auto" and is_old_gpu()),
         use_cpu=not on_gpu,
         pad_to_multiple_of=64 if on_gpu else None,  # odd sizes cost 4% of a step
         ddp_find_unused_parameters=False,
