@@ -986,7 +986,7 @@ def read_files(path: Path) -> dict[str, Any]:
             rows = read_csv_records(file) if suffix in (".csv", ".tsv") else read_json_records(file)
         records.setdefault(split, []).extend(rows)
     if not records:
-        raise UserError(f"--dataset {path}: nothing to read.", f"use {', '.join(FORMATS)}")
+        raise UserError(f"nothing to read in {path}.", f"use {', '.join(FORMATS)}")
     tables = {}
     for split, rows in records.items():
         names = dict.fromkeys(name for row in rows for name in row)
@@ -999,7 +999,7 @@ def load_source(config: DataConfig) -> Any:
     """The rows of a Hub dataset, a downloaded repository, a `save_to_disk` folder, or files."""
     path = Path(config.dataset)
     if not path.exists() and (path.suffix.lower() in FORMATS or not is_hub_name(config.dataset)):
-        raise UserError(f"--dataset {path} not found.", "check the path, or use OWNER/NAME")
+        raise UserError("not found.", "check the path, or use OWNER/NAME")
     card = path / "README.md"
     wanted = config.subset or config.lang
     if not path.exists() or (card.is_file() and "\nconfigs:" in card.read_text("utf-8")):
@@ -1013,11 +1013,9 @@ def load_source(config: DataConfig) -> Any:
     if (path / "state.json").is_file() or (path / "dataset_dict.json").is_file():
         saved = datasets.load_from_disk(str(path))
         tables = saved if isinstance(saved, dict) else {"train": saved}
-    elif config.subset or (path / wanted).is_dir():
-        tables = read_files(path / wanted)
     else:
-        tables = read_files(path)
-    # The split is in the notation of `datasets`, such as train[:500]+test.
+        has_folders = config.subset or (path / wanted).is_dir()
+        tables = read_files(path / wanted if has_folders else path)
     sizes = {name: len(table) for name, table in tables.items()}
     chosen = []
     for part in datasets.ReadInstruction.from_spec(config.split).to_absolute(sizes):
@@ -1032,8 +1030,6 @@ def read_records(config: DataConfig) -> Any:
     try:
         records = load_source(config)
         records.data.validate(full=True)  # raises if text is not UTF-8
-    except UserError:
-        raise
     except Exception as error:
         text = source
         hint = None
@@ -1092,11 +1088,11 @@ def prepare_rows(records: Any, tokenizer: Any, config: DataConfig) -> PreparedDa
     eval_rows = min(config.eval_rows, len(kept))
     chosen = sorted(random.Random(config.seed).sample(range(len(kept)), eval_rows))
     others = sorted(set(range(len(kept))).difference(chosen))
-    table = []
+    rows = []
     for row in kept.values():
         mask = [0] * row.prompt_tokens + [1] * (row.tokens - row.prompt_tokens)
-        table.append({**row._asdict(), "completion_mask": mask})
-    row_counts = {
+        rows.append({**row._asdict(), "completion_mask": mask})
+    counts = {
         "read": len(records),
         "used": len(others),
         "held_out": eval_rows,
@@ -1105,18 +1101,17 @@ def prepare_rows(records: Any, tokenizer: Any, config: DataConfig) -> PreparedDa
         "notes": dict(collections.Counter(note for row in kept.values() for note in row.notes)),
     }
     if not others:
-        message = f"nothing to train on: {prompts.describe_counts(row_counts)}."
+        message = f"nothing to train on: {prompts.describe_counts(counts)}."
         raise UserError(message, "widen --split, name other columns, or fix the rows")
-    usable = datasets.Dataset.from_list(table)
-    used = usable.select(others)
-    held_out = usable.select(chosen)
-    return PreparedData(usable, used, held_out, dropped, row_counts, fingerprint(list(records)))
+    table = datasets.Dataset.from_list(rows)
+    digest = fingerprint(list(records))
+    return PreparedData(table, table.select(others), table.select(chosen), dropped, counts, digest)
 
 
 # ----------------------------------------------------------------------------------------------- model
-# Finds the base model, loads it and its tokenizer. Everything is loaded from a folder, so that nothing
-# depends on a name; code that comes with a model never runs; the tokenizer must round-trip a fixed text.
-# huggingface_hub downloads, Unsloth and transformers load.
+# Finds the base model, loads it and its tokenizer from folders. Code that comes with a model never
+# runs; the tokenizer must round-trip a fixed text. huggingface_hub downloads, Unsloth and
+# transformers load.
 
 
 def is_hub_name(name: str) -> bool:
@@ -1129,7 +1124,7 @@ def is_hub_name(name: str) -> bool:
 
 def local_model(name: str) -> Path | None:
     """The folder of a base model, or None for a name on the Hub; raises if it is no model."""
-    folder = Path(name).expanduser()
+    folder = Path(name)
     if not folder.is_dir() and is_hub_name(name):
         return None
     if not folder.is_dir():
@@ -1157,14 +1152,13 @@ def check_gpu() -> None:
 
 
 def check_model(config: ModelConfig, revision: str | None = None) -> None:
-    """Raises, before the heavy imports, for a model that is missing or that this machine can't run."""
+    """Raises, before heavy imports, for a model that is missing or too large for this machine."""
     name = config.model
     check_gpu()
-    folder = local_model(name)
     sizes = re.findall(r"(\d+(?:\.\d+)?)b(?![a-z])", name.lower())
     billions = max(map(float, sizes), default=0.0)
-    if folder:
-        billions = weights_size(str(folder))[0] / 2e9
+    if local_model(name):
+        billions = weights_size(name)[0] / 2e9
     if billions > CPU_BILLIONS and not torch.cuda.is_available():
         message = f"--model {name} has {billions:.1f} billion parameters: it needs a GPU."
         raise UserError(message, f"see `demo`, or use one of up to {CPU_BILLIONS} billion")
@@ -1311,7 +1305,7 @@ def head_size(shape: Any) -> int:
 
 
 def load_meta_model(folder: Path) -> Any:
-    """The model that config.json describes, on the meta device: names and shapes without weights."""
+    """The model that config.json describes, on the meta device: shapes without weights."""
     settings = transformers.AutoConfig.from_pretrained(folder, trust_remote_code=False)
     with accelerate.init_empty_weights(include_buffers=False):
         model = transformers.AutoModelForCausalLM.from_config(settings, dtype=settings.dtype)
@@ -1349,7 +1343,7 @@ class LoadedModel:
             total = torch.cuda.get_device_properties(0).total_memory / GIB
             torch.cuda.set_per_process_memory_fraction(min(1.0, config.gpu_memory_gib / total))
         fast_model = import_unsloth()  # before transformers
-        # Tokenizer and config of the model that was named, weights of its 4-bit repository.
+        # Tokenizer and config are the named model's, weights its 4-bit repository's.
         weights = four_bit_name(config)
         named_folder = download_model(config.model, False, pinned.get(config.model))
         folder = download_model(weights, revision=pinned.get(weights))
@@ -1361,7 +1355,6 @@ class LoadedModel:
             max_seq_length=config.max_seq_length,
             dtype=getattr(torch, config.dtype, None),
             load_in_4bit=config.load_in_4bit,
-            use_safetensors=True,
             trust_remote_code=False,
         )
         model.config.pad_token_id = tokenizer.pad_token_id
@@ -1445,9 +1438,7 @@ def make_head_contiguous(model: Any) -> None:
     model.get_output_embeddings().register_forward_pre_hook(clone_input)
 
 
-def attend_to_cache(
-    attention: Any, query: Any, length: int, mask: Any, rows: int, _: bool
-) -> tuple[Any]:
+def attend_to_cache(attention: Any, query: Any, length: int, mask: Any, rows: int, _: bool) -> Any:
     """Single-token GQA over the preallocated KV cache, with static shapes."""
     # query is (rows, heads, 1, size), the cache (places, rows, kv_heads, size), mask WholeStep's.
     keys = attention.paged_attention_K.flatten(1, 2).transpose(0, 1)
@@ -1463,9 +1454,9 @@ def whole_step_class(base: Any) -> Any:
     """A subclass of Unsloth's step state whose graph does not end at attention."""
 
     class WholeStep(base):  # type: ignore[misc]
-        """Keeps an additive mask at a fixed address: 0 for cache places a row attends to, else -inf."""
+        """Keeps an additive mask at a fixed address: 0 where a row attends to the cache, else -inf."""
 
-        places: Any = None  # the mask, of shape (MAX_BATCH, 1, places)
+        places: Any = None  # of shape (MAX_BATCH, 1, places)
 
         @property
         def attention(self) -> Callable[..., Any]:
@@ -1473,7 +1464,7 @@ def whole_step_class(base: Any) -> Any:
 
         @attention.setter
         def attention(self, _: Any) -> None:
-            """Ignored: Unsloth would end the graph here, and start another one after attention."""
+            """Ignored: Unsloth would end the graph here, and start another after attention."""
 
         @property
         def mask(self) -> Any:
@@ -1591,8 +1582,10 @@ def generate(
         inputs = tokenizer(texts, return_tensors="pt", padding=True, add_special_tokens=False)
         length = inputs["input_ids"].shape[1]
         options = sampling_options(loaded, config, length)
-        label = f"answers {start + 1}-{start + len(batch)} of {len(questions)}, tokens"
-        options["streamer"] = streamer or token_counter(label, config.max_new_tokens)
+        options["streamer"] = streamer
+        if streamer is None:
+            bar = progress(range(config.max_new_tokens), f"answers from {start + 1}, tokens")
+            options["streamer"] = SimpleNamespace(put=lambda _: bar.update(), end=bar.close)
         started = time.perf_counter()
         with torch.inference_mode():  # a tenth faster on a CPU
             output = loaded.model.generate(**inputs.to(loaded.model.device), **options)
@@ -1630,8 +1623,7 @@ def thinking_limit(tokenizer: Any, length: int, budget: int) -> Any:
         # Scores of shape (rows, vocabulary), after the tokens `ids` of shape (rows, tokens).
         late = ids.shape[1] - length - budget
         if late <= 0:
-            tail = ids[:, length:][:, -len(closing) - 4 :]
-            for row, text in enumerate(tokenizer.batch_decode(tail)):
+            for row, text in enumerate(tokenizer.batch_decode(ids[:, length:][:, -12:])):
                 if prompts.THINK_CLOSE in text:
                     closed.add(row)
         thinking = [row for row in range(len(ids)) if row not in closed]
@@ -1643,12 +1635,6 @@ def thinking_limit(tokenizer: Any, length: int, budget: int) -> Any:
         return scores
 
     return process
-
-
-def token_counter(label: str, tokens: int) -> Any:
-    """A streamer that shows how many tokens of a batch have been generated."""
-    bar = progress(range(tokens), label)
-    return SimpleNamespace(put=lambda _: bar.update(1), end=bar.close)
 
 
 def answer_printer(tokenizer: Any) -> Any:

@@ -138,7 +138,7 @@ def test_broken_file_is_named_with_its_line_and_fitting_advice(tmp_path, name):
 def test_missing_file_is_not_found_without_a_word_about_syntax():
     for name in ("absent.jsonl", "data/absent.csv", "my rows", "/nowhere/rows"):
         message, hint = error_of(name)
-        assert message == f"--dataset {name} not found." and "path" in hint
+        assert message == f"--dataset {name} --split train: not found." and "path" in hint
 
 
 # ------------------------------------------------------------------------------------------ folders
@@ -187,7 +187,7 @@ def test_folder_of_folders_takes_subset_or_language_and_refuses_another(tmp_path
     for lang in ("en", "zh"):
         write_repository(tmp_path, {f"{lang}/train.jsonl": LINE.replace("Why", lang).encode()})
     assert (questions(tmp_path), questions(tmp_path, subset="zh")) == (["en?"], ["zh?"])
-    assert "fr: nothing to read" in error_of(tmp_path, subset="fr")[0]
+    assert "nothing to read in" in error_of(tmp_path, subset="fr")[0]
 
 
 CONFIGS = b"---\nconfigs:\n- config_name: default\n  data_files: '*.jsonl'\n---\n"
