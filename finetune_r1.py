@@ -938,7 +938,8 @@ def read_json_records(path: Path) -> list[Any]:
     while position < len(text):
         value, position = json.JSONDecoder().raw_decode(text, position)
         records += value if isinstance(value, list) else [value]
-        position = json.decoder.WHITESPACE.match(text, position).end()
+        while text[position : position + 1].isspace():
+            position += 1
     if not all(isinstance(record, dict) for record in records):
         raise ValueError("a record is not a JSON object")
     return records
@@ -1365,7 +1366,7 @@ class LoadedModel:
         for name, place in ((config.model, named_folder), (weights, folder)):
             if place.parent.name == "snapshots":  # the Hub's cache names the folder by its commit
                 commits[name] = place.name
-        lang = getattr(config, "lang", "en")
+        lang: Lang = getattr(config, "lang", "en")
         return cls(model, tokenizer, lang, tokenizer.chat_template, memory_limit(config), commits)
 
     @classmethod
@@ -1493,12 +1494,11 @@ def whole_step_class(base: Any) -> Any:
 # that counts as an answer only if it was closed. transformers generates and samples.
 
 
-def own_sampling(settings: dict[str, Any]) -> dict[str, float]:
+def own_sampling(own: dict[str, Any]) -> dict[str, float]:
     """Temperature (0 if greedy) and top_p of a generation_config.json."""
-    if not settings.get("do_sample"):
+    if not own.get("do_sample"):
         return {"temperature": 0.0}
-    top_p = settings.get("top_p") or 1.0
-    return {"temperature": settings.get("temperature") or 1.0, "top_p": top_p}
+    return {"temperature": own.get("temperature") or 1.0, "top_p": own.get("top_p") or 1.0}
 
 
 def render_prompts(loaded: LoadedModel, questions: Sequence[str], chat: bool = False) -> list[str]:
