@@ -918,6 +918,8 @@ class Run:
 # Reads a dataset and turns its records into rows of tokens. Every record is accounted for: used,
 # shortened, held out, or dropped with a true reason. `datasets` reads repositories, and slices.
 
+FORMATS = (".jsonl", ".json", ".csv", ".tsv", ".parquet")
+
 
 class PreparedData(NamedTuple):
     """What became of a dataset's records."""
@@ -960,9 +962,6 @@ def read_csv_records(path: Path) -> list[Any]:
     except (csv.Error, ValueError) as error:
         raise ValueError(f"line {reader.reader.line_num}: {error}; quote {separator!r} in fields")
     return records
-
-
-FORMATS = (".jsonl", ".json", ".csv", ".tsv", ".parquet")
 
 
 def read_files(path: Path) -> dict[str, Any]:
@@ -1027,12 +1026,11 @@ def load_source(config: DataConfig) -> Any:
 def read_records(config: DataConfig) -> Any:
     """The records of --dataset, --subset and --split as a `datasets.Dataset`."""
     logging.getLogger("datasets").setLevel(logging.CRITICAL)
-    source = f"--dataset {config.dataset} --split {config.split}"
+    text = f"--dataset {config.dataset} --split {config.split}"
     try:
         records = load_source(config)
         records.data.validate(full=True)  # raises if text is not UTF-8
     except Exception as error:
-        text = source
         hint = None
         cause: BaseException | None = error
         while cause:  # `datasets` wraps the error that tells what to do
@@ -1049,7 +1047,7 @@ def read_records(config: DataConfig) -> Any:
             cause = cause.__cause__
         raise UserError(text, hint or "check --split and --subset, or use a JSONL copy") from error
     if not len(records):
-        raise UserError(f"{source}: no rows.", "widen --split")
+        raise UserError(f"{text}: no rows.", "widen --split")
     return records
 
 
@@ -1138,7 +1136,7 @@ def local_model(name: str) -> Path | None:
 
 
 def check_gpu() -> None:
-    """Raises if this torch has no code for the GPU, as for a P100 (Kaggle/docker-python#1546)."""
+    """Raises if this torch has no code for the GPU, such as a P100 (Kaggle/docker-python#1546)."""
     if not torch.cuda.is_available() or torch.version.hip:
         return
     gpu = torch.cuda.get_device_capability()
@@ -1257,11 +1255,11 @@ def save_config(folder: Path) -> None:
 
 
 def import_unsloth(for_training: bool = False) -> Any:
-    """Unsloth's FastLanguageModel; it has to be imported before trl, transformers and peft."""
+    """Unsloth's FastLanguageModel; to be imported before trl, transformers and peft."""
     if "unsloth" not in sys.modules:
         if not for_training and torch.cuda.is_available():
-            os.environ["UNSLOTH_ALLOW_CPU"] = "1"  # it then skips patching TRL, which takes 7 s
-        gc.disable()  # collections while importing take a quarter of the time
+            os.environ["UNSLOTH_ALLOW_CPU"] = "1"  # skips patching TRL, which takes 7 s
+        gc.disable()  # it takes a quarter of the time
         importlib.import_module("unsloth")
         gc.enable()
         os.environ.pop("UNSLOTH_ALLOW_CPU", None)
@@ -1325,7 +1323,7 @@ def load_adapter(model: Any, folder: Path) -> None:
 
 @dataclass
 class LoadedModel:
-    """A model in memory with its tokenizer, and the language of its prompt."""
+    """A model in memory with its tokenizer."""
 
     model: Any
     tokenizer: Any

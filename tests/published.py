@@ -2,14 +2,11 @@
 
 As published, as far as is known: every file's name, what is in config.json (of transformers 4),
 generation_config.json, tokenizer_config.json and special_tokens_map.json, the parts of tokenizer.json, the
-added tokens with their order and which are special, what the chat template renders, the number and names of
-the weights' files, which modules the 4-bit repository leaves in 16 bit, the data sets' files, configs and
-columns, the fields of a log-in's answer.
-Not as published: a vocabulary of a thousand tokens, trained on the sample's rows and a little Chinese, so
-that all ids differ; two layers of 64 dimensions with random weights; the text of cards, rows and questions.
-From memory, with nothing at hand to check them by: Qwen's added tokens beside those named in R1's template,
-its config, the cards of the two layouts by DeepSeek (whose base model as a list is this module's choice; the
-Hub takes both), and what an OAuth log-in shows beside the lack of an accessToken.
+added tokens with their order and which are special, what the chat template renders, the weights' files, which
+modules the 4-bit repository leaves in 16 bit, the data sets' files, configs and columns, a log-in's answer.
+Not as published: a vocabulary of a thousand tokens, so that all ids differ; two layers of 64 dimensions with
+random weights; the text of cards, rows and questions. From memory: Qwen's added tokens beside those in R1's
+template, its config, the cards of the two layouts by DeepSeek, and what an OAuth log-in shows.
 
 Call `finetune_r1.import_unsloth()` first: Unsloth has to be imported before transformers.
 """
