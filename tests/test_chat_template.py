@@ -54,21 +54,16 @@ def test_chat_template_has_bos_as_told_and_no_word_that_breaks_a_client():
         assert word not in prompts.build_chat_template(has_bos=True)
 
 
-@pytest.fixture(
-    params=["tiny_r1 en", "tiny_r1 zh", "tiny_deepseek zh", "tiny_qwen en", "smollm2 en"]
+@pytest.mark.parametrize(
+    "chat", ["tiny_r1 en", "tiny_r1 zh", "tiny_deepseek zh", "tiny_qwen en", "smollm2 en"]
 )
-def chat(tmp_path, request):
-    """A saved tokenizer as plain transformers loads it, and the language of its prompt."""
-    layout, lang = request.param.split()
+def test_saved_template_gives_plain_transformers_the_tokens_of_training(request, tmp_path, chat):
+    layout, lang = chat.split()
     tokenizer = finetune_r1.load_tokenizer(request.getfixturevalue(layout))
     finetune_r1.save_tokenizer(tokenizer, tmp_path, lang)
     from transformers import AutoTokenizer  # after Unsloth, which the layouts import
 
-    return AutoTokenizer.from_pretrained(tmp_path), lang
-
-
-def test_saved_template_gives_the_tokens_of_training(chat):
-    tokenizer, lang = chat
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path)
     asked = tokenizer.apply_chat_template(ASKED, add_generation_prompt=True, return_dict=False)
     assert asked == tokenizer(prompts.build_prompt("Why {question}?", lang))["input_ids"]
 
@@ -186,11 +181,11 @@ def test_batch_of_two_lengths_is_answered_as_each_question_alone(tiny_deepseek, 
     model = AutoModelForCausalLM.from_pretrained(tiny_deepseek, dtype=torch.float32)
     questions = [prompts.build_prompt("Why?"), prompts.build_prompt("Why is it so? " * 9)]
 
+    model.generation_config.pad_token_id = tokenizer.pad_token_id
+
     def answer(texts, **options):
         inputs = tokenizer(texts, padding=True, return_tensors="pt", **options)
-        tokens = model.generate(
-            **inputs, max_new_tokens=8, do_sample=False, pad_token_id=tokenizer.pad_token_id
-        )
+        tokens = model.generate(**inputs, max_new_tokens=8, do_sample=False)
         return tokens[:, inputs["input_ids"].shape[1] :].tolist()
 
     alone = answer(questions[:1]) + answer(questions[1:])
