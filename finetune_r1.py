@@ -1127,7 +1127,7 @@ def local_model(name: str) -> Path | None:
     if not folder.is_dir() and is_hub_name(name):
         return None
     if not folder.is_dir():
-        raise UserError(f"base model {name} not found.", "say where it is now: --model PATH")
+        raise UserError(f"--model {name} not found.", "say where the base is now: --model PATH")
     if (folder / "adapter_config.json").is_file():  # transformers would load it on top
         raise UserError(f"--model {name} holds a LoRA adapter.", "pass its base, or `infer --run`")
     if not (folder / "config.json").is_file():
@@ -1337,11 +1337,11 @@ class LoadedModel:
         """Loads with Unsloth, by name at the commits in `revisions`, if any."""
         pinned = revisions or {}
         check_model(config, pinned.get(config.model))
-        processes()  # with torchrun, each process takes its own GPU
+        processes()  # with torchrun each takes its own GPU
         if config.gpu_memory_gib and torch.cuda.is_available():
             total = torch.cuda.get_device_properties(0).total_memory / GIB
             torch.cuda.set_per_process_memory_fraction(min(1.0, config.gpu_memory_gib / total))
-        fast_model = import_unsloth()  # before transformers
+        fast_model = import_unsloth()
         # Tokenizer and config are the named model's, weights its 4-bit repository's.
         weights = four_bit_name(config)
         named_folder = download_model(config.model, False, pinned.get(config.model))

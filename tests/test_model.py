@@ -85,7 +85,7 @@ def test_load_folder_that_is_no_whole_model_names_what_is_wrong(
 def test_load_missing_path_is_not_found_and_8b_without_a_gpu_is_refused_offline(run_cli):
     for name in ("/models/DeepSeek-R1-8B", "./gone-8b/2", "nowhere"):
         done = run_cli(["load", "--model", name])
-        assert done.code == 1 and f"base model {name} not found" in done.err
+        assert done.code == 1 and f"--model {name} not found" in done.err
         assert "billion" not in done.err
     done = run_cli(["load"])
     assert done.code == 1 and "8.0 billion parameters" in done.err and "demo" in done.err
@@ -98,7 +98,7 @@ def test_infer_with_moved_base_takes_model_path(tiny_r1, tiny_run, run_cli, tmp_
     finetune_r1.write_json(run / "config.json", settings)
     ask = ["infer", "Why?", "--run", "run", "--max-new-tokens", 2]
     gone = run_cli(ask)
-    assert gone.code == 1 and "base model /kaggle/input/r1/8b/2 not found" in gone.err
+    assert gone.code == 1 and "--model /kaggle/input/r1/8b/2 not found" in gone.err
     assert "--model PATH" in gone.err and "billion" not in gone.err
     assert run_cli([*ask, "--model", tiny_r1]).code == 0
 
