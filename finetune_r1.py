@@ -17,7 +17,6 @@ model, generation, training, evaluation, saving, GGUF, pushing, commands. Result
 everything else to stderr.
 """
 
-import atexit
 import collections
 import contextlib
 import copy
@@ -51,6 +50,7 @@ from concurrent import futures
 from dataclasses import dataclass, field
 from importlib import metadata
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Annotated, Any, Literal, NamedTuple, Self
 
 import prompts
@@ -811,6 +811,8 @@ class Run:
 # Reads a dataset and turns its records into rows of tokens. Every record is accounted for: used,
 # shortened, held out, or dropped with a true reason. `datasets` reads repositories, and slices.
 
+FORMATS = (".jsonl", ".json", ".csv", ".tsv", ".parquet")
+
 
 class PreparedData(NamedTuple):
     """What became of a dataset's records."""
@@ -819,8 +821,8 @@ class PreparedData(NamedTuple):
     used: Any
     held_out: Any
     dropped: dict[str, list[int]]  # positions of records, by reason
-    row_counts: dict[str, Any]  # numbers of records, by what became of them
-    fingerprint: str  # equal for equal records
+    row_counts: dict[str, Any]
+    fingerprint: str
 
 
 def read_json_records(path: Path) -> list[Any]:
@@ -833,9 +835,8 @@ def read_json_records(path: Path) -> list[Any]:
         records += value if isinstance(value, list) else [value]
         while text[position : position + 1].isspace():
             position += 1
-    for number, record in enumerate(records, 1):
-        if not isinstance(record, dict):
-            raise ValueError(f"record {number} is {type(record).__name__}, not an object")
+    if not all(isinstance(record, dict) for record in records):
+        raise ValueError("a record is not a JSON object")
     return records
 
 
@@ -852,41 +853,33 @@ def read_csv_records(path: Path) -> list[Any]:
                 raise ValueError("more or fewer fields than the header, or a name in it twice")
             records.append(record)
     except (csv.Error, ValueError) as error:
-        where = f"line {reader.reader.line_num}: {error}"
-        raise ValueError(f"{where} (quote fields that hold {separator!r} or quotes)") from None
+        raise ValueError(f"line {reader.reader.line_num}: {error}; quote {separator!r} in fields")
     return records
-
-
-READERS = {
-    ".jsonl": read_json_records,
-    ".json": read_json_records,
-    ".csv": read_csv_records,
-    ".tsv": read_csv_records,
-    ".parquet": lambda path: parquet.read_table(path).to_pylist(),
-}
 
 
 def read_files(path: Path) -> dict[str, Any]:
     """A table for each split; a file's name tells its split, as in `datasets`."""
     records: dict[str, list[Any]] = {}
-    unread = []
     for file in sorted(path.rglob("*")) if path.is_dir() else [path]:
         inside = str(file.relative_to(path))
         if file.is_dir() or re.search(r"(^|/)\.\w", inside):  # such as .cache
             continue
-        if file.suffix.lower() not in READERS:
-            unread.append(file.name)
+        suffix = file.suffix.lower()
+        if suffix not in FORMATS:
+            log(f"note: {file} is not read")
             continue
-        split = "train"
         words = re.split(r"[\W\d_]+", inside.lower())
+        split = "train"
         for name, keywords in datasets.data_files.SPLIT_KEYWORDS.items():
             if set(words).intersection(keywords):
                 split = str(name)
-        records.setdefault(split, []).extend(READERS[file.suffix.lower()](file))
-    if unread:
-        log(f"note: not read in {path}: {', '.join(unread)}")
+        if suffix == ".parquet":
+            rows = parquet.read_table(file).to_pylist()
+        else:
+            rows = read_csv_records(file) if suffix in (".csv", ".tsv") else read_json_records(file)
+        records.setdefault(split, []).extend(rows)
     if not records:
-        raise UserError(f"--dataset {path}: nothing to read.", f"use {', '.join(READERS)}")
+        raise UserError(f"nothing to read in {path}.", f"use {', '.join(FORMATS)}")
     tables = {}
     for split, rows in records.items():
         names = dict.fromkeys(name for row in rows for name in row)
@@ -898,13 +891,12 @@ def read_files(path: Path) -> dict[str, Any]:
 def load_source(config: DataConfig) -> Any:
     """The rows of a Hub dataset, a downloaded repository, a `save_to_disk` folder, or files."""
     path = Path(config.dataset)
-    if not path.exists() and (path.suffix.lower() in READERS or not is_hub_name(config.dataset)):
-        raise UserError(f"--dataset {path} not found.", "check the path, or use OWNER/NAME")
+    if not path.exists() and (path.suffix.lower() in FORMATS or not is_hub_name(config.dataset)):
+        raise UserError("not found.", "check the path, or use OWNER/NAME")
     card = path / "README.md"
-    metadata = huggingface_hub.metadata_load(card) if card.is_file() else None
-    if not path.exists() or (metadata and metadata.get("configs")):
+    wanted = config.subset or config.lang
+    if not path.exists() or (card.is_file() and "\nconfigs:" in card.read_text("utf-8")):
         export_hub_token()
-        wanted = config.subset or config.lang
         try:
             return datasets.load_dataset(config.dataset, wanted, split=config.split)
         except ValueError:
@@ -915,68 +907,46 @@ def load_source(config: DataConfig) -> Any:
         saved = datasets.load_from_disk(str(path))
         tables = saved if isinstance(saved, dict) else {"train": saved}
     else:
-        subset = path / (config.subset or config.lang)
-        tables = read_files(subset if config.subset or subset.is_dir() else path)
-    # The split is in the notation of `datasets`, such as train[:500]+test.
+        has_folders = config.subset or (path / wanted).is_dir()
+        tables = read_files(path / wanted if has_folders else path)
     sizes = {name: len(table) for name, table in tables.items()}
     chosen = []
     for part in datasets.ReadInstruction.from_spec(config.split).to_absolute(sizes):
-        positions = range(part.from_, max(part.from_, part.to))
-        chosen.append(tables[part.splitname].select(positions))
+        chosen.append(tables[part.splitname].select(list(range(part.from_, part.to))))
     return datasets.concatenate_datasets(chosen)
-
-
-def data_error(error: BaseException | None, source: str) -> UserError:
-    """An error of a dataset's reader, with a hint by the class of it or of its causes."""
-    texts = []
-    hints = []
-    while error:
-        texts.append(str(error).strip().partition("\n")[0])
-        names = {kind.__name__ for kind in type(error).__mro__}
-        hint = advice(error)
-        if "DatasetNotFoundError" in names or http_status(error) == 403:
-            hints.append("check the name; a private or gated one needs `login`")
-        elif "CastError" in names:
-            hints.append("its files have different columns: choose by --subset")
-        elif hint and isinstance(error, OSError) and error.errno:
-            hints.append(f"{hint} (the cache is {hub_constants.HF_HOME}; HF_HOME moves it)")
-        elif hint and "DatasetsError" not in names:
-            hints.append(hint)
-        error = error.__cause__
-    hints.append("check --split and --subset, or use a repaired copy as JSONL")
-    return UserError(f"{source}: {'; '.join(filter(None, texts))}", hints[0])
 
 
 def read_records(config: DataConfig) -> Any:
     """The records of --dataset, --subset and --split as a `datasets.Dataset`."""
     logging.getLogger("datasets").setLevel(logging.CRITICAL)
-    source = f"--dataset {config.dataset} --split {config.split}"
+    text = f"--dataset {config.dataset} --split {config.split}"
     try:
         records = load_source(config)
-        records.data.validate(full=True)  # `datasets` accepts text that is not UTF-8
-    except UserError:
-        raise
+        records.data.validate(full=True)  # raises if text is not UTF-8
     except Exception as error:
-        raise data_error(error, source) from error
+        hint = None
+        cause: BaseException | None = error
+        while cause:  # `datasets` wraps the error that tells what to do
+            text += ": " + str(cause).strip().partition("\n")[0]
+            kinds = str(type(cause).__mro__)
+            if "DatasetNotFoundError" in kinds or http_status(cause) == 403:
+                hint = hint or "check the name; a private one needs `login`"
+            elif "CastError" in kinds:
+                hint = hint or "the files have different columns: pass --subset"
+            elif not hint and "DatasetsError" not in kinds:
+                hint = advice(cause)
+                if hint and isinstance(cause, OSError) and cause.errno:
+                    hint += f" (HF_HOME is {hub_constants.HF_HOME})"
+            cause = cause.__cause__
+        raise UserError(text, hint or "check --split and --subset, or use a JSONL copy") from error
     if not len(records):
-        raise UserError(f"{source}: no rows.", "widen --split")
+        raise UserError(f"{text}: no rows.", "widen --split")
     return records
 
 
-def check_columns(records: Any, config: DataConfig) -> None:
-    """Raises if a named column is missing."""
-    names = records.column_names
-    if not set(config.columns).issubset(names):
-        raise UserError(
-            f"--dataset {config.dataset} has {', '.join(names)}, not {', '.join(config.columns)}.",
-            "pass --question-col, --cot-col and --response-col; the last two may be one",
-        )
-
-
-def fingerprint(*parts: Any) -> str:
+def fingerprint(content: Any) -> str:
     """Equal for equal content, on any machine."""
-    text = "".join(json.dumps(part, default=str) for part in parts)
-    return hashlib.sha256(text.encode()).hexdigest()[:16]
+    return hashlib.sha256(json.dumps(content, default=str).encode()).hexdigest()[:16]
 
 
 def question_hash(question: str) -> str:
@@ -984,68 +954,56 @@ def question_hash(question: str) -> str:
     return fingerprint(prompts.same_question(question))
 
 
-def trained_questions(run: Run) -> set[str]:
-    """The hashes of a run's training questions."""
-    return set(read_json(run / "trained.json")["questions"])
-
-
-def tokenize(records: Any, tokenizer: Any, config: DataConfig) -> list[prompts.Row]:
-    """A row for each record; its status says whether and why it is dropped."""
+def prepare_rows(records: Any, tokenizer: Any, config: DataConfig) -> PreparedData:
+    """Turns records into rows of tokens, and draws those held out."""
+    names = records.column_names
+    if not set(config.columns).issubset(names):
+        message = f"--dataset has {', '.join(names)}, not {', '.join(config.columns)}."
+        raise UserError(message, "pass --question-col, --cot-col and --response-col")
+    records = records.select_columns(sorted(set(config.columns)))
     special = list(map(str, tokenizer.added_tokens_decoder.values()))
-    rows = []
-    for record in records:
+    dropped: dict[str, list[int]] = collections.defaultdict(list)
+    kept: dict[str, prompts.Row] = {}
+    for position, record in enumerate(records):
         row = prompts.read_record(record, config.columns, special)
         if row.status == "used":
             row = prompts.encode(row, tokenizer, config.lang)
         if row.status == "used" and row.tokens > config.max_seq_length:
             row = prompts.shorten(row, tokenizer, config.lang, config.max_seq_length)
-        rows.append(row)
-    return rows
-
-
-def prepare_rows(records: Any, tokenizer: Any, config: DataConfig) -> PreparedData:
-    """Turns records into rows of tokens, and draws those held out."""
-    records = records.select_columns(sorted(set(config.columns)))
-    rows = tokenize(records, tokenizer, config)
-    # Of rows with one question the first counts, so that none is both trained on and held out.
-    dropped: dict[str, list[int]] = {}
-    kept: dict[str, prompts.Row] = {}
-    for position, row in enumerate(rows):
-        reason = row.status
-        if reason in ("used", "shortened"):
-            reason = "duplicate question"
-            if kept.setdefault(prompts.same_question(row.question), row) is row:
-                continue
-        dropped.setdefault(reason, []).append(position)
-    usable = list(kept.values())
-    eval_rows = min(config.eval_rows, len(usable))
-    chosen = sorted(random.Random(config.seed).sample(range(len(usable)), eval_rows))
-    others = sorted(set(range(len(usable))).difference(chosen))
-    row_counts = {
-        "read": len(rows),
+        question = prompts.same_question(row.question)
+        if row.status not in ("used", "shortened"):
+            dropped[row.status].append(position)
+        elif question in kept:  # the first counts, so that none is both trained on and held out
+            dropped["duplicate question"].append(position)
+        else:
+            kept[question] = row
+    eval_rows = min(config.eval_rows, len(kept))
+    chosen = sorted(random.Random(config.seed).sample(range(len(kept)), eval_rows))
+    others = sorted(set(range(len(kept))).difference(chosen))
+    rows = []
+    for row in kept.values():
+        mask = [0] * row.prompt_tokens + [1] * (row.tokens - row.prompt_tokens)
+        rows.append({**row._asdict(), "completion_mask": mask})
+    counts = {
+        "read": len(records),
         "used": len(others),
         "held_out": eval_rows,
-        "shortened": sum(row.status == "shortened" for row in usable),
+        "shortened": sum(row.status == "shortened" for row in kept.values()),
         "dropped": {reason: len(positions) for reason, positions in dropped.items()},
-        "notes": dict(collections.Counter(note for row in usable for note in row.notes)),
+        "notes": dict(collections.Counter(note for row in kept.values() for note in row.notes)),
     }
     if not others:
-        raise UserError(
-            f"--dataset {config.dataset}: {prompts.describe_counts(row_counts)}.",
-            "widen --split, name other columns, or fix the rows",
-        )
-    table = pandas.DataFrame(usable).to_dict("list")
-    masks = [[0] * row.prompt_tokens + [1] * (row.tokens - row.prompt_tokens) for row in usable]
-    tables = datasets.Dataset.from_dict({**table, "completion_mask": masks})
-    used = tables.select(others)
-    held_out = tables.select(chosen)
-    return PreparedData(tables, used, held_out, dropped, row_counts, fingerprint(*records))
+        message = f"nothing to train on: {prompts.describe_counts(counts)}."
+        raise UserError(message, "widen --split, name other columns, or fix the rows")
+    table = datasets.Dataset.from_list(rows)
+    digest = fingerprint(list(records))
+    return PreparedData(table, table.select(others), table.select(chosen), dropped, counts, digest)
 
 
 # ----------------------------------------------------------------------------------------------- model
-# Finds the base model, loads it and its tokenizer. Everything is loaded from a folder, so that nothing
-# depends on a name; code that comes with a model never runs; the tokenizer must round-trip a fixed text.
-# huggingface_hub downloads, Unsloth and transformers load.
+# Finds the base model, loads it and its tokenizer from folders. Code that comes with a model never
+# runs; the tokenizer must round-trip a fixed text. huggingface_hub downloads, Unsloth and
+# transformers load.
 
 
 def is_hub_name(name: str) -> bool:
@@ -1057,38 +1015,21 @@ def is_hub_name(name: str) -> bool:
 
 
 def local_model(name: str) -> Path | None:
-    """The folder that --model names, or None for a name on the Hub; raises if it is no model."""
-    folder = Path(name).expanduser()
+    """The folder of a base model, or None for a name on the Hub; raises if it is no model."""
+    folder = Path(name)
+    if not folder.is_dir() and is_hub_name(name):
+        return None
     if not folder.is_dir():
-        if is_hub_name(name):
-            return None
-        hint = "check the path; if the base model has moved, say where it is with --model PATH"
-        raise UserError(f"--model {name} not found: no folder, and not OWNER/NAME.", hint=hint)
-    is_adapter = (folder / "adapter_config.json").is_file()
-    if is_adapter and not (folder / "config.json").is_file():
-        hint = "pass its base model; for a run's adapter, `infer --run RUN`"
-        raise UserError(f"--model {name} is a LoRA adapter, not a model.", hint=hint)
-    if is_adapter:  # transformers would apply the adapter on top of the merged weights
-        hint = "move adapter_config.json and adapter_model.safetensors to another folder"
-        raise UserError(f"--model {name} holds a model and an adapter.", hint=hint)
+        raise UserError(f"--model {name} not found.", "say where the base is now: --model PATH")
+    if (folder / "adapter_config.json").is_file():  # transformers would load it on top
+        raise UserError(f"--model {name} holds a LoRA adapter.", "pass its base, or `infer --run`")
     if not (folder / "config.json").is_file():
-        hint = "pass a folder written by save_pretrained"
-        raise UserError(f"--model {name} has no config.json.", hint=hint)
+        raise UserError(f"--model {name} has no config.json.", "use what save_pretrained wrote")
     return folder.resolve()
 
 
-def resolve_base(run: Run, model: str | None = None) -> str:
-    """Where a run's base model is: --model if given, else what the run was trained on."""
-    name = model or run.config.model
-    if not model and Path(name).is_absolute() and not Path(name).is_dir():
-        hint = "say where it is now with --model PATH"
-        raise UserError(f"the base model of {run} is not at {name}.", hint=hint)
-    folder = local_model(name)
-    return str(folder) if folder else name
-
-
 def check_gpu() -> None:
-    """Raises if this torch has no code for the GPU, as for a P100 (Kaggle/docker-python#1546)."""
+    """Raises if this torch has no code for the GPU, such as a P100 (Kaggle/docker-python#1546)."""
     if not torch.cuda.is_available() or torch.version.hip:
         return
     gpu = torch.cuda.get_device_capability()
@@ -1098,90 +1039,74 @@ def check_gpu() -> None:
         major, minor = divmod(int(number), 10)
         if (major, minor) <= gpu and (major == gpu[0] or kind == "compute"):
             return
-    raise UserError(
-        f"torch has code for {', '.join(codes)}, not for compute capability {gpu}.",
-        hint="choose another GPU (on Kaggle: T4 x2) or another torch build",
-    )
+    message = f"torch has code for {', '.join(codes)}, not for compute capability {gpu}."
+    raise UserError(message, "choose another GPU (on Kaggle: T4 x2) or another torch build")
 
 
 def check_model(config: ModelConfig, revision: str | None = None) -> None:
-    """Raises, before the heavy imports, for a model that is missing or that this machine can't run."""
-    folder = local_model(config.model)
+    """Raises, before heavy imports, for a model that is missing or too large for this machine."""
+    name = config.model
     check_gpu()
-    billions = 0.0
-    if folder:
-        billions = sum(file.stat().st_size for file in folder.glob("*.safetensors")) / 2e9
-    else:
-        sizes = re.findall(r"(\d+(?:\.\d+)?)b(?![a-z])", config.model.lower())
-        billions = max(map(float, sizes), default=0.0)
+    sizes = re.findall(r"(\d+(?:\.\d+)?)b(?![a-z])", name.lower())
+    billions = max(map(float, sizes), default=0.0)
+    if local_model(name):
+        billions = weights_size(name)[0] / 2e9
     if billions > CPU_BILLIONS and not torch.cuda.is_available():
-        hint = f"see the whole job with `demo`, or use a --model of up to {CPU_BILLIONS} billion"
-        message = (
-            f"--model {config.model} has some {billions:.1f} billion parameters: it needs a GPU."
-        )
-        raise UserError(message, hint=hint)
-    download_model(config.model, weights=False, revision=revision)
+        message = f"--model {name} has {billions:.1f} billion parameters: it needs a GPU."
+        raise UserError(message, f"see `demo`, or use one of up to {CPU_BILLIONS} billion")
+    download_model(name, False, revision)
 
 
 def download_model(name: str, weights: bool = True, revision: str | None = None) -> Path:
-    """The folder with a model's files: `name` if it is a folder, else its snapshot in the Hub's cache.
-
-    Without `weights` only the small files. Only safetensors: .bin files are pickles, which can run code.
-    """
+    """A model's folder, downloaded if `name` is on the Hub; without `weights` only small files."""
     folder = local_model(name)
     if folder is None:
         export_hub_token()
-        patterns = ["*.json", "*.jinja", "README.md"] + ["model*.safetensors"] * weights
-        folder = Path(
-            huggingface_hub.snapshot_download(
-                name, revision=revision, allow_patterns=patterns, ignore_patterns="*/*"
-            )
-        )
+        wanted = ["*.json", "*.jinja", "README.md"]
+        if weights:
+            wanted.append("model*.safetensors")  # .bin files are pickles, which can run code
+        path = huggingface_hub.snapshot_download(name, revision=revision, allow_patterns=wanted)
+        folder = Path(path)
     if weights and not any(folder.glob("model*.safetensors")):
-        raise UserError(f"--model {name} has no .safetensors weights.", hint="use one that has")
+        raise UserError(f"--model {name} has no .safetensors weights.", "use one that has")
     return folder
 
 
 def four_bit_name(config: ModelConfig) -> str:
-    """The model whose weights are loaded: Unsloth's ready 4-bit repository where there is one.
-
-    Unsloth's table is run as a file, as importing it would import all of Unsloth.
-    """
+    """The model whose weights are loaded: Unsloth's 4-bit repository where there is one."""
     name = config.model
     if not config.load_in_4bit or Path(name).is_dir() or name.endswith("-bnb-4bit"):
         return name
-    package: Any = importlib.util.find_spec("unsloth")
-    mapper = runpy.run_path(str(Path(package.origin).parent / "models" / "mapper.py"))
-    return str(mapper["FLOAT_TO_INT_MAPPER"].get(name.lower(), name))
+    # Its table is run as a file: importing it would import all of Unsloth.
+    path = metadata.distribution("unsloth").locate_file("unsloth/models/mapper.py")
+    table = runpy.run_path(str(path))["FLOAT_TO_INT_MAPPER"]
+    return str(table.get(name.lower(), name))
 
 
 def load_tokenizer(folder: Path) -> Any:
-    """The tokenizer in tokenizer.json; raises unless a fixed text round-trips.
-
-    The class named in tokenizer_config.json is ignored: R1's distillations name LlamaTokenizerFast over a
-    byte-level tokenizer.json, with which transformers 5 loses white space and Chinese (issue 45488).
-    """
+    """The tokenizer in tokenizer.json; raises unless a fixed text round-trips."""
+    # Not of the class that R1's distillations name: LlamaTokenizerFast over a byte-level
+    # tokenizer.json loses white space and Chinese in transformers 5 (issue 45488).
     tokenizer = None
     if (folder / "tokenizer.json").is_file():
         tokenizer = transformers.PreTrainedTokenizerFast.from_pretrained(folder)
     if tokenizer is None or tokenizer.eos_token is None:
-        raise UserError(f"{folder} has no tokenizer.json with EOS.", hint="use another --model")
-    if tokenizer.pad_token is None:
-        tokenizer.pad_token = (
-            tokenizer.eos_token
-        )  # TRL masks padding by position: EOS keeps its label
+        raise UserError(f"{folder} has no tokenizer.json with EOS.", "use another --model")
+    if tokenizer.pad_token is None:  # TRL masks padding by position, so EOS keeps its label
+        tokenizer.pad_token = tokenizer.eos_token
     tokenizer.padding_side = "left"
     settings = folder / "tokenizer_config.json"
     if settings.is_file() and read_json(settings).get("add_bos_token") and not has_bos(tokenizer):
         prepend_bos(tokenizer)  # R1-Distill-Qwen leaves that to transformers 4's class
-    check_round_trip(tokenizer, folder)
+    ids = tokenizer.encode(ROUND_TRIP, add_special_tokens=False)
+    if tokenizer.decode(ids) != ROUND_TRIP:
+        raise UserError(f"{folder}: its tokenizer loses text.", "use another --model")
     return tokenizer
 
 
 def has_bos(tokenizer: Any) -> bool:
     """Whether encoded text starts with BOS."""
-    bos = tokenizer.bos_token_id
-    return bos is not None and tokenizer("")["input_ids"] == [bos]
+    return bool(tokenizer("")["input_ids"] == [tokenizer.bos_token_id])
 
 
 def prepend_bos(tokenizer: Any) -> None:
@@ -1191,28 +1116,13 @@ def prepend_bos(tokenizer: Any) -> None:
     tokenizer.backend_tokenizer.post_processor = template
 
 
-def check_round_trip(tokenizer: Any, folder: Path) -> None:
-    """Raises unless decode(encode(text)) == text for a fixed text."""
-    ids = tokenizer.encode(ROUND_TRIP, add_special_tokens=False)
-    decoded = tokenizer.decode(ids, skip_special_tokens=False)
-    if decoded != ROUND_TRIP:
-        message = (
-            f"the tokenizer in {folder} loses text: {ROUND_TRIP[:30]!r} became {decoded[:30]!r}."
-        )
-        raise UserError(message, hint="use another --model")
-
-
 def save_tokenizer(tokenizer: Any, folder: Path, lang: Lang | None = None) -> None:
-    """Saves a tokenizer for transformers 4 and 5, vLLM and Ollama alike, and reads it back.
-
-    With `lang` its chat template becomes the training prompt.
-    """
+    """Saves a tokenizer for transformers 4 and 5 and Ollama; `lang` makes the prompt its template."""
     adds_bos = has_bos(tokenizer)  # also undoes padding, which would be saved
     if lang:
         tokenizer.chat_template = prompts.fill_template(prompts.CHAT_TEMPLATE, lang, BOS=adds_bos)
     tokenizer.save_pretrained(folder)
-
-    # transformers 5 writes what 4 fails with, and drops what it and Ollama read.
+    # transformers 5 writes what 4 fails with, and leaves out what others read.
     settings = read_json(folder / "tokenizer_config.json")
     for name in ("auto_map", "backend", "from_slow", "is_local", "local_files_only"):
         settings.pop(name, None)
@@ -1221,55 +1131,31 @@ def save_tokenizer(tokenizer: Any, folder: Path, lang: Lang | None = None) -> No
     settings["add_bos_token"] = adds_bos
     settings["add_eos_token"] = False
     settings["model_input_names"] = ["input_ids", "attention_mask"]
-    if tokenizer.chat_template:
-        settings["chat_template"] = tokenizer.chat_template
+    settings["chat_template"] = tokenizer.chat_template
     write_json(folder / "tokenizer_config.json", settings)
-
-    saved = transformers.AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
-    batch = [prompts.build_prompt(ROUND_TRIP, lang or "en"), "Why?"]
-    expected = tokenizer(batch, padding=True, padding_side="left")["input_ids"]
-    same = saved(batch, padding=True)["input_ids"] == expected
-    if lang:
-        chat = [{"role": "user", "content": ROUND_TRIP}]
-        ids = saved.apply_chat_template(chat, add_generation_prompt=True, return_dict=False)
-        same = same and ids == expected[0]
-    if not same:
-        message = f"the tokenizer in {folder} encodes text differently when loaded."
-        raise UserError(message, hint="please report it")
 
 
 def save_config(folder: Path) -> None:
-    """Adds the names that transformers 4 and Ollama look for to config.json.
-
-    Without them they silently take a rope theta of 10000 and no scaling.
-    """
+    """Adds what transformers 4 and Ollama read; without it they take a rope theta of 10000."""
     settings = read_json(folder / "config.json")
     scaling = dict(settings.get("rope_parameters") or {})
     if "rope_theta" in scaling:  # Gemma 3 has settings for each kind of layer, with no older name
         settings["rope_theta"] = scaling.pop("rope_theta")
-        settings["rope_scaling"] = scaling
-        if scaling["rope_type"] == "default":
-            settings["rope_scaling"] = None
+        settings["rope_scaling"] = None if scaling["rope_type"] == "default" else scaling
     settings["torch_dtype"] = settings["dtype"]
     settings.pop("auto_map", None)  # the code that it names is not saved
     write_json(folder / "config.json", settings)
 
 
 def import_unsloth(for_training: bool = False) -> Any:
-    """Unsloth's FastLanguageModel; it has to be imported before trl, transformers and peft.
-
-    On a GPU, unless it is for training, Unsloth is told that there may be none: it then skips patching
-    TRL's trainers, which takes 7 s.
-    """
+    """Unsloth's FastLanguageModel; to be imported before trl, transformers and peft."""
     if "unsloth" not in sys.modules:
-        gc.disable()  # or garbage is collected a dozen times, over all imported modules
         if not for_training and torch.cuda.is_available():
-            os.environ["UNSLOTH_ALLOW_CPU"] = "1"
+            os.environ["UNSLOTH_ALLOW_CPU"] = "1"  # skips patching TRL, which takes 7 s
+        gc.disable()  # it takes a quarter of the time
         importlib.import_module("unsloth")
-        os.environ.pop("UNSLOTH_ALLOW_CPU", None)
-        gc.freeze()
         gc.enable()
-        atexit.register(gc.unfreeze)  # or triton reports leaks at exit
+        os.environ.pop("UNSLOTH_ALLOW_CPU", None)
     transformers.utils.logging.disable_progress_bar()
     datasets.disable_progress_bars()
     if RANK or not Console.verbose:
@@ -1278,37 +1164,31 @@ def import_unsloth(for_training: bool = False) -> Any:
 
 
 def is_old_gpu() -> bool:
-    """Whether the GPU predates Ampere (compute capability below 8.0), such as a T4."""
+    """Whether the GPU predates Ampere (compute capability 8.0), such as a T4: no bfloat16."""
     return bool(torch.cuda.is_available() and torch.cuda.get_device_capability()[0] < 8)
 
 
-def compute_dtype(config: ModelConfig) -> str:
-    """--dtype, with auto resolved: bfloat16, or float16 on GPUs that predate Ampere."""
-    if config.dtype != "auto":
-        return config.dtype
-    return "float16" if is_old_gpu() else "bfloat16"
-
-
 def memory_limit(config: ModelConfig) -> float:
-    """Bytes a run may use: 92% of what is free or allowed on the GPU; half of the RAM without one."""
+    """Bytes a run may use: 92% of what is free or allowed on the GPU, or half of the RAM."""
     if not torch.cuda.is_available():
         return 0.5 * float(psutil.virtual_memory().total)
     free = torch.cuda.mem_get_info()[0] + torch.cuda.memory_reserved()
     return float(0.92 * min(free, (config.gpu_memory_gib or math.inf) * GIB))
 
 
-def peak_memory_gib() -> float:
-    """Peak GPU memory reserved; without a GPU peak resident memory (Linux counts it in KiB)."""
-    peak = importlib.import_module("resource").getrusage(0).ru_maxrss * 1024
+def peak_memory() -> dict[str, float]:
+    """Peak GPU memory allocated and reserved, or peak resident memory, in GiB."""
     if torch.cuda.is_available():
-        peak = torch.cuda.max_memory_reserved()
-    return float(round(peak / GIB, 2))
+        allocated = torch.cuda.max_memory_allocated() / GIB
+        reserved = torch.cuda.max_memory_reserved() / GIB
+        return {"peak_memory_gib": round(allocated, 2), "reserved_gib": round(reserved, 2)}
+    resident = importlib.import_module("resource").getrusage(0).ru_maxrss / 1024**2  # from KiB
+    return {"peak_memory_gib": round(resident, 2)}
 
 
 def device_name() -> str:
-    """The GPU's name, or the CPU's threads."""
-    on_gpu = torch.cuda.is_available()
-    return torch.cuda.get_device_name() if on_gpu else f"CPU, {torch.get_num_threads()} threads"
+    """The GPU's name, or CPU."""
+    return torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"
 
 
 def head_size(shape: Any) -> int:
@@ -1317,7 +1197,7 @@ def head_size(shape: Any) -> int:
 
 
 def load_meta_model(folder: Path) -> Any:
-    """The model that config.json describes, on the meta device: names and shapes without weights."""
+    """The model that config.json describes, on the meta device: shapes without weights."""
     settings = transformers.AutoConfig.from_pretrained(folder, trust_remote_code=False)
     with accelerate.init_empty_weights(include_buffers=False):
         model = transformers.AutoModelForCausalLM.from_config(settings, dtype=settings.dtype)
@@ -1325,56 +1205,41 @@ def load_meta_model(folder: Path) -> Any:
 
 
 def load_adapter(model: Any, folder: Path) -> None:
-    """Loads adapter weights into a PEFT model; raises unless all fit and are finite."""
+    """Loads adapter weights into a PEFT model; raises unless all fit."""
     weights = peft.load_peft_weights(str(folder), "cpu")
     expected = peft.get_peft_model_state_dict(model)
-    fits = weights.keys() == expected.keys()
-    for name in expected if fits else ():
-        fits = fits and weights[name].shape == expected[name].shape
-        fits = fits and bool(weights[name].isfinite().all())
-    if not fits:
-        hint = "check --model: it must be the model that the run was trained on"
-        raise UserError(f"the adapter in {folder} does not fit, or is not finite.", hint=hint)
+    shapes = {name: weight.shape for name, weight in weights.items()}
+    if shapes != {name: weight.shape for name, weight in expected.items()}:
+        raise UserError(f"the adapter in {folder} does not fit.", "check --model, its base")
     peft.set_peft_model_state_dict(model, weights)
 
 
+@dataclass
 class LoadedModel:
-    """A model in memory with its tokenizer, and the language of its prompt."""
+    """A model in memory with its tokenizer."""
 
-    def __init__(self, model: Any, tokenizer: Any, lang: Lang, config: ModelConfig):
-        self.model = model
-        self.tokenizer = tokenizer
-        self.lang = lang
-        self.base_template = tokenizer.chat_template  # the saved tokenizer gets another one
-        self.memory_limit = memory_limit(config)
-        self.revisions: dict[str, str] = {}  # commits on the Hub, by model name
+    model: Any
+    tokenizer: Any
+    lang: Lang
+    base_template: str | None  # the tokenizer that is saved gets another chat template
+    memory_limit: float
+    revisions: dict[str, str]  # commits on the Hub, by model name
 
     @classmethod
-    def load(
-        cls,
-        config: ModelConfig,
-        lang: Lang = "en",
-        revisions: dict[str, str] | None = None,
-        tokenizer: Any = None,
-        for_training: bool = False,
-    ) -> Self:
-        """Loads with Unsloth, from a folder, so that it asks neither the Hub nor GitHub.
-
-        `revisions` pins commits, where a run was trained on them; a tokenizer can be passed in.
-        """
+    def load(cls, config: ModelConfig, revisions: dict[str, str] | None = None) -> Self:
+        """Loads with Unsloth, by name at the commits in `revisions`, if any."""
         pinned = revisions or {}
         check_model(config, pinned.get(config.model))
-        processes()  # with torchrun, each process takes its own GPU
+        processes()  # with torchrun each takes its own GPU
         if config.gpu_memory_gib and torch.cuda.is_available():
             total = torch.cuda.get_device_properties(0).total_memory / GIB
             torch.cuda.set_per_process_memory_fraction(min(1.0, config.gpu_memory_gib / total))
-        fast_model = import_unsloth(for_training)
-
-        # Tokenizer and config of the model that was named, weights of its 4-bit repository.
+        fast_model = import_unsloth()
+        # Tokenizer and config are the named model's, weights its 4-bit repository's.
         weights = four_bit_name(config)
         named_folder = download_model(config.model, False, pinned.get(config.model))
         folder = download_model(weights, revision=pinned.get(weights))
-        tokenizer = tokenizer or load_tokenizer(named_folder)
+        tokenizer = load_tokenizer(named_folder)
         patch_unsloth(tokenizer)
         model, _ = fast_model.from_pretrained(
             model_name=str(folder),
@@ -1382,36 +1247,34 @@ class LoadedModel:
             max_seq_length=config.max_seq_length,
             dtype=getattr(torch, config.dtype, None),
             load_in_4bit=config.load_in_4bit,
-            use_safetensors=True,
             trust_remote_code=False,
         )
         model.config.pad_token_id = tokenizer.pad_token_id
         model.generation_config.pad_token_id = tokenizer.pad_token_id
+        model.generation_config.update(max_length=None, top_k=None, use_cache=True)
         make_head_contiguous(model)
-
-        loaded = cls(model, tokenizer, lang, config)
+        commits = {}
         for name, place in ((config.model, named_folder), (weights, folder)):
             if place.parent.name == "snapshots":  # the Hub's cache names the folder by its commit
-                loaded.revisions[name] = place.name
-        return loaded
+                commits[name] = place.name
+        lang: Lang = getattr(config, "lang", "en")
+        return cls(model, tokenizer, lang, tokenizer.chat_template, memory_limit(config), commits)
 
     @classmethod
     def load_run(cls, run: Run, base: bool = False, model: str | None = None) -> Self:
-        """Loads a run's base at the commit it was trained on (or from --model), and its adapter."""
+        """Loads a run's base, from --model or at the commit it was trained on, and its adapter."""
         adapter = None if base else run.adapter
-        config = dataclasses.replace(run.config, model=resolve_base(run, model))
-        loaded = cls.load(config, config.lang, run.record.get("model_revisions"))
+        config = dataclasses.replace(run.config, model=model or run.config.model)
+        loaded = cls.load(config, run.record.get("model_revisions"))
         if adapter:
             loaded.add_adapter(config, kept_layers=loaded.model.config.num_hidden_layers)
             load_adapter(loaded.model, adapter)
         return loaded
 
     def add_adapter(self, config: TrainConfig, kept_layers: int) -> None:
-        """Adds an untrained LoRA adapter; all but `kept_layers` layers recompute their activations."""
+        """Adds an untrained adapter; all but `kept_layers` layers recompute their activations."""
         recompute = kept_layers < self.model.config.num_hidden_layers
-        options: dict[str, Any] = {}
-        if recompute and kept_layers:
-            options["checkpoint_skip_layers"] = kept_layers
+        options = {"checkpoint_skip_layers": kept_layers} if recompute and kept_layers else {}
         self.model = import_unsloth().get_peft_model(
             self.model,
             target_modules=list(adapter_sizes(self.model, config)),
@@ -1450,10 +1313,7 @@ def patch_unsloth(tokenizer: Any) -> None:
 
 
 def make_contiguous(norm: Callable[..., Any]) -> Callable[..., Any]:
-    """A norm with a contiguous result of shape (rows, 1, size).
-
-    Unsloth's keeps its input's strides; torch then multiplies row by row, reading all weights each time.
-    """
+    """A norm with a contiguous result, or torch multiplies row by row, reading all weights for each."""
 
     def contiguous_norm(*inputs: Any, **options: Any) -> Any:
         return norm(*inputs, **options).contiguous()
@@ -1470,13 +1330,9 @@ def make_head_contiguous(model: Any) -> None:
     model.get_output_embeddings().register_forward_pre_hook(clone_input)
 
 
-def attend_to_cache(
-    attention: Any, query: Any, length: int, mask: Any, rows: int, _: bool
-) -> tuple[Any]:
-    """Single-token GQA over the preallocated KV cache, with static shapes.
-
-    `query` is (rows, heads, 1, size), the cache (places, rows, kv_heads, size); `mask` is WholeStep's.
-    """
+def attend_to_cache(attention: Any, query: Any, length: int, mask: Any, rows: int, _: bool) -> Any:
+    """Single-token GQA over the preallocated KV cache, with static shapes."""
+    # query is (rows, heads, 1, size), the cache (places, rows, kv_heads, size), mask WholeStep's.
     keys = attention.paged_attention_K.flatten(1, 2).transpose(0, 1)
     values = attention.paged_attention_V.flatten(1, 2).transpose(0, 1)
     kv_rows, places, size = keys.shape
@@ -1490,9 +1346,9 @@ def whole_step_class(base: Any) -> Any:
     """A subclass of Unsloth's step state whose graph does not end at attention."""
 
     class WholeStep(base):  # type: ignore[misc]
-        """Keeps an additive mask at a fixed address: 0 for cache places a row attends to, else -inf."""
+        """Keeps an additive mask at a fixed address: 0 where a row attends to the cache, else -inf."""
 
-        places: Any = None  # the mask, of shape (MAX_BATCH, 1, places)
+        places: Any = None  # of shape (MAX_BATCH, 1, places)
 
         @property
         def attention(self) -> Callable[..., Any]:
@@ -1500,7 +1356,7 @@ def whole_step_class(base: Any) -> Any:
 
         @attention.setter
         def attention(self, _: Any) -> None:
-            """Ignored: Unsloth would end the graph here, and start another one after attention."""
+            """Ignored: Unsloth would end the graph here, and start another after attention."""
 
         @property
         def mask(self) -> Any:
@@ -1529,14 +1385,11 @@ def whole_step_class(base: Any) -> Any:
 # that counts as an answer only if it was closed. transformers generates and samples.
 
 
-def own_sampling(settings: dict[str, Any]) -> dict[str, float]:
+def own_sampling(own: dict[str, Any]) -> dict[str, float]:
     """Temperature (0 if greedy) and top_p of a generation_config.json."""
-    if not settings.get("do_sample"):
+    if not own.get("do_sample"):
         return {"temperature": 0.0}
-    return {
-        "temperature": settings.get("temperature") or 1.0,
-        "top_p": settings.get("top_p") or 1.0,
-    }
+    return {"temperature": own.get("temperature") or 1.0, "top_p": own.get("top_p") or 1.0}
 
 
 def render_prompts(loaded: LoadedModel, questions: Sequence[str], chat: bool = False) -> list[str]:
@@ -1556,33 +1409,46 @@ def question_problem(loaded: LoadedModel, question: str) -> str | None:
     marker = prompts.find_marker(question, special)
     if marker:
         return f"contains {marker}, which the model reads as a control token"
-    tokens = len(loaded.tokenizer(prompts.build_prompt(question, loaded.lang))["input_ids"])
-    if tokens > loaded.model.max_seq_length:  # Unsloth would cut off its end
-        return f"has {tokens} tokens with the prompt, more than {loaded.model.max_seq_length}"
+    ids = loaded.tokenizer(prompts.build_prompt(question, loaded.lang))["input_ids"]
+    if len(ids) > loaded.model.max_seq_length:  # Unsloth would cut off its end
+        return f"has more than {loaded.model.max_seq_length} tokens with the prompt"
     return None
 
 
 def batch_size(loaded: LoadedModel, questions: Sequence[str], config: SamplingConfig) -> int:
-    """How many answers fit in memory at once; dequantizes a 4-bit model for a batch if there is room.
-
-    On a CPU at most 16: an interruption loses the batch.
-    """
+    """How many answers fit in memory; dequantizes a 4-bit model for a batch if there is room."""
     model = loaded.model
     shape = model.config
-    longest = max(
-        len(ids) for ids in loaded.tokenizer(render_prompts(loaded, questions))["input_ids"]
-    )
+    limit = loaded.memory_limit
+    longest = max(map(len, loaded.tokenizer(render_prompts(loaded, questions))["input_ids"]))
     # KV-cache bytes per token: K and V in 16-bit; x1.25 growth, x2 live batches.
     per_token = 2 * 2 * shape.num_hidden_layers * shape.num_key_value_heads * head_size(shape)
     per_answer = 2 * 1.25 * (longest + config.max_new_tokens) * per_token
-    # In 16-bit the numbers are the same, and a batch needs no dequantizing at every step.
+    # In 16-bit the numbers are the same, and no step has to dequantize.
     in_16_bit = 2 * model.num_parameters() + min(32, len(questions)) * per_answer
-    is_quantized = getattr(model, "hf_quantizer", None) is not None
-    if len(questions) > 1 and is_quantized and loaded.memory_limit > in_16_bit:
+    if len(questions) > 1 and getattr(model, "hf_quantizer", None) and limit > in_16_bit:
         model.dequantize()
-    room = loaded.memory_limit - model.get_memory_footprint()
-    fits = 2 ** int(math.log2(max(1, room / per_answer)))
-    return min(MAX_BATCH if torch.cuda.is_available() else 16, fits)
+    fits = max(1, (limit - model.get_memory_footprint()) / per_answer)
+    most = MAX_BATCH if torch.cuda.is_available() else 16  # Ctrl-C loses a batch
+    return min(most, 2 ** int(math.log2(fits)))
+
+
+def sampling_options(loaded: LoadedModel, config: SamplingConfig, length: int) -> dict[str, Any]:
+    """Arguments for transformers: the user's, else the model's own. Prompts have `length` tokens."""
+    own = own_sampling(loaded.model.generation_config.to_dict())
+    options: dict[str, Any] = {"top_p": 1.0, **own, "max_new_tokens": config.max_new_tokens}
+    options["eos_token_id"] = loaded.tokenizer.eos_token_id
+    if config.temperature is not None:
+        options["temperature"] = config.temperature
+    if config.top_p:
+        options["top_p"] = config.top_p
+    options["do_sample"] = options["temperature"] > 0
+    budget = config.thinking_budget
+    if budget:
+        if config.max_new_tokens <= budget + 12:
+            raise UserError(f"--thinking-budget {budget} leaves no room.", "lower it")
+        options["logits_processor"] = [thinking_limit(loaded.tokenizer, length, budget)]
+    return options
 
 
 def generate(
@@ -1592,18 +1458,13 @@ def generate(
     streamer: Any = None,
     chat: bool = False,
 ) -> list[dict[str, Any]]:
-    """Answers questions; with `chat` the prompt is the base model's own chat template.
-
-    An answer has question, thought, answer, closed (thought), finish_reason ("stop" | "length"), tokens,
-    and the seconds of its batch.
-    """
+    """Answers questions; with `chat` the prompt is the base model's own chat template."""
     for question in questions:
         problem = question_problem(loaded, question)
         if problem:
-            raise UserError(f"the question {question[:40]!r} {problem}.", hint="rephrase it")
-    model = loaded.model
+            raise UserError(f"the question {question[:40]!r} {problem}.", "rephrase it")
     tokenizer = loaded.tokenizer
-    import_unsloth().for_inference(model)
+    import_unsloth().for_inference(loaded.model)
     transformers.set_seed(config.seed)
     answers: list[dict[str, Any]] = []
     size = batch_size(loaded, questions, config) if questions else 1
@@ -1611,69 +1472,30 @@ def generate(
         batch = questions[start : start + size]
         texts = render_prompts(loaded, batch, chat)
         inputs = tokenizer(texts, return_tensors="pt", padding=True, add_special_tokens=False)
-        prompt_tokens = inputs["input_ids"].shape[1]
-        label = f"answers {start + 1}-{start + len(batch)} of {len(questions)}, tokens"
+        length = inputs["input_ids"].shape[1]
+        options = sampling_options(loaded, config, length)
+        options["streamer"] = streamer
+        if streamer is None:
+            bar = progress(range(config.max_new_tokens), f"answers from {start + 1}, tokens")
+            options["streamer"] = SimpleNamespace(put=lambda _: bar.update(), end=bar.close)
         started = time.perf_counter()
         with torch.inference_mode():  # a tenth faster on a CPU
-            output = model.generate(
-                **inputs.to(model.device),
-                **sampling_options(loaded, config, prompt_tokens),
-                streamer=streamer or TokenCounter(label, config.max_new_tokens),
-                use_cache=True,
-                max_length=None,
-                max_new_tokens=config.max_new_tokens,
-                eos_token_id=tokenizer.eos_token_id,
-                pad_token_id=tokenizer.pad_token_id,
-            )
+            output = loaded.model.generate(**inputs.to(loaded.model.device), **options)
         seconds = round(time.perf_counter() - started, 2)
         thinks = texts[0].rstrip().endswith(prompts.THINK_OPEN)
-        for question, ids in zip(batch, output[:, prompt_tokens:].tolist(), strict=True):
-            answer = parse_answer(tokenizer, ids, thinks)
-            answers.append({"question": question, **answer, "seconds": seconds})
+        for question, ids in zip(batch, output[:, length:].tolist(), strict=True):
+            ending = "length"
+            if tokenizer.eos_token_id in ids:
+                ids = ids[: ids.index(tokenizer.eos_token_id)]
+                ending = "stop"
+            thought, said, closed = prompts.split_response(tokenizer.decode(ids), thinks)
+            answer = {"question": question, "thought": thought, "answer": said, "closed": closed}
+            answer.update(finish_reason=ending, tokens=len(ids), seconds=seconds)
+            answers.append(answer)
     return answers
 
 
-def sampling_options(
-    loaded: LoadedModel, config: SamplingConfig, prompt_tokens: int
-) -> dict[str, Any]:
-    """The arguments of transformers' `generate`: the user's settings, else the model's own."""
-    options: dict[str, Any] = own_sampling(loaded.model.generation_config.to_dict())
-    if config.temperature is not None:
-        options["temperature"] = config.temperature
-    options["top_p"] = config.top_p or options.get("top_p", 1.0)
-    options["top_k"] = None
-    options["do_sample"] = options["temperature"] > 0
-    if not options["do_sample"]:
-        options["temperature"] = options["top_p"] = None
-    budget = config.thinking_budget
-    if budget:
-        if config.max_new_tokens <= budget + 12:
-            hint = f"set --max-new-tokens above {budget + 12}"
-            raise UserError(f"--thinking-budget {budget} leaves no room to answer.", hint=hint)
-        options["logits_processor"] = [ThinkingBudget(loaded.tokenizer, prompt_tokens, budget)]
-    return options
-
-
-def parse_answer(tokenizer: Any, ids: list[int], thinks: bool) -> dict[str, Any]:
-    """Thought, answer, closed, finish_reason and tokens of one generated answer."""
-    finish_reason = "length"
-    if tokenizer.eos_token_id in ids:
-        ids = ids[: ids.index(tokenizer.eos_token_id)]
-        finish_reason = "stop"
-    text = tokenizer.decode(ids, skip_special_tokens=False)
-    thought, answer, closed = prompts.split_response(text, thinks)
-    return {
-        "thought": thought,
-        "answer": answer,
-        "closed": closed,
-        "finish_reason": finish_reason,
-        "tokens": len(ids),
-    }
-
-
-def answer_both(
-    loaded: LoadedModel, questions: Sequence[str], config: SamplingConfig
-) -> list[dict[str, Any]]:
+def answer_both(loaded: LoadedModel, questions: list[str], config: SamplingConfig) -> list[Any]:
     """Base and fine-tuned answers to the same questions and prompt, from the one model in memory."""
     with loaded.model.disable_adapter():
         before = generate(loaded, questions, config)
@@ -1684,73 +1506,51 @@ def answer_both(
     return pairs
 
 
-class ThinkingBudget:
-    """A logits processor: suppresses EOS inside <think>; forces </think> after `budget` tokens."""
+def thinking_limit(tokenizer: Any, length: int, budget: int) -> Any:
+    """A logits processor: no EOS inside <think>, and </think> `budget` tokens after the prompt."""
+    closing = tokenizer(f"\n{prompts.THINK_CLOSE}\n", add_special_tokens=False)["input_ids"]
+    closed: set[int] = set()
 
-    def __init__(self, tokenizer: Any, prompt_tokens: int, budget: int):
-        self.tokenizer = tokenizer
-        self.prompt_tokens = prompt_tokens
-        self.budget = budget
-        closing = f"\n{prompts.THINK_CLOSE}\n"
-        self.closing = tokenizer(closing, add_special_tokens=False)["input_ids"]
-        self.thinking: Any = None  # which rows have not closed their thought
-
-    def __call__(self, ids: Any, scores: Any) -> Any:
-        """Scores of shape (rows, vocabulary), after the tokens `ids` of shape (rows, tokens)."""
-        if self.thinking is None:
-            self.thinking = torch.ones(len(ids), dtype=torch.bool, device=scores.device)
-        late = ids.shape[1] - self.prompt_tokens - self.budget
+    def process(ids: Any, scores: Any) -> Any:
+        # Scores of shape (rows, vocabulary), after the tokens `ids` of shape (rows, tokens).
+        late = ids.shape[1] - length - budget
         if late <= 0:
-            tail = ids[:, self.prompt_tokens :][:, -len(self.closing) - 4 :]
-            for row, text in enumerate(self.tokenizer.batch_decode(tail)):
+            for row, text in enumerate(tokenizer.batch_decode(ids[:, length:][:, -12:])):
                 if prompts.THINK_CLOSE in text:
-                    self.thinking[row] = False
-        if 0 <= late < len(self.closing):
-            scores[self.thinking] = -math.inf
-            scores[self.thinking, self.closing[late]] = 0.0
-        elif late <= len(self.closing):
-            scores[self.thinking, self.tokenizer.eos_token_id] = -math.inf
+                    closed.add(row)
+        thinking = [row for row in range(len(ids)) if row not in closed]
+        if late < 0:
+            scores[thinking, tokenizer.eos_token_id] = -math.inf
+        elif late < len(closing):
+            scores[thinking] = -math.inf
+            scores[thinking, closing[late]] = 0.0
         return scores
 
-
-class TokenCounter:
-    """A streamer that shows how many tokens of a batch have been generated."""
-
-    def __init__(self, label: str, tokens: int):
-        self.bar = progress(range(tokens), label)
-
-    def put(self, tokens: Any) -> None:
-        """Counts one token per answer; the first call has the prompts."""
-        self.bar.update(1)
-
-    def end(self) -> None:
-        """Removes the bar."""
-        self.bar.close()
+    return process
 
 
 def answer_printer(tokenizer: Any) -> Any:
     """A TextStreamer: the thought dimmed on stderr, the answer on stdout."""
-    labelled = not sys.stderr.isatty()  # in a notebook both end up in one cell
 
     class AnswerPrinter(transformers.TextStreamer):
-        answering = False
         thinking = False
+        answering = False
 
         def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
+            end = "\n" if stream_end else ""
             text = text.replace(self.tokenizer.eos_token, "")
-            if not self.answering:
-                thought, tag, text = text.partition(prompts.THINK_CLOSE)
-                if labelled and not self.thinking:
-                    log("thought:")
-                self.thinking = True
-                log(thought, end="\n" if tag or stream_end else "", faint=True)
-                if not tag:
-                    return
+            if self.answering:
+                print_result(text, end)
+                return
+            if not self.thinking:
+                log("thought:")
+            self.thinking = True
+            thought, tag, answer = text.partition(prompts.THINK_CLOSE)
+            log(thought, end="\n" if tag else end, faint=True)
+            if tag:
+                log("answer:")
+                print_result(answer.lstrip(), end)
                 self.answering = True
-                if labelled:
-                    log("answer:")
-                text = text.lstrip()
-            print_result(text, end="\n" if stream_end else "")
 
     return AnswerPrinter(tokenizer, skip_prompt=True, skip_special_tokens=False)
 
@@ -1834,21 +1634,21 @@ def make_plan(model: Any, weights: float, lengths: Any, config: TrainConfig) -> 
     return {**plan, "layers": layers, "run_mb": round(run_bytes / 1e6, 1)}
 
 
-def prepare_training(config: TrainConfig, *options: Any) -> tuple[TrainConfig, PreparedData, Any]:
-    """Settings, rows and tokenizer; `options` are those of `tokenized_rows`."""
+def prepare_training(config: TrainConfig, *options: Any) -> tuple[TrainConfig, PreparedData]:
+    """Settings and rows; `options` are those of `tokenized_rows`."""
     check_config(config)
-    rows, tokenizer = tokenized_rows(config, *options)
+    rows, _ = tokenized_rows(config, *options)
     if config.epochs:
         steps = math.ceil(config.epochs * len(rows.used) / config.effective_batch)
         config = dataclasses.replace(config, max_steps=max(1, steps))
     log(f"settings {changed_settings(config)}")
     log(f"rows     {prompts.describe_counts(rows.row_counts)}")
-    return config, rows, tokenizer
+    return config, rows
 
 
 def estimate_cost(config: TrainConfig) -> dict[str, Any]:
     """Rows, plan and disk of a training, without loading weights."""
-    config, rows, _ = prepare_training(config)
+    config, rows = prepare_training(config)
     model = load_meta_model(download_model(config.model, weights=False))
     weights = model.num_parameters() * (FOUR_BIT if config.load_in_4bit else 2)
     plan = make_plan(model, weights, rows.used["tokens"][:], config)
@@ -1963,8 +1763,8 @@ def training_arguments(config: TrainConfig, plan: dict[str, Any], run: Run) -> A
         per_device_train_batch_size=plan["micro_batch"],
         gradient_accumulation_steps=plan["accumulation"],
         gradient_checkpointing=plan["checkpointed_layers"] > 0,
-        bf16=compute_dtype(config) == "bfloat16",
-        fp16=compute_dtype(config) == "float16",
+        bf16=config.dtype == "bfloat16" or (config.dtype == "auto" and not is_old_gpu()),
+        fp16=config.dtype == "float16" or (config.dtype == "auto" and is_old_gpu()),
         use_cpu=not on_gpu,
         pad_to_multiple_of=64 if on_gpu else None,  # odd sizes cost 4% of a step
         ddp_find_unused_parameters=False,
@@ -2027,7 +1827,7 @@ def train_run(config: TrainConfig, run: Run, resume: bool = False) -> tuple[Load
     """Trains a new run or resumes one; returns the model with its adapter and the held-out rows."""
     log(f"run      {run}")
     revisions = run.record.get("model_revisions", {}) if resume else {}
-    config, rows, tokenizer = prepare_training(config, revisions.get(config.model), True)
+    config, rows = prepare_training(config, revisions.get(config.model), True)
     if WORLD == 1 and len(list(Path("/proc/driver/nvidia/gpus").glob("*"))) > 1:
         log("note: using one GPU; for more: torchrun --nproc-per-node N -- …")
 
@@ -2035,7 +1835,7 @@ def train_run(config: TrainConfig, run: Run, resume: bool = False) -> tuple[Load
         if RANK == 0:
             record_rows(run, rows)
         track_in_wandb(config, run)
-        loaded = LoadedModel.load(config, config.lang, revisions, tokenizer, for_training=True)
+        loaded = LoadedModel.load(config, revisions)
         weights = torch.cuda.memory_allocated() or loaded.model.get_memory_footprint()
         plan = broadcast(make_plan(loaded.model, weights, rows.used["tokens"][:], config))
         log("plan     " + "  ".join(f"{name}={value}" for name, value in plan.items()))
@@ -2062,7 +1862,7 @@ def train_run(config: TrainConfig, run: Run, resume: bool = False) -> tuple[Load
         pyplot.close(axes.figure)
         losses = metrics["loss"].dropna().round(4).tolist()
         run.update(losses={"first": losses[0], "last": losses[-1]}, seconds=seconds)
-        run.update(peak_memory_gib=peak_memory_gib())
+        run.update(**peak_memory())
         log("", "answering the same question before and after")
         [pair] = answer_both(loaded, [prompts.BEFORE_AFTER[config.lang]], config)
         write_jsonl(run / "samples.jsonl", [pair])
@@ -2321,7 +2121,7 @@ def merged_weights(run: Run, output: Any = None, model: Any = None, scratch: Any
         check_hashes(run / saved["folder"], saved["hashes"], "remove the folder, `save` again")
         return run / saved["folder"]
     adapter = run.adapter
-    base = resolve_base(run, model)
+    base = model or run.config.model
     if not Path(base).is_dir():  # the 16-bit one
         base = base.removesuffix("-bnb-4bit").removesuffix("-unsloth")
     revision = run.record.get("model_revisions", {}).get(base)
@@ -3020,7 +2820,7 @@ def load(config: ModelConfig) -> dict[str, Any]:
         "device": device_name(),
         "dtype": str(loaded.model.dtype).removeprefix("torch."),
         "weights_gib": round(loaded.model.get_memory_footprint() / GIB, 2),
-        "peak_memory_gib": peak_memory_gib(),
+        **peak_memory(),
         "seconds": seconds,
         "sample": sample["thought"],
     }
@@ -3073,7 +2873,6 @@ def tokenized_rows(
     if for_training:
         check_model(config, revision)
     records = read_records(config)
-    check_columns(records, config)
     if for_training:  # Unsloth comes before transformers
         import_unsloth(for_training=True)
     tokenizer = load_tokenizer(download_model(config.model, weights=False, revision=revision))
@@ -3414,7 +3213,7 @@ def eval_(config: EvalConfig, run: RunOption = None, model: BaseOption = None) -
         name, asked = evaluation_rows(found, config)
         records = read_records(asked)
         import_unsloth()
-        trained = trained_questions(found)
+        trained = set(read_json(found / "trained.json")["questions"])
         choices, rows = [], []
         pairs = [pair for pair in prompts.CHOICES if {*pair} <= {*records.column_names}]
         if pairs:
@@ -3428,7 +3227,6 @@ def eval_(config: EvalConfig, run: RunOption = None, model: BaseOption = None) -
                 if question_hash(choice["stem"]) not in trained:
                     choices.append(choice)
         else:
-            check_columns(records, asked)
             usable = prepare_rows(records, load_tokenizer(found.adapter), asked).usable
             rows = usable.filter(lambda row: question_hash(row["question"]) not in trained)
         new = len(choices or rows)

@@ -10,11 +10,11 @@ CALL = {"id": "1", "type": "function", "function": {"name": "lookup", "arguments
 
 
 def system(content: Any) -> Message:
-    return {"role": "system", "content": content}
+    return user(content, "system")
 
 
-def user(content: Any) -> Message:
-    return {"role": "user", "content": content}
+def user(content: Any, role: str = "user") -> Message:
+    return {"role": role, "content": content}
 
 
 def assistant(content: Any, **fields: Any) -> Message:
@@ -53,16 +53,16 @@ class Case(NamedTuple):
         return self.messages[-1]["role"] != "assistant"
 
 
+ENDED = "<think>\nHm.\n</think>\nSo"
 TAGGED = "<think>\nHm.\n</think>\n\nSo."
 CASES = {
     "one question": Case([user(" Why {question}?\n")], ["Why {question}?"]),
     "system message": Case([system("Be brief.\n"), user("Why?")], ["Why?"], system="Be brief."),
     "two system messages": Case(
-        [system("Be brief."), user("Why?"), system("No lists.")],
+        [system("Be brief."), user("Why?"), system("No lists."), system("")],
         ["Why?"],
         system="Be brief.\n\nNo lists.",
     ),
-    "empty system message": Case([system(""), user("Why?")], ["Why?"]),
     "two turns, thought between tags": Case(
         [user("Why?"), assistant(TAGGED), user("And 因?")], ["Why?", "So.", "And 因?"]
     ),
@@ -85,16 +85,10 @@ CASES = {
         [user("Why?"), assistant("", reasoning_content="Hm, so")], ["Why?"], "<think>\nHm, so"
     ),
     "answer": Case(
-        [user("Why?"), assistant("So", reasoning_content="Hm.")],
-        ["Why?"],
-        "<think>\nHm.\n</think>\nSo",
-        is_answered=True,
+        [user("Why?"), assistant("So", reasoning_content="Hm.")], ["Why?"], ENDED, is_answered=True
     ),
     "answer between tags": Case(
-        [user("Why?"), assistant("<think>\nHm.\n</think>\nSo")],
-        ["Why?"],
-        "<think>\nHm.\n</think>\nSo",
-        is_answered=True,
+        [user("Why?"), assistant(ENDED)], ["Why?"], ENDED, is_answered=True
     ),
     "answer without a thought": Case(
         [user("Why?"), assistant("So")], ["Why?"], "<think>\n\n</think>\nSo", is_answered=True
@@ -113,10 +107,7 @@ OPENAI_CASES = {
         [user("Why?"), assistant(None, reasoning_content="Hm")], ["Why?"], "<think>\nHm"
     ),
     "thought in vLLM's field": Case(
-        [user("Why?"), assistant("So", reasoning="Hm.")],
-        ["Why?"],
-        "<think>\nHm.\n</think>\nSo",
-        is_answered=True,
+        [user("Why?"), assistant("So", reasoning="Hm.")], ["Why?"], ENDED, is_answered=True
     ),
     "null beside a call": Case(
         [user("Why?"), assistant(None, tool_calls=[CALL]), user("And?")], ["Why?", "", "And?"]

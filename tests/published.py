@@ -2,14 +2,11 @@
 
 As published, as far as is known: every file's name, what is in config.json (of transformers 4),
 generation_config.json, tokenizer_config.json and special_tokens_map.json, the parts of tokenizer.json, the
-added tokens with their order and which are special, what the chat template renders, the number and names of
-the weights' files, which modules the 4-bit repository leaves in 16 bit, the data sets' files, configs and
-columns, the fields of a log-in's answer.
-Not as published: a vocabulary of a thousand tokens, trained on the sample's rows and a little Chinese, so
-that all ids differ; two layers of 64 dimensions with random weights; the text of cards, rows and questions.
-From memory, with nothing at hand to check them by: Qwen's added tokens beside those named in R1's template,
-its config, the cards of the two layouts by DeepSeek (whose base model as a list is this module's choice; the
-Hub takes both), and what an OAuth log-in shows beside the lack of an accessToken.
+added tokens with their order and which are special, what the chat template renders, the weights' files, which
+modules the 4-bit repository leaves in 16 bit, the data sets' files, configs and columns, a log-in's answer.
+Not as published: a vocabulary of a thousand tokens, so that all ids differ; two layers of 64 dimensions with
+random weights; the text of cards, rows and questions. From memory: Qwen's added tokens beside those in R1's
+template, its config, the cards of the two layouts by DeepSeek, and what an OAuth log-in shows.
 
 Call `finetune_r1.import_unsloth()` first: Unsloth has to be imported before transformers.
 """
@@ -28,17 +25,12 @@ SAMPLE = Path(__file__).parents[1] / "data" / "medical_sample.jsonl"
 BOS, EOS, PAD = "<｜begin▁of▁sentence｜>", "<｜end▁of▁sentence｜>", "<|finetune_right_pad_id|>"
 TURNS, TAGS = ["<｜User｜>", "<｜Assistant｜>"], ["<think>", "</think>"]
 RESERVED = [f"<|reserved_special_token_{number}|>" for number in range(248)]
-HEADERS = [
-    f"<|{name}|>" for name in ("start_header_id", "end_header_id", "eom_id", "eot_id", "python_tag")
-]
+HEADERS = "<|start_header_id|> <|end_header_id|> <|eom_id|> <|eot_id|> <|python_tag|>".split()
 LLAMA_ADDED = [BOS, EOS, *RESERVED[:2], PAD, RESERVED[2], *HEADERS, *TURNS, *TAGS]
 LLAMA_ADDED += ["<｜▁pad▁｜>", *RESERVED[8:]]
 QUAD = ["<|quad_start|>", "<|quad_end|>"]
-VISION = [
-    f"<|{name}|>" for name in ("vision_start", "vision_end", "vision_pad", "image_pad", "video_pad")
-]
-NAMES = ("fim_prefix", "fim_middle", "fim_suffix", "fim_pad", "repo_name", "file_sep")
-CODE = [f"<|{name}|>" for name in NAMES]
+VISION = "<|vision_start|> <|vision_end|> <|vision_pad|> <|image_pad|> <|video_pad|>".split()
+CODE = "<|fim_prefix|> <|fim_middle|> <|fim_suffix|> <|fim_pad|> <|repo_name|> <|file_sep|>".split()
 CALL = ["<tool_call>", "</tool_call>"]
 QWEN_ADDED = [EOS, *TURNS, BOS, "<|EOT|>", *TAGS, *QUAD, *VISION, *CALL, *CODE]
 NOT_SPECIAL = {*TURNS, *TAGS, "<|EOT|>", *CALL, *CODE}  # skip_special_tokens keeps them
@@ -89,13 +81,7 @@ QWEN_CONFIG = {
 }  # fmt: skip
 GENERATION = {"_from_model_config": True, "do_sample": True, "temperature": 0.6, "top_p": 0.95}
 SHARDS = {"unsloth": (4, "-of-00004"), "deepseek": (2, "-of-000002"), "qwen": (2, "-of-000002")}
-SKIPPED = [
-    "lm_head",
-    "multi_modal_projector",
-    "merger",
-    "modality_projection",
-    "model.layers.1.mlp",
-]
+SKIPPED = "lm_head multi_modal_projector merger modality_projection model.layers.1.mlp".split()
 CARDS = {
     "unsloth": "license: llama3.1\nbase_model: deepseek-ai/DeepSeek-R1-Distill-Llama-8B\ntags:\n- unsloth\n",
     "deepseek": "license: mit\nbase_model:\n- meta-llama/Llama-3.1-8B\n",
@@ -114,41 +100,16 @@ CHINESE = [
         "Response": "应查促甲状腺激素、游离甲状腺素和受体抗体，必要时做甲状腺超声检查。",
     },
 ]
-MEDQA = [
-    (
-        "Which vitamin's lack causes scurvy?",
-        "Vitamin A",
-        "Vitamin B12",
-        "Vitamin C",
-        "Vitamin D",
-        "C",
-    ),
-    (
-        "Which electrolyte is raised in renal failure?",
-        "Potassium",
-        "Sodium",
-        "Chloride",
-        "Calcium",
-        "A",
-    ),
-    (
-        "Which drug reverses an overdose of morphine?",
-        "Flumazenil",
-        "Naloxone",
-        "Atropine",
-        "Protamine",
-        "B",
-    ),
-    (
-        "Which valve is most often stenosed in old age?",
-        "Mitral",
-        "Tricuspid",
-        "Pulmonary",
-        "Aortic",
-        "D",
-    ),
-    ("Which organ makes erythropoietin?", "Liver", "Spleen", "Kidney", "Bone marrow", "C"),
-    ("Which cells make insulin?", "Beta cells", "Alpha cells", "Delta cells", "Acinar cells", "A"),
+MEDQA = [  # question, four options and the right one's letter
+    line.split("|")
+    for line in (
+        "Which vitamin's lack causes scurvy?|Vitamin A|Vitamin B12|Vitamin C|Vitamin D|C",
+        "Which electrolyte is raised in renal failure?|Potassium|Sodium|Chloride|Calcium|A",
+        "Which drug reverses an overdose of morphine?|Flumazenil|Naloxone|Atropine|Protamine|B",
+        "Which valve is most often stenosed in old age?|Mitral|Tricuspid|Pulmonary|Aortic|D",
+        "Which organ makes erythropoietin?|Liver|Spleen|Kidney|Bone marrow|C",
+        "Which cells make insulin?|Beta cells|Alpha cells|Delta cells|Acinar cells|A",
+    )
 ]
 
 
@@ -162,13 +123,8 @@ def as_json(value: Any) -> bytes:
 
 
 def added_token(text: str, normalized: bool = False) -> dict[str, Any]:
-    return {
-        "content": text,
-        "lstrip": False,
-        "normalized": normalized,
-        "rstrip": False,
-        "single_word": False,
-    }
+    flags = {"lstrip": False, "normalized": normalized, "rstrip": False, "single_word": False}
+    return {"content": text, **flags}
 
 
 def byte_level_tokenizer(layout: Layout, texts: Sequence[str] = ()) -> Any:
@@ -193,9 +149,7 @@ def byte_level_tokenizer(layout: Layout, texts: Sequence[str] = ()) -> Any:
     for text in QWEN_ADDED if is_qwen else LLAMA_ADDED:
         backend.add_tokens([AddedToken(text, normalized=False, special=text not in NOT_SPECIAL)])
     backend.post_processor = processors.ByteLevel(trim_offsets=False)
-    if (
-        not is_qwen
-    ):  # whose file has no BOS: add_bos_token is to be heeded (swift-transformers issue 161)
+    if not is_qwen:  # whose file has no BOS: add_bos_token counts (swift-transformers issue 161)
         bos = [(BOS, backend.token_to_id(BOS))]
         both = f"{BOS} $A {BOS}:1 $B:1"
         prepended = processors.TemplateProcessing(single=f"{BOS} $A", pair=both, special_tokens=bos)
@@ -210,27 +164,18 @@ def write_tokenizer(folder: Path, layout: Layout, texts: Sequence[str] = ()) -> 
     backend.save(str(folder / "tokenizer.json"))
     special = {"bos_token": BOS, "eos_token": EOS, "pad_token": PAD if layout == "unsloth" else EOS}
     if layout == "unsloth":
-        own = {
-            "model_max_length": 131072,
-            "padding_side": "left",
-            "use_default_system_prompt": False,
-        }
-        tokens = {text: added_token(text) for text in LLAMA_ADDED}
-        own |= special
-        decoder = {
-            text: {**token, "special": text not in NOT_SPECIAL} for text, token in tokens.items()
-        }
-        own["added_tokens_decoder"] = {
-            backend.token_to_id(text): token for text, token in decoder.items()
-        }
-        named = {name: tokens[text] for name, text in special.items()}
+        own = {"model_max_length": 131072, "padding_side": "left", **special}
+        own["use_default_system_prompt"] = False
+        own["added_tokens_decoder"] = decoder = {}
+        for text in LLAMA_ADDED:
+            token = {**added_token(text), "special": text not in NOT_SPECIAL}
+            decoder[backend.token_to_id(text)] = token
+        named = {name: added_token(text) for name, text in special.items()}
         (folder / "special_tokens_map.json").write_bytes(as_json(named))
     else:
-        named = {
-            name: {"__type": "AddedToken", **added_token(text, True)}
-            for name, text in special.items()
-        }
-        own = {"model_max_length": 16384, **named}
+        own = {"model_max_length": 16384}
+        for name, text in special.items():
+            own[name] = {"__type": "AddedToken", **added_token(text, True)}
     (folder / "tokenizer_config.json").write_bytes(as_json(TOKENIZER_CONFIG | own))
     return backend
 
@@ -245,9 +190,7 @@ def write_model(folder: Path, layout: Layout, texts: Sequence[str] = ()) -> Path
     bos, eos, pad = (backend.token_to_id(token) for token in (BOS, EOS, PAD))
     size = backend.get_vocab_size()
     config, generation = CONFIG | SIZES, GENERATION | {"bos_token_id": bos, "eos_token_id": eos}
-    if (
-        layout == "qwen"
-    ):  # BOS is EOS in its config, and there are rows for more tokens than there are
+    if layout == "qwen":  # BOS is EOS in its config, which has more rows than there are tokens
         config |= QWEN_CONFIG | {"bos_token_id": eos, "eos_token_id": eos}
         config["vocab_size"] = (size // 128 + 1) * 128
     else:
@@ -263,11 +206,10 @@ def write_model(folder: Path, layout: Layout, texts: Sequence[str] = ()) -> Path
         f"---\n{CARDS[layout]}library_name: transformers\n---\n# A stand-in\n"
     )
 
+    shape = AutoConfig.from_pretrained(folder)
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        model = AutoModelForCausalLM.from_config(
-            AutoConfig.from_pretrained(folder), dtype=torch.bfloat16
-        )
+        model = AutoModelForCausalLM.from_config(shape, dtype=torch.bfloat16)
     state = model.state_dict()
     shards, end = SHARDS[layout]
     shard = {name: at * shards // len(state) + 1 for at, name in enumerate(state)}
@@ -291,9 +233,8 @@ def write_four_bit(folder: Path, source: Path) -> Path:
         bnb_4bit_compute_dtype=torch.bfloat16, llm_int8_skip_modules=SKIPPED,
     )  # fmt: skip
     at = {"device_map": {"": "cpu"}, "dtype": torch.bfloat16}
-    AutoModelForCausalLM.from_pretrained(source, quantization_config=nf4, **at).save_pretrained(
-        folder
-    )
+    model = AutoModelForCausalLM.from_pretrained(source, quantization_config=nf4, **at)
+    model.save_pretrained(folder)
     config = json.loads((source / "config.json").read_text(encoding="utf-8"))
     (folder / "config.json").write_bytes(as_json(config | {"quantization_config": nf4.to_dict()}))
     for file in source.iterdir():
@@ -310,21 +251,16 @@ def repo_files(folder: Path) -> dict[str, bytes]:
 
 def medical_o1_repo(rows: Iterable[Row] | None = None) -> dict[str, bytes]:
     """FreedomIntelligence/medical-o1-reasoning-SFT with these rows (or the sample's): no default config."""
-    english = [
-        {name: row[name] for name in CHINESE[0]}
-        for row in (sample_rows() if rows is None else rows)
-    ]
+    rows = sample_rows() if rows is None else rows
+    english = [{name: row[name] for name in CHINESE[0]} for row in rows]
     parts = {"en": ("", english), "zh": ("_Chinese", CHINESE)}
     parts |= {"en_mix": ("_mix", english), "zh_mix": ("_mix_Chinese", CHINESE)}
-    configs = "".join(
-        f"- config_name: {name}\n  data_files: medical_o1_sft{end}.json\n"
-        for name, (end, _) in parts.items()
-    )
-    card = (
-        f"---\nlicense: apache-2.0\nlanguage:\n- en\n- zh\nconfigs:\n{configs}---\n# A stand-in\n"
-    )
-    files = {f"medical_o1_sft{end}.json": as_json(part) for end, part in parts.values()}
-    return {"README.md": card.encode(), **files}
+    card = "---\nlicense: apache-2.0\nlanguage:\n- en\n- zh\nconfigs:\n"
+    files = {}
+    for name, (end, part) in parts.items():
+        card += f"- config_name: {name}\n  data_files: medical_o1_sft{end}.json\n"
+        files[f"medical_o1_sft{end}.json"] = as_json(part)
+    return {"README.md": f"{card}---\n# A stand-in\n".encode(), **files}
 
 
 def medqa_repo() -> dict[str, bytes]:
@@ -344,27 +280,21 @@ def medqa_repo() -> dict[str, bytes]:
     return {"README.md": card} | named
 
 
-def whoami_auth(
-    role: str, scoped: Iterable[tuple[str, str | None, list[str]]] = ()
-) -> dict[str, Any]:
+def whoami_auth(role: str, scoped: Iterable[tuple[str, str | None, list[str]]] = ()) -> Any:
     """`auth` of whoami-v2's answer to a token of role read, write, fineGrained or, from a browser, oauth.
 
-    A scope is an entity's type (user, org, model, dataset), its name (None: left out) and what it permits:
-    `whoami_auth("fineGrained", [("user", "alice", ["repo.content.read"]), ("org", "lab", ["repo.write"])])`.
+    A scope is an entity's type (user, org, model, dataset), its name (None: left out) and what it permits.
     """
     if role == "oauth":
         return {"type": "oauth", "expiresAt": "2099-01-01T00:00:00.000Z"}
-    token: dict[str, Any] = {
-        "displayName": "a token",
-        "role": role,
-        "createdAt": "2026-01-01T00:00:00.000Z",
-    }
+    token: dict[str, Any] = {"displayName": "a token", "role": role}
+    token["createdAt"] = "2026-01-01T00:00:00.000Z"
     if role == "fineGrained":
         scopes = []
         for type, name, permissions in scoped:
             entity = {"_id": hashlib.sha1(f"{type} {name}".encode()).hexdigest()[:24], "type": type}
-            scopes.append(
-                {"entity": entity | ({"name": name} if name else {}), "permissions": permissions}
-            )
+            if name:
+                entity["name"] = name
+            scopes.append({"entity": entity, "permissions": permissions})
         token["fineGrained"] = {"canReadGatedRepos": False, "global": [], "scoped": scopes}
     return {"type": "access_token", "accessToken": token}

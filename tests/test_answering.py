@@ -115,12 +115,12 @@ def test_thinking_budget_suppresses_eos_only_inside_an_open_thought(loaded):
     import torch
 
     tokenizer = loaded.tokenizer
-    processor = finetune_r1.ThinkingBudget(tokenizer, 0, 9)
+    process = finetune_r1.thinking_limit(tokenizer, 0, 9)
     written = ["so so so so so so so", "so </think>\nso so"]
     ids = tokenizer(written, add_special_tokens=False, padding=True)["input_ids"]
     scores = torch.zeros(2, len(tokenizer))
     scores[:, tokenizer.eos_token_id] = 1.0  # both want to end
-    first, second = processor(torch.tensor(ids), scores).argmax(-1).tolist()
+    first, second = process(torch.tensor(ids), scores).argmax(-1).tolist()
     assert first != tokenizer.eos_token_id and second == tokenizer.eos_token_id
 
 

@@ -6,11 +6,11 @@ import httpx
 import jinja2
 import pytest
 from conftest import BOS, EOS
-from conversations import CASES, OPENAI_CASES, REFUSED, assistant, user
+from conversations import CASES, OPENAI_CASES, REFUSED, TAGGED, assistant, user
 
 import finetune_r1
 import prompts
-from finetune_r1 import ROUND_TRIP, UserError, read_json, write_json
+from finetune_r1 import ROUND_TRIP, read_json, write_json
 
 ALL_CASES = CASES | OPENAI_CASES
 ASKED = [user(" Why {question}?\n")]
@@ -31,74 +31,55 @@ def render(messages, lang="en", has_bos=True, **options):
 # -------------------------------------------------------------------------------- chat template
 
 
-@pytest.mark.parametrize("lang", ["en", "zh"])
 @pytest.mark.parametrize("name", ALL_CASES)
-def test_conversation_becomes_the_training_prompt(name, lang):
+def test_conversation_becomes_the_training_prompt(name):
     case = ALL_CASES[name]
-    text = render(case.messages, lang, add_generation_prompt=case.asks)
-    assert text == BOS + case.text(lang)
+    for lang in ("en", "zh"):
+        text = render(case.messages, lang, add_generation_prompt=case.asks)
+        assert text == BOS + case.text(lang)
+        if "open thought" in name:  # some clients always ask for a generation prompt
+            assert render(case.messages, lang, add_generation_prompt=True) == text
 
 
-@pytest.mark.parametrize("name", ["open thought", "open thought beside null"])
-def test_open_thought_is_continued_where_a_generation_prompt_is_always_asked_for(name):
-    case = ALL_CASES[name]
-    assert render(case.messages, add_generation_prompt=True) == BOS + case.text()
+def test_message_that_the_model_was_not_trained_for_is_a_clear_error():
+    for messages, message in REFUSED.values():
+        with pytest.raises(ValueError, match=message):
+            render(messages)
 
 
-@pytest.mark.parametrize("name", REFUSED)
-def test_message_that_the_model_was_not_trained_for_is_a_clear_error(name):
-    messages, message = REFUSED[name]
-    with pytest.raises(ValueError, match=message):
-        render(messages)
-
-
-def test_template_without_bos_has_none():
-    assert render(ASKED, has_bos=False) == render(ASKED).removeprefix(BOS)
-
-
-@pytest.mark.parametrize("word", ["generation %}", "tools", "tool_call"])
-def test_chat_template_has_no_word_that_breaks_a_client(word):
+def test_chat_template_has_bos_as_told_and_no_word_that_breaks_a_client():
     """The tag stops minijinja; for the words Ollama prefers this template to its own."""
-    assert word not in prompts.CHAT_TEMPLATE
+    assert render(ASKED, has_bos=False) == render(ASKED).removeprefix(BOS)
+    for word in ("generation %}", "tools", "tool_call"):
+        assert word not in prompts.CHAT_TEMPLATE
 
 
-@pytest.fixture(
-    params=["tiny_r1 en", "tiny_r1 zh", "tiny_deepseek zh", "tiny_qwen en", "smollm2 en"]
+@pytest.mark.parametrize(
+    "chat", ["tiny_r1 en", "tiny_r1 zh", "tiny_deepseek zh", "tiny_qwen en", "smollm2 en"]
 )
-def chat(tmp_path, request):
-    """A saved tokenizer as plain transformers loads it, and the language of its prompt."""
-    layout, lang = request.param.split()
+def test_saved_template_gives_plain_transformers_the_tokens_of_training(request, tmp_path, chat):
+    layout, lang = chat.split()
     tokenizer = finetune_r1.load_tokenizer(request.getfixturevalue(layout))
     finetune_r1.save_tokenizer(tokenizer, tmp_path, lang)
     from transformers import AutoTokenizer  # after Unsloth, which the layouts import
 
-    return AutoTokenizer.from_pretrained(tmp_path), lang
-
-
-def test_saved_template_gives_the_tokens_of_training(chat):
-    tokenizer, lang = chat
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path)
     asked = tokenizer.apply_chat_template(ASKED, add_generation_prompt=True, return_dict=False)
     assert asked == tokenizer(prompts.build_prompt("Why {question}?", lang))["input_ids"]
 
     row = prompts.build_example("Why {question}?", "Hm.", "So.", tokenizer.eos_token, lang)
-    for answer in (
-        assistant(" So. ", reasoning_content="Hm.\n"),
-        assistant("<think>\nHm.\n</think>\n\nSo."),
-    ):
+    for answer in (assistant(" So. ", reasoning_content="Hm.\n"), assistant(TAGGED)):
         answered = tokenizer.apply_chat_template([*ASKED, answer], return_dict=False)
         assert answered == tokenizer(row)["input_ids"]
 
 
-@pytest.mark.parametrize(
-    "name", ["open thought", "open thought, empty", "open thought in text parts", "answer"]
-)
-def test_final_message_is_continued_by_transformers(r1_tokenizer, tmp_path, name):
-    case = ALL_CASES[name]
+def test_final_message_is_continued_by_transformers(r1_tokenizer, tmp_path):
     finetune_r1.save_tokenizer(r1_tokenizer, tmp_path, "en")
-    text = r1_tokenizer.apply_chat_template(
-        case.messages, tokenize=False, continue_final_message=True
-    )
-    assert text == BOS + case.text(continued=True)
+    options = {"tokenize": False, "continue_final_message": True}
+    for name in ("open thought", "open thought, empty", "open thought in text parts", "answer"):
+        case = ALL_CASES[name]
+        text = r1_tokenizer.apply_chat_template(case.messages, **options)
+        assert text == BOS + case.text(continued=True)
 
 
 @pytest.fixture(scope="module")
@@ -121,23 +102,15 @@ def llama_server():
 
 
 # llama.cpp itself puts an empty thought before a final content: it takes an open one in its field.
-OWN_WAY = {
-    "open thought",
-    "open thought, empty",
-    "open thought in text parts",
-    "answer between tags",
-    "thought in vLLM's field",
-}
+OWN_WAY = ["open thought", "open thought, empty", "open thought in text parts"]
+OWN_WAY += ["answer between tags", "thought in vLLM's field"]
 
 
-@pytest.mark.parametrize("name", sorted(ALL_CASES.keys() - OWN_WAY))
-def test_llama_cpp_renders_the_same(llama_server, name):
-    case = ALL_CASES[name]
-    answer = llama_server.post("/apply-template", json={"messages": case.messages}).json()
-    assert answer["prompt"] == case.text(eos="<|im_end|>", continued=True)
-
-
-def test_llama_cpp_takes_the_template_for_a_model_without_tools(llama_server):
+def test_llama_cpp_renders_the_same_and_takes_the_model_for_one_without_tools(llama_server):
+    for name in ALL_CASES.keys() - OWN_WAY:
+        case = ALL_CASES[name]
+        answer = llama_server.post("/apply-template", json={"messages": case.messages}).json()
+        assert answer["prompt"] == case.text(eos="<|im_end|>", continued=True), name
     properties = llama_server.get("/props").json()["chat_template_caps"]
     assert properties["supports_system_role"] and not properties["supports_tools"]
     answer = llama_server.post("/apply-template", json={"messages": REFUSED["tool"][0]})
@@ -157,29 +130,26 @@ def test_ollama_files_have_template_stop_token_and_parameters():
     )
 
 
-@pytest.mark.parametrize("lang", ["en", "zh"])
-def test_ollamas_template_has_the_texts_of_the_training_prompt(lang):
+def test_ollamas_template_has_the_texts_of_the_training_prompt():
     """What it renders takes Go: tests/bench/clients.py compares it with the chat template."""
-    template = prompts.build_ollama_files(EOS, {}, lang, ".")["template"]
-    head, tail = prompts.build_prompt("|", lang).removesuffix("<think>\n").split("|")
-    start = head.rindex("\n\n### ")
-    for text in (head[:start], head[start:], tail, EOS):
-        assert "{{ " + json.dumps(text, ensure_ascii=False) + " }}" in template.replace("{{-", "{{")
-    assert '"""' not in template, "which would end the template in a Modelfile"
+    for lang in ("en", "zh"):
+        template = prompts.build_ollama_files(EOS, {}, lang, ".")["template"]
+        head, tail = prompts.build_prompt("|", lang).removesuffix("<think>\n").split("|")
+        start = head.rindex("\n\n### ")
+        for text in (head[:start], head[start:], tail, EOS):
+            quoted = "{{ " + json.dumps(text, ensure_ascii=False) + " }}"
+            assert quoted in template.replace("{{-", "{{")
+        assert '"""' not in template, "which would end the template in a Modelfile"
 
 
 # --------------------------------------------------------------------------- tokenizer and config
 
 
-@pytest.fixture(params=["tiny_r1", "tiny_deepseek", "tiny_qwen", "tiny_four_bit", "smollm2"])
-def model(request):
-    return request.getfixturevalue(request.param)
-
-
-def test_saved_tokenizer_is_the_same_in_plain_transformers(model, tmp_path):
+@pytest.mark.parametrize("layout", ["tiny_r1", "tiny_deepseek", "tiny_qwen", "smollm2"])
+def test_saved_tokenizer_is_the_same_in_plain_transformers(request, tmp_path, layout):
     from transformers import AutoTokenizer
 
-    tokenizer = finetune_r1.load_tokenizer(model)
+    tokenizer = finetune_r1.load_tokenizer(request.getfixturevalue(layout))
     tokenizer.padding_side = "right"  # as a training leaves it
     tokenizer(["Why?", "Why is it so?"], padding=True, truncation=True, max_length=3)
     finetune_r1.save_tokenizer(tokenizer, tmp_path)
@@ -211,24 +181,16 @@ def test_batch_of_two_lengths_is_answered_as_each_question_alone(tiny_deepseek, 
     model = AutoModelForCausalLM.from_pretrained(tiny_deepseek, dtype=torch.float32)
     questions = [prompts.build_prompt("Why?"), prompts.build_prompt("Why is it so? " * 9)]
 
+    model.generation_config.pad_token_id = tokenizer.pad_token_id
+
     def answer(texts, **options):
         inputs = tokenizer(texts, padding=True, return_tensors="pt", **options)
-        tokens = model.generate(
-            **inputs, max_new_tokens=8, do_sample=False, pad_token_id=tokenizer.pad_token_id
-        )
+        tokens = model.generate(**inputs, max_new_tokens=8, do_sample=False)
         return tokens[:, inputs["input_ids"].shape[1] :].tolist()
 
     alone = answer(questions[:1]) + answer(questions[1:])
     assert answer(questions) == alone
     assert answer(questions, padding_side="right") != alone, "or this test could not fail"
-
-
-def test_chat_template_that_renders_another_prompt_is_not_saved(tiny_r1, tmp_path, monkeypatch):
-    monkeypatch.setattr(
-        prompts, "CHAT_TEMPLATE", prompts.CHAT_TEMPLATE.replace("if BOS", "if not BOS")
-    )
-    with pytest.raises(UserError, match="differently when loaded"):
-        finetune_r1.save_tokenizer(finetune_r1.load_tokenizer(tiny_r1), tmp_path, "en")
 
 
 @pytest.mark.parametrize(("layout", "theta"), [("tiny_r1", 500000), ("tiny_qwen", 10000)])

@@ -1,7 +1,6 @@
 """Finding and loading models: tokenizers that transformers 5 would ruin, ready 4-bit copies, moved bases."""
 
 import dataclasses
-import json
 import os
 import shutil
 import subprocess
@@ -10,7 +9,7 @@ import tomllib
 
 import published
 import pytest
-from conftest import BOS, EOS, SAMPLE
+from conftest import BOS, EOS
 from servers.base import LoopbackServer
 from servers.hub import HubServer
 
@@ -30,14 +29,6 @@ def round_trips(tokenizer, text):
 # ------------------------------------------------------------------------------------ tokenizer
 
 
-@pytest.mark.parametrize("name", ["tiny_r1", "tiny_deepseek", "tiny_four_bit"])
-def test_stand_in_loaded_by_autotokenizer_loses_white_space_as_published(unsloth, request, name):
-    from transformers import AutoTokenizer
-
-    ruined = AutoTokenizer.from_pretrained(request.getfixturevalue(name))
-    assert "Belowisaninstruction" in ruined.decode(ruined("Below is an instruction")["input_ids"])
-
-
 @pytest.mark.parametrize("name", LAYOUTS)
 def test_load_tokenizer_round_trips_with_one_bos_in_every_layout(request, name):
     tokenizer = finetune_r1.load_tokenizer(request.getfixturevalue(name))
@@ -51,7 +42,9 @@ def test_load_tokenizer_that_loses_text_is_refused(tiny_r1, tmp_path):
     """As transformers 5 leaves it, saved and loaded again."""
     from transformers import AutoTokenizer
 
-    AutoTokenizer.from_pretrained(tiny_r1).save_pretrained(tmp_path)
+    ruined = AutoTokenizer.from_pretrained(tiny_r1)
+    assert "Belowisaninstruction" in ruined.decode(ruined("Below is an instruction")["input_ids"])
+    ruined.save_pretrained(tmp_path)
     with pytest.raises(UserError, match="loses text"):
         finetune_r1.load_tokenizer(tmp_path)
 
@@ -69,56 +62,31 @@ def test_encode_row_whose_tokens_lose_text_is_dropped_with_that_reason(tiny_r1):
 # ------------------------------------------------------------------------- which model, and where
 
 
-def without_eos(folder):
-    settings = read_json(folder / "tokenizer_config.json")
-    del settings["eos_token"]
-    finetune_r1.write_json(folder / "tokenizer_config.json", settings)
+DAMAGE = {  # of a model's folder: a pattern of files, and what the last one becomes
+    "has no config.json": ("config.json", None),
+    "has no tokenizer.json": ("tokenizer.json", None),
+    "no .safetensors weights": ("*.safetensors", None),
+    "holds a LoRA adapter": ("config.json", "adapter_config.json"),
+}
 
 
-def as_adapter(folder):
-    (folder / "config.json").rename(folder / "adapter_config.json")
-
-
-def with_adapter(folder):
-    (folder / "adapter_config.json").write_text('{"base_model_name_or_path": "eve/code"}')
-
-
-def without(pattern):
-    def damage(folder):
-        for path in folder.glob(pattern):
-            path.unlink()
-
-    return damage
-
-
-@pytest.mark.parametrize(
-    ("damage", "said"),
-    [
-        (without("config.json"), "has no config.json"),
-        (without("tokenizer.json"), "has no tokenizer.json"),
-        (without_eos, "tokenizer.json with EOS"),
-        (without("*.safetensors"), "no .safetensors weights"),
-        (as_adapter, "is a LoRA adapter, not a model"),
-        (with_adapter, "holds a model and an adapter"),
-    ],
-)
+@pytest.mark.parametrize("said", DAMAGE)
 def test_load_folder_that_is_no_whole_model_names_what_is_wrong(
-    tiny_deepseek, run_cli, tmp_path, damage, said
+    tiny_deepseek, run_cli, tmp_path, said
 ):
-    damage(
-        shutil.copytree(tiny_deepseek, tmp_path / "model-8B")
-    )  # the name says nothing of its size
+    folder = shutil.copytree(tiny_deepseek, tmp_path / "model-8B")  # which is no size
+    pattern, renamed = DAMAGE[said]
+    for path in folder.glob(pattern):
+        path.rename(folder / renamed) if renamed else path.unlink()
     done = run_cli(["load", "--model", "model-8B"])
     assert done.code == 1 and said in done.err and "error: " in done.err and "hint: " in done.err
 
 
-@pytest.mark.parametrize("name", ["/models/DeepSeek-R1-8B", "./gone-8b/2", "nowhere"])
-def test_load_missing_path_is_not_found_whatever_size_it_names(run_cli, name):
-    done = run_cli(["load", "--model", name])
-    assert done.code == 1 and f"--model {name} not found" in done.err and "billion" not in done.err
-
-
-def test_check_model_8b_on_the_hub_without_a_gpu_is_refused_offline(run_cli):
+def test_load_missing_path_is_not_found_and_8b_without_a_gpu_is_refused_offline(run_cli):
+    for name in ("/models/DeepSeek-R1-8B", "./gone-8b/2", "nowhere"):
+        done = run_cli(["load", "--model", name])
+        assert done.code == 1 and f"--model {name} not found" in done.err
+        assert "billion" not in done.err
     done = run_cli(["load"])
     assert done.code == 1 and "8.0 billion parameters" in done.err and "demo" in done.err
 
@@ -130,7 +98,7 @@ def test_infer_with_moved_base_takes_model_path(tiny_r1, tiny_run, run_cli, tmp_
     finetune_r1.write_json(run / "config.json", settings)
     ask = ["infer", "Why?", "--run", "run", "--max-new-tokens", 2]
     gone = run_cli(ask)
-    assert gone.code == 1 and "is not at /kaggle/input/r1/8b/2" in gone.err
+    assert gone.code == 1 and "--model /kaggle/input/r1/8b/2 not found" in gone.err
     assert "--model PATH" in gone.err and "billion" not in gone.err
     assert run_cli([*ask, "--model", tiny_r1]).code == 0
 
@@ -140,7 +108,7 @@ def test_infer_with_base_of_another_shape_is_refused(smollm2, tiny_run, run_cli)
     assert done.code == 1 and "does not fit" in done.err and "check --model" in done.err
 
 
-@pytest.mark.parametrize("damage", ["missing tensor", "extra tensor", "another shape", "NaN"])
+@pytest.mark.parametrize("damage", ["missing tensor", "extra tensor", "another shape"])
 def test_load_run_adapter_that_does_not_fit_is_refused_though_hashes_agree(
     tiny_run, tmp_path, damage
 ):
@@ -154,13 +122,11 @@ def test_load_run_adapter_that_does_not_fit_is_refused_though_hashes_agree(
         del weights[name]
     elif damage == "extra tensor":
         weights["more"] = weights[name].clone()
-    elif damage == "another shape":
-        weights[name] = weights[name][:8].clone()
     else:
-        weights[name][0, 0] = float("nan")
+        weights[name] = weights[name][:8].clone()
     save_file(weights, file)
     run.update(adapter={file.name: finetune_r1.file_hash(file)})
-    with pytest.raises(UserError, match="does not fit, or is not finite"):
+    with pytest.raises(UserError, match="does not fit"):
         LoadedModel.load_run(run)
 
 
@@ -174,49 +140,33 @@ def test_load_run_has_the_saved_adapters_weights(tiny_run):
     assert all((state[name].cpu() == saved[name]).all() for name in saved)
 
 
-@pytest.mark.parametrize(
-    ("model", "four_bit", "weights"),
-    [
-        (TrainConfig.model, True, TrainConfig.model + "-unsloth-bnb-4bit"),
-        ("deepseek-ai/DeepSeek-R1-Distill-Llama-8B", True, TrainConfig.model + "-unsloth-bnb-4bit"),
-        (TrainConfig.model, False, TrainConfig.model),
-        (TrainConfig.model + "-bnb-4bit", True, TrainConfig.model + "-bnb-4bit"),
-        ("alice/her-model-8B", True, "alice/her-model-8B"),
-    ],
-)
-def test_four_bit_name_is_the_repository_that_unsloth_has_ready(model, four_bit, weights):
-    config = TrainConfig(model=model, load_in_4bit=four_bit)
-    assert finetune_r1.four_bit_name(config) == weights
+def test_four_bit_name_is_the_repository_that_unsloth_has_ready():
+    ready = TrainConfig.model + "-unsloth-bnb-4bit"
+    for model, weights in {
+        TrainConfig.model: ready,
+        "deepseek-ai/DeepSeek-R1-Distill-Llama-8B": ready,
+        TrainConfig.model + "-bnb-4bit": TrainConfig.model + "-bnb-4bit",
+        "alice/her-model-8B": "alice/her-model-8B",
+    }.items():
+        assert finetune_r1.four_bit_name(TrainConfig(model=model)) == weights
+    config = TrainConfig(load_in_4bit=False)
+    assert finetune_r1.four_bit_name(config) == TrainConfig.model
 
 
-@pytest.fixture(scope="module", params=["tiny_deepseek", "tiny_qwen", "tiny_four_bit"])
-def saved(request, tmp_path_factory):
-    """The folder of merged weights of a model trained in one of the layouts."""
-    run = tmp_path_factory.mktemp("saved") / "run"
-    config = TrainConfig(
-        model=str(request.getfixturevalue(request.param)),
-        dataset=str(SAMPLE),
-        split="train[:4]",
-        max_seq_length=1024,
-        max_steps=2,
-        warmup_steps=0,
-        effective_batch=2,
-        learning_rate=1e-2,
-        max_new_tokens=4,
-        wandb=False,
-    )
-    finetune_r1.train_run(config, Run(run))
-    base = request.getfixturevalue("tiny_r1") if request.param == "tiny_four_bit" else None
-    finetune_r1.save(run=run, model=base and str(base))
-    return run / "merged"
-
-
-def test_every_published_layout_trains_and_saves_with_eos_and_bos_right(saved):
+@pytest.mark.parametrize("layout", ["tiny_deepseek", "tiny_qwen", "tiny_four_bit"])
+def test_published_layout_trains_and_saves_with_eos_and_bos_right(
+    request, tiny_run, tiny_r1, tmp_path, layout
+):
     """DeepSeek pads with EOS, R1-Distill-Qwen leaves BOS to a class, a 4-bit copy needs its 16-bit base."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    tokenizer = AutoTokenizer.from_pretrained(saved)
-    model = AutoModelForCausalLM.from_pretrained(saved)
+    model = str(request.getfixturevalue(layout))
+    config = dataclasses.replace(Run(tiny_run).config, model=model, max_steps=2)
+    finetune_r1.train_run(config, Run(tmp_path / "run"))
+    base = str(tiny_r1) if layout == "tiny_four_bit" else None
+    finetune_r1.save(run=tmp_path / "run", model=base)
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "run" / "merged")
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "run" / "merged")
     assert round_trips(tokenizer, ROUND_TRIP) and tokenizer.eos_token == EOS
     assert model.generation_config.pad_token_id == tokenizer.pad_token_id
 
@@ -272,27 +222,12 @@ def lines(hub, tmp_path_factory):
         yield done, folder, list(elsewhere.requests)
 
 
-NAMES = [
-    "train",
-    "infer",
-    "push",
-    "infer offline",
-    "format offline",
-    "train offline",
-    "save offline",
-]
-
-
-@pytest.mark.parametrize("name", NAMES)
-def test_three_lines_work_by_name_online_and_offline(lines, name):
-    done = lines[0][name]
-    assert done.returncode == 0, done.stderr
-    assert "Ġ" not in done.stdout + done.stderr, "a byte-level token as such"
-
-
-def test_infer_offline_gives_the_same_answer(lines):
-    online = lines[0]["infer"]
-    offline = lines[0]["infer offline"]
+def test_three_lines_work_by_name_online_and_offline(lines):
+    done = lines[0]
+    for name in done:
+        assert done[name].returncode == 0, (name, done[name].stderr)
+        assert "Ġ" not in done[name].stdout + done[name].stderr, "a byte-level token as such"
+    online, offline = done["infer"], done["infer offline"]
     assert online.stdout == offline.stdout
     assert online.stderr.splitlines()[-2] == offline.stderr.splitlines()[-2]
 
@@ -354,12 +289,3 @@ def test_resume_after_a_new_commit_of_the_base_takes_the_old_one(lines, hub, tmp
 def test_unsloth_constant_is_the_pinned_version():
     text = (finetune_r1.DATA.parent / "pyproject.toml").read_text()
     assert f"unsloth=={finetune_r1.UNSLOTH}" in tomllib.loads(text)["project"]["dependencies"]
-
-
-def test_format_shows_spaces_and_chinese_as_they_are(tiny_r1, run_cli, tmp_path):
-    finetune_r1.write_jsonl(tmp_path / "zh.jsonl", published.CHINESE)
-    options = ["--model", tiny_r1, "--split", "train", "--json"]
-    shown = json.loads(run_cli(["format", "--dataset", SAMPLE, *options]).out)
-    assert "Below is an instruction" in "".join(shown["first_row"]["tokens"])
-    shown = json.loads(run_cli(["format", "--dataset", "zh.jsonl", "--lang", "zh", *options]).out)
-    assert shown["rows"]["used"] == len(published.CHINESE)

@@ -84,7 +84,9 @@ def wait_for(process, beginning):
     pytest.fail("".join(read))
 
 
-def test_two_processes_train_as_one_and_only_the_first_prints_and_writes(two, options, run_cli, start):
+def test_two_processes_train_as_one_and_only_the_first_prints_and_writes(
+    two, options, run_cli, start
+):
     folder, out, err = two
     one = run_cli([*options, "--max-steps", 8, "--run-dir", "one"], start.folder)
     assert one.code == 0, one.err

@@ -3,6 +3,7 @@
 import json
 
 import pytest
+from conversations import assistant, user
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -49,55 +50,25 @@ def tokenizer(request, smollm2, r1_tokenizer):
     return r1_tokenizer if request.param == "r1" else AutoTokenizer.from_pretrained(smollm2)
 
 
-@pytest.mark.parametrize(
-    ("lang", "question", "prompt"), [("en", "Why?", ENGLISH), ("zh", "为什么?", CHINESE)]
-)
-def test_the_prompt_is_the_recipes_byte_for_byte(lang, question, prompt):
-    assert build_prompt(question, lang) == prompt
-
-
-def test_an_example_is_prompt_thought_answer_eos():
+def test_build_prompt_and_example_are_the_recipes_byte_for_byte():
+    assert build_prompt("Why?") == ENGLISH and build_prompt("为什么?", "zh") == CHINESE
+    question = "Is {question} or {0} in ### Response: a risk?"
+    assert build_prompt(question) == ENGLISH.replace("Why?", question)
     assert build_example("Why?", " Hm. \n", "\nSo.", "<eos>") == ENGLISH + "Hm.\n</think>\nSo.<eos>"
 
 
-def test_braces_and_template_markers_in_a_question_stay_as_they_are():
-    question = "Is {question} or {0} in ### Response: a risk?"
-    assert build_prompt(question) == ENGLISH.replace("Why?", question)
+def test_split_response_takes_the_first_closing_tag_and_without_one_has_no_answer():
+    assert split_response("Hm.\n</think>\nSo. </think> no") == ("Hm.", "So. </think> no", True)
+    assert split_response("Hm, and it was cut") == ("Hm, and it was cut", "", False)
 
 
-@pytest.mark.parametrize(
-    ("text", "response"),
-    [
-        ("Hm.\n</think>\nSo. </think> no", ("Hm.", "So. </think> no", True)),
-        ("Hm, and then it was cut", ("Hm, and then it was cut", "", False)),
-    ],
-)
-def test_a_response_splits_at_its_first_closing_tag_and_has_no_answer_without_one(text, response):
-    assert split_response(text) == response
-
-
-@pytest.mark.parametrize(
-    ("text", "marker"),
-    [
-        ("a <think> b", "<think>"),
-        ("a</think>", "</think>"),
-        ("the end<eos>", "<eos>"),
-        ("if a < b > c, think", None),
-    ],
-)
-def test_marker_that_could_forge_the_structure_is_found(text, marker):
-    assert find_marker(text, ["<eos>"]) == marker
+def test_find_marker_finds_what_could_forge_the_structure():
+    texts = {"a <think> b": "<think>", "a</think>": "</think>", "the end<eos>": "<eos>"}
+    for text, marker in {**texts, "if a < b > c, think": None}.items():
+        assert find_marker(text, ["<eos>"]) == marker
 
 
 # ------------------------------------------------------------------------------ reading of a record
-
-
-def user(content, role="user"):
-    return {"role": role, "content": content}
-
-
-def assistant(content, role="assistant", **more):
-    return {"role": role, "content": content, **more}
 
 
 def part(text, kind="text", key="text"):
@@ -115,11 +86,10 @@ READ = [
     # Thought and answer in one column, divided by tags of any kind.
     (TWO, {"q": "Why?", "a": TAGGED}, []),
     (TWO, {"q": "Why?", "a": "Hm.\n</think>\n\nSo."}, []),
-    (TWO, {"q": "Why?", "a": "[THINK]Hm.[/THINK]So."}, []),
     (TWO, {"q": "Why?", "a": "<|begin_of_thought|>\nHm.\n<|end_of_thought|>\n"
            "<|begin_of_solution|>\nSo.\n<|end_of_solution|>"}, []),
     # Conversations: keys, roles, None beside a value, parts, reasoning beside the content.
-    (ONE, {"m": [user("Why?", "User"), assistant(TAGGED, "MODEL ")]}, []),
+    (ONE, {"m": [user("Why?", "User"), assistant(TAGGED, role="MODEL ")]}, []),
     (ONE, {"m": [{"from": "human", "value": "Why?"}, {"from": "gpt", "value": TAGGED}]}, []),
     (ONE, {"m": [{"role": None, "content": None, "from": "human", "value": "Why?"},
                  {"role": "assistant", "content": TAGGED, "from": None, "value": None}]}, []),
@@ -145,11 +115,10 @@ READ = [
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize(("columns", "record", "notes"), READ)
-def test_record_gives_question_thought_answer_and_what_is_not_taught(columns, record, notes):
-    assert prompts.read_record(record, columns, ("<eos>",)) == prompts.Row(
-        "Why?", "Hm.", "So.", notes=notes
-    )
+def test_read_record_gives_question_thought_answer_and_what_is_not_taught():
+    for columns, record, notes in READ:
+        row = prompts.read_record(record, columns, ("<eos>",))
+        assert row == prompts.Row("Why?", "Hm.", "So.", notes=notes), record
 
 
 SAME = "two of question, thought and answer are the same"
@@ -157,21 +126,17 @@ EMPTY = "a text in {} is empty or missing"
 DROPPED = [
     # A named thought that is the answer, or the question; a thought that is marked in the answer.
     (("m", "r", "m"), {"m": [user("Why?"), assistant("So.")], "r": " so. "}, SAME),
-    (("q", "q", "a"), {"q": "Why?", "a": "So."}, SAME),
     (("m", "r", "m"), {"m": [user("Why?"), assistant(TAGGED)], "r": "Aha."}, "<think> inside m"),
     (("m", "r", "m"), {"m": [user("Why?"), assistant("So.", reasoning="Hm.")], "r": "Aha."},
      "<think> inside m"),
     # Missing values.
     (THREE, {"q": "Why?", "a": "So."}, "t is missing"),
     (THREE, {"q": "Why?", "t": float("nan"), "a": "So."}, "t is missing"),
-    (THREE, {"q": "Why?", "t": " \n", "a": "So."}, EMPTY.format("t")),
     (THREE, {"q": "Why?", "t": "nan", "a": "So."}, EMPTY.format("t")),
     (THREE, {"q": "Why?", "t": "Hm.", "a": " N/A "}, EMPTY.format("a")),
-    (THREE, {"q": "NULL", "t": "Hm.", "a": "So."}, EMPTY.format("q")),
     (THREE, {"q": "Why?", "t": "None.", "a": "So."}, EMPTY.format("t")),
     # Other types.
     (THREE, {"q": 7, "t": "Hm.", "a": "So."}, "q has no single text (int)"),
-    (THREE, {"q": {"nested": "Why?"}, "t": "Hm.", "a": "So."}, "q has no single text (dict)"),
     (THREE, {"q": "Why?", "t": ["Hm.", "Aha."], "a": "So."}, "t has no single text (list)"),
     (ONE, {"m": [user([part("Why?"), part({}, "image_url", "image_url")]), assistant(TAGGED)]},
      "m has no single text (dict)"),
@@ -179,15 +144,12 @@ DROPPED = [
     (ONE, {"m": [user("Why?"), assistant("So."), user("How?"), assistant(TAGGED)]},
      "m has 2 user messages, not one"),
     (ONE, {"m": [user("Why?")]}, "m has 0 assistant messages, not one"),
-    (ONE, {"m": [user("Why?", "narrator")]}, "m has 0 user messages, not one"),
     (ONE, {"m": [user("Why?"), assistant(None, tool_calls=[1])]}, "m has no single text (dict)"),
     (ONE, {"m": [{"type": "human", "content": "Why?"}, {"type": "ai", "content": TAGGED}]},
      "<think> inside m"),
     # Tags.
     (TWO, {"q": "Why?", "a": "So."}, "a has no thought that ends in </think>"),
-    (TWO, {"q": "Why?", "a": "<think>Hm."}, "a has no thought that ends in </think>"),
     (TWO, {"q": "Why?", "a": "<think></think>So."}, EMPTY.format("a")),
-    (TWO, {"q": "Why?", "a": "<think>Hm.</think>"}, EMPTY.format("a")),
     (TWO, {"q": "Why?", "a": TAGGED * 2}, "<think> inside a"),
     (TWO, {"q": "Why?", "a": "Well, <think>Hm.</think>So."}, "<think> inside a"),
     (THREE, {"q": "Why?", "t": "<thinking>Hm.</thinking>", "a": "So."}, "<thinking> inside t"),
@@ -195,12 +157,10 @@ DROPPED = [
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize(("columns", "record", "reason"), DROPPED)
-def test_record_that_cannot_be_taught_is_dropped_with_the_true_reason(columns, record, reason):
-    assert prompts.read_record(record, columns, ("<eos>",)) == prompts.Row(status=reason)
-
-
-def test_sodium_is_no_missing_value():
+def test_read_record_that_cannot_be_taught_is_dropped_with_the_true_reason():
+    for columns, record, reason in DROPPED:
+        row = prompts.read_record(record, columns, ("<eos>",))
+        assert row == prompts.Row(status=reason), record
     assert prompts.read_record({"q": "Why?", "t": "Hm.", "a": "Na"}, THREE, ()).answer == "Na"
 
 
@@ -212,37 +172,35 @@ SUSPICIOUS = {
         "it&#39;s",
         "<p>So.</p>",
         "<br/>",
-        '<a href="x">So</a>',
         "So,\\n- so",
         "<|im_end|>",
-        "[INST] So.",
+        "[INST] So",
     ],
     "carriage returns (made line feeds)": ["So,\r\nso."],
+    None: ["1 < 2 & 3 > 2; naïve – 病: [a] <= b"],
 }
-CASES = [(name, text) for name, texts in SUSPICIOUS.items() for text in texts]
 
 
-@pytest.mark.parametrize(("name", "text"), [*CASES, (None, "1 < 2 & 3 > 2; naïve – 病: [a] <= b")])
-def test_suspicious_text_is_taught_and_noted(name, text):
-    row = prompts.read_record({"q": "Why?", "t": "Hm.", "a": text}, THREE, ())
-    assert row.answer == text.replace("\r", "")
-    assert row.notes == ([f"{name} in the text"] if name else [])
+def test_read_record_with_suspicious_text_is_taught_and_noted():
+    for name, texts in SUSPICIOUS.items():
+        for text in texts:
+            row = prompts.read_record({"q": "Why?", "t": "Hm.", "a": text}, THREE, ())
+            assert row.answer == text.replace("\r", "")
+            assert row.notes == ([f"{name} in the text"] if name else []), text
 
 
-@pytest.mark.parametrize(
-    ("question", "other", "same"),
-    [
-        ("Why, so?", " why SO", True),
-        ("为什么？", "为什么?", True),
-        ("Give 5\u00a0mg", "give 5 mg.", True),
-        ("Give 1.5 mg", "Give 15 mg", False),
-        ("Is 120/80 high?", "Is 12080 high?", False),
-        ("Is a < b?", "Is a > b?", False),
-        ("???", "!", False),
-    ],
-)
-def test_questions_that_differ_in_spelling_alone_are_the_same(question, other, same):
-    assert (prompts.same_question(question) == prompts.same_question(other)) == same
+def test_same_question_ignores_spelling_but_no_number():
+    same = [("Why, so?", " why SO"), ("为什么？", "为什么?"), ("Give 5\u00a0mg", "give 5 mg.")]
+    other = [
+        ("Give 1.5 mg", "Give 15 mg"),
+        ("120/80?", "12080?"),
+        ("a < b?", "a > b?"),
+        ("???", "!"),
+    ]
+    for first, second in same:
+        assert prompts.same_question(first) == prompts.same_question(second)
+    for first, second in other:
+        assert prompts.same_question(first) != prompts.same_question(second)
 
 
 # ------------------------------------------------------------------------------------------- tokens
@@ -261,13 +219,10 @@ def test_a_row_starts_with_the_tokens_of_its_prompt(tokenizer, question, thought
     if find_marker(question + thought + answer, special):
         return
     row = encoded(tokenizer, question, thought, answer, lang=lang)
-    if (
-        row.status != "used"
-    ):  # SmolLM2 has no token for some bytes, and takes a special one for them: found, and dropped
+    if row.status != "used":  # SmolLM2 takes a special token for bytes that it lacks: dropped
         assert tokenizer.unk_token_id in row.input_ids
-    assert (
-        row.input_ids[: row.prompt_tokens] == tokenizer(build_prompt(question, lang))["input_ids"]
-    )
+    head = tokenizer(build_prompt(question, lang))["input_ids"]
+    assert row.input_ids[: row.prompt_tokens] == head
 
 
 def test_a_row_has_one_bos_at_its_start_one_eos_at_its_end_and_each_tag_once(tokenizer):

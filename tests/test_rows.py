@@ -60,90 +60,62 @@ def prepare(r1_tokenizer, tmp_path):
 # -------------------------------------------------------------------------------------------- files
 
 
-@pytest.fixture
-def written(tmp_path):
-    """The same ten rows in each file format."""
-    import datasets
-
-    rows = records(*[{}] * 10)
-    write_jsonl(tmp_path / "rows.jsonl", rows)
-    write_jsonl(tmp_path / "lines.json", rows)
-    (tmp_path / "rows.json").write_text(json.dumps(rows, indent=1))
-    (tmp_path / "upper.JSON").write_text(json.dumps(rows))
-    with (tmp_path / "rows.csv").open("w", newline="", encoding="utf-8-sig") as file:
-        writer = csv.DictWriter(file, COLUMNS)
-        writer.writeheader()
-        writer.writerows(rows)
-    datasets.Dataset.from_list(rows).to_parquet(tmp_path / "rows.parquet")
-    return tmp_path
-
-
-@pytest.mark.parametrize(
-    "name", ["rows.jsonl", "rows.json", "upper.JSON", "lines.json", "rows.csv", "rows.parquet"]
-)
-def test_file_of_each_format_gives_the_same_records(written, name):
-    read = read_records(DataConfig(dataset=str(written / name), split="train"))
-    assert read.to_list() == records(*[{}] * 10)
-
-
-@pytest.mark.parametrize(
-    ("split", "expected"),
-    [
-        ("train[:3]", range(3)),
-        ("train[8:500]", range(8, 10)),
-        ("train[-2:]", range(8, 10)),
-        ("train[:10%]", range(1)),
-        ("train[50%:]", range(5, 10)),
-        ("train[:1]+train[9:]", [0, 9]),
-    ],
-)
-def test_split_slice_takes_those_rows(written, split, expected):
-    assert questions(written / "rows.jsonl", split) == [f"Why {i}?" for i in expected]
-
-
-@pytest.mark.parametrize("split", ["nope", "train[", "train[7:3]", "train[20:30]"])
-def test_split_that_is_not_there_is_named(written, split):
-    message, hint = error_of(written / "rows.jsonl", split)
-    assert f"--split {split}: " in message and "split" in hint
-
-
-@pytest.mark.parametrize(
-    ("name", "delimiter"), [("a.csv", ","), ("a.csv", ";"), ("a.csv", "\t"), ("A.TSV", "\t")]
-)
-def test_csv_text_comes_back_unchanged_under_each_separator(tmp_path, name, delimiter):
-    texts = [*TRICKS, "one, two; three\tfour", 'a\nb\r\nc "quoted" \n', "007", "NA", "null", "1.50"]
-    rows = [{**GOOD, "a, b; c": "x", "Response": text} for text in texts]
-    with (tmp_path / name).open("w", newline="", encoding="utf-8") as file:
+def write_csv(path, rows, delimiter=",", encoding="utf-8"):
+    with path.open("w", newline="", encoding=encoding) as file:
         writer = csv.DictWriter(file, rows[0], delimiter=delimiter)
         writer.writeheader()
         writer.writerows(rows)
+
+
+def test_file_of_each_format_gives_the_same_records(tmp_path):
+    import datasets
+
+    rows = records(*[{}] * 3000)
+    write_jsonl(tmp_path / "rows.jsonl", rows)
+    write_jsonl(tmp_path / "lines.json", rows)
+    (tmp_path / "upper.JSON").write_text(json.dumps(rows, indent=1))
+    write_csv(tmp_path / "rows.csv", rows, encoding="utf-8-sig")
+    datasets.Dataset.from_list(rows).to_parquet(tmp_path / "rows.parquet")
+    for path in sorted(tmp_path.iterdir()):  # the last one is JSON
+        assert read_records(DataConfig(dataset=str(path), split="train")).to_list() == rows, path
+    write_jsonl(
+        path, [{**GOOD, "note": 7}] * 3000 + [{**GOOD, "note": note} for note in ("7", [7])]
+    )
+    assert len(questions(path)) == 3002, "other columns may change their type half way"
+
+
+def test_split_slice_takes_those_rows_and_a_wrong_one_is_named(tmp_path):
+    path = tmp_path / "rows.jsonl"
+    write_jsonl(path, records(*[{}] * 10))
+    for split, expected in {
+        "train[8:500]": [8, 9],
+        "train[-1:]": [9],
+        "train[:10%]": [0],
+        "train[:1]+train[9:]": [0, 9],
+    }.items():
+        assert questions(path, split) == [f"Why {i}?" for i in expected]
+    for split in ("nope", "train[", "train[7:3]", "train[20:30]"):
+        message, hint = error_of(path, split)
+        assert f"--split {split}: " in message and "split" in hint
+
+
+@pytest.mark.parametrize(("name", "delimiter"), [("a.csv", ","), ("a.csv", ";"), ("A.TSV", "\t")])
+def test_csv_text_comes_back_unchanged_under_each_separator(tmp_path, name, delimiter):
+    texts = [*TRICKS, "one, two; three\tfour", 'a\nb\r\nc "quoted" \n', "007", "NA", "null", "1.50"]
+    rows = [{**GOOD, "a, b; c": "x", "Response": text} for text in texts]
+    write_csv(tmp_path / name, rows, delimiter)
     for row in rows:
         row["Response"] = row["Response"].replace("\r\n", "\n")
     assert read_records(DataConfig(dataset=str(tmp_path / name), split="train")).to_list() == rows
 
 
-@pytest.mark.parametrize("name", ["rows.csv", "rows.jsonl"])
-def test_large_file_may_change_its_other_columns_half_way(tmp_path, name):
-    rows = [*records(*[{"note": 7}] * 3000), {**GOOD, "note": "about 7"}, {**GOOD, "note": [7]}]
-    if name == "rows.csv":
-        with (tmp_path / name).open("w", newline="") as file:
-            writer = csv.DictWriter(file, rows[0])
-            writer.writeheader()
-            writer.writerows(rows)
-    else:
-        write_jsonl(tmp_path / name, rows)
-    assert len(questions(tmp_path / name)) == 3002
-
-
 BROKEN = {
-    "cut.jsonl": (LINE * 2 + '{"Question": "Wh', "line 3", "copy"),
-    "numbers.jsonl": ("7\n", "record 1 is int", "copy"),
+    "cut.jsonl": (LINE * 2 + '{"Question": "Wh', "line 3", "JSONL copy"),
+    "numbers.jsonl": ("7\n", "not a JSON object", "copy"),
     "latin.jsonl": ((LINE + '{"Question": "naïve"}').encode("latin-1"), "can't decode", "UTF-8"),
-    "utf16.csv": ((HEAD + "a,b,c\n").encode("utf-16"), "can't decode", "UTF-8"),
     "pair.jsonl": (json.dumps({**GOOD, "Response": "\ud83d!"}), "surrogates", "copy"),
     "open.csv": (HEAD + 'a,b,"c\n', "line 2: unexpected end", "copy"),
     "more.csv": (HEAD + "a,b,c\na,b, and c,d\n", "line 3: more or fewer .* quote", "copy"),
-    "fewer.csv": (HEAD + "a,b,c\na,b\n", "line 3: more or fewer", "copy"),
     "twice.csv": ("a,b,a\n1,2,3\n", "a name in it twice", "copy"),
     "cut.parquet": ("PAR1 and no more", "[Pp]arquet", "copy"),
     "empty.jsonl": ("", "no rows", "widen"),
@@ -161,10 +133,10 @@ def test_broken_file_is_named_with_its_line_and_fitting_advice(tmp_path, name):
     assert re.search(advised, hint) and ("UTF-8" in hint) == (advised == "UTF-8")
 
 
-@pytest.mark.parametrize("name", ["absent.jsonl", "my rows", "/nowhere/rows"])
-def test_missing_file_is_not_found_without_a_word_about_syntax(name):
-    message, hint = error_of(name)
-    assert message == f"--dataset {name} not found." and "path" in hint
+def test_missing_file_is_not_found_without_a_word_about_syntax():
+    for name in ("absent.jsonl", "data/absent.csv", "my rows", "/nowhere/rows"):
+        message, hint = error_of(name)
+        assert message == f"--dataset {name} --split train: not found." and "path" in hint
 
 
 # ------------------------------------------------------------------------------------------ folders
@@ -177,12 +149,11 @@ def test_folder_reads_every_format_in_the_order_of_names_and_says_what_it_left(t
     (tmp_path / "notes.txt").write_text("no row")
     write_repository(tmp_path, {".cache/a.jsonl": b"no row"})
     assert questions(tmp_path) == ["Why 0?", "Why 1?", "How?", "Where?"]
-    assert f"not read in {tmp_path}: notes.txt" in capsys.readouterr().err
+    assert f"{tmp_path / 'notes.txt'} is not read" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("name", ["rows", "rows [1]*", "rows.jsonl"])
-def test_folder_takes_splits_from_the_names_of_files(tmp_path, name):
-    folder = tmp_path / name
+def test_folder_takes_splits_from_the_names_of_files(tmp_path):
+    folder = tmp_path / "rows [1]*.jsonl"
     (folder / "data").mkdir(parents=True)
     files = ("train.jsonl", "data/my-test_2.jsonl", "validation-00000-of-00001.jsonl")
     for file, row in zip(files, records({}, {}, {}), strict=True):
@@ -190,6 +161,10 @@ def test_folder_takes_splits_from_the_names_of_files(tmp_path, name):
     found = [questions(folder, split) for split in ("train[:5]", "test", "validation")]
     assert found == [["Why 0?"], ["Why 1?"], ["Why 2?"]]
     assert questions(folder / "train.jsonl") == ["Why 0?"]
+    for lang in ("en", "zh"):  # a folder for each subset or language
+        write_repository(folder, {f"{lang}/train.jsonl": LINE.replace("Why", lang).encode()})
+    assert (questions(folder), questions(folder, subset="zh")) == (["en?"], ["zh?"])
+    assert "nothing to read in" in error_of(folder, subset="fr")[0]
 
 
 def test_saved_dataset_is_loaded_with_its_splits(tmp_path):
@@ -210,42 +185,22 @@ def write_repository(folder, files):
     return folder
 
 
-def test_downloaded_repository_takes_subset_or_language(tmp_path):
-    folder = write_repository(tmp_path / "repo", published.medical_o1_repo())
-    english = len(questions(folder))
-    chinese = [row["Question"] for row in published.CHINESE]
-    assert english == len(finetune_r1.read_jsonl(SAMPLE))
-    assert questions(folder, subset="zh_mix") == questions(folder, lang="zh") == chinese
-    message, hint = error_of(folder, subset="fr")
-    assert "'fr' not found" in message and "'zh_mix'" in message and "--subset" in hint
-    message, _ = error_of(folder, "test")
-    assert "test" in message and "train" in message
-
-
-def test_folder_of_folders_takes_subset_or_language_and_refuses_another(tmp_path):
-    for lang in ("en", "zh"):
-        write_repository(tmp_path, {f"{lang}/train.jsonl": LINE.replace("Why", lang).encode()})
-    assert (questions(tmp_path), questions(tmp_path, subset="zh")) == (["en?"], ["zh?"])
-    assert "fr: nothing to read" in error_of(tmp_path, subset="fr")[0]
-
-
 CONFIGS = b"---\nconfigs:\n- config_name: default\n  data_files: '*.jsonl'\n---\n"
 FAULTS = {  # of a repository: its files, what the message says, what the hint says
     "script": ({"script.py": b"x"}, "Dataset scripts are no longer supported", "JSONL"),
     "unlike": ({"a.jsonl": LINE.encode(), "b.jsonl": b'{"q": 1}\n'}, "cast", "different columns"),
-    "cut": ({"a.jsonl": LINE.encode() + b'{"Question": "Wh'}, "JSON", "repaired"),
+    "cut": ({"a.jsonl": LINE.encode() + b'{"Question": "Wh'}, "JSON", "JSONL copy"),
     "none": ({"a.xyz": b"x"}, "data file", "JSONL"),
 }
 
 
-@pytest.mark.parametrize("name", FAULTS)
-def test_repository_with_a_fault_is_named_with_it(hub_rows, tmp_path, name):
-    files, said, advised = FAULTS[name]
-    hub_rows.add_repo("dataset", f"org/{name}", files)
-    folder = write_repository(tmp_path / name, {"README.md": CONFIGS, **files})
-    for source in (f"org/{name}", folder):
-        message, hint = error_of(source)
-        assert said in message and advised in hint, (source, message, hint)
+def test_repository_with_a_fault_is_named_with_it(hub_rows, tmp_path):
+    for name, (files, said, advised) in FAULTS.items():
+        hub_rows.add_repo("dataset", f"org/{name}", files)
+        folder = write_repository(tmp_path / name, {"README.md": CONFIGS, **files})
+        for source in (f"org/{name}", folder):
+            message, hint = error_of(source)
+            assert said in message and advised in hint, (source, message, hint)
 
 
 # ------------------------------------------------------------------------------------------ the Hub
@@ -262,13 +217,17 @@ def hub_rows(hub, monkeypatch, tmp_path):
     return hub
 
 
-def test_hub_dataset_without_a_default_configuration_takes_subset_or_language(hub_rows):
-    name = DataConfig.dataset
-    hub_rows.add_repo("dataset", name, published.medical_o1_repo())
+def test_recipes_dataset_by_name_or_downloaded_takes_subset_or_language(hub_rows, tmp_path):
+    files = published.medical_o1_repo()
+    hub_rows.add_repo("dataset", DataConfig.dataset, files)
     chinese = [row["Question"] for row in published.CHINESE]
-    assert len(questions(name, "train[:7]")) == 7
-    assert questions(name, lang="zh") == questions(name, subset="zh_mix") == chinese
-    assert "'fr' not found" in error_of(name, subset="fr")[0]
+    for source in (DataConfig.dataset, write_repository(tmp_path / "repo", files)):
+        assert len(questions(source, "train[:7]")) == 7
+        assert questions(source, lang="zh") == questions(source, subset="zh_mix") == chinese
+        message, hint = error_of(source, subset="fr")
+        assert "'fr' not found" in message and "'zh_mix'" in message and "--subset" in hint
+        message, _ = error_of(source, "test")
+        assert "test" in message and "train" in message
 
 
 def test_hub_dataset_with_only_a_default_configuration_needs_no_subset(hub_rows):
@@ -278,17 +237,14 @@ def test_hub_dataset_with_only_a_default_configuration_needs_no_subset(hub_rows)
     assert "['default']" in error_of("GBaker/MedQA", subset="en")[0]
 
 
-def test_unknown_hub_dataset_is_named(hub_rows):
-    message, hint = error_of("org/absent")
-    assert "doesn't exist on the Hub" in message and "login" in hint
-
-
 @pytest.mark.parametrize(("status", "advised"), [(403, "login"), (500, "busy")])
 def test_hub_that_refuses_a_file_is_not_taken_for_a_wrong_split(hub_rows, status, advised):
     hub_rows.add_repo("dataset", "org/rows", {"rows.jsonl": LINE.encode()})
     hub_rows.faults.append(Fault("GET", "rows.jsonl", status=status, times=math.inf))
     message, hint = error_of("org/rows")
     assert str(status) in message and advised in hint and "split" not in hint
+    message, hint = error_of("org/absent")
+    assert "doesn't exist on the Hub" in message and "login" in hint
 
 
 def test_hub_that_is_not_reached_is_named_and_what_is_cached_is_read(hub_rows, monkeypatch):
@@ -303,17 +259,11 @@ def test_hub_that_is_not_reached_is_named_and_what_is_cached_is_read(hub_rows, m
     assert "Couldn't reach" in message and "HF_HUB_OFFLINE" in hint and "UTF-8" not in hint
 
 
-@pytest.mark.parametrize("place", ["hub", "folder"])
-def test_cache_that_is_full_or_no_folder_is_named_with_what_moves_it(
-    hub_rows, monkeypatch, tmp_path, place
-):
+def test_cache_that_is_full_or_no_folder_is_named(hub_rows, monkeypatch, tmp_path):
     """A limit on the size of files stands for a full disk; local files need no cache at all."""
     text = json.dumps({**GOOD, "Response": "word " * 80_000}).encode()
-    files = {"README.md": CONFIGS, "rows.jsonl": text}
     name = "org/rows"
-    hub_rows.add_repo("dataset", name, files)
-    if place == "folder":
-        name = write_repository(tmp_path / "repo", files)
+    hub_rows.add_repo("dataset", name, {"README.md": CONFIGS, "rows.jsonl": text})
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (200_000, limits[1]))
     try:
@@ -331,69 +281,39 @@ def test_cache_that_is_full_or_no_folder_is_named_with_what_moves_it(
 # ----------------------------------------------------------------------------------- the accounting
 
 
-def test_bundled_rows_are_as_promised():
-    rows = finetune_r1.read_jsonl(SAMPLE)
-    assert len(rows) >= 64 and all(list(row) == COLUMNS for row in rows)
-    assert len({prompts.same_question(row["Question"]) for row in rows}) == len(rows)
-    for row in rows:
-        assert 60 <= len(row["Complex_CoT"].split()) <= 150 and "\n" not in row["Response"]
-
-
 def test_every_record_is_counted_with_what_became_of_it(prepare):
     rows = records({}, {"Response": None}, {"Question": " WHY, 0 "}, {"Response": f"a{EOS}"})
     rows += [{**GOOD, "Complex_CoT": "Look at <b>this</b>.\r\nThen that."}]
     made = prepare(rows)
     reasons = ["Response is missing", "duplicate question", f"{EOS} inside Response"]
     assert made.dropped == dict(zip(reasons, [[1], [2], [3]], strict=True))
-    notes = made.row_counts.pop("notes")
-    assert made.row_counts == {
-        "read": 5,
-        "used": 2,
-        "held_out": 0,
-        "shortened": 0,
-        "dropped": dict.fromkeys(reasons, 1),
-    }
-    assert notes == {
-        "markup in the text": 1,
-        "carriage returns (made line feeds) in the text": 1,
-    }
+    notes = ["markup in the text", "carriage returns (made line feeds) in the text"]
+    counts = {"read": 5, "used": 2, "held_out": 0, "shortened": 0}
+    what = {"dropped": dict.fromkeys(reasons, 1), "notes": dict.fromkeys(notes, 1)}
+    assert made.row_counts == {**counts, **what}
     assert made.used["thought"][1] == "Look at <b>this</b>.\nThen that."
 
 
-@pytest.fixture
-def long_row(r1_tokenizer):
-    """A row, and a limit in tokens in which the first sentences of its thought fit."""
+def test_overlong_thought_is_cut_at_a_sentence_and_answer_and_eos_stay(prepare, r1_tokenizer):
     thought = "One short sentence. " + "Another one follows. " * 10 + "word " * 150 + "end."
     row = {**GOOD, "Complex_CoT": thought, "Response": "The answer stays whole."}
     encoded = prompts.encode(prompts.Row(*row.values()), r1_tokenizer, "en")
-    return row, len(encoded.input_ids) - 150
-
-
-def test_overlong_thought_is_cut_at_a_sentence_and_answer_and_eos_stay(
-    prepare, r1_tokenizer, long_row
-):
-    row, limit = long_row
+    limit = len(encoded.input_ids) - 150  # the first sentences fit
     rows = prepare([row], max_seq_length=limit)
     [made] = rows.used
     assert rows.row_counts["shortened"] == 1 and rows.dropped == {}
     assert len(made["input_ids"]) == made["tokens"] <= limit
-    assert row["Complex_CoT"].startswith(made["thought"]) and made["thought"].endswith("follows.")
+    assert thought.startswith(made["thought"]) and made["thought"].endswith("follows.")
     text = r1_tokenizer.decode(made["input_ids"])
     assert text.endswith(f"{made['thought']}\n</think>\nThe answer stays whole.{EOS}")
 
 
-@pytest.mark.parametrize(
-    "change",
-    [
-        {"Response": "word " * 300},
-        {"Complex_CoT": "word " * 300},
-        {"Question": "（" * 100_000},
-    ],
-)
-def test_row_that_cannot_be_cut_at_a_sentence_is_dropped(prepare, r1_tokenizer, change):
+def test_row_that_cannot_be_cut_at_a_sentence_is_dropped(prepare, r1_tokenizer):
     prompt = len(r1_tokenizer(build_prompt("Why 1?"))["input_ids"])
-    rows = prepare(records({}, change), max_seq_length=prompt + 100)
-    assert rows.dropped == {"no sentence of the thought fits in --max-seq-length": [1]}
+    long = "word " * 300
+    changes = [{"Response": long}, {"Complex_CoT": long}, {"Question": "（" * 100_000}]
+    rows = prepare(records({}, *changes), max_seq_length=prompt + 100)
+    assert rows.dropped == {"no sentence of the thought fits in --max-seq-length": [1, 2, 3]}
 
 
 def test_held_out_rows_are_chosen_by_seed_and_never_trained_on(prepare):
@@ -402,22 +322,10 @@ def test_held_out_rows_are_chosen_by_seed_and_never_trained_on(prepare):
     rows += [{**row, "Question": f"  {row['Question'].upper()}!"} for row in rows]
     first, again, other = (prepare(rows, eval_rows=5, seed=seed) for seed in (3407, 3407, 1))
     assert (first.row_counts["used"], first.row_counts["held_out"]) == (15, 5)
-    used, held_out = (
-        set(map(prompts.same_question, table["question"])) for table in (first.used, first.held_out)
-    )
-    assert used.isdisjoint(held_out)
+    used = set(map(prompts.same_question, first.used["question"]))
+    assert used.isdisjoint(map(prompts.same_question, first.held_out["question"]))
     assert first.held_out.to_list() == again.held_out.to_list() != other.held_out.to_list()
     assert first.used.to_list() == again.used.to_list() and first.fingerprint == again.fingerprint
-
-
-def test_trained_question_is_known_again_in_another_spelling(tmp_path):
-    known = ["Why is a fever of 38.5 °C no danger?", "为什么?"]
-    questions = list(map(finetune_r1.question_hash, known))
-    finetune_r1.write_json(tmp_path / "trained.json", {"questions": questions})
-    trained = finetune_r1.trained_questions(finetune_r1.Run(tmp_path))
-    for question in [*known, "why is a FEVER of 38.5 °C no danger", "为什么？"]:
-        assert finetune_r1.question_hash(question) in trained
-    assert finetune_r1.question_hash("Why is a fever of 385 °C no danger?") not in trained
 
 
 # ------------------------------------------------------------------------------ no forged structure
@@ -485,16 +393,13 @@ def test_missing_column_is_an_error_with_the_columns_that_are_there(run_cli, tin
     options = ["format", "--model", tiny_r1, "--dataset", "rows.jsonl", "--split", "train"]
     done = run_cli(options)
     assert done.code == 1 and "has question, answer, not Question, Complex_CoT" in done.err
-    assert "--question-col, --cot-col and --response-col" in done.err
     options += "--question-col question --cot-col answer --response-col answer --json".split()
     assert json.loads(run_cli(options).out)["rows"]["used"] == 1
 
 
 def test_no_usable_row_is_an_error_with_counts_and_reasons(prepare):
     rows = [{"question": f"Why {i}?", "kind": "on", "answer": "<think>Hm.</think>So"} for i in "ab"]
-    with pytest.raises(
-        UserError, match=r"2 read, 0 to train on.*; 2 dropped: <think> inside answer"
-    ):
+    with pytest.raises(UserError, match=r"2 read, 0 to train on.*; 2 dropped: <think> inside"):
         prepare(rows, question_col="question", cot_col="kind", response_col="answer")
     with pytest.raises(UserError, match=r"2 read, 0 to train on, 2 held out"):
         prepare(records({}, {}), eval_rows=2)
@@ -535,8 +440,8 @@ def test_format_shows_masked_tokens_and_what_is_dropped(run_cli, tiny_r1, tmp_pa
     assert "5 read, 3 to train on" in shown.out
 
 
-@pytest.mark.parametrize(("name", "said"), [("rows.parquet", ".jsonl"), ("there.jsonl", "there")])
-def test_format_writes_jsonl_alone_and_over_no_file(run_cli, tmp_path, name, said):
+def test_format_writes_jsonl_alone_and_over_no_file(run_cli, tmp_path):
     (tmp_path / "there.jsonl").touch()
-    done = run_cli(["format", "--output", name])
-    assert done.code == 1 and f"error: --output {name}" in done.err and said in done.err
+    for name, said in {"rows.parquet": ".jsonl", "there.jsonl": "already exists"}.items():
+        done = run_cli(["format", "--output", name])
+        assert done.code == 1 and f"error: --output {name}" in done.err and said in done.err

@@ -113,7 +113,7 @@ def test_settings_file_with_a_mistake_is_refused_by_name(run_cli, tmp_path, text
 )
 def test_training_arguments_have_steps_of_epochs_and_warmup(config, settings, steps, warmup):
     settings = {"max_steps": 60, "warmup_steps": 5, **settings}
-    config, rows, _ = finetune_r1.prepare_training(dataclasses.replace(config, **settings))
+    config, rows = finetune_r1.prepare_training(dataclasses.replace(config, **settings))
     plan = {"micro_batch": 2, "accumulation": 2, "checkpointed_layers": 0}
     arguments = finetune_r1.training_arguments(config, plan, Run(Path("none")))
     assert len(rows.used) == 24 and arguments.max_steps == steps

@@ -150,7 +150,7 @@ def measure(
         try:
             run = Run(folder / "run")
             loaded, _ = finetune_r1.train_run(config, run)
-            trained = finetune_r1.trained_questions(run)
+            trained = set(finetune_r1.read_json(run / "trained.json")["questions"])
             file = str(folder / "held_out.jsonl")
             config = dataclasses.replace(config, dataset=file, split="train", eval_rows=0)
             records = finetune_r1.read_records(config)

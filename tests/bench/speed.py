@@ -79,7 +79,7 @@ def train(name: str, common: list[str], folder: Path) -> dict[str, Any]:
         "variant": name,
         "s_per_step": statistics.median(b - a for a, b in itertools.pairwise(ends)),
         "planned_gib": plan.get("estimated_peak_gib", 0.0),
-        "reserved_gib": record["peak_memory_gib"],
+        "reserved_gib": record.get("reserved_gib", record["peak_memory_gib"]),
         "micro_batch": plan.get("micro_batch", 2),
         "kept_layers": plan.get("kept_layers", 0),
         "wall_s": wall,
@@ -146,7 +146,7 @@ def train_plainly(config: finetune_r1.TrainConfig, folder: Path) -> None:
     )
     trainer.train()
     write_jsonl(folder / "metrics.jsonl", trainer.state.log_history)
-    write_json(folder / "run.json", {"peak_memory_gib": finetune_r1.peak_memory_gib()})
+    write_json(folder / "run.json", finetune_r1.peak_memory())
 
 
 def decode(kind: str, run: finetune_r1.Run, tokens: int, output: Path) -> None:
