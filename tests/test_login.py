@@ -338,7 +338,7 @@ def test_doctor_names_what_to_fix(places, hub, monkeypatch, tmp_path):
     monkeypatch.setattr(finetune_r1.shutil, "disk_usage", lambda path: free)
     report = finetune_r1.doctor(ModelConfig(model=str(tmp_path / "nothing-1M")))
     failed = {name for name, found in report.items() if "FAIL" in str(found)}
-    assert failed == {"room", "model", "token"} and report["verdict"] == "not ready"
+    assert failed == {"machine", "model", "token"} and report["verdict"] == "not ready"
     assert all(report[name][1].startswith("fix: ") for name in failed)
 
 
