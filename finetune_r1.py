@@ -3101,9 +3101,7 @@ def login() -> dict[str, Any]:
 @command("load")
 def load(config: ModelConfig) -> dict[str, Any]:
     """Load the base model and generate 40 tokens (smoke test)."""
-    started = time.monotonic()
     loaded = LoadedModel.load(config)
-    seconds = round(time.monotonic() - started, 1)
     [sample] = generate(loaded, [prompts.BEFORE_AFTER["en"]], SamplingConfig(max_new_tokens=40))
     return {
         "model": config.model,
@@ -3111,7 +3109,6 @@ def load(config: ModelConfig) -> dict[str, Any]:
         "dtype": str(loaded.model.dtype).removeprefix("torch."),
         "weights_gib": round(loaded.model.get_memory_footprint() / GIB, 2),
         "peak_memory_gib": peak_memory_gib(),
-        "seconds": seconds,
         "sample": sample["thought"],
     }
 
@@ -3125,15 +3122,11 @@ def format_(config: DataConfig, output: OutputOption = None) -> dict[str, Any]:
     for row in rows.usable.select_columns(["question", "thought", "answer"]):
         text = prompts.build_example(*row.values(), tokenizer.eos_token, config.lang)
         examples.append({**dict(zip(RECIPE_COLUMNS, row.values(), strict=True)), "text": text})
-    next_step = "`train` with these options"
     if output:
         write_jsonl(output, examples)
-        file = shlex.quote(str(output))
-        next_step = f"`train --lang {config.lang} --dataset {file} --split train`"
-    lengths = pandas.Series(rows.usable["tokens"][:])
-    tokens = lengths.describe([0.05, 0.5, 0.95]).drop(["count", "std"]).round().astype(int)
-    tokens["total"] = lengths.sum()
-    report = {"rows": rows.row_counts, "dropped": rows.dropped, "tokens": tokens.to_dict()}
+    lengths = rows.usable["tokens"][:]
+    tokens = {"median": int(statistics.median(lengths)), "max": max(lengths), "total": sum(lengths)}
+    report = {"rows": rows.row_counts, "dropped": rows.dropped, "tokens": tokens}
 
     # The first row: tokens from `start` on carry loss.
     pieces = list(map(tokenizer.decode, rows.usable[0]["input_ids"]))
@@ -3148,7 +3141,7 @@ def format_(config: DataConfig, output: OutputOption = None) -> dict[str, Any]:
     report["dropped"] = []
     for reason, positions in rows.dropped.items():
         report["dropped"].append(f"{len(positions)}, {reason} (first: row {positions[0] + 1})")
-    return {**report, "next": expand_commands(next_step)}
+    return report
 
 
 def tokenized_rows(
@@ -3330,9 +3323,7 @@ def infer(
     found = None
     if run or not (model or (base and not Run.all("finished"))):
         found = Run.find(run)
-    rows = []
-    if file:
-        rows = read_questions(file, found.config.columns if found else RECIPE_COLUMNS)
+    rows = read_questions(file, found.config if found else DataConfig()) if file else []
 
     if found:
         loaded = LoadedModel.load_run(found, base, model)
@@ -3384,32 +3375,28 @@ def answer_typed(loaded: LoadedModel, config: SamplingConfig, compare: bool) -> 
             log("", str(error) or "stopped")
 
 
-def read_questions(file: Path, columns: Sequence[str]) -> list[dict[str, Any]]:
-    """The questions of a file, and their reference answers; a row without one has an error."""
+def read_questions(file: Path, config: DataConfig) -> list[dict[str, Any]]:
+    """The questions of a file, and the answers that it has."""
     try:
         records = read_json_records(file)
     except ValueError as error:
-        raise data_error(error, f"--file {file}") from error
+        raise UserError(f"--file {file}: {error}", "write one JSON object a line") from error
     rows = []
     for record in records:
-        question = record.get(columns[0]) or record.get("question") or record.get("Question")
-        row = {"question": question}
-        if columns[2] in record:
-            row["reference"] = record[columns[2]]
-        if not isinstance(question, str):
-            row["error"] = f'has no text in "{columns[0]}" or "question"'
-        rows.append(row)
+        question = record.get(config.question_col) or record.get("question")
+        rows.append({"question": question, "reference": record.get(config.response_col)})
     return rows
 
 
 def answer_file(loaded: Any, rows: Any, config: SamplingConfig, compare: bool, output: Path) -> Any:
-    """Answers questions into a JSONL, after the answers that are there already."""
+    """Answers the questions of `rows` into a JSONL, after the answers that are there already."""
     answers = read_jsonl(output) if output.exists() else []
-    for answer, row in zip(answers, rows, strict=False):
-        if answer.get("question") != row["question"]:
-            raise UserError(f"--output {output} has other questions.", "choose another path")
     for number, row in enumerate(rows, 1):
-        problem = row.get("error") or question_problem(loaded, row["question"])
+        if number <= len(answers) and answers[number - 1].get("question") != row["question"]:
+            raise UserError(f"--output {output} has other questions.", "choose another path")
+        problem = "has no question"
+        if isinstance(row["question"], str):
+            problem = question_problem(loaded, row["question"])
         if problem:
             row["error"] = problem
             log(f"note: row {number} {problem}; skipped")
@@ -3506,25 +3493,25 @@ def save(
 ) -> dict[str, Any]:
     """Merge the adapter into 16-bit weights, or write a GGUF."""
     found = Run.find(run)
-    ollama = ["ollama", "create", found.name.lower(), "-f"]
     if as_ == "gguf":
         saved, merged = save_gguf(found, output, outtype, model)
         folder = saved.parent
         weights = f"./{saved.name}"
         length = found.config.max_seq_length
         serve = f"llama-server -m {shlex.quote(str(saved))} --jinja -c {length}"
+        quantize = ""
     else:
         check_output(output)
         saved = folder = merged = merged_weights(found, output, model)
         weights = "."
         serve = vllm_command(found, str(saved))
-        ollama[2:2] = ["--quantize", "q4_K_M"]  # which the package gguf can't write
+        quantize = "--quantize q4_K_M "  # which the package gguf can't write
     kept = found.record["saved"]["adapter_effect_kept"]
     report = {"saved": str(saved), "adapter_effect_kept": kept, "serve": serve}
     if modelfile:
-        path = folder / "Modelfile"
-        write_text(path, ollama_files(found, merged, weights)["Modelfile"])
-        report["ollama"] = shlex.join([*ollama, str(path)])
+        write_text(folder / "Modelfile", ollama_files(found, merged, weights)["Modelfile"])
+        place = shlex.quote(str(folder / "Modelfile"))
+        report["ollama"] = f"ollama create {quantize}{found.name.lower()} -f {place}"
     return report
 
 

@@ -199,9 +199,9 @@ def test_infer_file_answers_rows_that_can_be_asked_and_names_the_others(infer, t
     done = infer("--file", "q.jsonl", "-o", "a.jsonl")
     first, forged, third, empty = finetune_r1.read_jsonl(tmp_path / "a.jsonl")
     assert done.code == 0 and first["reference"] == "Rest." and third["question"] == "Why?"
-    assert "thought" in first and "thought" in third and "reference" not in third
+    assert "thought" in first and "thought" in third and third["reference"] is None
     assert "row 2 contains </think>" in done.err and "</think>" in forged["error"]
-    assert "row 4 has no text" in done.err and "error" in empty
+    assert "row 4 has no question" in done.err and "error" in empty
 
 
 def test_infer_file_again_keeps_answers_and_refuses_other_questions(infer, tmp_path):
@@ -218,10 +218,11 @@ def test_infer_file_again_keeps_answers_and_refuses_other_questions(infer, tmp_p
 
 
 def test_read_questions_prefers_the_runs_column(tmp_path):
-    rows = [{"case": "A?", "question": "no"}, {"question": "B?", "Question": "no"}]
+    rows = [{"case": "A?", "question": "no"}, {"question": "B?", "answer": "Yes."}]
     finetune_r1.write_jsonl(tmp_path / "q.jsonl", rows)
-    found = finetune_r1.read_questions(tmp_path / "q.jsonl", ("case", "cot", "answer"))
-    assert [row["question"] for row in found] == ["A?", "B?"]
+    columns = TrainConfig(question_col="case", response_col="answer")
+    found = finetune_r1.read_questions(tmp_path / "q.jsonl", columns)
+    assert [list(row.values()) for row in found] == [["A?", None], ["B?", "Yes."]]
 
 
 def test_infer_on_a_terminal_ctrl_c_stops_an_answer_and_exit_quits(tiny_r1, tmp_path):

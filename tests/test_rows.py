@@ -530,7 +530,7 @@ def test_format_shows_masked_tokens_and_what_is_dropped(run_cli, tiny_r1, tmp_pa
     assert report["dropped"] == {reason: [3], "duplicate question": [2]}
     assert f"{first['loss_from']} masked" in shown.err and f".│{EOS}" in shown.err
     names = [line[:10].partition(":")[0].strip() for line in shown.out.splitlines()]
-    assert names == ["rows", "dropped", "", "tokens", "next"]
+    assert names == ["rows", "dropped", "", "tokens"]
     assert f"1, {reason} (first: row 4)" in shown.out and "1 with markup in the text" in shown.out
     assert "5 read, 3 to train on" in shown.out
 
