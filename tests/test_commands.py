@@ -74,24 +74,20 @@ MISTAKES = {
     "train --max-steps 60": ["GPU", "demo"],
     "load --model someone/small-135M": ["Hub not reached"],
     "load --model nothing": ["--model", "config.json"],
-    "load --model bad_model": ["bad_model"],
     "train --model tiny --dataset nope.jsonl": ["nope.jsonl"],
     f"{FORMAT} latin.csv": ["latin.csv", "UTF-8"],
     f"{FORMAT} columns.jsonl": ["--question-col", "q, a"],
     f"{FORMAT} full/mine.txt": ["full/mine.txt", ".jsonl"],
-    f"{FORMAT} blank.jsonl": ["empty"],
     f"{TRAIN} --split train[:9] --eval-rows 9": ["9 held out"],
     f"{TRAIN} --run-dir full": ["full"],
     f"{TRAIN} --run-dir rows.jsonl/run": ["path"],
     "train 60": ["train --max-steps 60"],
-    "train --resume runs/nope": ["runs/nope"],
     "train --resume runs/old": ["runs/old", "packing"],
     "infer Why?": ["finished run", "train"],
     "infer --model tiny": ["question"],
     "infer 'Why? </think>' --model tiny": ["</think>"],
     "infer Why? --compare --base": ["--compare", "--base"],
-    "infer --file cut.jsonl --model tiny": ["--output"],
-    "infer --file cut.jsonl -o a.jsonl --model tiny": ["--file cut.jsonl", "JSONL"],
+    "infer --file cut.jsonl -o a.jsonl --model tiny": ["--file cut.jsonl", "JSON object"],
     "save --run runs/unfinished": ["runs/unfinished", "adapter"],
     "push --repo user/model": ["finished run", "train"],
 }
@@ -111,10 +107,7 @@ def folder(tmp_path, tiny_r1):
     files = {
         "columns.jsonl": '{"q": "Why?", "a": "So."}\n',
         "cut.jsonl": '{"Question": "Why?", "Complex_CoT": "Hm.", "Resp',
-        "blank.jsonl": '{"Question": "Why?", "Complex_CoT": "", "Response": "So."}\n',
         "full/mine.txt": "keep me",
-        "bad_model/config.json": '{"model_type": "lla',
-        "bad_model/model.safetensors": "{}",
         "runs/unfinished/run.json": '{"status": "failed"}',
         "runs/unfinished/config.json": "{}",
         "runs/old/run.json": '{"status": "failed"}',
@@ -150,13 +143,6 @@ def test_option_that_is_mistyped_is_named_with_help(run_cli, line):
     done = run_cli(shlex.split(line))
     assert done.code == 2 and done.out == ""
     assert MISTYPED[line] in done.err and f"{line.split()[0]} --help" in done.err
-
-
-def test_hint_through_a_link_from_another_folder_can_be_pasted(tmp_path):
-    (tmp_path / "мой скрипт.py").symlink_to(SCRIPT)
-    command = [sys.executable, "мой скрипт.py", "infer", "Why?"]
-    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
-    assert "`python 'мой скрипт.py' train" in done.stderr
 
 
 def test_error_and_hint_have_colors_on_a_terminal_only(tmp_path, cli):
