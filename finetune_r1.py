@@ -3051,7 +3051,7 @@ def describe_machine() -> list[str]:
 @command("doctor")
 def doctor(config: ModelConfig) -> dict[str, Any]:
     """Check GPU, disk, packages and tokens; report what to fix."""
-    checks = {
+    checks: dict[str, Callable[[], Any]] = {
         "machine": describe_machine,
         "model": lambda: check_model(config),
         "W&B": wandb_account,
@@ -3089,7 +3089,8 @@ def login() -> dict[str, Any]:
     huggingface_hub.login(token=secret and secret.value)
     tracker = wandb_account(find_secret(WANDB_KEYS))
     if tracker["name"] is None:
-        tracker = wandb_account(ask("W&B API key (wandb.ai/authorize; optional, Enter skips)"))
+        key = ask("W&B API key (wandb.ai/authorize; optional, Enter skips)")
+        tracker = wandb_account(key) if key else tracker
     return {"hugging_face": account, "wandb": tracker}
 
 
