@@ -3172,7 +3172,7 @@ def use_settings(context: typer.Context, file: Path | None) -> Path | None:
     for entry, value in entries.items():
         name = str(entry).replace("-", "_")
         if not hasattr(TrainConfig, name):
-            raise typer.BadParameter(f"{file}: unknown setting {entry}")
+            raise typer.BadParameter(f"{file}: unknown setting {name}")
         settings[name] = ",".join(value) if isinstance(value, list) else value
     context.default_map = settings
     return file
