@@ -3162,19 +3162,19 @@ def use_recipe(context: typer.Context, name: str) -> str:
 
 def use_settings(context: typer.Context, file: Path | None) -> Path | None:
     """Makes the settings in a YAML or JSON file the defaults, before a recipe's."""
-    settings = dict(context.default_map or {})
     try:
         entries = dict(yaml.safe_load(file.read_bytes())) if file else {}
     except Exception as error:
         raise typer.BadParameter(f"{file} is no file of settings: {error}") from error
-    if "max_steps" in entries:
-        settings["epochs"] = None  # a recipe's would replace the steps
+    settings: dict[str, Any] = {}
     for entry, value in entries.items():
         name = str(entry).replace("-", "_")
         if not hasattr(TrainConfig, name):
             raise typer.BadParameter(f"{file}: unknown setting {name}")
         settings[name] = ",".join(value) if isinstance(value, list) else value
-    context.default_map = settings
+    if "max_steps" in settings:
+        settings.setdefault("epochs", None)  # a recipe's would replace the steps
+    context.default_map = {**(context.default_map or {}), **settings}
     return file
 
 
