@@ -3019,7 +3019,7 @@ def hub_client() -> Any:
         request.extensions["timeout"] = {name: timeouts[name] or limit for name in timeouts}
         response = send(request, **options)
         repeatable = request.method == "GET" or request.url.path == "/api/repos/create"
-        if repeatable and response.status_code >= 429:
+        if repeatable and response.status_code in (429, 500, 502, 503, 504):
             response.close()
             time.sleep(2)
             response = send(request, **options)
