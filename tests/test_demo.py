@@ -16,9 +16,14 @@ FILES = set(
 FOLDERS = {"adapter", "merged"}
 
 
-def test_demo_prints_one_json_object_and_nothing_else_on_stdout(demo):
+def test_demo_prints_one_json_object_on_stdout_and_goes_through_the_job_on_stderr(demo):
     summary = json.loads(demo[2].out)
     assert summary["run"] == "runs/demo" and summary["next"].startswith(f"python {SCRIPT} infer")
+    lines = demo[2].err.splitlines()
+    starts = ("settings", "rows ", "plan ", "step 00001/", "evaluating on 12", "| held-out loss")
+    for start in (*starts, "merging "):
+        assert [line for line in lines if line.startswith(start)], f"no line starts with {start!r}"
+    assert BEFORE_AFTER["en"] in demo[2].err
 
 
 def test_demo_lowers_the_held_out_loss_and_closes_thoughts(demo):
@@ -35,14 +40,6 @@ def test_demo_leaves_files_where_the_design_says(demo):
     assert not list((demo[1] / "merged").glob("adapter_*"))
     own = read_json(demo[1] / "merged" / "generation_config.json")
     assert own["do_sample"] is False, "as its base"
-
-
-def test_demo_goes_through_the_job_before_the_users_eyes(demo):
-    lines = demo[2].err.splitlines()
-    starts = ("settings", "rows ", "plan ", "step 00001/", "evaluating on 12", "| held-out loss")
-    for start in (*starts, "merging "):
-        assert [line for line in lines if line.startswith(start)], f"no line starts with {start!r}"
-    assert BEFORE_AFTER["en"] in demo[2].err
 
 
 def test_demo_card_has_the_hubs_metadata_and_names_no_folder_of_this_machine(demo):

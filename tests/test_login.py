@@ -294,6 +294,16 @@ def test_doctor_says_push_is_possible_only_with_a_token_that_may_write(
     assert token in str(report["token"]) and report["verdict"] == verdict
 
 
+def test_doctor_names_what_to_fix(places, hub, monkeypatch, tmp_path):
+    monkeypatch.setenv("WANDB_MODE", "disabled")
+    free = SimpleNamespace(free=5 * 2**30)
+    monkeypatch.setattr(finetune_r1.shutil, "disk_usage", lambda path: free)
+    report = finetune_r1.doctor(ModelConfig(model=str(tmp_path / "nothing-1M")))
+    failed = {name for name, found in report.items() if "FAIL" in str(found)}
+    assert failed == {"machine", "model", "token"} and report["verdict"] == "not ready"
+    assert all(report[name][1].startswith("fix: ") for name in failed)
+
+
 def test_doctor_ends_with_ready_or_an_exit_code(cli, small_model):
     """The Hub of the tests is not reached."""
     done = cli("doctor", "--model", small_model.model, WANDB_DISABLED="true")

@@ -119,13 +119,10 @@ def test_signal_to_one_of_two_processes_stops_both_with_a_checkpoint_that_is_res
     assert len(run.record["resumed_at"]) == 1 and losses(run.folder) == losses(two[0])
 
 
-@pytest.mark.parametrize("batch", [4, 2])
-def test_batch_that_processes_cannot_divide_is_refused_with_one_that_they_can(monkeypatch, batch):
+def test_batch_that_three_processes_cannot_divide_is_refused(monkeypatch):
     monkeypatch.setattr(finetune_r1, "WORLD", 3)
-    with pytest.raises(
-        finetune_r1.UserError, match=rf"--effective-batch {batch} must be a multiple of 3"
-    ):
-        finetune_r1.check_config(finetune_r1.TrainConfig(effective_batch=batch))
+    with pytest.raises(finetune_r1.UserError, match="--effective-batch 4 must be a multiple of 3"):
+        finetune_r1.check_config(finetune_r1.TrainConfig(effective_batch=4))
 
 
 @pytest.mark.slow
@@ -143,15 +140,6 @@ def test_run_is_resumed_with_another_number_of_processes(start, two, options, fi
     _, err = resumed.communicate(timeout=DEADLINE)
     assert resumed.returncode == 0, err
     assert losses(start.folder / folder) == pytest.approx(losses(two[0]), abs=0.005)
-
-
-@pytest.mark.slow
-def test_batch_that_cannot_be_divided_or_command_that_cannot_be_spread_is_refused(start, options):
-    process = start(*options, "--max-steps", 6, spread=["--nproc-per-node", "3"])
-    _, err = process.communicate(timeout=DEADLINE)
-    assert "--effective-batch 4 " in err and "Traceback" not in err
-    _, err = start("save").communicate(timeout=DEADLINE)
-    assert "torchrun is for" in err
 
 
 @pytest.mark.slow

@@ -228,7 +228,7 @@ def test_commands_refuse_a_damaged_run_by_the_files_name(run, kind):
         finetune_r1.eval_(finetune_r1.EvalConfig(), run=run.folder)
     with pytest.raises(UserError, match=said):
         config = finetune_r1.SamplingConfig()
-        finetune_r1.infer(config, as_json=True, question="Why?", run=run.folder)
+        finetune_r1.infer(config, question="Why?", run=run.folder)
 
 
 # ----------------------------------------------------------------------------------------- runs
