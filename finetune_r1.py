@@ -205,7 +205,7 @@ class DataConfig(ModelConfig):
     lang: Lang = option("en", "Language of the prompt and the rows.")
     loss_on: Literal["all", "response"] = option("all", "Loss on the full sequence or completion.")
     eval_rows: int = option(0, "Rows to hold out for evaluation, drawn by --seed.", min=0)
-    seed: int = option(3407, "Seed, here of the held-out rows.", min=0)
+    seed: int = option(3407, "Seed of the held-out rows.", min=0)
 
     @property
     def columns(self) -> tuple[str, str, str]:
@@ -220,8 +220,10 @@ class SamplingConfig:
     max_new_tokens: int = option(1200, "Maximum new tokens per answer, thought included.", min=1)
     temperature: float | None = option(None, "Sampling temperature; 0 = greedy.", min=0, max=5)
     top_p: float | None = option(None, "Nucleus sampling threshold.", min=0.01, max=1)
-    thinking_budget: int | None = option(None, "Force `</think>` after this many tokens.", min=1)
-    seed: int = option(3407, "Seed of all that is random.", min=0)
+    thinking_budget: int | None = option(
+        None, "Reasoning tokens before `</think>` is forced.", min=1
+    )
+    seed: int = option(3407, "Sampling seed.", min=0)
 
 
 @dataclass(frozen=True)
@@ -235,6 +237,7 @@ class EvalConfig(SamplingConfig):
     cot_col: str | None = option(None, "Chain-of-thought column, if not the run's.")
     response_col: str | None = option(None, "Answer column, if not the run's.")
     answers: int = option(16, "Rows to generate answers for; losses use all rows.", min=0)
+    seed: int = option(3407, "Seed of sampling and bootstrap intervals.", min=0)
 
 
 @dataclass(frozen=True)
@@ -244,13 +247,15 @@ class TrainConfig(SamplingConfig, DataConfig):
     lora_dropout: float = option(0.0, "LoRA dropout.", min=0.0, max=0.9)
     use_rslora: bool = option(False, "Rank-stabilized scaling: alpha / sqrt(r).")
     target_modules: str = option(LORA_TARGETS, "Layers to adapt, comma-separated, or all-linear.")
-    effective_batch: int = option(8, "Micro-batch × accumulation × GPUs.", min=1)
-    micro_batch: int | None = option(None, "Per-device batch (default: what fits).", min=1)
-    gradient_checkpointing: Checkpointing = option("auto", "As needed, all layers, or off.")
+    effective_batch: int = option(8, "Rows a step: micro-batch × accumulation × GPUs.", min=1)
+    micro_batch: int | None = option(None, "Per-device micro-batch (default: what fits).", min=1)
+    gradient_checkpointing: Checkpointing = option(
+        "auto", "Activation checkpointing: as needed, all layers, or off."
+    )
     max_steps: int = option(60, "Optimizer steps.", min=1)
     epochs: float | None = option(None, "Number of epochs (replaces --max-steps).", min=0.01)
     warmup_steps: int = option(5, "Warmup steps, at most half of all.", min=0)
-    warmup_ratio: float | None = option(None, "Warmup as a share of all steps.", min=0, max=0.5)
+    warmup_ratio: float | None = option(None, "Warmup as a fraction of all steps.", min=0, max=0.5)
     learning_rate: float = option(2e-4, "Peak learning rate.", min=0.0, max=1.0)
     lr_scheduler_type: Schedule = option("linear", "Learning-rate schedule.")
     optim: Optimizer = option("adamw_8bit", "Optimizer, as transformers names it.", metavar="NAME")
@@ -260,9 +265,10 @@ class TrainConfig(SamplingConfig, DataConfig):
     keep_best: bool = option(False, "Restore the lowest held-out loss's weights.", "--keep-best")
     save_steps: int | None = option(None, "Checkpoint every N steps, and every 5 minutes.", min=1)
     keep_checkpoints: int = option(2, "Checkpoints to keep.", min=1)
-    hub_checkpoints: str | None = option(None, "Also keep the latest in this private Hub repo.")
+    hub_checkpoints: str | None = option(None, "Upload checkpoints to this private Hub repo.")
     wandb: bool = option(True, "Log to Weights & Biases if logged in.")
     wandb_project: str = option(WANDB_PROJECT, "Weights & Biases project.", envvar="WANDB_PROJECT")
+    seed: int = option(3407, "Seed: held-out rows, data order, LoRA weights, sampling.", min=0)
 
 
 # The field at which each heading of `train --help` begins.
@@ -281,7 +287,7 @@ RESUME_MAY_CHANGE = (
     "max_new_tokens temperature top_p thinking_budget wandb wandb_project hub_checkpoints"
 ).split()
 # Other defaults than the published recipe's: `train --recipe` (sources: tests/bench/NOTES.md), the demo.
-RECIPES: dict[str, Any] = yaml.safe_load((PROJECT / "data" / "recipes.yaml").read_text())
+RECIPES: dict[str, Any] = yaml.safe_load((DATA / "recipes.yaml").read_text())
 DEMO: dict[str, Any] = {"dataset": str(DEMO_ROWS), **RECIPES.pop("demo")}
 
 
@@ -291,7 +297,7 @@ def check_config(config: TrainConfig) -> None:
     if batch % WORLD:
         raise UserError(f"--effective-batch {batch} must be a multiple of {WORLD}.", "use another")
     if batch // WORLD % (config.micro_batch or 1):
-        raise UserError("--micro-batch must divide --effective-batch per GPU.", "omit it")
+        raise UserError(f"--micro-batch must divide the {batch // WORLD} rows per GPU.", "omit it")
     if config.keep_best and not config.eval_rows:
         raise UserError("--keep-best needs held-out rows.", "add --eval-rows")
     repo = config.hub_checkpoints
@@ -433,6 +439,12 @@ def expand_commands(text: str) -> str:
     return re.sub(rf"`({names})\b", rf"`{PROGRAM} \1", text)
 
 
+def print_error(message: object, hint: str) -> None:
+    """Prints an error and its hint to stderr."""
+    typer.echo(f"{typer.style('error:', fg='red')} {message}", err=True)
+    typer.echo(f"{typer.style('hint:', fg='cyan')}  {expand_commands(hint)}", err=True)
+
+
 @contextlib.contextmanager
 def friendly_errors() -> Iterator[None]:
     """Shows a message and a hint instead of a traceback, where `advice` knows one."""
@@ -447,9 +459,7 @@ def friendly_errors() -> Iterator[None]:
         if hint is None or Console.verbose:
             traceback.print_exc()
         if hint:
-            typer.echo(f"{typer.style('error:', fg='red')} {error}", err=True)
-            hint = expand_commands(hint)
-            typer.echo(f"{typer.style('hint:', fg='cyan')}  {hint}", err=True)
+            print_error(error, hint)
         raise typer.Exit(1) from None
 
 
@@ -1584,6 +1594,18 @@ def make_plan(model: Any, weights: float, lengths: Any, config: TrainConfig) -> 
     return {**plan, "layers": layers, "run_mb": round(run_bytes / 1e6, 1)}
 
 
+def describe_plan(plan: dict[str, Any]) -> str:
+    """The plan in field words."""
+    batch = f"micro-batch {plan['micro_batch']} × accumulation {plan['accumulation']}"
+    if plan["processes"] > 1:
+        batch += f" × {plan['processes']} processes"
+    return (
+        f"{plan['steps']} steps of {plan['effective_batch']} rows ({batch}), activation checkpointing "
+        f"in {plan['checkpointed_layers']}/{plan['layers']} layers, "
+        f"estimated peak {plan['estimated_peak_gib']} GiB"
+    )
+
+
 def prepare_training(config: TrainConfig, *options: Any) -> tuple[TrainConfig, PreparedData]:
     """Settings and rows; `options` are those of `tokenized_rows`."""
     check_config(config)
@@ -1616,6 +1638,7 @@ class TrainingEvents:
         self.stop: list[int] = []
         self.logged_step = run.last_step
         self.started_at = self.logged_at = self.saved_at = time.monotonic()
+        self.skipped = 0
         self.upload_thread = threading.Thread()
 
     def on_signal(self, number: int, frame: Any) -> None:
@@ -1626,8 +1649,9 @@ class TrainingEvents:
         with contextlib.suppress(OSError):  # the terminal may be gone
             os.write(2, b"\nstopping after this step; press Ctrl-C again to quit immediately\n")
 
-    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+    def on_step_end(self, args: Any, state: Any, control: Any, optimizer: Any, **_: Any) -> None:
         """Saves every five minutes, at --save-steps, at the end and when stopped."""
+        self.skipped += getattr(optimizer, "step_was_skipped", False)
         due = time.monotonic() - self.saved_at > CHECKPOINT_SECONDS
         if self.config.save_steps:
             due = due or state.global_step % self.config.save_steps == 0
@@ -1693,6 +1717,8 @@ class TrainingEvents:
             log(f"note: checkpoint not uploaded to {repo}: {error}")
 
     def on_train_end(self, *_: Any, **__: Any) -> None:
+        if self.skipped:
+            log(f"{self.skipped} steps skipped by the fp16 GradScaler (inf/NaN gradients)")
         if self.upload_thread.ident:
             log("uploading the last checkpoint")
             self.upload_thread.join(HUB_SECONDS)
@@ -1788,9 +1814,10 @@ def train_run(config: TrainConfig, run: Run, resume: bool = False) -> tuple[Load
         loaded = LoadedModel.load(config, revisions)
         weights = torch.cuda.memory_allocated() or loaded.model.get_memory_footprint()
         plan = broadcast(make_plan(loaded.model, weights, rows.used["tokens"][:], config))
-        log("plan     " + "  ".join(f"{name}={value}" for name, value in plan.items()))
+        log(f"plan     {describe_plan(plan)}")
         check_room({run.folder: int(plan["run_mb"] * 1e6)}, "name a --run-dir elsewhere")
-        run.update(model_revisions=loaded.revisions, device=device_name(), plan=plan)
+        job = {name: os.environ.get(name) for name in ("JOB_ID", "ACCELERATOR")}  # of hf jobs
+        run.update(model_revisions=loaded.revisions, device=device_name(), plan=plan, **job)
         loaded.add_adapter(config, plan["layers"] - plan["checkpointed_layers"])
 
         started = time.monotonic()
@@ -2153,8 +2180,12 @@ def write_gguf(writer: Any, path: Path, merged: Path, model: Any, outtype: str) 
         names["rope_freqs"] = "rope_freqs.weight"
         tensors["rope_freqs"] = plain / rope
     kinds = {}
+    output = "token_embd.weight" if shape.tie_word_embeddings else "output.weight"
     for name, in_gguf in names.items():
-        kind = gguf.GGMLQuantizationType["F32" if tensors[name].ndim == 1 else outtype.upper()]
+        stored_as = "f32" if tensors[name].ndim == 1 else outtype
+        if in_gguf == output and outtype in ("q4_0", "q5_1"):
+            stored_as = "q8_0"  # costs 0.2 GB of the 8B, and helps most (tests/bench/NOTES.md)
+        kind = gguf.GGMLQuantizationType[stored_as.upper()]
         stored = gguf.quant_shape_to_byte_shape(tensors[name].shape, kind)
         writer.add_tensor_info(in_gguf, stored, numpy.uint8, math.prod(stored), raw_dtype=kind)
         kinds[name] = kind
@@ -2385,7 +2416,33 @@ def push_run(run: Run, repo: str, push: PushConfig = PushConfig()) -> dict[str, 
 # What a user types. A command's options come from its parameters and a dataclass above; what it returns
 # is printed as labelled lines, or as one JSON object. Typer parses and prints help.
 
-app = typer.Typer(add_completion=False, no_args_is_help=True, rich_markup_mode=None)
+COMMAND_GROUPS = {
+    "Start here": ("demo", "doctor", "login"),
+    "Pipeline": ("load", "format", "train", "infer", "eval", "save", "push"),
+    "Housekeeping": ("runs",),
+}
+
+
+class Group(typer.core.TyperGroup):
+    """Lists the commands in groups, and prints usage errors as all others."""
+
+    def format_commands(self, ctx: Any, formatter: Any) -> None:
+        for heading, names in COMMAND_GROUPS.items():
+            rows = [(name, self.commands[name].get_short_help_str(70)) for name in names]
+            with formatter.section(typer.style(heading, bold=True)):
+                formatter.write_dl(rows)
+
+    def main(self, *args: Any, **options: Any) -> Any:
+        options["standalone_mode"] = False
+        try:
+            sys.exit(super().main(*args, **options))
+        except typer.TyperException as error:
+            context: Any = getattr(error, "ctx", None)
+            print_error(error.format_message(), f"see `{context.info_name} --help`")
+            sys.exit(error.exit_code)
+
+
+app = typer.Typer(cls=Group, add_completion=False, no_args_is_help=True, rich_markup_mode=None)
 RunOption = Annotated[Path | None, typer.Option(metavar="RUN", help="Default: the newest run.")]
 RunDirOption = Annotated[Path | None, typer.Option(metavar="DIR", help="New run folder.")]
 OutputOption = Annotated[Path | None, typer.Option("--output", "-o", help="Output path.")]
@@ -2412,6 +2469,9 @@ def option_parameters(settings: Any, heading: str = "Options") -> list[inspect.P
     for entry in dataclasses.fields(settings):
         heading = HEADINGS.get(entry.name, heading)
         limits = {"rich_help_panel": heading, **entry.metadata}
+        for kind, name in ((int, "INT"), (float, "FLOAT"), (str, "TEXT")):
+            if entry.type in (kind, kind | None):  # not "<int range>"
+                limits.setdefault("metavar", name)
         annotation: Any = Annotated[entry.type, typer.Option(*limits.pop("flags"), **limits)]
         parameter = inspect.Parameter(entry.name, inspect.Parameter.KEYWORD_ONLY)
         parameters.append(parameter.replace(default=entry.default, annotation=annotation))
@@ -2479,6 +2539,7 @@ def main(version: Annotated[bool, typer.Option("--version")] = False) -> None:
 @command("demo")
 def demo(run_dir: RunDirOption = None) -> dict[str, Any]:
     """Run the whole job in minutes on a CPU, without an account."""
+    started = time.monotonic()
     config = TrainConfig(model=str(demo_model()), **DEMO)
     run = Run(run_dir or RUNS / f"{time.strftime('%Y%m%d-%H%M%S')}-demo")
     loaded, held_out = train_run(config, run)
@@ -2488,6 +2549,7 @@ def demo(run_dir: RunDirOption = None) -> dict[str, Any]:
         "run": str(run),
         "verdict": report["verdict"],
         "merged": str(merged_weights(run)),
+        "took": format_duration(time.monotonic() - started),
         "next": f'{PROGRAM} infer --run {shlex.quote(str(run))} "What widens the anion gap?"',
     }
 
@@ -2542,7 +2604,7 @@ def prepare_environment() -> None:
     if "microsoft" not in os.uname().release.lower():  # WSL lacks it
         # Unsloth's own setting comes too late, after CUDA has started: 53 GiB reserved for 29 used.
         os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
-    dotenv.load_dotenv(PROJECT / "data" / "defaults.env")  # changes nothing that is set
+    dotenv.load_dotenv(DATA / "defaults.env")  # changes nothing that is set
     huggingface_hub.set_client_factory(hub_client)
 
 
@@ -2572,8 +2634,12 @@ def hub_client() -> Any:
 
 def versions() -> dict[str, str]:
     """Versions of this script, Python and the main packages."""
-    found = {name: metadata.version(name) for name in PACKAGES}
-    return {"finetune_r1": VERSION, "python": sys.version.split()[0], **found}
+    found = {"finetune_r1": VERSION, "python": sys.version.split()[0]}
+    for name in PACKAGES:
+        found[name] = "missing"
+        with contextlib.suppress(metadata.PackageNotFoundError):
+            found[name] = metadata.version(name)
+    return found
 
 
 def describe_machine() -> list[str]:
@@ -2719,7 +2785,9 @@ def use_settings(context: typer.Context, file: Path | None) -> Path | None:
 
 
 RECIPE = typer.Option(help="Defaults of other options.", is_eager=True, callback=use_recipe)
-SETTINGS = typer.Option("--config", help="The same, as YAML.", is_eager=True, callback=use_settings)
+SETTINGS = typer.Option(
+    "--config", help="Settings: YAML, or a run's JSON.", is_eager=True, callback=use_settings
+)
 RUN = typer.Argument(help="With --resume: this run.", rich_help_panel="Arguments")
 
 
@@ -2739,7 +2807,8 @@ def train(
     source = context.get_parameter_source
     given = {name for name in context.params if "COMMANDLINE" in str(source(name))}
     if run and not resume:
-        raise UserError(f"what is {run}?", f"`train --max-steps {run}`, or `train --resume {run}`")
+        hint = f"`train --max-steps {run}`, or `train --resume {run}`"
+        raise UserError(f"RUN {run} needs --resume.", hint)
     if resume and given & {"recipe", "settings_file"}:
         raise UserError("--resume takes no --recipe or --config.", "omit them")
     if "max_steps" in given and "epochs" not in given:

@@ -98,8 +98,8 @@ def find_marker(text: str, special_tokens: Sequence[str] = ()) -> str | None:
     return found[0] if found else None
 
 
-ROLES = {"human": "user", "gpt": "assistant", "model": "assistant", "chatgpt": "assistant"}
-MISSING = "nan none null nil na n/a n.a <na> #n/a undefined missing - ?".split()
+ROLES = {"human": "user"} | dict.fromkeys(("gpt", "chatgpt", "model", "bot", "ai"), "assistant")
+MISSING = "nan none null nil na undefined missing notavailable notapplicable".split()  # letters
 THOUGHT_OPEN = r"(?i:<(?:think|thinking|thought|reasoning)>|<\|begin_of_thought\|>|\[think\])"
 THOUGHT_CLOSE = r"(?i:</(?:think|thinking|thought|reasoning)>|<\|end_of_thought\|>|\[/think\])"
 SUSPICIOUS = {
@@ -177,7 +177,10 @@ def read_record(record: dict[str, Any], columns: Sequence[str], special: Sequenc
                 if re.search(pattern, field):
                     notes.add(f"{name} in the text")
             text = re.sub("\r\n?", "\n", field).strip()
-            if text.lower().rstrip(".") in ("", *MISSING) and text != "Na":  # which is sodium
+            letters = re.sub(
+                r"[\W_]", "", text
+            ).lower()  # of "N/A", "<NA>", "[]" or "Not available."
+            if letters in ("", *MISSING) and text != "Na":  # which is sodium
                 raise ValueError(f"a text in {column} is empty or missing")
             if find_marker(text, special):
                 raise ValueError(f"{find_marker(text, special)} inside {column}")
@@ -407,7 +410,7 @@ def build_report(losses: dict[str, Any], pairs: list[Any], rows: int, seed: int)
         base = list(losses["base"].get(name, ()))
         tuned = list(losses["tuned"].get(name, ()))
         for pair in pairs:
-            if name in pair["base"]:
+            if name in pair["base"] and (name == "reasoning" or "reasoning" not in pair["base"]):
                 base.append(pair["base"][name])
                 tuned.append(pair["tuned"][name])
         if base:
@@ -456,6 +459,10 @@ def as_report(report: dict[str, Any]) -> str:
             text += f"| {label:18} | {value['base']:z6{style}} | {value['tuned']:z6{style}} | "
             text += f"{value['difference']:+z{style}} "
             text += f"({value['low']:+z{style}} to {value['high']:+z{style}}) |\n"
+    if "reasoning" in report:
+        before = round(24 * report["reasoning"]["base"])
+        after = round(24 * report["reasoning"]["tuned"])
+        text += f"\nReasoning kept: {after} of 24, before {before}.\n"
     return f"{text}\n{REPORT_NOTE}\n"
 
 
