@@ -74,7 +74,6 @@ class Lazy:
 
 
 accelerate = Lazy("accelerate")
-accelerate_utils = Lazy("accelerate.utils")
 datasets = Lazy("datasets")
 dotenv = Lazy("dotenv")
 filelock = Lazy("filelock")
@@ -102,7 +101,7 @@ unsloth = Lazy("unsloth")
 wandb = Lazy("wandb")
 yaml = Lazy("yaml")
 
-# ------------------------------------------------------------------------------------------- constants
+# ------------------------ constants
 # Names, places and measured numbers. Hyper-parameters are in the settings below.
 
 VERSION = "0.2.0"
@@ -137,6 +136,11 @@ MICRO_BATCH_TOKENS = 2000  # the fixed cost of a micro-batch, in tokens
 RECOMPUTE = 0.4  # the cost of recomputing all activations, as a share of a step
 FOUR_BIT = 0.72  # bytes of a weight in 4-bit, some of which stay in 16-bit
 OLD_GPU_SHARE = 0.93  # of the limit, on cards below compute capability 8
+PLAN = (
+    "{steps} steps of {effective_batch} rows (micro-batch {micro_batch} × accumulation {accumulation}"
+    " × processes {processes}), activation checkpointing in {checkpointed_layers}/{layers} layers, "
+    "estimated peak {estimated_peak_gib} GiB"
+)
 CHECKPOINT_SECONDS = 300
 # What --hub-checkpoints keeps of a run, and how long the end waits for the upload.
 HUB_FILES = ["run.json", "config.json", "held_out.jsonl", "trained.json"]
@@ -162,7 +166,7 @@ PRE_TOKENIZERS = json.loads((DATA / "pre_tokenizers.json").read_text("utf-8"))
 PRE_TOKENIZER_TEXT = PRE_TOKENIZERS.pop("text")
 ROPES = {"llama": ("default", "llama3"), "qwen2": ("default",)}  # that llama.cpp computes
 
-# -------------------------------------------------------------------------------------------- settings
+# ------------------------ settings
 # Every hyper-parameter is declared once, as a dataclass field with type, default, range and help:
 # options, config.json and W&B's config come from it. The defaults are the published recipe.
 
@@ -314,7 +318,7 @@ def changed_settings(config: Any) -> str:
     return "  ".join(shown) or "the published recipe"
 
 
-# ---------------------------------------------------------------------------------- console and errors
+# ------------------------ console and errors
 # Messages go to stderr, results to stdout. What a user can fix ends in a message and a hint, an
 # unknown error in a traceback. Tables are rich's.
 
@@ -463,7 +467,7 @@ def friendly_errors() -> Iterator[None]:
         raise typer.Exit(1) from None
 
 
-# ---------------------------------------------------------------------------------------------- log-in
+# ------------------------ log-in
 # Finds tokens and their owners. A secret is no option and never shown. Libraries store and verify.
 
 Secret = collections.namedtuple("Secret", "value source")  # of which the source alone is shown
@@ -556,7 +560,7 @@ def track_in_wandb(config: TrainConfig, run: Any) -> None:
         log(f"note: training without W&B (see `doctor`): {error}")
 
 
-# ------------------------------------------------------------------------------------------ run folder
+# ------------------------ run folder
 # Everything about one training is in one folder. Files are written whole or not at all, and a lock
 # keeps a second process out. Hashes in run.json say whether weights are still what was written.
 
@@ -767,7 +771,7 @@ class Run:
                 self.update(**ending, ended=time.strftime("%FT%T%z", time.gmtime()))
 
 
-# ------------------------------------------------------------------------------------------------ rows
+# ------------------------ rows
 # Reads a dataset and turns its records into rows of tokens. Every record is accounted for: used,
 # shortened, held out, or dropped with a true reason. `datasets` reads repositories, and slices.
 
@@ -960,7 +964,7 @@ def prepare_rows(records: Any, tokenizer: Any, config: DataConfig) -> PreparedDa
     return PreparedData(table, table.select(others), table.select(chosen), dropped, counts, digest)
 
 
-# ----------------------------------------------------------------------------------------------- model
+# ------------------------ model
 # Finds the base model, loads it and its tokenizer from folders. Code that comes with a model never
 # runs; the tokenizer must round-trip a fixed text. huggingface_hub downloads, Unsloth and
 # transformers load.
@@ -1248,7 +1252,7 @@ class LoadedModel:
         )
 
 
-# -------------------------------------------------------------------------------- Unsloth's inner parts
+# ------------------------ Unsloth's inner parts
 # Decoding in one CUDA graph and a quick start, by replacing functions of the pinned Unsloth on a GPU;
 # another version is left as it is. 8B shape on one H200, tokens/s (tests/bench/NOTES.md): one answer 115
 # (109 without the whole-step graph, 119 without packing), 32 at once 2,600 (1,424; 2,145).
@@ -1340,7 +1344,7 @@ def whole_step_class(base: Any) -> Any:
     return WholeStep
 
 
-# ------------------------------------------------------------------------------------------ generation
+# ------------------------ generation
 # Answers questions in batches: the training prompt, the model's own sampling settings, and a thought
 # that counts as an answer only if it was closed. transformers generates and samples.
 
@@ -1515,7 +1519,7 @@ def answer_printer(tokenizer: Any) -> Any:
     return AnswerPrinter(tokenizer, skip_prompt=True, skip_special_tokens=False)
 
 
-# -------------------------------------------------------------------------------------------- training
+# ------------------------ training
 # Fine-tunes a LoRA adapter: the fastest step that fits in memory, a checkpoint at every stop,
 # resumed bit for bit on a CPU, no NaN saved. TRL, transformers and Accelerate have loop and DDP.
 
@@ -1527,7 +1531,7 @@ def processes() -> Any:
 
 def broadcast(value: Any) -> Any:
     """Rank 0's value, in all processes."""
-    return accelerate_utils.broadcast_object_list([value])[0] if processes() else value
+    return accelerate.utils.broadcast_object_list([value])[0] if processes() else value
 
 
 def adapter_sizes(model: Any, config: TrainConfig) -> dict[str, int]:
@@ -1592,18 +1596,6 @@ def make_plan(model: Any, weights: float, lengths: Any, config: TrainConfig) -> 
     run_bytes = parameters * (4 + optimizer) * (config.keep_checkpoints + config.keep_best + 2)
     plan.update(steps=config.max_steps, effective_batch=config.effective_batch, processes=WORLD)
     return {**plan, "layers": layers, "run_mb": round(run_bytes / 1e6, 1)}
-
-
-def describe_plan(plan: dict[str, Any]) -> str:
-    """The plan in field words."""
-    batch = f"micro-batch {plan['micro_batch']} × accumulation {plan['accumulation']}"
-    if plan["processes"] > 1:
-        batch += f" × {plan['processes']} processes"
-    return (
-        f"{plan['steps']} steps of {plan['effective_batch']} rows ({batch}), activation checkpointing "
-        f"in {plan['checkpointed_layers']}/{plan['layers']} layers, "
-        f"estimated peak {plan['estimated_peak_gib']} GiB"
-    )
 
 
 def prepare_training(config: TrainConfig, *options: Any) -> tuple[TrainConfig, PreparedData]:
@@ -1814,7 +1806,7 @@ def train_run(config: TrainConfig, run: Run, resume: bool = False) -> tuple[Load
         loaded = LoadedModel.load(config, revisions)
         weights = torch.cuda.memory_allocated() or loaded.model.get_memory_footprint()
         plan = broadcast(make_plan(loaded.model, weights, rows.used["tokens"][:], config))
-        log(f"plan     {describe_plan(plan)}")
+        log(f"plan     {PLAN.format(**plan)}")
         check_room({run.folder: int(plan["run_mb"] * 1e6)}, "name a --run-dir elsewhere")
         job = {name: os.environ.get(name) for name in ("JOB_ID", "ACCELERATOR")}  # of hf jobs
         run.update(model_revisions=loaded.revisions, device=device_name(), plan=plan, **job)
@@ -1875,7 +1867,7 @@ def save_adapter(loaded: LoadedModel, config: TrainConfig, run: Run) -> None:
             path.unlink()
 
 
-# --------------------------------------------------------------------------------------- evaluation
+# ------------------------ evaluation
 # Did it help, and what did it cost? Base against tuned, from one model in memory, on the same rows,
 # general text and reasoning problems; a damaged training is never called better. prompts.py grades.
 
@@ -2003,7 +1995,7 @@ def draw_measures(report: dict[str, Any], path: Path) -> None:
     pyplot.close(figure)
 
 
-# ------------------------------------------------------------------------------------------- saving
+# ------------------------ saving
 # Merges the adapter into 16-bit weights: a whole folder, ready to be pushed, or none. Equal to PEFT's
 # merge bit for bit, in 1 GiB of memory.
 
@@ -2128,7 +2120,7 @@ def merged_weights(run: Run, output: Any = None, model: Any = None, scratch: Any
     return folder
 
 
-# --------------------------------------------------------------------------------------------- gguf
+# ------------------------ gguf
 # Merged weights, tokenizer and chat template in one file for llama.cpp, Ollama and LM Studio. What
 # llama.cpp would silently compute otherwise is refused. gguf has the names and the format.
 
@@ -2240,7 +2232,7 @@ def ollama_files(run: Run, merged: Path, weights: str) -> dict[str, str]:
     return prompts.build_ollama_files(eos, parameters, run.config.lang, weights)
 
 
-# ------------------------------------------------------------------------------------------ pushing
+# ------------------------ pushing
 # A run goes to the Hub in one commit, and replaces nothing of somebody else's unasked.
 # huggingface_hub uploads, retries and verifies.
 
@@ -2412,7 +2404,7 @@ def push_run(run: Run, repo: str, push: PushConfig = PushConfig()) -> dict[str, 
     return dict(repo=repo, url=url, visibility=shown, files=len(files), verified="all hashes")
 
 
-# -------------------------------------------------------------------------------------------- commands
+# ------------------------ commands
 # What a user types. A command's options come from its parameters and a dataclass above; what it returns
 # is printed as labelled lines, or as one JSON object. Typer parses and prints help.
 
@@ -2435,7 +2427,8 @@ class Group(typer.core.TyperGroup):
     def main(self, *args: Any, **options: Any) -> Any:
         options["standalone_mode"] = False
         try:
-            sys.exit(super().main(*args, **options))
+            code = super().main(*args, **options)
+            sys.exit(code)  # looked up late: W&B replaces it, to see the code
         except typer.TyperException as error:
             context: Any = getattr(error, "ctx", None)
             print_error(error.format_message(), f"see `{context.info_name} --help`")
@@ -2443,10 +2436,13 @@ class Group(typer.core.TyperGroup):
 
 
 app = typer.Typer(cls=Group, add_completion=False, no_args_is_help=True, rich_markup_mode=None)
+app.pretty_exceptions_enable = False  # they would show local variables, and tokens among them
 RunOption = Annotated[Path | None, typer.Option(metavar="RUN", help="Default: the newest run.")]
 RunDirOption = Annotated[Path | None, typer.Option(metavar="DIR", help="New run folder.")]
-OutputOption = Annotated[Path | None, typer.Option("--output", "-o", help="Output path.")]
-BaseOption = Annotated[str | None, typer.Option(help="Where the run's base is now, if moved.")]
+OutputOption = Annotated[
+    Path | None, typer.Option("--output", "-o", metavar="PATH", help="Output.")
+]
+BaseOption = Annotated[str | None, typer.Option(metavar="PATH", help="The base, if it has moved.")]
 
 
 class Command(typer.core.TyperCommand):
@@ -2457,7 +2453,12 @@ class Command(typer.core.TyperCommand):
         parameters: Any = self.get_params(ctx)
         for parameter in parameters:
             heading = parameter.rich_help_panel or "Options"
-            sections.setdefault(heading, []).append(parameter.get_help_record(ctx))
+            flag, text = parameter.get_help_record(ctx)
+            if heading == "Arguments":
+                flag = flag.partition(" ")[0]
+            for needless in ("; x>=0", "; x>=1", "  [x>=1]"):
+                text = text.replace(needless, "")
+            sections.setdefault(heading, []).append((flag, text))
         for heading, records in sections.items():
             with formatter.section(typer.style(heading, bold=True)):
                 formatter.write_dl(records)
@@ -2786,9 +2787,9 @@ def use_settings(context: typer.Context, file: Path | None) -> Path | None:
 
 RECIPE = typer.Option(help="Defaults of other options.", is_eager=True, callback=use_recipe)
 SETTINGS = typer.Option(
-    "--config", help="Settings: YAML, or a run's JSON.", is_eager=True, callback=use_settings
+    "--config", metavar="FILE", help="Settings, as YAML.", is_eager=True, callback=use_settings
 )
-RUN = typer.Argument(help="With --resume: this run.", rich_help_panel="Arguments")
+RUN = typer.Argument(metavar="RUN", help="To resume.", rich_help_panel="Arguments")
 
 
 @command("train --max-steps 60", "train --recipe thorough --dry-run")
@@ -2800,7 +2801,9 @@ def train(
     settings_file: Annotated[Path | None, SETTINGS] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Resume an interrupted run.")] = False,
     run_dir: RunDirOption = None,
-    push: Annotated[str | None, typer.Option(help="Afterwards push to this OWNER/NAME.")] = None,
+    push: Annotated[
+        str | None, typer.Option(metavar="NAME", help="Then push to this repo.")
+    ] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Only show the plan.")] = False,
 ) -> dict[str, Any]:
     """Fine-tune, then answer one question before and after."""
@@ -2899,9 +2902,9 @@ def resumed_config(run: Run, config: TrainConfig, given: set[str]) -> TrainConfi
     return dataclasses.replace(settings, **changed)
 
 
-QUESTION = typer.Argument(help="Without one, asks on the terminal.", rich_help_panel="Arguments")
-FILE = typer.Option(exists=True, dir_okay=False, help="Questions as JSONL, with -o for answers.")
-MODEL = typer.Option(help="Ask this model; with --run, where its base is now.")
+QUESTION = typer.Argument(metavar="QUESTION", help="Else typed.", rich_help_panel="Arguments")
+FILE = typer.Option(metavar="FILE", exists=True, dir_okay=False, help="Questions; needs -o.")
+MODEL = typer.Option(metavar="PATH", help="Ask this model, or with --run the moved base.")
 
 
 @command('infer "What widens the anion gap?"', "infer --file questions.jsonl -o answers.jsonl")

@@ -439,7 +439,7 @@ def verdict(report: dict[str, Any]) -> str:
         return f"{outcome} answers are correct"
     if change["low"] > 0:
         return "worse: held-out loss increased"
-    if report["answers"]:
+    if "thought_length" in report:
         short = report["thought_length"]["tuned"] < MIN_THOUGHT_LENGTH
         if short or report["closed"]["high"] < 0:
             return "can't tell: held-out loss decreased, but thoughts are unclosed or too short"
@@ -476,7 +476,7 @@ def how_it_ended(answer: dict[str, Any]) -> str:
 
 def as_html(title: str, settings: str, report: dict[str, Any]) -> str:
     """A page with the report and all answers side by side, their thoughts closed."""
-    verdict, table, note = escape(as_report(report)).split("\n\n")
+    verdict, table, note = escape(as_report(report)).split("\n\n", 2)
     rows = ""
     for line in table.splitlines():
         if line.startswith("| "):

@@ -91,7 +91,7 @@ def test_two_processes_train_as_one_and_only_the_first_prints_and_writes(
     one = run_cli([*options, "--max-steps", 8, "--run-dir", "one"], start.folder)
     assert one.code == 0, one.err
     assert json.loads(out)["run"] == "two", "one JSON object, of one process"
-    assert err.count("step 00003/00008") == err.count("plan  ") == 1 and "processes=2" in err
+    assert err.count("step 00003/00008") == err.count("plan  ") == 1 and "processes 2" in err
     for name in ("loss", "eval_loss"):
         alone = losses(start.folder / "one", name)
         assert losses(folder, name) == pytest.approx(alone, abs=0.002)

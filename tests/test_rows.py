@@ -311,7 +311,7 @@ def test_overlong_thought_is_cut_at_a_sentence_and_answer_and_eos_stay(prepare, 
 def test_row_that_cannot_be_cut_at_a_sentence_is_dropped(prepare, r1_tokenizer):
     prompt = len(r1_tokenizer(build_prompt("Why 1?"))["input_ids"])
     long = "word " * 300
-    changes = [{"Response": long}, {"Complex_CoT": long}, {"Question": "（" * 100_000}]
+    changes = [{"Response": long}, {"Complex_CoT": long}, {"Question": "x" + "（" * 100_000}]
     rows = prepare(records({}, *changes), max_seq_length=prompt + 100)
     assert rows.dropped == {"no sentence of the thought fits in --max-seq-length": [1, 2, 3]}
 
