@@ -2437,8 +2437,8 @@ class Group(typer.core.TyperGroup):
 
 app = typer.Typer(cls=Group, add_completion=False, no_args_is_help=True, rich_markup_mode=None)
 app.pretty_exceptions_enable = False  # they would show local variables, and tokens among them
-RunOption = Annotated[Path | None, typer.Option(metavar="RUN", help="Default: the newest run.")]
-RunDirOption = Annotated[Path | None, typer.Option(metavar="DIR", help="New run folder.")]
+RunOption = Annotated[Path | None, typer.Option("--run", metavar="RUN", help="Else the newest.")]
+RunDirOption = Annotated[Path | None, typer.Option("--run-dir", metavar="DIR", help="New folder.")]
 OutputOption = Annotated[
     Path | None, typer.Option("--output", "-o", metavar="PATH", help="Output.")
 ]
@@ -2903,7 +2903,9 @@ def resumed_config(run: Run, config: TrainConfig, given: set[str]) -> TrainConfi
 
 
 QUESTION = typer.Argument(metavar="QUESTION", help="Else typed.", rich_help_panel="Arguments")
-FILE = typer.Option(metavar="FILE", exists=True, dir_okay=False, help="Questions; needs -o.")
+FILE = typer.Option(
+    "--file", metavar="FILE", exists=True, dir_okay=False, help="Questions; needs -o."
+)
 MODEL = typer.Option(metavar="PATH", help="Ask this model, or with --run the moved base.")
 
 
