@@ -1,19 +1,18 @@
 """Fine-tune DeepSeek-R1-Distill-Llama-8B (4-bit, Unsloth, LoRA) on medical chain-of-thought data.
 
-    python finetune_r1.py demo                      the whole job on a CPU with a small model
-    python finetune_r1.py doctor                    check GPU, disk, packages and tokens
-    python finetune_r1.py login                     verify and store the Hugging Face and W&B tokens
-    python finetune_r1.py load                      download the base model and smoke-test it
-    python finetune_r1.py format                    preview the training examples
-    python finetune_r1.py train --max-steps 60      the published recipe; saves a LoRA adapter
-    python finetune_r1.py infer "question"          ask the newest finished run
-    python finetune_r1.py eval                      base vs. fine-tuned on held-out rows
-    python finetune_r1.py save                      merge the adapter into 16-bit weights, or a GGUF
-    python finetune_r1.py push --repo user/DeepSeek-R1-Medical-COT
-    python finetune_r1.py runs                      list training runs
+    demo                   the whole job on a CPU with a small model
+    doctor                 check GPU, disk, packages and tokens
+    login                  verify and store the Hugging Face and W&B tokens
+    load                   download the base model and smoke-test it
+    format                 preview the training examples
+    train --max-steps 60   the published recipe; saves a LoRA adapter
+    infer "question"       ask the newest finished run
+    eval                   base vs. fine-tuned on held-out rows
+    save                   merge the adapter into 16-bit weights, or a GGUF
+    push --repo user/DeepSeek-R1-Medical-COT
+    runs                   list training runs
 
-The sections follow the user's way, from the settings to the commands. Results go to stdout,
-everything else to stderr.
+Results go to stdout, everything else to stderr.
 """
 
 import collections
@@ -64,7 +63,7 @@ except ModuleNotFoundError:
 
 
 class Lazy:
-    """A module that is imported on first use, so that `--help` imports neither torch nor pandas."""
+    """A module that is imported on first use: `--help` needs no torch."""
 
     def __init__(self, name: str):
         self.name = name
@@ -101,7 +100,7 @@ unsloth = Lazy("unsloth")
 wandb = Lazy("wandb")
 yaml = Lazy("yaml")
 
-# ------------------------ constants
+# ------------ constants
 # Names, places and measured numbers. Hyper-parameters are in the settings below.
 
 VERSION = "0.2.0"
@@ -112,10 +111,9 @@ RUNS = Path("runs")
 RANK = int(os.environ.get("RANK", 0))  # set by torchrun
 WORLD = int(os.environ.get("WORLD_SIZE", 1))
 GIB = 1024**3
-UNFINISHED = ("running", "interrupted", "failed")
 UNSLOTH = "2026.10.9"  # pinned in pyproject.toml; some of its functions are replaced
 PACKAGES = "unsloth torch transformers trl peft accelerate datasets bitsandbytes wandb".split()
-# Ctrl-C, what Kaggle and Slurm send, and a closed terminal (which `nohup` has us ignore).
+# Ctrl-C, what Kaggle and Slurm send, and a closed terminal (unless `nohup`).
 STOP_SIGNALS = [signal.SIGINT, signal.SIGTERM]
 if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:
     STOP_SIGNALS.append(signal.SIGHUP)
@@ -125,7 +123,7 @@ DEMO_ROWS = DATA / "medical_sample.jsonl"
 GENERAL_TEXTS = DATA / "general.jsonl"
 REASONING_PROBLEMS = DATA / "reasoning.jsonl"
 RECIPE_COLUMNS = ("Question", "Complex_CoT", "Response")
-# Every tokenizer must round-trip this: white space, accents, Chinese, code, both tags.
+# Every tokenizer must round-trip this.
 ROUND_TRIP = "BP 90/60,  pulse 120.\n\n\tnaïve 😀 你好,世界。\ndef f(x):\n    return x**2\n<think>\nWhy?\n</think>\nSo"
 CPU_BILLIONS = 2.0  # larger models take minutes a step on a CPU
 MAX_BATCH = 128  # answers generated at once on a GPU
@@ -161,17 +159,15 @@ CARD_SEAL = "<!-- written by finetune_r1; SHA-256 of all above: "
 NAME_BASE = "pass the base it was trained on: `save --model PATH`"
 READ_AGAIN_SECONDS = 3  # before a push is verified for the last time
 
-# For GGUF. llama.cpp tells pre-tokenizers by the SHA-256 of what they make of its fixed text.
+# llama.cpp tells pre-tokenizers by the SHA-256 of what they make of its text.
 PRE_TOKENIZERS = json.loads((DATA / "pre_tokenizers.json").read_text("utf-8"))
 PRE_TOKENIZER_TEXT = PRE_TOKENIZERS.pop("text")
 ROPES = {"llama": ("default", "llama3"), "qwen2": ("default",)}  # that llama.cpp computes
 
-# ------------------------ settings
+# ------------ settings
 # Every hyper-parameter is declared once, as a dataclass field with type, default, range and help:
 # options, config.json and W&B's config come from it. The defaults are the published recipe.
 
-Checkpointing = Literal["auto", "unsloth", "none"]
-SavedAs = Literal["merged-16bit", "gguf"]
 OutType = Literal["f16", "bf16", "q8_0", "q5_1", "q4_0"]
 Dtype = Literal["auto", "bfloat16", "float16", "float32"]
 Optimizer = Literal["adamw_8bit", "adamw_torch", "adamw_torch_fused", "paged_adamw_8bit", "sgd"]
@@ -253,8 +249,8 @@ class TrainConfig(SamplingConfig, DataConfig):
     target_modules: str = option(LORA_TARGETS, "Layers to adapt, comma-separated, or all-linear.")
     effective_batch: int = option(8, "Rows a step: micro-batch × accumulation × GPUs.", min=1)
     micro_batch: int | None = option(None, "Per-device micro-batch (default: what fits).", min=1)
-    gradient_checkpointing: Checkpointing = option(
-        "auto", "Activation checkpointing: as needed, all layers, or off."
+    gradient_checkpointing: Literal["auto", "unsloth", "none"] = option(
+        "auto", "As needed, all layers, or off."
     )
     max_steps: int = option(60, "Optimizer steps.", min=1)
     epochs: float | None = option(None, "Number of epochs (replaces --max-steps).", min=0.01)
@@ -285,12 +281,12 @@ HEADINGS = {
     "logging_steps": "Run",
     "wandb": "Tracking",
 }
-# What a resumed run may change; anything else would make it a different training.
+# What a resumed run may change and still be the same training.
 RESUME_MAY_CHANGE = (
     "save_steps keep_checkpoints logging_steps micro_batch gradient_checkpointing gpu_memory_gib "
     "max_new_tokens temperature top_p thinking_budget wandb wandb_project hub_checkpoints"
 ).split()
-# Other defaults than the published recipe's: `train --recipe` (sources: tests/bench/NOTES.md), the demo.
+# Of `train --recipe` and the demo, where not the published ones.
 RECIPES: dict[str, Any] = yaml.safe_load((DATA / "recipes.yaml").read_text())
 DEMO: dict[str, Any] = {"dataset": str(DEMO_ROWS), **RECIPES.pop("demo")}
 
@@ -310,7 +306,7 @@ def check_config(config: TrainConfig) -> None:
 
 
 def changed_settings(config: Any) -> str:
-    """The settings that differ from the published recipe, as text; all of them with --verbose."""
+    """The settings that differ from the recipe, or with --verbose all, as text."""
     shown = []
     for name, value in dataclasses.asdict(config).items():
         if Console.verbose or value != getattr(type(config), name):
@@ -318,7 +314,7 @@ def changed_settings(config: Any) -> str:
     return "  ".join(shown) or "the published recipe"
 
 
-# ------------------------ console and errors
+# ------------ console and errors
 # Messages go to stderr, results to stdout. What a user can fix ends in a message and a hint, an
 # unknown error in a traceback. Tables are rich's.
 
@@ -395,7 +391,7 @@ def format_size(size: float) -> str:
 
 
 NOT_REACHED = "Hub not reached: unset HF_HUB_OFFLINE, retry, or use a local --model and --dataset"
-# Hints by HTTP status, or by the name of an error's class: importing the classes takes seconds.
+# Hints by HTTP status or class name: importing the classes takes seconds.
 ADVICE: dict[str | int, str] = {
     "GatedRepoError": "request access on the model's page, then `login`",
     "RepositoryNotFoundError": "check --model, --dataset or --repo; a private one needs `login`",
@@ -421,7 +417,7 @@ def advice(error: BaseException) -> str | None:
     """The next step after an error, by class or HTTP status; None if unknown."""
     if isinstance(error, UserError):
         return error.hint
-    # torch and safetensors report a full disk in words alone.
+    # torch and safetensors report a full disk in words.
     if re.search("No space left|File too large|unexpected pos|PytorchStreamWriter", str(error)):
         return "the disk is full: free some space, or use another disk"
     if http_status(error) >= 429:
@@ -451,7 +447,7 @@ def print_error(message: object, hint: str) -> None:
 
 @contextlib.contextmanager
 def friendly_errors() -> Iterator[None]:
-    """Shows a message and a hint instead of a traceback, where `advice` knows one."""
+    """Shows a message and a hint instead of a traceback, if there is one."""
     try:
         yield
     except (KeyboardInterrupt, typer.Abort) as error:
@@ -467,21 +463,21 @@ def friendly_errors() -> Iterator[None]:
         raise typer.Exit(1) from None
 
 
-# ------------------------ log-in
+# ------------ log-in
 # Finds tokens and their owners. A secret is no option and never shown. Libraries store and verify.
 
 Secret = collections.namedtuple("Secret", "value source")  # of which the source alone is shown
 
 
 def make_secret(text: str | None, source: str) -> Secret | None:
-    """A secret without quotes, spaces or `Bearer` around it; None if nothing is left."""
+    """A secret without quotes, spaces or `Bearer` around it."""
     words = re.findall(r"[\w.-]+", text or "", re.ASCII)
     return Secret(max(words, key=len), source) if words else None
 
 
 @functools.cache
 def load_dotenv() -> None:
-    """Sets the variables of `.env` that the environment lacks; W&B is to wait for seconds."""
+    """Sets what the environment lacks: variables of `.env`, short time-outs for W&B."""
     for name, value in dotenv.dotenv_values(dotenv.find_dotenv(usecwd=True)).items():
         if value and not os.environ.get(name, "").strip():
             os.environ[name] = value
@@ -537,7 +533,7 @@ def wandb_account(to_store: Secret | None = None) -> dict[str, Any]:
 
 
 def track_in_wandb(config: TrainConfig, run: Any) -> None:
-    """Has W&B track the training, if one is logged in there; no fault of W&B ends it."""
+    """Has W&B track the training, if logged in; no fault of W&B ends it."""
     if RANK or not config.wandb:
         return
     find_secret(WANDB_KEYS)
@@ -560,14 +556,14 @@ def track_in_wandb(config: TrainConfig, run: Any) -> None:
         log(f"note: training without W&B (see `doctor`): {error}")
 
 
-# ------------------------ run folder
+# ------------ run folder
 # Everything about one training is in one folder. Files are written whole or not at all, and a lock
 # keeps a second process out. Hashes in run.json say whether weights are still what was written.
 
 
 @contextlib.contextmanager
 def atomic_path(path: Path) -> Iterator[Path]:
-    """Yields a temporary path that replaces `path` if the block succeeds, and is removed if not."""
+    """Yields a temporary path that replaces `path` if the block succeeds."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=".partial-", dir=path.parent) as folder:
         partial = Path(folder, path.name)
@@ -613,7 +609,7 @@ def check_output(output: Path | None) -> None:
 
 
 def check_room(needs: dict[Path, int], hint: str) -> None:
-    """Raises if writes exceed free space; `needs` has bytes by folder, summed per file system."""
+    """Raises if writes exceed free space; `needs` has bytes by folder."""
     wanted: dict[int, int] = collections.Counter()
     for folder, size in needs.items():
         folder.mkdir(parents=True, exist_ok=True)
@@ -632,7 +628,7 @@ def file_hash(path: Path) -> str:
 
 
 def check_hashes(folder: Path, hashes: dict[str, str], hint: str) -> None:
-    """Raises unless each file in `folder` is the one that was written, by its SHA-256."""
+    """Raises unless the files in `folder` have these SHA-256."""
     for name, digest in hashes.items():
         path = folder / name
         if not path.is_file() or file_hash(path) != digest:
@@ -726,7 +722,7 @@ class Run:
 
     @property
     def adapter(self) -> Path:
-        """The adapter's folder; raises if it is missing, or not what the training wrote."""
+        """The adapter's folder; raises if it is missing, or was changed."""
         folder = self / "adapter"
         if not (folder / "adapter_model.safetensors").is_file():
             raise UserError(f"{self} has no adapter.", self.resume_line)
@@ -740,7 +736,7 @@ class Run:
 
     @contextlib.contextmanager
     def track_status(self, config: TrainConfig, resume: bool) -> Iterator[None]:
-        """Creates the folder; writes to run.json that the run is running, then how it ended."""
+        """Creates the folder; run.json says that the run is running, then how it ended."""
         if RANK:
             yield
             return
@@ -771,7 +767,7 @@ class Run:
                 self.update(**ending, ended=time.strftime("%FT%T%z", time.gmtime()))
 
 
-# ------------------------ rows
+# ------------ rows
 # Reads a dataset and turns its records into rows of tokens. Every record is accounted for: used,
 # shortened, held out, or dropped with a true reason. `datasets` reads repositories, and slices.
 
@@ -805,7 +801,7 @@ def read_json_records(path: Path) -> list[Any]:
 
 
 def read_csv_records(path: Path) -> list[Any]:
-    """The rows of a table; pandas would shift fields at an unquoted comma, and change "NA" and 007."""
+    """The rows of a table; pandas would shift fields at a stray comma, and change 007."""
     csv.field_size_limit(sys.maxsize)
     text = path.read_text("utf-8-sig")
     separator = max(",;\t", key=text.partition("\n")[0].count)
@@ -853,7 +849,7 @@ def read_files(path: Path) -> dict[str, Any]:
 
 
 def load_source(config: DataConfig) -> Any:
-    """The rows of a Hub dataset, a downloaded repository, a `save_to_disk` folder, or files."""
+    """The rows of a Hub dataset, a repository's or `save_to_disk` folder, or files."""
     path = Path(config.dataset)
     if not path.exists() and (path.suffix.lower() in FORMATS or not is_hub_name(config.dataset)):
         raise UserError("not found.", "check the path, or use OWNER/NAME")
@@ -964,7 +960,7 @@ def prepare_rows(records: Any, tokenizer: Any, config: DataConfig) -> PreparedDa
     return PreparedData(table, table.select(others), table.select(chosen), dropped, counts, digest)
 
 
-# ------------------------ model
+# ------------ model
 # Finds the base model, loads it and its tokenizer from folders. Code that comes with a model never
 # runs; the tokenizer must round-trip a fixed text. huggingface_hub downloads, Unsloth and
 # transformers load.
@@ -1022,7 +1018,7 @@ def check_model(config: ModelConfig, revision: str | None = None) -> None:
 
 
 def download_model(name: str, weights: bool = True, revision: str | None = None) -> Path:
-    """A model's folder, downloaded if `name` is on the Hub; without `weights` only small files."""
+    """A model's folder, downloaded if it is on the Hub; small files if not `weights`."""
     folder = local_model(name)
     if folder is None:
         export_hub_token()
@@ -1081,7 +1077,7 @@ def prepend_bos(tokenizer: Any) -> None:
 
 
 def save_tokenizer(tokenizer: Any, folder: Path, lang: Lang | None = None) -> None:
-    """Saves a tokenizer for transformers 4 and 5 and Ollama; `lang` makes the prompt its template."""
+    """Saves a tokenizer for all clients; `lang` makes the prompt its chat template."""
     adds_bos = has_bos(tokenizer)  # also undoes padding, which would be saved
     if lang:
         tokenizer.chat_template = prompts.fill_template(prompts.CHAT_TEMPLATE, lang, BOS=adds_bos)
@@ -1112,7 +1108,7 @@ def save_config(folder: Path) -> None:
 
 
 def import_unsloth(for_training: bool = False) -> Any:
-    """Unsloth's FastLanguageModel; to be imported before trl, transformers and peft."""
+    """Unsloth's FastLanguageModel; comes before trl, transformers and peft."""
     if "unsloth" not in sys.modules:
         if not for_training and torch.cuda.is_available():
             os.environ["UNSLOTH_ALLOW_CPU"] = "1"  # skips patching TRL, which takes 7 s
@@ -1252,7 +1248,7 @@ class LoadedModel:
         )
 
 
-# ------------------------ Unsloth's inner parts
+# ------------ Unsloth's inner parts
 # Decoding in one CUDA graph and a quick start, by replacing functions of the pinned Unsloth on a GPU;
 # another version is left as it is. 8B shape on one H200, tokens/s (tests/bench/NOTES.md): one answer 115
 # (109 without the whole-step graph, 119 without packing), 32 at once 2,600 (1,424; 2,145).
@@ -1344,7 +1340,7 @@ def whole_step_class(base: Any) -> Any:
     return WholeStep
 
 
-# ------------------------ generation
+# ------------ generation
 # Answers questions in batches: the training prompt, the model's own sampling settings, and a thought
 # that counts as an answer only if it was closed. transformers generates and samples.
 
@@ -1368,7 +1364,7 @@ def render_prompts(loaded: LoadedModel, questions: Sequence[str], chat: bool = F
 
 
 def question_problem(loaded: LoadedModel, question: str) -> str | None:
-    """Why a question can't be asked: it forges a control token, or is too long; None if it can."""
+    """Why a question can't be asked: it forges a token, or is too long."""
     special = list(map(str, loaded.tokenizer.added_tokens_decoder.values()))
     marker = prompts.find_marker(question, special)
     if marker:
@@ -1380,7 +1376,7 @@ def question_problem(loaded: LoadedModel, question: str) -> str | None:
 
 
 def batch_size(loaded: LoadedModel, questions: Sequence[str], config: SamplingConfig) -> int:
-    """How many answers fit in memory; dequantizes a 4-bit model for a batch if there is room."""
+    """How many answers fit in memory; dequantizes a 4-bit model if there is room."""
     model = loaded.model
     shape = model.config
     limit = loaded.memory_limit
@@ -1398,7 +1394,7 @@ def batch_size(loaded: LoadedModel, questions: Sequence[str], config: SamplingCo
 
 
 def sampling_options(loaded: LoadedModel, config: SamplingConfig, length: int) -> dict[str, Any]:
-    """Arguments for transformers: the user's, else the model's own. Prompts have `length` tokens."""
+    """Arguments for transformers: the user's, else the model's own."""
     own = own_sampling(loaded.model.generation_config.to_dict())
     options: dict[str, Any] = {"top_p": 1.0, **own, "max_new_tokens": config.max_new_tokens}
     options["eos_token_id"] = loaded.tokenizer.eos_token_id
@@ -1460,7 +1456,7 @@ def generate(
 
 
 def answer_both(loaded: LoadedModel, questions: list[str], config: SamplingConfig) -> list[Any]:
-    """Base and fine-tuned answers to the same questions and prompt, from the one model in memory."""
+    """Base and fine-tuned answers to the same prompt, from one model in memory."""
     with loaded.model.disable_adapter():
         before = generate(loaded, questions, config)
     after = generate(loaded, questions, config)
@@ -1519,7 +1515,7 @@ def answer_printer(tokenizer: Any) -> Any:
     return AnswerPrinter(tokenizer, skip_prompt=True, skip_special_tokens=False)
 
 
-# ------------------------ training
+# ------------ training
 # Fine-tunes a LoRA adapter: the fastest step that fits in memory, a checkpoint at every stop,
 # resumed bit for bit on a CPU, no NaN saved. TRL, transformers and Accelerate have loop and DDP.
 
@@ -1601,6 +1597,9 @@ def make_plan(model: Any, weights: float, lengths: Any, config: TrainConfig) -> 
 def prepare_training(config: TrainConfig, *options: Any) -> tuple[TrainConfig, PreparedData]:
     """Settings and rows; `options` are those of `tokenized_rows`."""
     check_config(config)
+    folder = local_model(config.model)
+    if folder and "quantization_config" in read_json(folder / "config.json"):
+        log("note: `save` and `push` will need the 16-bit base: --model")
     rows, _ = tokenized_rows(config, *options)
     if config.epochs:
         steps = math.ceil(config.epochs * len(rows.used) / config.effective_batch)
@@ -1792,7 +1791,7 @@ def train_steps(loaded: LoadedModel, rows: Any, config: TrainConfig, plan: Any, 
 
 
 def train_run(config: TrainConfig, run: Run, resume: bool = False) -> tuple[LoadedModel, Any]:
-    """Trains a new run or resumes one; returns the model with its adapter and the held-out rows."""
+    """Trains or resumes a run; returns the tuned model and the held-out rows."""
     log(f"run      {run}")
     revisions = run.record.get("model_revisions", {}) if resume else {}
     config, rows = prepare_training(config, revisions.get(config.model), True)
@@ -1867,7 +1866,7 @@ def save_adapter(loaded: LoadedModel, config: TrainConfig, run: Run) -> None:
             path.unlink()
 
 
-# ------------------------ evaluation
+# ------------ evaluation
 # Did it help, and what did it cost? Base against tuned, from one model in memory, on the same rows,
 # general text and reasoning problems; a damaged training is never called better. prompts.py grades.
 
@@ -1995,7 +1994,7 @@ def draw_measures(report: dict[str, Any], path: Path) -> None:
     pyplot.close(figure)
 
 
-# ------------------------ saving
+# ------------ saving
 # Merges the adapter into 16-bit weights: a whole folder, ready to be pushed, or none. Equal to PEFT's
 # merge bit for bit, in 1 GiB of memory.
 
@@ -2111,16 +2110,15 @@ def merged_weights(run: Run, output: Any = None, model: Any = None, scratch: Any
         save_settings(source, adapter, partial)
         names = os.listdir(partial)
         with futures.ThreadPoolExecutor() as pool:  # or 16 GB take half a minute
-            hashes = dict(
-                zip(names, pool.map(file_hash, map(partial.joinpath, names)), strict=True)
-            )
+            digests = pool.map(file_hash, map(partial.joinpath, names))
+        hashes = dict(zip(names, digests, strict=True))
         add_card(run, partial, "OWNER/NAME", PushConfig())
         place = str(output.resolve()) if output else "merged"
         run.update(saved={"folder": place, "hashes": hashes, "adapter_effect_kept": kept})
     return folder
 
 
-# ------------------------ gguf
+# ------------ gguf
 # Merged weights, tokenizer and chat template in one file for llama.cpp, Ollama and LM Studio. What
 # llama.cpp would silently compute otherwise is refused. gguf has the names and the format.
 
@@ -2232,7 +2230,7 @@ def ollama_files(run: Run, merged: Path, weights: str) -> dict[str, str]:
     return prompts.build_ollama_files(eos, parameters, run.config.lang, weights)
 
 
-# ------------------------ pushing
+# ------------ pushing
 # A run goes to the Hub in one commit, and replaces nothing of somebody else's unasked.
 # huggingface_hub uploads, retries and verifies.
 
@@ -2341,9 +2339,7 @@ def check_push(repo: str, model: str, push: PushConfig, hashes: Collection[str] 
         if is_adapter or (name.endswith(TENSORS) and not is_ours):
             foreign.append(name)
     if foreign and not push.force:
-        raise UserError(
-            f"{repo} holds other weights: {', '.join(foreign)}.", "--force replaces them"
-        )
+        raise UserError(f"{repo} holds other weights: {foreign}.", "--force replaces them")
     return info
 
 
@@ -2404,7 +2400,7 @@ def push_run(run: Run, repo: str, push: PushConfig = PushConfig()) -> dict[str, 
     return dict(repo=repo, url=url, visibility=shown, files=len(files), verified="all hashes")
 
 
-# ------------------------ commands
+# ------------ commands
 # What a user types. A command's options come from its parameters and a dataclass above; what it returns
 # is printed as labelled lines, or as one JSON object. Typer parses and prints help.
 
@@ -2436,12 +2432,10 @@ class Group(typer.core.TyperGroup):
 
 
 app = typer.Typer(cls=Group, add_completion=False, no_args_is_help=True, rich_markup_mode=None)
-app.pretty_exceptions_enable = False  # they would show local variables, and tokens among them
+app.pretty_exceptions_enable = False  # they show variables, tokens among them
 RunOption = Annotated[Path | None, typer.Option("--run", metavar="RUN", help="Else the newest.")]
 RunDirOption = Annotated[Path | None, typer.Option("--run-dir", metavar="DIR", help="New folder.")]
-OutputOption = Annotated[
-    Path | None, typer.Option("--output", "-o", metavar="PATH", help="Output.")
-]
+OutputOption = Annotated[Path | None, typer.Option("--output", "-o", metavar="PATH")]
 BaseOption = Annotated[str | None, typer.Option(metavar="PATH", help="The base, if it has moved.")]
 
 
@@ -2644,7 +2638,7 @@ def versions() -> dict[str, str]:
 
 
 def describe_machine() -> list[str]:
-    """GPU, disk and memory; raises if torch has no code for the GPU, or the 8B has no room."""
+    """GPU and disk; raises if torch has no code for the GPU, or the 8B has no room."""
     check_gpu()
     gpu = "no GPU that torch can use: the 8B needs one with 8 GB, and driver 580.65 or newer"
     if torch.cuda.is_available():
@@ -2652,8 +2646,7 @@ def describe_machine() -> list[str]:
     disk = shutil.disk_usage(".").free / GIB
     if disk < 8:
         raise UserError(f"{disk:.0f} GiB of disk free", "free some: the 4-bit 8B takes 7")
-    memory = psutil.virtual_memory().available / GIB
-    return [gpu, f"{disk:.0f} GiB of disk free (merging the 8B takes 32), {memory:.0f} of memory"]
+    return [gpu, f"{disk:.0f} GiB of disk free (merging the 8B takes 32)"]
 
 
 @command("doctor")
@@ -2710,7 +2703,6 @@ def load(config: ModelConfig) -> dict[str, Any]:
     return {
         "model": config.model,
         "device": device_name(),
-        "dtype": str(loaded.model.dtype).removeprefix("torch."),
         "weights_gib": round(loaded.model.get_memory_footprint() / GIB, 2),
         **peak_memory(),
         "sample": sample["thought"],
@@ -2790,6 +2782,7 @@ SETTINGS = typer.Option(
     "--config", metavar="FILE", help="Settings, as YAML.", is_eager=True, callback=use_settings
 )
 RUN = typer.Argument(metavar="RUN", help="To resume.", rich_help_panel="Arguments")
+PUSH = typer.Option(metavar="OWNER/NAME", help="Evaluate, and push to this repository.")
 
 
 @command("train --max-steps 60", "train --recipe thorough --dry-run")
@@ -2801,17 +2794,14 @@ def train(
     settings_file: Annotated[Path | None, SETTINGS] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Resume an interrupted run.")] = False,
     run_dir: RunDirOption = None,
-    push: Annotated[
-        str | None, typer.Option(metavar="NAME", help="Then push to this repo.")
-    ] = None,
+    push: Annotated[str | None, PUSH] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Only show the plan.")] = False,
 ) -> dict[str, Any]:
     """Fine-tune, then answer one question before and after."""
     source = context.get_parameter_source
     given = {name for name in context.params if "COMMANDLINE" in str(source(name))}
     if run and not resume:
-        hint = f"`train --max-steps {run}`, or `train --resume {run}`"
-        raise UserError(f"RUN {run} needs --resume.", hint)
+        raise UserError(f"RUN {run} needs --resume.", f"`train --resume {run}`")
     if resume and given & {"recipe", "settings_file"}:
         raise UserError("--resume takes no --recipe or --config.", "omit them")
     if "max_steps" in given and "epochs" not in given:
@@ -2867,7 +2857,7 @@ def summarize(run: Run) -> dict[str, Any]:
 def run_to_resume(place: Path | None) -> Run:
     """The run that --resume names, or hub:OWNER/NAME; else the newest unfinished one."""
     if place is None:
-        unfinished = [run for run in Run.all(*UNFINISHED) if run.last_step]
+        unfinished = [run for run in Run.all("running", "interrupted", "failed") if run.last_step]
         if not unfinished:
             raise UserError(f"nothing to resume under {RUNS}/.", "start with `train`")
         return unfinished[-1]
@@ -2921,7 +2911,6 @@ def infer(
     output: OutputOption = None,
 ) -> Any:
     """Answer questions: the thought on stderr, the answer on stdout."""
-    # Before a model is loaded.
     if compare and (base or (model and not run)):
         raise UserError("--compare asks base and fine-tuned of a run.", "omit --base, --model")
     if bool(file) != bool(output) or (file and question):
@@ -2953,7 +2942,7 @@ def infer(
 
 
 def answer_one(loaded: LoadedModel, question: str, config: SamplingConfig, compare: bool) -> Any:
-    """Answers one question; returns the answer for --json, else prints it and returns nothing."""
+    """Answers one question; prints the answer, or returns it for --json."""
     if compare:
         [answer] = answer_both(loaded, [question], config)
     else:
@@ -2997,7 +2986,7 @@ def read_questions(file: Path, config: DataConfig) -> list[dict[str, Any]]:
 
 
 def answer_file(loaded: Any, rows: Any, config: SamplingConfig, compare: bool, output: Path) -> Any:
-    """Answers the questions of `rows` into a JSONL, after the answers that are there already."""
+    """Answers `rows` into a JSONL, after the answers that are there."""
     answers = read_jsonl(output) if output.exists() else []
     for number, row in enumerate(rows, 1):
         if number <= len(answers) and answers[number - 1].get("question") != row["question"]:
@@ -3091,7 +3080,7 @@ def eval_(config: EvalConfig, run: RunOption = None, model: BaseOption = None) -
 @command("save", "save --as gguf --outtype q4_0 --modelfile")
 def save(
     run: RunOption = None,
-    as_: Annotated[SavedAs, typer.Option("--as", help="What to save.")] = "merged-16bit",
+    as_: Annotated[Literal["merged-16bit", "gguf"], typer.Option("--as")] = "merged-16bit",
     outtype: Annotated[OutType, typer.Option(help="Number format of a GGUF.")] = "q8_0",
     output: OutputOption = None,
     modelfile: Annotated[bool, typer.Option("--modelfile", help="For Ollama.")] = False,
