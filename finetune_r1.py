@@ -101,7 +101,7 @@ wandb = Lazy("wandb")
 yaml = Lazy("yaml")
 
 # ------------ constants
-# Names, places and measured numbers. Hyper-parameters are in the settings below.
+# Names, places and measured numbers. Hyper-parameters are below.
 
 VERSION = "0.2.0"
 SCRIPT = shlex.quote(sys.argv[0]) if __name__ == "__main__" else "finetune_r1.py"
@@ -1004,7 +1004,7 @@ def check_gpu() -> None:
 
 
 def check_model(config: ModelConfig, revision: str | None = None) -> None:
-    """Raises, before heavy imports, for a model that is missing or too large for this machine."""
+    """Raises, before heavy imports, for a missing model, or one too large for this machine."""
     name = config.model
     check_gpu()
     sizes = re.findall(r"(\d+(?:\.\d+)?)b(?![a-z])", name.lower())
@@ -1157,7 +1157,7 @@ def head_size(shape: Any) -> int:
 
 
 def load_meta_model(folder: Path) -> Any:
-    """The model that config.json describes, on the meta device: shapes without weights."""
+    """The model of a config.json on the meta device: shapes without weights."""
     settings = transformers.AutoConfig.from_pretrained(folder, trust_remote_code=False)
     with accelerate.init_empty_weights(include_buffers=False):
         model = transformers.AutoModelForCausalLM.from_config(settings, dtype=settings.dtype)
@@ -2801,7 +2801,7 @@ def train(
     source = context.get_parameter_source
     given = {name for name in context.params if "COMMANDLINE" in str(source(name))}
     if run and not resume:
-        raise UserError(f"RUN {run} needs --resume.", f"`train --resume {run}`")
+        raise UserError(f"{run}?", f"`train --max-steps {run}`, or `train --resume {run}`")
     if resume and given & {"recipe", "settings_file"}:
         raise UserError("--resume takes no --recipe or --config.", "omit them")
     if "max_steps" in given and "epochs" not in given:

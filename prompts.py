@@ -177,10 +177,8 @@ def read_record(record: dict[str, Any], columns: Sequence[str], special: Sequenc
                 if re.search(pattern, field):
                     notes.add(f"{name} in the text")
             text = re.sub("\r\n?", "\n", field).strip()
-            letters = re.sub(
-                r"[\W_]", "", text
-            ).lower()  # of "N/A", "<NA>", "[]" or "Not available."
-            if letters in ("", *MISSING) and text != "Na":  # which is sodium
+            word = re.sub(r"[\W_]", "", text)  # of "N/A", "<NA>" or "[]"
+            if word.lower() in ("", *MISSING) and word != "Na":  # which is sodium
                 raise ValueError(f"a text in {column} is empty or missing")
             if find_marker(text, special):
                 raise ValueError(f"{find_marker(text, special)} inside {column}")
@@ -460,9 +458,8 @@ def as_report(report: dict[str, Any]) -> str:
             text += f"{value['difference']:+z{style}} "
             text += f"({value['low']:+z{style}} to {value['high']:+z{style}}) |\n"
     if "reasoning" in report:
-        before = round(24 * report["reasoning"]["base"])
-        after = round(24 * report["reasoning"]["tuned"])
-        text += f"\nReasoning kept: {after} of 24, before {before}.\n"
+        text += f"\nReasoning kept: {24 * report['reasoning']['tuned']:.0f} of 24, "
+        text += f"before {24 * report['reasoning']['base']:.0f}.\n"
     return f"{text}\n{REPORT_NOTE}\n"
 
 
