@@ -1108,11 +1108,11 @@ def save_config(folder: Path) -> None:
 
 
 def import_unsloth(for_training: bool = False) -> Any:
-    """Unsloth's FastLanguageModel; comes before trl, transformers and peft."""
+    """Unsloth's FastLanguageModel; before trl, transformers, peft."""
     if "unsloth" not in sys.modules:
         if not for_training and torch.cuda.is_available():
             os.environ["UNSLOTH_ALLOW_CPU"] = "1"  # skips patching TRL, which takes 7 s
-        gc.disable()  # it takes a quarter of the time
+        gc.disable()  # a quarter of the time
         importlib.import_module("unsloth")
         gc.enable()
         os.environ.pop("UNSLOTH_ALLOW_CPU", None)
