@@ -801,15 +801,18 @@ def read_json_records(path: Path) -> list[Any]:
 
 
 def read_csv_records(path: Path) -> list[Any]:
-    """The rows of a table; pandas would shift fields at a stray comma, and change 007."""
+    """The rows of a table; pandas would shift fields at a stray comma."""
     csv.field_size_limit(sys.maxsize)
     text = path.read_text("utf-8-sig")
+    if text.startswith("sep="):  # Excel's
+        text = text.partition("\n")[2]
     separator = max(",;\t", key=text.partition("\n")[0].count)
     reader = csv.DictReader(io.StringIO(text), delimiter=separator, strict=True)
+    names = reader.fieldnames or []
     records = []
     try:
         for record in reader:
-            if None in record or None in record.values() or len(record) < len(reader.fieldnames):
+            if None in record or None in record.values() or len(record) < len(names):
                 raise ValueError("more or fewer fields than the header, or a name in it twice")
             records.append(record)
     except (csv.Error, ValueError) as error:
@@ -1004,7 +1007,7 @@ def check_gpu() -> None:
 
 
 def check_model(config: ModelConfig, revision: str | None = None) -> None:
-    """Raises, before heavy imports, for a missing model, or one too large for this machine."""
+    """Raises, before heavy imports, for a model that is missing or too large."""
     name = config.model
     check_gpu()
     sizes = re.findall(r"(\d+(?:\.\d+)?)b(?![a-z])", name.lower())
@@ -1305,7 +1308,7 @@ def attend_to_cache(attention: Any, query: Any, length: int, mask: Any, rows: in
 def whole_step_class(base: Any) -> Any:
     """A subclass of Unsloth's step state whose graph does not end at attention."""
 
-    class WholeStep(base):  # type: ignore[misc]
+    class WholeStep(base):
         """Keeps an additive mask at a fixed address: 0 where a row attends to the cache, else -inf."""
 
         places: Any = None  # of shape (MAX_BATCH, 1, places)
@@ -1752,7 +1755,7 @@ def training_arguments(config: TrainConfig, plan: dict[str, Any], run: Run) -> A
 def train_steps(loaded: LoadedModel, rows: Any, config: TrainConfig, plan: Any, run: Run) -> None:
     """Trains from the newest checkpoint, if any, to the last step, or the best one."""
 
-    class Callback(TrainingEvents, transformers.TrainerCallback):  # type: ignore
+    class Callback(TrainingEvents, transformers.TrainerCallback):
         pass
 
     columns = ["input_ids", "completion_mask"]
@@ -1964,7 +1967,7 @@ def evaluate(
 
 
 def draw_measures(report: dict[str, Any], path: Path) -> None:
-    """Draws shares from 0 to 100% and losses from the middle, a nat to the edge; better is right."""
+    """Draws shares from 0 to 100% and losses from the middle, a nat to the edge."""
     names = [name for name in prompts.REPORTED if name in report]
     figure, axes = pyplot.subplots(figsize=(7, 1 + 0.6 * len(names)), layout="constrained")
     for y, name in enumerate(names):
@@ -2503,7 +2506,7 @@ def command(*examples: str) -> Any:
 
         run.__doc__ = function.__doc__
         parameters = [*own.values(), *options, *option_parameters(Console, "Output")]
-        run.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+        run.__signature__ = inspect.Signature(parameters)
         lines = ["Examples:", *[f"$ {PROGRAM} {example}" for example in examples]]
         app.command(name=name, cls=Command, epilog="\n\n".join(lines))(run)
         return function
@@ -2716,8 +2719,9 @@ def format_(config: DataConfig, output: OutputOption = None) -> Any:
     rows, tokenizer = tokenized_rows(config)
     examples = []
     for row in rows.usable.select_columns(["question", "thought", "answer"]):
-        text = prompts.build_example(*row.values(), tokenizer.eos_token, config.lang)
-        examples.append({**dict(zip(RECIPE_COLUMNS, row.values(), strict=True)), "text": text})
+        parts = list(row.values())
+        text = prompts.build_example(parts[0], parts[1], parts[2], tokenizer.eos_token, config.lang)
+        examples.append({**dict(zip(RECIPE_COLUMNS, parts, strict=True)), "text": text})
     if output:
         write_jsonl(output, examples)
     lengths = rows.usable["tokens"][:]

@@ -187,7 +187,7 @@ def read_record(record: dict[str, Any], columns: Sequence[str], special: Sequenc
             raise ValueError("two of question, thought and answer are the same")
     except ValueError as reason:
         return Row(status=str(reason))
-    return Row(*texts, notes=sorted(notes))
+    return Row(texts[0], texts[1], texts[2], notes=sorted(notes))
 
 
 def same_question(question: str) -> str:
