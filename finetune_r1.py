@@ -131,8 +131,8 @@ MAX_BATCH = 128  # answers generated at once on a GPU
 # For the plan, as measured on a GPU (tests/bench/NOTES.md).
 WORKSPACE = 0.35 * GIB  # what the libraries hold
 MICRO_BATCH_TOKENS = 2000  # the fixed cost of a micro-batch, in tokens
-RECOMPUTE = 0.4  # the cost of recomputing all activations, as a share of a step
-FOUR_BIT = 0.72  # bytes of a weight in 4-bit, some of which stay in 16-bit
+RECOMPUTE = 0.4  # the cost of recomputing all, as a share of a step
+FOUR_BIT = 0.72  # bytes of a weight, some of which stay in 16-bit
 OLD_GPU_SHARE = 0.93  # of the limit, on cards below compute capability 8
 PLAN = (
     "{steps} steps of {effective_batch} rows (micro-batch {micro_batch} × accumulation {accumulation}"
@@ -402,6 +402,7 @@ ADVICE: dict[str | int, str] = {
     "ImportError": "start the script with `uv run`, which installs the pinned packages",
     "SafetensorError": "the file is damaged: download or save it again",
     "UnicodeDecodeError": "save the file as UTF-8",
+    "JSONDecodeError": "repair the file",
     "OSError": "check the path, that you can write there, and the free space (`doctor`)",
     401: "`login` with a new token, or unset it: public models and datasets need none",
     403: "use a token that may write there (huggingface.co/settings/tokens)",
@@ -434,7 +435,7 @@ def advice(error: BaseException) -> str | None:
 
 
 def expand_commands(text: str) -> str:
-    """Puts the program's name before commands in backticks."""
+    """Puts the program before commands in backticks."""
     names = "|".join(str(command.name) for command in app.registered_commands)
     return re.sub(rf"`({names})\b", rf"`{PROGRAM} \1", text)
 
@@ -816,7 +817,8 @@ def read_csv_records(path: Path) -> list[Any]:
                 raise ValueError("more or fewer fields than the header, or a name in it twice")
             records.append(record)
     except (csv.Error, ValueError) as error:
-        raise ValueError(f"line {reader.reader.line_num}: {error}; quote {separator!r} in fields")
+        message = f"line {reader.reader.line_num}: {error}; quote {separator!r} in fields"
+        raise UserError(message, "repair that line") from None
     return records
 
 
@@ -852,7 +854,7 @@ def read_files(path: Path) -> dict[str, Any]:
 
 
 def load_source(config: DataConfig) -> Any:
-    """The rows of a Hub dataset, a repository's or `save_to_disk` folder, or files."""
+    """Rows from the Hub, a repository's or `save_to_disk` folder, or files."""
     path = Path(config.dataset)
     if not path.exists() and (path.suffix.lower() in FORMATS or not is_hub_name(config.dataset)):
         raise UserError("not found.", "check the path, or use OWNER/NAME")
@@ -992,7 +994,7 @@ def local_model(name: str) -> Path | None:
 
 
 def check_gpu() -> None:
-    """Raises if this torch has no code for the GPU, such as a P100 (Kaggle/docker-python#1546)."""
+    """Raises if torch has no code for the GPU, such as a P100 (Kaggle/docker-python#1546)."""
     if not torch.cuda.is_available() or torch.version.hip:
         return
     gpu = torch.cuda.get_device_capability()
@@ -1036,7 +1038,7 @@ def download_model(name: str, weights: bool = True, revision: str | None = None)
 
 
 def four_bit_name(config: ModelConfig) -> str:
-    """The model whose weights are loaded: Unsloth's 4-bit repository where there is one."""
+    """The model whose weights are loaded: Unsloth's 4-bit repository if there is one."""
     name = config.model
     if not config.load_in_4bit or Path(name).is_dir() or name.endswith("-bnb-4bit"):
         return name
@@ -1140,7 +1142,7 @@ def memory_limit(config: ModelConfig) -> float:
 
 
 def peak_memory() -> dict[str, float]:
-    """Peak GPU memory allocated and reserved, or peak resident memory, in GiB."""
+    """Peak GPU memory, allocated and reserved, or resident, in GiB."""
     if torch.cuda.is_available():
         allocated = torch.cuda.max_memory_allocated() / GIB
         reserved = torch.cuda.max_memory_reserved() / GIB
@@ -1225,7 +1227,7 @@ class LoadedModel:
 
     @classmethod
     def load_run(cls, run: Run, base: bool = False, model: str | None = None) -> Self:
-        """Loads a run's base, from --model or at the commit it was trained on, and its adapter."""
+        """Loads a run's base, from --model or at its commit, and its adapter."""
         adapter = None if base else run.adapter
         config = dataclasses.replace(run.config, model=model or run.config.model)
         loaded = cls.load(config, run.record.get("model_revisions"))
@@ -1235,7 +1237,7 @@ class LoadedModel:
         return loaded
 
     def add_adapter(self, config: TrainConfig, kept_layers: int) -> None:
-        """Adds an untrained adapter; all but `kept_layers` layers recompute their activations."""
+        """Adds an untrained adapter; all but `kept_layers` layers recompute activations."""
         recompute = kept_layers < self.model.config.num_hidden_layers
         options = {"checkpoint_skip_layers": kept_layers} if recompute and kept_layers else {}
         self.model = import_unsloth().get_peft_model(
@@ -1470,7 +1472,7 @@ def answer_both(loaded: LoadedModel, questions: list[str], config: SamplingConfi
 
 
 def thinking_limit(tokenizer: Any, length: int, budget: int) -> Any:
-    """A logits processor: no EOS inside <think>, and </think> `budget` tokens after the prompt."""
+    """A logits processor: no EOS in <think>, and </think> after `budget` tokens."""
     closing = tokenizer(f"\n{prompts.THINK_CLOSE}\n", add_special_tokens=False)["input_ids"]
     closed: set[int] = set()
 
@@ -1524,7 +1526,7 @@ def answer_printer(tokenizer: Any) -> Any:
 
 
 def processes() -> Any:
-    """Initialises torch.distributed (NCCL on GPUs, gloo on CPUs); None for one process."""
+    """Initialises torch.distributed; None for one process."""
     return accelerate.PartialState(cpu=not torch.cuda.is_available()) if WORLD > 1 else None
 
 

@@ -110,13 +110,13 @@ def test_csv_text_comes_back_unchanged_under_each_separator(tmp_path, name, deli
 
 
 BROKEN = {
-    "cut.jsonl": (LINE * 2 + '{"Question": "Wh', "line 3", "JSONL copy"),
+    "cut.jsonl": (LINE * 2 + '{"Question": "Wh', "line 3", "repair"),
     "numbers.jsonl": ("7\n", "not a JSON object", "copy"),
     "latin.jsonl": ((LINE + '{"Question": "naïve"}').encode("latin-1"), "can't decode", "UTF-8"),
     "pair.jsonl": (json.dumps({**GOOD, "Response": "\ud83d!"}), "surrogates", "copy"),
-    "open.csv": (HEAD + 'a,b,"c\n', "line 2: unexpected end", "copy"),
-    "more.csv": (HEAD + "a,b,c\na,b, and c,d\n", "line 3: more or fewer .* quote", "copy"),
-    "twice.csv": ("a,b,a\n1,2,3\n", "a name in it twice", "copy"),
+    "open.csv": (HEAD + 'a,b,"c\n', "line 2: unexpected end", "repair"),
+    "more.csv": (HEAD + "a,b,c\na,b, and c,d\n", "line 3: more or fewer .* quote", "repair"),
+    "twice.csv": ("a,b,a\n1,2,3\n", "a name in it twice", "repair"),
     "cut.parquet": ("PAR1 and no more", "[Pp]arquet", "copy"),
     "empty.jsonl": ("", "no rows", "widen"),
     "head.csv": (HEAD, "no rows", "widen"),
