@@ -12,7 +12,7 @@
     push --repo user/DeepSeek-R1-Medical-COT
     runs                   list training runs
 
-Results go to stdout, everything else to stderr.
+Results go to stdout, all else to stderr.
 """
 
 import collections
