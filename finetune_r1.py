@@ -2050,7 +2050,7 @@ def merge_file(source: Path, target: Path, lora: Any, scale: float, sums: Any) -
             file.write(data)
             file.seek(start)
             if file.read(len(data)) != data:
-                raise UserError(f"{name} is not as it was written.", "check the disk")
+                raise UserError(f"{name} reads back differently.", "check the disk")
 
 
 def merge_adapter(base: Path, adapter: Path, folder: Path) -> float:
@@ -2886,7 +2886,7 @@ def resumed_config(run: Run, config: TrainConfig, given: set[str]) -> TrainConfi
     """The run's settings with those `given`; raises if one may not change."""
     settings = run.config
     if run.record["status"] == "finished" and (run / "adapter").exists():
-        raise UserError(f"--resume {run}: it is already finished.", "`push` it, or train anew")
+        raise UserError(f"--resume {run}: it is already finished.", "`push` it, or start a new run")
     changed = {}
     for name in given.intersection(dataclasses.asdict(settings)):
         before = getattr(settings, name)

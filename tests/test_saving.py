@@ -138,7 +138,7 @@ def test_tensor_that_reads_back_otherwise_is_refused(run, tmp_path, monkeypatch)
 
     copy = untouched_copy(run, tmp_path / "run")
     monkeypatch.setattr(Path, "open", lossy)
-    with pytest.raises(UserError, match="is not as it was written"):
+    with pytest.raises(UserError, match="reads back differently"):
         finetune_r1.save(run=copy.folder)
     assert not list(copy.folder.glob("*merged*"))
 
