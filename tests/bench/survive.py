@@ -87,7 +87,7 @@ class Harness:
         if not done:
             os.kill(pid, number)
             _, status = os.waitpid(pid, 0)
-        said = self.log.read_text(errors="replace")[before:]
+        said = self.log.read_bytes()[before:].decode(errors="replace")
         return os.waitstatus_to_exitcode(status), said
 
     def finish(self, *arguments: object) -> None:
@@ -275,7 +275,6 @@ def random_command(harness: Harness) -> list[object]:
         "--lora-r": mostly(0, 2, 4),
         "--keep-checkpoints": chance.randint(1, 3),
         "--eval-rows": mostly(200, 0, 2),
-        "--overlong": mostly("error", "shorten-thought", "drop"),
         "--lr-scheduler-type": chance.choice(["linear", "cosine", "constant"]),
         "--optim": mostly("adam", "adamw_8bit", "adamw_torch", "sgd"),
         "--micro-batch": mostly(3, 1, 2),
