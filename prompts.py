@@ -1,8 +1,7 @@
 """The prompt: one template for training, inference, evaluation and Ollama. Standard library only.
 
-A row of training text is prompt (ends in "<think>\\n") + thought + "\\n</think>\\n" + answer + EOS.
-The prompts are the published recipe's byte for byte. Records are read and answers graded here too.
-"""
+A row is prompt (ends in "<think>\\n") + thought + "\\n</think>\\n" + answer + EOS. The prompts are the
+published recipe's byte for byte. Records are read and answers graded here too."""
 
 import ast
 import contextlib
@@ -478,9 +477,8 @@ def as_html(title: str, settings: str, report: dict[str, Any]) -> str:
     for line in table.splitlines():
         if line.startswith("| "):
             rows += "<tr>" + line.rstrip("|").replace("| ", "<td>") + "\n"
-    page = HTML_PAGE.format(
-        title=escape(title), settings=escape(settings), verdict=verdict, table=rows, note=note
-    )
+    head = {"title": escape(title), "settings": escape(settings), "verdict": verdict}
+    page = HTML_PAGE.format(**head, table=rows, note=note)
     for pair in report["pairs"]:
         page += f"<h2>{escape(pair['question'])}</h2>\n<section>"
         for side, name in SIDES.items():
