@@ -105,7 +105,7 @@ yaml = Lazy("yaml")
 
 VERSION = "0.2.0"
 SCRIPT = shlex.quote(sys.argv[0]) if __name__ == "__main__" else "finetune_r1.py"
-PROGRAM = f"{'uv run' if 'UV' in os.environ else 'python'} {SCRIPT}"  # as it was started
+PROGRAM = f"{'uv run' if 'UV' in os.environ else 'python'} {SCRIPT}"  # as started
 DATA = Path(__file__).resolve().parent / "data"
 RUNS = Path("runs")
 RANK = int(os.environ.get("RANK", 0))  # set by torchrun
@@ -247,7 +247,7 @@ class TrainConfig(SamplingConfig, DataConfig):
     lora_dropout: float = option(0.0, "LoRA dropout.", min=0.0, max=0.9)
     use_rslora: bool = option(False, "Rank-stabilized scaling: alpha / sqrt(r).")
     target_modules: str = option(LORA_TARGETS, "Layers to adapt, comma-separated, or all-linear.")
-    effective_batch: int = option(8, "Rows a step: micro-batch × accumulation × GPUs.", min=1)
+    effective_batch: int = option(8, "Effective batch: micro-batch × accumulation × GPUs.", min=1)
     micro_batch: int | None = option(None, "Per-device micro-batch (default: what fits).", min=1)
     gradient_checkpointing: Literal["auto", "unsloth", "none"] = option(
         "auto", "As needed, all layers, or off."
