@@ -1812,7 +1812,7 @@ def train_run(config: TrainConfig, run: Run, resume: bool = False) -> tuple[Load
         plan = broadcast(make_plan(loaded.model, weights, rows.used["tokens"][:], config))
         log(f"plan     {PLAN.format(**plan)}")
         check_room({run.folder: int(plan["run_mb"] * 1e6)}, "name a --run-dir elsewhere")
-        job = {name: os.environ.get(name) for name in ("JOB_ID", "ACCELERATOR")}  # of hf jobs
+        job = {name: os.environ[name] for name in ("JOB_ID", "ACCELERATOR") if name in os.environ}
         run.update(model_revisions=loaded.revisions, device=device_name(), plan=plan, **job)
         loaded.add_adapter(config, plan["layers"] - plan["checkpointed_layers"])
 

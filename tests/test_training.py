@@ -14,7 +14,7 @@ from conftest import SAMPLE, add_base, small_config
 from safetensors.torch import load_file
 
 import finetune_r1
-from finetune_r1 import GIB, Run, TrainConfig, UserError, read_jsonl
+from finetune_r1 import GIB, Run, TrainConfig, UserError, read_json, read_jsonl
 
 
 @pytest.fixture(scope="module")
@@ -395,13 +395,18 @@ def train_on_hub(run_cli, hub, tiny_r1, monkeypatch):
     finetune_r1.export_hub_token.cache_clear()
 
 
-def test_train_push_evaluates_and_leaves_the_model_on_the_hub(train_on_hub, hub, tmp_path):
+def test_train_push_evaluates_and_leaves_the_model_on_the_hub(
+    train_on_hub, hub, tmp_path, monkeypatch
+):
+    monkeypatch.setenv("JOB_ID", "job-1")  # as in Hugging Face Jobs
     done = train_on_hub("--eval-rows", 2, "--push", "alice/model", "--run-dir", "run", "--json")
     assert done.code == 0, done.err
     assert json.loads(done.out)["pushed"] == "alice/model"
     files = hub.repos["model", "alice/model"].files
     assert {"README.md", "config.json", "adapter/adapter_model.safetensors"} <= set(files)
     assert (tmp_path / "run" / "eval.json").exists()
+    record = read_json(tmp_path / "run" / "run.json")
+    assert record["JOB_ID"] == "job-1" and "ACCELERATOR" not in record
 
 
 @pytest.mark.parametrize("repo", ["no-owner", "alice/full"])
