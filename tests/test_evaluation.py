@@ -376,6 +376,16 @@ def test_verdict_says_what_was_lost_elsewhere(general, solved, ending):
     assert line in prompts.as_report(report)
 
 
+def test_report_counts_thoughts_of_held_out_rows_apart_from_reasoning_problems():
+    row = {"closed": True, "thought_length": 1.0}
+    problem = {"closed": False, "reasoning": False}
+    pairs = [{"base": row, "tuned": row}] * 9 + [{"base": problem, "tuned": problem}] * 24
+    report = prompts.build_report(
+        {"base": {"loss": [1.0] * 9}, "tuned": {"loss": [0.5] * 9}}, pairs, 9, seed=1
+    )
+    assert report["closed"]["tuned"] == 1.0 and report["reasoning"]["tuned"] == 0.0
+
+
 @pytest.mark.slow
 def test_evaluate_model_tuned_on_shuffled_answers_is_not_called_better(smollm2, tmp_path):
     rows = read_jsonl(SAMPLE)

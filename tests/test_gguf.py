@@ -256,6 +256,8 @@ def test_in_four_bits_it_is_the_model_with_rounded_weights(case):
     assert path.stat().st_size < 0.4 * case.path.stat().st_size + tokenizer
     rounded = copy.deepcopy(case.merged)
     kinds = {tensor.name: tensor.tensor_type for tensor in gguf.GGUFReader(path).tensors}
+    tied = "output.weight" not in kinds  # the output layer keeps eight bits
+    assert kinds["token_embd.weight" if tied else "output.weight"].name == "Q8_0"
     names = finetune_r1.gguf_names(case.merged)
     for name, weight in rounded.state_dict().items():
         kind = kinds.get(names.get(name))

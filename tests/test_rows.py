@@ -107,6 +107,10 @@ def test_csv_text_comes_back_unchanged_under_each_separator(tmp_path, name, deli
     for row in rows:
         row["Response"] = row["Response"].replace("\r\n", "\n")
     assert read_records(DataConfig(dataset=str(tmp_path / name), split="train")).to_list() == rows
+    text = (tmp_path / name).read_text("utf-8-sig")
+    (tmp_path / name).write_text(f"sep={delimiter}\n{text}", encoding="utf-8")  # as Excel does
+    again = read_records(DataConfig(dataset=str(tmp_path / name), split="train"))
+    assert again[0] == rows[0]
 
 
 BROKEN = {

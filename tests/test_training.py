@@ -288,6 +288,12 @@ def test_dry_run_without_weights_shows_rows_plan_and_disk_and_refuses_unknown_ta
     assert (plan["steps"], plan["micro_batch"], plan["accumulation"]) == (45, 4, 1)
     assert plan["estimated_peak_gib"] > 0 and "0 MB to download" in report["disk"]
     assert "lora_r=8" in done.err and "learning_rate" not in done.err
+    assert "16-bit base" not in done.err
+    settings = read_json(tiny_r1 / "config.json")
+    (tmp_path / "outline" / "config.json").unlink()
+    settings["quantization_config"] = {"quant_method": "bitsandbytes", "load_in_4bit": True}
+    (tmp_path / "outline" / "config.json").write_text(json.dumps(settings))
+    assert "`save` and `push` will need the 16-bit base" in run_cli(options).err
     refused = run_cli([*options, "--target-modules", "q_proj,nope_proj"])
     assert refused.code == 1 and "nope_proj" in refused.err
     assert not (tmp_path / "runs").exists()
