@@ -2030,7 +2030,7 @@ def merge_file(source: Path, target: Path, lora: Any, scale: float, sums: Any) -
     """Copies a file of the base; adapted tensors become base + B·A·scale, rounded once."""
     shutil.copyfile(source, target)
     with safetensors.safe_open(source, "pt") as tensors, target.open("r+b") as file:
-        size = int.from_bytes(file.read(8), "little")  # of the header
+        size = int.from_bytes(file.read(8), "little")
         header = json.loads(file.read(size))
         for name in tensors.keys():
             module = "base_model.model." + name.removesuffix("weight")
@@ -2202,7 +2202,7 @@ def write_gguf(writer: Any, path: Path, merged: Path, model: Any, outtype: str) 
 
 
 def save_gguf(run: Run, output: Path | None, outtype: str, model: str | None) -> tuple[Path, Path]:
-    """Writes a GGUF; returns it and the folder of merged weights."""
+    """Writes a GGUF; returns it and the merged folder."""
     path = (output or run / "gguf") / f"{run.name}-{outtype}.gguf"
     check_output(path if output else None)
     merged = merged_weights(run, model=model)
@@ -2259,7 +2259,7 @@ def published_base(model: str, push: PushConfig) -> str | None:
 
 
 def vllm_command(run: Run, model: str) -> str:
-    """Serves a model."""
+    """The command to serve a model."""
     line = f"vllm serve {shlex.quote(model)} --max-model-len {run.config.max_seq_length}"
     if prompts.THINK_CLOSE in load_tokenizer(run / "adapter").get_vocab():  # as one token
         line += " --reasoning-parser deepseek_r1"
@@ -2438,7 +2438,7 @@ class Group(typer.core.TyperGroup):
 
 app = typer.Typer(cls=Group, add_completion=False, no_args_is_help=True, rich_markup_mode=None)
 app.pretty_exceptions_enable = False  # they show variables, tokens among them
-RunOption = Annotated[Path | None, typer.Option("--run", metavar="RUN", help="Else the newest.")]
+RunOption = Annotated[Path | None, typer.Option("--run", metavar="RUN", help="Default: newest.")]
 RunDirOption = Annotated[Path | None, typer.Option("--run-dir", metavar="DIR", help="New folder.")]
 OutputOption = Annotated[Path | None, typer.Option("--output", "-o", metavar="PATH")]
 BaseOption = Annotated[str | None, typer.Option(metavar="PATH", help="The base, if it has moved.")]
@@ -2470,7 +2470,7 @@ def option_parameters(settings: Any, heading: str = "Options") -> list[inspect.P
         heading = HEADINGS.get(entry.name, heading)
         limits = {"rich_help_panel": heading, **entry.metadata}
         for kind, name in ((int, "INT"), (float, "FLOAT"), (str, "TEXT")):
-            if entry.type in (kind, kind | None):  # not "<int range>"
+            if entry.type in (kind, kind | None):
                 limits.setdefault("metavar", name)
         annotation: Any = Annotated[entry.type, typer.Option(*limits.pop("flags"), **limits)]
         parameter = inspect.Parameter(entry.name, inspect.Parameter.KEYWORD_ONLY)
@@ -2787,7 +2787,7 @@ RECIPE = typer.Option(help="Defaults of other options.", is_eager=True, callback
 SETTINGS = typer.Option(
     "--config", metavar="FILE", help="Settings, as YAML.", is_eager=True, callback=use_settings
 )
-RUN = typer.Argument(metavar="RUN", help="To resume.", rich_help_panel="Arguments")
+RUN = typer.Argument(metavar="RUN", help="The run to resume.", rich_help_panel="Arguments")
 PUSH = typer.Option(metavar="OWNER/NAME", help="Evaluate, and push to this repository.")
 
 
@@ -2898,7 +2898,7 @@ def resumed_config(run: Run, config: TrainConfig, given: set[str]) -> TrainConfi
     return dataclasses.replace(settings, **changed)
 
 
-QUESTION = typer.Argument(metavar="QUESTION", help="Else typed.", rich_help_panel="Arguments")
+QUESTION = typer.Argument(metavar="QUESTION", help="Omit to chat.", rich_help_panel="Arguments")
 FILE = typer.Option(
     "--file", metavar="FILE", exists=True, dir_okay=False, help="Questions; needs -o."
 )
